@@ -1,0 +1,40 @@
+"""Which ranks are open at a timestep: nested prefixes, never empty (T-LoRA, arXiv 2507.05964, eq. 3 and 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import Refused
+
+
+def open_ranks(timestep: Tensor, rank: int, min_rank: int, alpha: float = 1.0, horizon: int = 1000) -> Tensor:
+    """r(t) = ⌊((T − t)/T)^α (R − R_min)⌋ + R_min, in integers (B,) between `min_rank` and `rank`.
+
+    `timestep` is (B,) in 0..`horizon`, 0 = clean picture; values outside are clamped. For α = 1 the floor is taken on
+    integers, so that no (R, R_min, t) depends on floating-point rounding. Raises `Refused` unless 1 ≤ min_rank ≤ rank
+    and alpha > 0.
+    """
+    if not 1 <= min_rank <= rank:
+        raise Refused(f"min_rank {min_rank} is not between 1 and rank {rank}; choose one that is")
+    if alpha <= 0:
+        raise Refused(f"alpha {alpha} of the rank schedule must be above 0; 1.0 is the linear schedule")
+    t = timestep.reshape(-1).clamp(0, horizon)
+    if alpha == 1.0:
+        return torch.div((horizon - t) * (rank - min_rank), horizon, rounding_mode="floor").long() + min_rank
+    left = ((horizon - t.double()) / horizon).pow(alpha)
+    return (left * (rank - min_rank)).floor().long() + min_rank
+
+
+def prefix(open_: Tensor, rank: int) -> Tensor:
+    """Mask (B, R): the first `open_[b]` ranks are 1, the others 0."""
+    return (torch.arange(rank, device=open_.device) < open_.reshape(-1, 1)).to(torch.float32)
+
+
+def per_sample(mask: Tensor, batch: int) -> Tensor:
+    """Mask (B, R) repeated to `batch` = n·B rows, so that guidance and several images per prompt keep their order."""
+    if mask.shape[0] == 1:
+        return mask.expand(batch, -1)
+    if batch % mask.shape[0]:
+        raise ValueError(f"a gate for {mask.shape[0]} timesteps cannot serve a batch of {batch}")
+    return mask.repeat_interleave(batch // mask.shape[0], dim=0)

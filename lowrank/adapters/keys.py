@@ -1,0 +1,59 @@
+"""Names of tensors in files: one role, one suffix per dialect (formats' owners: kohya sd-scripts, PEFT, QR-LoRA)."""
+
+from __future__ import annotations
+
+import re
+
+# role -> suffix inside the network (kohya's spelling) and in native diffusers-path files (PEFT's spelling)
+KOHYA = {
+    "down": "lora_down.weight",
+    "up": "lora_up.weight",
+    "magnitude": "dora_scale",
+    "alpha": "alpha",
+    "q": "lora.q.weight",
+    "base_r": "lora.base_r.weight",
+    "delta_r": "lora.delta_r.weight",
+}
+PEFT = {**KOHYA, "down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_READ = {suffix: role for table in (KOHYA, PEFT) for role, suffix in table.items()} | {
+    "lora.down.weight": "down",  # official QR-LoRA, diffusers before PEFT
+    "lora.up.weight": "up",
+    "lora_A.default.weight": "down",
+    "lora_B.default.weight": "up",
+}
+_SUFFIX = re.compile(r"^(.*)\.(" + "|".join(re.escape(s) for s in sorted(_READ, key=len, reverse=True)) + ")$")
+_PREFIX = re.compile(r"^(base_model\.model\.)?(transformer|unet|diffusion_model)\.")
+_TEXT = re.compile(r"^(base_model\.model\.)?text_encoder(_\d)?\.")
+# QR-LoRA's official files repeat the child's name: attn.to_out.0.to_out.0
+_REPEATED = re.compile(r"\.(to_out\.0)\.\1$")
+
+
+def role_of(key: str) -> tuple[str, str] | None:
+    """(module, role) of a key in any dialect; `module` keeps its prefix. None for keys that are not an adapter's."""
+    found = _SUFFIX.match(key)
+    return (_REPEATED.sub(r".\1", found[1]), _READ[found[2]]) if found else None
+
+
+def module_path(module: str) -> str:
+    """The dotted module without a model's prefix: `transformer.a.b` → `a.b`; flat kohya names stay as they are."""
+    return _PREFIX.sub("", module)
+
+
+def is_text_encoder(module: str) -> bool:
+    """Whether a file's module name belongs to a text encoder."""
+    return bool(_TEXT.match(module)) or module.startswith("lora_te")
+
+
+def flat(module: str) -> str:
+    """One spelling for every dialect: `transformer.a.b.0` and `lora_unet_a_b_0` both give `a_b_0`.
+
+    Text encoders keep a mark (`te1|…`), so that equal paths of two models stay apart.
+    """
+    text = _TEXT.match(module)
+    if text:
+        number = (text[2] or "_1")[1:]
+        return f"te{number}|" + module[text.end():].replace(".", "_")
+    kohya = re.match(r"^lora_(unet|te(\d?))_(.*)$", module)
+    if kohya and kohya[1] != "unet":
+        return f"te{kohya[2] or 1}|" + kohya[3]
+    return kohya[3] if kohya else module_path(module).replace(".", "_")

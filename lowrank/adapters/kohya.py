@@ -1,0 +1,203 @@
+"""The façade: a method becomes a kohya network module with two functions.
+
+kohya's trainers import a module by name and call `create_network(1.0, dim, alpha, vae, text_encoder, unet, …)` or
+`create_network_from_weights(multiplier, file, vae, text_encoder, unet, …)`; every network argument arrives as a string.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank.adapters import keys
+from lowrank.adapters.method import Method
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.targets import Target, find
+from lowrank.errors import Refused, nearest
+from lowrank.files import read_tensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Network arguments that every method understands."""
+
+    target: str | None = None
+    """regular expression over layer paths, replaces the default targets"""
+    exclude: str | None = None
+    """regular expression over layer paths, taken away from the targets"""
+    conv_dim: int | None = None
+    """rank of k×k convolutions"""
+    conv_alpha: float | None = None
+    """alpha of k×k convolutions (1 when conv_dim is given)"""
+    dropout: float | None = None
+    """dropout on the r-wide projection"""
+    rank_dropout: float | None = None
+    """per sample, the share of ranks left out"""
+    module_dropout: float | None = None
+    """the share of steps in which a layer is left out"""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: learning rate of the up factor, as a multiple"""
+    loraplus_unet_lr_ratio: float | None = None
+    loraplus_text_encoder_lr_ratio: float | None = None
+    save_basis: str = "full"
+    """frozen tensors in files: full (all), q (what using the file needs), none (found again from the base model)"""
+
+
+def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
+    """A network argument as the type its field is declared with."""
+    kinds = [k for k in typing.get_args(hint) or (hint,) if k is not types.NoneType]
+    if text is None or (text == "None" and len(kinds) < len(typing.get_args(hint))):
+        return None
+    kind, text = kinds[0], str(text)
+    if kind is bool:
+        answers = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in answers:
+            raise Refused(f"{owner} argument {name}={text!r} is not a yes or no; write True or False")
+        return answers[text.lower()]
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise Refused(f"{owner} argument {name}={text!r} is not a {kind.__name__}; correct its value") from error
+
+
+def _rank_and_alpha(shape: int, alpha: Tensor | None) -> tuple[int, float]:
+    return shape, float(shape if alpha is None else alpha)
+
+
+class Facade:
+    """kohya's two functions for one method, and what our own trainer may ask beforehand."""
+
+    def __init__(self, method: Callable[[Any], Method], options: type, alpha_is_rank: bool) -> None:
+        self._method, self._options, self._alpha_is_rank = method, options, alpha_is_rank
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names of all network arguments."""
+        return tuple(f.name for kind in (self._options, Layout) for f in dataclasses.fields(kind))
+
+    def default_alpha(self, rank: int) -> float:
+        """Alpha when the user names none: the rank where the paper's equation has s = 1, else kohya's 1."""
+        return float(rank) if self._alpha_is_rank else 1.0
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Raise `Refused` for a network argument that nobody would read."""
+        for name in arguments:
+            if name not in self.known:
+                raise Refused(f"unknown network argument {name!r}{nearest(name, self.known)}; known: {', '.join(self.known)}")
+        self._parse(arguments)
+
+    def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, Layout]:
+        read = []
+        for kind in (self._options, Layout):
+            hints = typing.get_type_hints(kind)
+            given = {f.name: _value("network", f.name, arguments[f.name], hints[f.name])
+                     for f in dataclasses.fields(kind) if f.name in arguments}
+            read.append(kind(**given))
+        method = self._method(read[0])
+        return dataclasses.replace(method, options={**dataclasses.asdict(read[0]), **method.options}), read[1]
+
+    def _targets(self, text_encoder: Any, unet: nn.Module | None, layout: Layout) -> list[Target]:
+        encoders = text_encoder if isinstance(text_encoder, (list, tuple)) else [text_encoder]
+        several = isinstance(text_encoder, (list, tuple))
+        chosen = []
+        for index, encoder in enumerate(encoders):
+            if encoder is not None:
+                part = f"te{index + 1}" if several else "te"
+                chosen += find(part, encoder, target=None, exclude=None)
+        if unet is not None:
+            chosen += find("unet", unet, target=layout.target, exclude=layout.exclude)
+        return chosen
+
+    def _network(self, method: Method, layout: Layout, targets: list[Target], size, multiplier: float) -> AdapterNetwork:
+        network = AdapterNetwork(method, targets, size, multiplier)
+        for layer in network.layers():
+            layer.dropout = layout.dropout or 0.0
+            layer.rank_dropout = layout.rank_dropout or 0.0
+            layer.module_dropout = layout.module_dropout or 0.0
+        network.leave_out = self._left_out(method, layout)
+        ups = {method.factor.up} & set(method.factor.trained)
+        parts = {target.part for target in targets}
+        for part in parts:
+            own = layout.loraplus_unet_lr_ratio if part == "unet" else layout.loraplus_text_encoder_lr_ratio
+            ratio = own or layout.loraplus_lr_ratio
+            if ratio and not ups:
+                raise Refused(f"LoRA+ speeds up the trained up factor, and {method.name} trains none; leave loraplus out")
+            network.role_rates |= {(part, role): ratio for role in ups if ratio}
+        return network
+
+    def _left_out(self, method: Method, layout: Layout) -> frozenset[str]:
+        kinds = ("full", "q", "none")
+        if layout.save_basis not in kinds:
+            raise Refused(f"save_basis {layout.save_basis!r} is not one of {', '.join(kinds)}{nearest(layout.save_basis, kinds)}")
+        table = {"full": frozenset(), "q": frozenset(method.factor.record)}
+        return table.get(layout.save_basis, frozenset(method.factor.record) | method.factor.frozen)
+
+    def create_network(
+        self, multiplier: float, network_dim: int | None, network_alpha: float | None, vae: Any, text_encoder: Any,
+        unet: nn.Module | None, neuron_dropout: float | None = None, **arguments: Any,
+    ) -> AdapterNetwork:
+        """A network at its start values. Unknown arguments are warned about: kohya's trainers pass what others need."""
+        unknown = [name for name in arguments if name not in self.known]
+        if unknown:
+            logger.warning("network arguments nobody reads: %s%s", ", ".join(unknown), nearest(unknown[0], self.known))
+        method, layout = self._parse({k: v for k, v in arguments.items() if k in self.known})
+        if neuron_dropout is not None:
+            layout = dataclasses.replace(layout, dropout=neuron_dropout)
+        rank = 4 if network_dim is None else int(network_dim)
+        alpha = float(network_alpha) if network_alpha else float(rank)
+
+        def size(target: Target) -> tuple[int, float]:
+            kernel = target.module.kernel_size if isinstance(target.module, nn.Conv2d) else (1, 1)
+            convolves = layout.conv_dim and tuple(kernel) != (1, 1)
+            chosen = (layout.conv_dim, float(layout.conv_alpha or 1.0)) if convolves else (rank, alpha)
+            outs, ins = target.module.weight.shape[0], target.module.weight[0].numel()
+            if not 1 <= chosen[0] <= min(outs, ins):
+                raise Refused(f"rank {chosen[0]} does not fit {target.native or target.name} (out={outs}, in={ins}); choose "
+                              f"--network_dim between 1 and {min(outs, ins)}, or leave such layers out with "
+                              "--network_args exclude=REGEX")
+            return chosen
+
+        network = self._network(method, layout, self._targets(text_encoder, unet, layout), size, multiplier)
+        network.start()
+        return network
+
+    def create_network_from_weights(
+        self, multiplier: float, file: str | None, vae: Any, text_encoder: Any, unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None, for_inference: bool = False, **arguments: Any,
+    ) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
+        """A network of the file's shapes (ranks, alphas, layers) without its values, and the file's tensors."""
+        metadata: Mapping[str, str] = {}
+        if weights_sd is None:
+            weights_sd, metadata = read_tensors(file or "")
+        method, layout = self._parse({k: v for k, v in arguments.items() if k in self.known})
+        made_by = metadata.get("lowrank.method", method.name)
+        if made_by != method.name:
+            raise Refused(f"{file} was made by {made_by}, not {method.name}; use --network_module {made_by}")
+        sizes: dict[str, tuple[int, float]] = {}
+        alphas = {keys.flat(key[:-len(".alpha")]): value for key, value in weights_sd.items() if key.endswith(".alpha")}
+        for key, value in weights_sd.items():
+            module, role = keys.role_of(key) or ("", "")
+            if role == method.factor.down:
+                sizes[keys.flat(module)] = _rank_and_alpha(value.shape[0], alphas.get(keys.flat(module)))
+        wide = dataclasses.replace(layout, target=layout.target or (".*" if unet is not None else None))
+        targets = [t for t in self._targets(text_encoder, unet, wide) if keys.flat(t.native or t.name) in sizes]
+        if not targets:
+            raise Refused(f"{file or 'the given weights'} holds no {method.name} layer of this model; it was made by another "
+                          "method or for another base")
+        network = self._network(method, layout, targets, lambda t: sizes[keys.flat(t.native or t.name)], multiplier)
+        return network, weights_sd
+
+
+def bind(method: Callable[[Any], Method], options: type, alpha_is_rank: bool = False) -> tuple[Callable, Callable]:
+    """kohya's two functions for a method; their `__self__` is the `Facade`."""
+    facade = Facade(method, options, alpha_is_rank)
+    return facade.create_network, facade.create_network_from_weights

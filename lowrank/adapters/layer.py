@@ -1,0 +1,330 @@
+"""The one host layer: a Linear or Conv2d of the base model with the branch of the one equation beside it.
+
+Shapes: O out, I in, R rank, B batch, k kernel. A convolution is the same equation: D is a k×k convolution with the
+host's stride, padding and dilation, U a 1×1 convolution.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.adapters import experts, gate, keys, magnitude
+from lowrank.adapters.method import Method
+from lowrank.errors import Refused
+
+
+class Clock:
+    """The timesteps (B,) of the samples now in the denoiser; what gates read."""
+
+    def __init__(self) -> None:
+        self.timestep: Tensor | None = None
+
+    @contextlib.contextmanager
+    def at(self, timestep: Tensor | None) -> Iterator[None]:
+        """Set the timesteps for a block and restore what was there."""
+        before, self.timestep = self.timestep, timestep
+        try:
+            yield
+        finally:
+            self.timestep = before
+
+    def now(self) -> contextlib.AbstractContextManager:
+        """Return to this moment later: gradient checkpointing re-enters it when it recomputes."""
+        return self.at(self.timestep)
+
+
+def dense_weight(host: nn.Module) -> Tensor:
+    """The host's weight as O × I·k·k, read now and without a copy where possible; quantised weights are unpacked."""
+    weight = host.weight.detach()
+    kind = type(host.weight).__name__
+    if kind in ("Params4bit", "Int8Params"):
+        import bitsandbytes as bnb  # only a quantised base needs it
+
+        if kind == "Params4bit":
+            weight = bnb.functional.dequantize_4bit(weight.data, host.weight.quant_state)
+        else:
+            weight = host.weight.CB.float() * host.weight.SCB.float()[:, None] / 127
+    elif weight.dtype.itemsize == 1:  # float8 storage has no arithmetic
+        weight = weight.float()
+    return weight.reshape(weight.shape[0], -1)
+
+
+class AdaptedLayer(nn.Module):
+    """A host and its branch. Five verbs: `delta`, `delta_weight`, `roles`, `tensors`, `load`.
+
+    Trained tensors are parameters, frozen ones buffers, records (written to files, unused in the forward) plain CPU
+    tensors; each is named by its role. The host is never a child: its own module owns it.
+    """
+
+    def __init__(self, name: str, host: nn.Module, method: Method, rank: int, alpha: float, clock: Clock) -> None:
+        super().__init__()
+        self.name, self.method, self.rank, self._clock, self._host = name, method, rank, clock, [host]
+        self.conv = isinstance(host, nn.Conv2d)
+        if self.conv and host.groups != 1:
+            raise Refused(f"{name} is a grouped convolution (groups={host.groups}), which no method here can adapt; "
+                          "exclude it with --network_args exclude=…")
+        if self.conv and method.experts and method.experts.on == "x":
+            raise Refused(f"{name} is a convolution, whose input and output differ in size, so {method.name} cannot route "
+                          "on x there; route on h, or exclude it with --network_args exclude=…")
+        outs, ins = (host.out_channels, host.in_channels) if self.conv else (host.out_features, host.in_features)
+        kernel = tuple(host.kernel_size) if self.conv else ()
+        self.scale, self.multiplier = alpha / rank, 1.0
+        self.dropout = self.rank_dropout = self.module_dropout = 0.0
+        self.record: dict[str, Tensor] = {}
+        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        for role, shape in self._shapes(outs, ins, kernel).items():
+            empty = torch.empty(shape, device="meta" if host.weight.is_meta else None)
+            if role in method.factor.trained or role in ("magnitude", "router"):
+                self.register_parameter(role, nn.Parameter(empty))
+            else:
+                self.register_buffer(role, empty)
+
+    def _shapes(self, outs: int, ins: int, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        method, ones, R = self.method, (1,) * len(kernel), self.rank
+        factor, E = method.factor, method.experts
+        shapes = {factor.down: (R, ins, *kernel), factor.up: (*((E.count,) if E else ()), outs, R, *ones)}
+        if factor.up_0:
+            shapes |= {factor.down_0: (R, ins, *kernel), factor.up_0: (outs, R, *ones)}
+        if factor.core:
+            shapes[factor.core] = (R, R)
+        if E:
+            shapes["router"] = (E.count, R if E.on == "h" else ins)
+        if method.magnitude:
+            shapes["magnitude"] = (outs, 1, *ones)
+        return shapes
+
+    # ------------------------------------------------------------------ values
+
+    @property
+    def host(self) -> nn.Module:
+        return self._host[0]
+
+    def roles(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by role; together they are exactly `parameters()`."""
+        return dict(self._parameters)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor a file needs, by role: trained, frozen, records and `alpha`."""
+        return {**{k: v.detach() for k, v in self._parameters.items()}, **self._buffers, **self.record}
+
+    def load(self, values: dict[str, Tensor], source: str = "the file") -> None:
+        """Copy values in by role; roles not given keep theirs. Raises `Refused` on a wrong shape or a NaN."""
+        for role, value in values.items():
+            own = self._parameters.get(role, self._buffers.get(role))
+            if not torch.isfinite(value).all():
+                raise Refused(f"{self.name}.{role} in {source} holds NaN or infinite values; use an earlier file")
+            if own is None:
+                if role not in self.method.factor.record:
+                    raise Refused(f"{self.name} has no {role!r}, which {source} gives; it was made by another method than "
+                                  f"{self.method.name}")
+                self.record[role] = value.detach().to("cpu", copy=True)
+            elif _without_ones(own.shape) != _without_ones(value.shape):
+                raise Refused(f"{self.name}.{role} is {tuple(value.shape)} in {source} and {tuple(own.shape)} here; the "
+                              "rank or the base model differs, check --network_dim (or use --dim_from_weights)")
+            else:
+                with torch.no_grad():
+                    own.copy_(value.reshape(own.shape))
+        if "alpha" in values:
+            self.scale = float(self.alpha) / self.rank
+
+    def start_magnitude(self) -> None:
+        """m = ‖W + ΔW‖ per row, by the same function as in the forward, so that g is exactly 1 at step 0."""
+        if self.method.magnitude and not self.host.weight.is_meta:
+            with torch.no_grad():
+                self.magnitude.copy_(self._row_norm().reshape(self.magnitude.shape))
+
+    # ------------------------------------------------------------------ mathematics
+
+    def _role(self, role: str) -> Tensor:
+        value, constrain = getattr(self, role), self.method.factor.constrain.get(role)
+        return value if constrain is None else constrain(value.flatten(1)).reshape(value.shape)
+
+    def _pairs(self, at: Tensor | None = None) -> list[tuple[float, Tensor, Tensor]]:
+        """(sign, U (O,R), C·M·D (R, I·k·k)) of the branch and, where there is one, of its initial copy."""
+        factor, pairs = self.method.factor, []
+        for sign, up, down in ((1.0, factor.up, factor.down), (-1.0, factor.up_0, factor.down_0)):
+            if up is None:
+                continue
+            D = self._role(down).flatten(1)                       # (R, I·k·k)
+            if self.method.gate is not None:
+                D = gate.prefix(self.method.gate.open(at, self.rank), self.rank).to(D).T * D
+            if factor.core and sign > 0:
+                D = self._role(factor.core) @ D
+            pairs.append((sign, self._role(up).flatten(1), D))
+        return pairs
+
+    def delta_weight(self, at: Tensor | None = None) -> Tensor | None:
+        """ΔW in the host's shape (O, I[, k, k]), or None when it depends on the input.
+
+        A gated method is a different ΔW at each timestep: `at` (1,) names one, and leaving it out is refused.
+        """
+        if self.method.experts is not None:
+            return None
+        if self.method.gate is not None and at is None:
+            raise Refused(f"{self.method.name} has another ΔW at every timestep; name one (--at-timestep) or keep it live")
+        s = self.multiplier * self.scale
+        dW = sum(sign * s * (U @ D) for sign, U, D in self._pairs(at))
+        if self.method.magnitude is not None:
+            g = self.magnitude.flatten(1) / self._row_norm()[:, None]
+            W = dense_weight(self.host).to(dW)
+            dW = g * (W + dW) - W
+        shape = (-1, self.host.in_channels, *self.host.kernel_size) if self.conv else dW.shape
+        return dW.reshape(shape)
+
+    def _row_norm(self) -> Tensor:
+        signs, ups, downs = zip(*self._pairs(), strict=True)
+        U = torch.cat([sign * up for sign, up in zip(signs, ups, strict=True)], dim=1)
+        return magnitude.row_norm(dense_weight(self.host).to(U), U, torch.cat(downs), self.multiplier * self.scale)
+
+    def _project(self, x: Tensor, D: Tensor) -> Tensor:
+        """h = C(t)·D x with the gate and dropouts: (B, …, R), or (B, R, h, w) for a convolution."""
+        if self.conv:
+            host = self.host
+            h = F.conv2d(x, D, stride=host.stride, padding=host.padding, dilation=host.dilation)
+        else:
+            h = F.linear(x, D)
+        if self.method.gate is not None:
+            if self._clock.timestep is None:
+                raise Refused(f"{self.method.name} needs the timestep and nobody told it; run the model through "
+                              "lowrank's denoiser hook")
+            mask = gate.prefix(self.method.gate.open(self._clock.timestep, self.rank), self.rank)
+            h = h * _along_rank(gate.per_sample(mask, h.shape[0]), h, self.conv)
+        if self.training and self.dropout:
+            h = F.dropout(h, self.dropout)
+        return h
+
+    def _expand(self, x: Tensor, h: Tensor, U: Tensor) -> Tensor:
+        if self.method.experts is None:
+            return F.conv2d(h, U) if self.conv else F.linear(h, U)
+        if not self.conv:
+            read = h if self.method.experts.on == "h" else x
+            return experts.mixture(h, U, self.method.experts.route(read, self.router))
+        h = h.movedim(1, -1)                                              # (B, h, w, R)
+        return experts.mixture(h, U.flatten(2), self.method.experts.route(h, self.router)).movedim(-1, 1)
+
+    def _branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(h, U) of the trained branch, before the expansion."""
+        factor = self.method.factor
+        h = self._project(x, self._role(factor.down))
+        if factor.core:
+            C = self._role(factor.core)
+            h = F.conv2d(h, C[:, :, None, None]) if self.conv else F.linear(h, C)
+        return h, self._role(factor.up)
+
+    def delta(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the branch adds to the host's output y = W x + b, in the same shape; `y` is only read by the magnitude."""
+        factor, kept = self.method.factor, self._rank_mask(x)
+        h, U = self._branch(x)
+        d = self._expand(x, h * kept if kept is not None else h, U)
+        if factor.up_0:
+            h_0 = self._project(x, self._role(factor.down_0))
+            d = d - self._expand(x, h_0 * kept if kept is not None else h_0, self._role(factor.up_0))
+        d = d * _strength(self.multiplier, d) * self.scale
+        if self.method.magnitude is None:
+            return d
+        if y is None:
+            y = self._forward_host(x)
+        norm = self._row_norm()
+        g = self.magnitude.flatten() / (norm.detach() if self.method.magnitude.detach else norm)
+        g = g.reshape(-1, 1, 1) if self.conv else g
+        bias = 0 if self.host.bias is None else (self.host.bias.reshape(-1, 1, 1) if self.conv else self.host.bias)
+        return (g - 1) * (y - bias) + g * d  # not g·(y−b+d)+b−y: exactly 0 while g = 1 and d = 0
+
+    def _rank_mask(self, x: Tensor) -> Tensor | None:
+        """Rank dropout as kohya's: per sample, each rank kept with probability 1 − p, the rest scaled up."""
+        if not (self.training and self.rank_dropout):
+            return None
+        kept = (torch.rand(x.shape[0], self.rank, device=x.device) > self.rank_dropout).to(x.dtype)
+        kept = kept / (1 - self.rank_dropout)
+        return kept[:, :, None, None] if self.conv else kept.reshape(x.shape[0], *(1,) * (x.dim() - 2), self.rank)
+
+    # ------------------------------------------------------------------ the host's forward
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        y = self._forward_host(x, *args, **kwargs)
+        if isinstance(self.multiplier, float) and self.multiplier == 0:
+            return y
+        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
+            return y
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(getattr(self, self.method.factor.down).dtype)
+        if not self._fusable(y):
+            return y + self.delta(x, y).to(y.dtype)
+        h, U = self._branch(x)
+        # y + s·h·Uᵀ in one call: no separate product and sum of the wide output
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2).to(y.dtype), U.to(y.dtype).T,
+                           alpha=self.scale * self.multiplier).view(y.shape)
+
+    def _fusable(self, y: Tensor) -> bool:
+        method = self.method
+        if self.conv or y.dim() < 2 or method.factor.up_0 or method.experts or method.magnitude:
+            return False
+        if isinstance(self.multiplier, Tensor) or (self.training and self.rank_dropout):
+            return False
+        return torch.is_autocast_enabled(y.device.type) or y.dtype == getattr(self, method.factor.up).dtype
+
+    def _forward_host(self, x: Tensor, *args, **kwargs) -> Tensor:
+        chained = getattr(self, "_chained", None)
+        return (chained[0] if chained else self.host.forward)(x, *args, **kwargs)
+
+    def attach(self) -> None:
+        """Put this layer in front of the host's forward, whatever stands there now."""
+        self._before = self.host.__dict__.get("forward")
+        self._chained = [self.host.forward]  # in a list: a bound method of the host must not make it a child
+        self.host.forward = self.forward
+
+    def restore(self) -> None:
+        """Give the host back the forward it had."""
+        if self.host.__dict__.get("forward") != self.forward:
+            raise Refused(f"another adapter was put on {self.name} after this one; restore that one first")
+        if self._before is None:
+            del self.host.forward
+        else:
+            self.host.forward = self._before
+        del self._chained
+
+    # ------------------------------------------------------------------ state, under the names of files
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        for role, value in {**self._parameters, **self._buffers, **self.record}.items():
+            destination[prefix + keys.KOHYA.get(role, role)] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(self, state, prefix, _metadata, _strict, missing, unexpected, errors) -> None:
+        found = {}
+        for key in [key for key in state if key.startswith(prefix)]:
+            role = keys.role_of(key)
+            found[role[1] if role else key[len(prefix):]] = state[key]
+        expected = {*self._parameters, *self._buffers}
+        missing += [prefix + keys.KOHYA.get(role, role) for role in expected - found.keys()]
+        unknown = found.keys() - expected - set(self.method.factor.record)
+        unexpected += [prefix + keys.KOHYA.get(role, role) for role in unknown]
+        try:
+            self.load({role: value for role, value in found.items() if role not in unknown})
+        except Refused as refused:
+            errors.append(str(refused))
+
+
+def _without_ones(shape: torch.Size) -> tuple[int, ...]:
+    """A shape without trailing ones: 1×1 convolutions and linear layers share files."""
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(sizes)
+
+
+def _along_rank(mask: Tensor, h: Tensor, conv: bool) -> Tensor:
+    """Mask (B, R) shaped to multiply h (B, …, R) or (B, R, h, w)."""
+    mask = mask.to(h.dtype)
+    return mask[:, :, None, None] if conv else mask.reshape(mask.shape[0], *(1,) * (h.dim() - 2), mask.shape[1])
+
+
+def _strength(multiplier: float | Tensor, d: Tensor) -> float | Tensor:
+    """A scalar, or one multiplier per sample (n,) repeated over a batch of n·k."""
+    if not isinstance(multiplier, Tensor) or multiplier.dim() == 0:
+        return multiplier
+    rows = multiplier.to(d).repeat_interleave(d.shape[0] // multiplier.shape[0])
+    return rows.reshape(-1, *(1,) * (d.dim() - 1))

@@ -1,0 +1,285 @@
+"""The network: every adapted layer of a model, under kohya's network contract.
+
+The contract (kohya sd-scripts, networks/lora.py as read by its trainers): apply_to, load_weights, save_weights,
+prepare_optimizer_params, prepare_grad_etc, on_epoch_start, get_trainable_params, set_multiplier, merge_to and their kin.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters import keys, rates
+from lowrank.adapters.layer import AdaptedLayer, Clock, dense_weight
+from lowrank.adapters.method import Method
+from lowrank.adapters.targets import Target
+from lowrank.errors import Refused
+from lowrank.files import read_tensors, write_tensors
+
+
+class DenseWeights(Mapping[str, Tensor]):
+    """The hosts' dense weights by layer name, unpacked only when read."""
+
+    def __init__(self, layers: Iterable[AdaptedLayer]) -> None:
+        self._hosts = {layer.name: layer.host for layer in layers}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return dense_weight(self._hosts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hosts)
+
+    def __len__(self) -> int:
+        return len(self._hosts)
+
+
+class AdapterNetwork(nn.Module):
+    """Adapted layers of one model. Layers join the state dict when `apply_to` has put them on their hosts."""
+
+    train_t5xxl = False  # read by kohya's FLUX and SD3 trainers
+
+    def __init__(
+        self, method: Method, targets: list[Target], size: Callable[[Target], tuple[int, float]], multiplier: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.method, self.clock = method, Clock()
+        self.targets = {target.name: target for target in targets}
+        if len(self.targets) != len(targets):
+            raise Refused("two target layers share one key; name fewer with --network_args target=…")
+        self._made = {t.name: AdaptedLayer(t.name, t.module, method, *size(t), self.clock) for t in targets}
+        self.facts: dict[str, str] = {}  # what the start values were made from, for the file's metadata
+        self.role_rates: dict[tuple[str, str], float] = {}  # (part, role) -> multiple of the part's learning rate
+        self.leave_out: frozenset[str] = frozenset()  # roles that files go without
+        self._backup: dict[str, Tensor] = {}
+        self.set_multiplier(multiplier)
+
+    # ------------------------------------------------------------------ life
+
+    def layers(self, part: str | None = None) -> list[AdaptedLayer]:
+        """The adapted layers in the model's order; before `apply_to` all that were made."""
+        own = [m for m in self.children() if isinstance(m, AdaptedLayer)] or list(self._made.values())
+        return [layer for layer in own if part is None or self.targets[layer.name].part == part]
+
+    def start(self, only: Iterable[str] | None = None, roles: Iterable[str] | None = None) -> None:
+        """Give the layers their values at step 0; `only` some layers, `roles` only some tensors (a file had the rest)."""
+        layers = [layer for layer in self._made.values() if only is None or layer.name in set(only)]
+        if not layers or layers[0].host.weight.is_meta:
+            return
+        ranks = {layer.name: layer.rank for layer in layers}
+        scales = {layer.name: layer.scale for layer in layers}
+        values, facts = self.method.factor.start(DenseWeights(layers), ranks, scales)
+        for layer in layers:
+            own = {**layer.roles(), **dict(layer.named_buffers())}
+            layer.load({role: value.reshape(own[role].shape) if role in own else value
+                        for role, value in values[layer.name].items() if roles is None or role in set(roles)},
+                       "the start values")
+            if roles is None:
+                if "router" in layer.roles():
+                    nn.init.zeros_(layer.router)
+                layer.start_magnitude()
+        self.facts.update(facts)
+
+    def apply_to(self, text_encoder, unet, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
+        """Put the layers of the chosen parts in front of their hosts' forwards; the base weights stay as they are."""
+        for name, layer in self._made.items():
+            if apply_unet if self.targets[name].part == "unet" else apply_text_encoder:
+                layer.attach()
+                self.add_module(name, layer)
+
+    def restore(self) -> None:
+        """Take every layer off its host again."""
+        for layer in reversed(self.layers()):
+            layer.restore()
+
+    def denoise_at(self, timestep: Tensor | None):
+        """`with network.denoise_at(t):` tells gated layers the timesteps (B,) in 0..1000 of the samples inside."""
+        return self.clock.at(timestep)
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Hold frozen tensors in the dtype of the forward, so that a file says what training used."""
+        for layer in self._made.values():
+            for role, value in layer.named_buffers(recurse=False):
+                if role != "alpha":
+                    setattr(layer, role, value.to(dtype))
+
+    def penalties(self) -> dict[str, Tensor]:
+        """The method's penalties at the present parameters, by name."""
+        return {penalty.name: penalty.value(self) for penalty in self.method.penalty}
+
+    # ------------------------------------------------------------------ training, as kohya's trainers ask for it
+
+    def tagged(self) -> list[rates.Tagged]:
+        """Every trained parameter with its part and role."""
+        return [rates.Tagged(self.targets[layer.name].part, role, parameter)
+                for layer in self.layers() for role, parameter in layer.roles().items()]
+
+    def prepare_optimizer_params_with_multiple_te_lrs(self, text_encoder_lr, unet_lr, default_lr=None):
+        """Groups and their descriptions. `text_encoder_lr`: None, a number, or a list in the order of the encoders."""
+        given = list(text_encoder_lr) if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
+        given = [default_lr if rate is None else rate for rate in given or [None]]
+        part_rates = {"unet": default_lr if unet_lr is None else unet_lr, "te": given[0]}
+        part_rates |= {f"te{i + 1}": given[min(i, len(given) - 1)] for i in range(3)}
+        role_rates = {(part, role): factor for part in part_rates for role, factor in self.method.rates.items()}
+        return rates.groups(self.tagged(), part_rates, role_rates | self.role_rates)
+
+    def prepare_optimizer_params(self, text_encoder_lr, unet_lr, default_lr=None):
+        return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: the layers' forwards are recomputed with their hosts'."""
+
+    def prepare_grad_etc(self, text_encoder, unet) -> None:
+        self.requires_grad_(True)
+
+    def on_epoch_start(self, text_encoder, unet) -> None:
+        self.train()
+
+    def on_step_start(self, *_) -> None:
+        """Nothing to do: values that depend on the step come from the clock."""
+
+    def get_trainable_params(self) -> Iterator[nn.Parameter]:
+        return self.parameters()
+
+    def set_multiplier(self, multiplier: float | Tensor) -> None:
+        """Strength of every layer: one number, or one per sample."""
+        for layer in self._made.values():
+            layer.multiplier = multiplier if isinstance(multiplier, Tensor) else float(multiplier)
+
+    def set_enabled(self, enabled: bool) -> None:
+        self.set_multiplier(1.0 if enabled else 0.0)
+
+    def apply_max_norm_regularization(self, value: float, device) -> tuple[int, float, float]:
+        """Scale each layer's trained factors so that ‖s·U·D‖_F ≤ value; (how many were scaled, mean, max norm after)."""
+        factor = self.method.factor
+        if factor.up_0 or self.method.experts:
+            raise Refused(f"--scale_weight_norms is not defined for {self.method.name}; leave it out")
+        norms, scaled = [], 0
+        with torch.no_grad():
+            for layer in self.layers():
+                (_, U, D), = layer._pairs(torch.zeros(1))
+                norm = layer.scale * ((U.T @ U) * (D @ D.T).T).sum().clamp_min(0).sqrt()
+                ratio = norm.clamp(max=value) / norm.clamp_min(value / 2)
+                trained = [layer.roles()[role] for role in factor.trained]
+                if ratio < 1 and norm > value:
+                    scaled += 1
+                    for parameter in trained:
+                        parameter.mul_(ratio ** (1 / len(trained)))
+                norms.append(norm.clamp(max=value))
+        stacked = torch.stack(norms)
+        return scaled, stacked.mean().item(), stacked.max().item()
+
+    # ------------------------------------------------------------------ files
+
+    def native_state(self) -> dict[str, Tensor]:
+        """The state dict under native file keys."""
+        state = {}
+        for layer in self.layers():
+            native = self.targets[layer.name].native
+            table = keys.PEFT if native else keys.KOHYA
+            for role, value in layer.tensors().items():
+                if role in self.leave_out:
+                    continue
+                state[f"{native or layer.name}.{table.get(role, role)}"] = value
+        return state
+
+    def describe(self) -> dict[str, str]:
+        """What a reader must know to use the file: method, options, ranks, where the start values came from."""
+        sizes = {(layer.rank, float(layer.alpha)) for layer in self.layers()}
+        one = sizes.pop() if len(sizes) == 1 else (None, None)
+        return {
+            "lowrank.method": self.method.name,
+            "lowrank.options": json.dumps(dict(self.method.options), sort_keys=True, default=str),
+            "lowrank.rank": str(one[0]),
+            "lowrank.alpha": str(one[1]),
+            "lowrank.layers": str(len(self.layers())),
+            **{f"lowrank.{key}": value for key, value in self.facts.items()},
+        }
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write the native file: whole or not at all."""
+        state = {k: v if dtype is None else v.to(dtype) for k, v in self.native_state().items()}
+        write_tensors(Path(file), state, {**self.describe(), **(metadata or {})})
+
+    def load_weights(self, file: str):
+        """Read values from a file of any dialect; returns torch's named tuple of missing and unexpected keys."""
+        state, metadata = read_tensors(Path(file))
+        return self.read_state(state, metadata, str(file))
+
+    def read_state(self, state: Mapping[str, Tensor], metadata: Mapping[str, str], source: str):
+        """`load_weights` for tensors already read. Frozen tensors that a file leaves out are computed from the base."""
+        made_by = metadata.get("lowrank.method", self.method.name)
+        if made_by != self.method.name:
+            raise Refused(f"{source} was made by {made_by}, not {self.method.name}; use --network_module {made_by}")
+        own = {keys.flat(target.native or name): name for name, target in self.targets.items()}
+        found: dict[str, dict[str, Tensor]] = {}
+        unexpected = []
+        for key, value in state.items():
+            module, role = keys.role_of(key) or (key.rpartition(".")[0], key.rpartition(".")[2])
+            name = own.get(keys.flat(module))
+            if name is None:
+                unexpected.append(key)
+            else:
+                found.setdefault(name, {})[role] = value
+        if not found:
+            raise Refused(f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model has "
+                          f"{', '.join(list(self.targets)[:2])}; it was made for another base")
+        for name, values in found.items():
+            self._made[name].load(values, source)
+        frozen = self.method.factor.frozen
+        absent = [name for name, values in found.items() if not frozen <= values.keys()]
+        if absent:
+            self._start_frozen(absent, frozen, metadata, source)
+        missing = [f"{name}.{keys.KOHYA.get(role, role)}" for name, layer in self._made.items()
+                   for role in layer.roles() if role not in found.get(name, {})]
+        return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def _start_frozen(self, names: list[str], frozen: frozenset[str], metadata: Mapping[str, str], source: str) -> None:
+        self.start(names, frozen | set(self.method.factor.record))
+        want, have = metadata.get("lowrank.basis_hash"), self.facts.get("basis_hash")
+        if want and have and want != have:
+            raise Refused(f"{source} leaves out its basis {want[:12]} and this base model gives {have[:12]}; load it on the "
+                          "model it was trained on")
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As torch's; also takes the keys of native files, which kohya's gen_img hands over as they are."""
+        if any(key in self._native_keys() for key in state_dict):
+            return self.read_state(state_dict, {}, "the state dict")
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _native_keys(self) -> set[str]:
+        return {key for key in self.native_state() if not key.startswith("lora_")}
+
+    # ------------------------------------------------------------------ merging into the base, where the contract asks
+
+    def is_mergeable(self) -> bool:
+        return self.method.experts is None and self.method.gate is None
+
+    def merge_to(self, text_encoder, unet, weights_sd=None, dtype=None, device=None) -> None:
+        """W ← W + ΔW in fp32, rounded once to W's dtype. The only place that writes base weights, on demand."""
+        if weights_sd is not None:
+            self.read_state(weights_sd, {}, "the weights to merge")
+        with torch.no_grad():
+            for layer in self.layers():
+                weight = layer.host.weight
+                if type(weight) is not nn.Parameter:
+                    raise Refused(f"{layer.name} is quantised ({type(weight).__name__}) and cannot be merged into; keep "
+                                  "the adapter live")
+                layer.to(device or weight.device)
+                dW = layer.delta_weight()
+                weight.copy_((weight.float() + dW.float()).to(weight.dtype))
+
+    def backup_weights(self) -> None:
+        self._backup = {layer.name: layer.host.weight.detach().clone() for layer in self.layers()}
+
+    def restore_weights(self) -> None:
+        with torch.no_grad():
+            for layer in self.layers():
+                layer.host.weight.copy_(self._backup[layer.name])
+
+    def pre_calculation(self) -> None:
+        self.merge_to(None, None)
+        self.set_multiplier(0.0)

@@ -1,0 +1,42 @@
+"""The residual of every adapted layer, from the command line."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from lowrank import __version__
+from lowrank.adapters.layer import dense_weight
+from lowrank.adapters.targets import find
+from lowrank.models.family import Source
+from lowrank.models.flux import FLUX
+from lowrank.surfaces import SAVE_RESIDUAL
+from lowrank.train.inputs import cache_folder
+from lowrank.weights.basis import start_basis
+from lowrank.weights.residual import write_residual
+
+FILE = "flux_residual_weights.safetensors"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write `flux_residual_weights.safetensors`; only the transformer is loaded. Raises `Refused`."""
+    options = SAVE_RESIDUAL.parse(argv).residual
+    logging.basicConfig(level="INFO", format="%(message)s")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    models = FLUX.load(Source(options.model_path, dtype=DTYPES[options.dtype], device=device), ("denoiser",))
+    targets = find("unet", models.denoiser)
+    modules = {t.native.removeprefix("transformer."): t.module for t in targets}
+    weights = {module: dense_weight(host) for module, host in modules.items()}
+    bases, facts = start_basis({t.name: dense_weight(t.module) for t in targets}, {t.name: options.rank for t in targets},
+                               options.basis_cache_dir or cache_folder("basis"))
+    names = {t.native.removeprefix("transformer."): t.name for t in targets}
+    path = Path(options.output_dir) / FILE
+    write_residual(path, weights, lambda module: bases[names[module]], DTYPES[options.dtype], {
+        "lowrank.kind": "residual", "lowrank.version": __version__, "lowrank.rank": str(options.rank),
+        "lowrank.basis_hash": facts["basis_hash"], "lowrank.base_hash": FLUX.model_hash(models, "denoiser")})
+    size = path.stat().st_size
+    print(f"{path}: W - QR of {len(weights)} layers at rank {options.rank}, {size / 1e9:.3g} GB ({options.dtype})")
+    return 0

@@ -1,0 +1,205 @@
+"""Image files to pixels: header, upright RGB, scaled crop, tensor. Only Pillow reads files.
+
+What comes out is always 8-bit RGB, upright (the EXIF orientation is applied before anything else sees the
+image): CMYK, grey, palette and 16-bit files are converted, 16-bit grey by value/257; of several frames the
+first counts; colour profiles are not applied. Alpha is dropped, as in sd-scripts, so transparent pixels show
+the colour stored under them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import random
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lowrank.data.ahead import ahead
+from lowrank.data.buckets import Place
+from lowrank.errors import Refused
+
+log = logging.getLogger(__name__)
+
+_BROKEN = (  # what Pillow raises on damaged files of these formats (RuntimeError: AVIF)
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "AVIF", "JXL")
+_ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+    "area": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "linear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "cubic": Image.Resampling.BICUBIC,
+}
+
+
+class Header(NamedTuple):
+    """Size (w, h) after the EXIF orientation, and Pillow's mode of the stored pixels."""
+
+    size: tuple[int, int]
+    mode: str
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """The lower-case file endings taken for images; .avif and .jxl only where this Pillow can read them."""
+    return frozenset(
+        {".png", ".jpg", ".jpeg", ".webp", ".bmp"} | ({".avif", ".jxl"} & set(Image.registered_extensions()))
+    )
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _refused(path: str | os.PathLike, error: BaseException) -> Refused:
+    reason = str(error).removesuffix(f" {os.fspath(path)!r}") or type(error).__name__
+    return Refused(f"image {path} cannot be read ({reason}); repair or remove it, or give --skip_bad_images")
+
+
+def header(path: str | os.PathLike) -> Header:
+    """Size and mode from the file's head alone, no pixel is decoded. Raises `Refused` naming the file."""
+    try:
+        with Image.open(path, formats=_known_formats()) as image:
+            size = image.size if _orientation(image, path) < 5 else image.size[::-1]
+            return Header(size, image.mode)
+    except _BROKEN as error:
+        raise _refused(path, error) from error
+
+
+def _orientation(image: Image.Image, path: str | os.PathLike) -> int:
+    if not any(name in image.info for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")):
+        return 1
+    try:  # the base class' method: PNG's own would decode the whole image to look for a late EXIF chunk
+        return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
+    except (*_BROKEN, TypeError, KeyError, IndexError) as error:
+        log.warning("the EXIF data of %s is damaged (%s); the image is taken as upright", path, error)
+        return 1
+
+
+def read(path: str | os.PathLike, *, alpha: bool = False) -> Image.Image:
+    """The whole image, decoded and upright, as RGB, or RGBA with `alpha`.
+
+    Raises `Refused` naming the file, also when only its end is missing.
+    """
+    try:
+        with Image.open(path, formats=_known_formats()) as image:
+            turn = _UPRIGHT.get(_orientation(image, path))
+            image.load()
+            converted = _converted(image, "RGBA" if alpha else "RGB")
+    except _BROKEN as error:
+        raise _refused(path, error) from error
+    return converted if turn is None else converted.transpose(turn)
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255: nearly everything white
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+    return image.convert(mode)
+
+
+def render(
+    image: Image.Image, where: Place, box: tuple[int, int, int, int], interpolation: str | None
+) -> Image.Image:
+    """The part `box` of the image scaled to `where.resized`, without ever making the whole scaled image.
+
+    `interpolation` None is area averaging when shrinking and Lanczos when enlarging. Pillow's filters average
+    when shrinking, so e.g. bilinear differs there from OpenCV's, which sd-scripts uses.
+    """
+    if where.resized == image.size:
+        return image.crop(box)
+    scale = image.size[0] / where.resized[0], image.size[1] / where.resized[1]
+    left, top = box[0] * scale[0], box[1] * scale[1]
+    right, bottom = min(box[2] * scale[0], image.size[0]), min(box[3] * scale[1], image.size[1])
+    shrinks = where.resized[0] <= image.size[0] and where.resized[1] <= image.size[1]
+    chosen = interpolation or ("area" if shrinks else "lanczos")
+    return image.resize(where.bucket, _FILTERS[chosen], box=(left, top, right, bottom))
+
+
+def jitter(image: Image.Image, rng: random.Random) -> Image.Image:
+    """`color_aug`: with 33 % chance the hue turned by up to ±8/180 of the circle, or a gamma of 0.95–1.05."""
+    if rng.random() > 0.33:
+        return image
+    if rng.random() > 0.5:
+        turn = round(rng.uniform(-8, 8) / 180 * 256)
+        hue, *rest = image.convert("HSV").split()
+        turned = hue.point([(value + turn) % 256 for value in range(256)])
+        return Image.merge("HSV", (turned, *rest)).convert("RGB")
+    gamma = rng.uniform(0.95, 1.05)
+    return image.point([round((value / 255) ** gamma * 255) for value in range(256)] * 3)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB or L as float32 (C, H, W); RGB in [-1, 1], L (a mask) in [0, 1]."""
+    pixels = torch.from_numpy(np.array(image)).float().div_(255)
+    return pixels[None] if image.mode == "L" else pixels.permute(2, 0, 1).mul(2).sub_(1).contiguous()
+
+
+def load(
+    path: Path,
+    where: Place,
+    box: tuple[int, int, int, int],
+    *,
+    interpolation: str | None = None,
+    flip: bool = False,
+    color: random.Random | None = None,
+    alpha: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One placed image as pixels (3, H, W) in [-1, 1], and with `alpha` its mask (1, H, W) in [0, 1].
+
+    `color` switches the colour jitter on; an image without alpha has a mask of ones. Raises `Refused` naming
+    the file.
+    """
+    whole = read(path, alpha=alpha)
+    # colour and alpha are scaled apart: Pillow would blacken what is transparent
+    mask = to_tensor(render(whole.getchannel("A"), where, box, interpolation)) if alpha else None
+    image = render(whole.convert("RGB"), where, box, interpolation)
+    pixels = to_tensor(jitter(image, color) if color else image)
+    if flip:
+        pixels, mask = pixels.flip(-1), None if mask is None else mask.flip(-1)
+    return pixels, mask
+
+
+def undecodable(paths: Iterable[Path], *, workers: int = 2) -> dict[Path, str]:
+    """Every path whose pixels cannot be decoded to the end, with the reason: decodes all of them."""
+
+    def problem(path: Path) -> tuple[Path, str | None]:
+        try:
+            read(path)
+        except Refused as error:
+            return path, str(error)
+        return path, None
+
+    return {path: reason for path, reason in ahead(problem, paths, workers=workers) if reason}

@@ -1,0 +1,123 @@
+"""Which images make which batch: placement, regularisation balance, the order of an epoch. Pure."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lowrank.data import buckets
+from lowrank.data.records import Dataset, Example, Subset
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An example with its dataset, its bucket and how often it comes in an epoch."""
+
+    example: Example
+    dataset: Dataset
+    where: buckets.Place
+    repeats: int
+
+    @property
+    def subset(self) -> Subset:
+        """The subset the example was found in."""
+        return self.dataset.subsets[self.example.subset]
+
+
+def stream(*parts: object) -> random.Random:
+    """An own random stream for that name; the same on every machine and Python version."""
+    return random.Random("/".join(map(str, parts)))
+
+
+def place(dataset: Dataset, examples: Sequence[Example]) -> tuple[Placed, ...]:
+    """Training images, then the regularisation images in use, each with its bucket and final repeats."""
+    placed = [Placed(one, dataset, buckets.place(one.size, dataset), one.repeats) for one in examples]
+    train = [one for one in placed if not one.example.is_reg]
+    reg = [one for one in placed if one.example.is_reg]
+    return (*train, *balanced(reg, sum(one.repeats for one in train)))
+
+
+def balanced(reg: Sequence[Placed], total: int) -> list[Placed]:
+    """The regularisation images in use, by sd-scripts' rule.
+
+    They are taken in order with their repeats, then each in turn gets one repeat more, until there are
+    `total`; what is left over is not used.
+    """
+    counts: list[int] = []
+    reached = 0
+    for one in reg:
+        if reached >= total:
+            break
+        counts.append(one.repeats)
+        reached += one.repeats
+    rounds, rest = divmod(max(total - reached, 0), len(counts)) if counts else (0, 0)
+    return [
+        replace(one, repeats=count + rounds + (i < rest))
+        for i, (one, count) in enumerate(zip(reg, counts, strict=False))
+    ]
+
+
+def tell(dataset: Dataset, examples: Sequence[Example], placed: Sequence[Placed]) -> None:
+    """Log what a user may not expect: unused regularisation images, images that are mostly cropped away."""
+    reg = sum(example.is_reg for example in examples)
+    used = sum(one.example.is_reg for one in placed)
+    if used < reg:
+        log.warning(
+            "there are more regularisation than training images: %d of %d are not used", reg - used, reg
+        )
+    cut = [one for one in placed if _kept(one) < 0.5]
+    if cut:
+        first = cut[0]
+        log.warning(
+            "%d images lose more than half of their picture in the crop; the first is %s, %dx%d into bucket "
+            "%dx%d%s",
+            len(cut),
+            first.example.path,
+            *first.example.size,
+            *first.where.bucket,
+            "" if dataset.enable_bucket else " (enable_bucket helps)",
+        )
+
+
+def _kept(one: Placed) -> float:
+    (width, height), (whole_width, whole_height) = one.where
+    return width * height / (whole_width * whole_height)
+
+
+def batch_count(groups: Sequence[Sequence[Placed]]) -> int:
+    """Batches of one epoch: over datasets and buckets, images x repeats by the batch size, rounded up."""
+    return sum(
+        -(-sum(one.repeats for one in members) // members[0].dataset.batch_size)
+        for placed in groups
+        for members in by_bucket(placed).values()
+    )
+
+
+def by_bucket(placed: Sequence[Placed]) -> dict[buckets.Size, list[Placed]]:
+    """The members of each bucket, buckets sorted."""
+    members: dict[buckets.Size, list[Placed]] = {}
+    for one in placed:
+        members.setdefault(one.where.bucket, []).append(one)
+    return dict(sorted(members.items()))
+
+
+def epoch_batches(groups: Sequence[Sequence[Placed]], seed: int, epoch: int) -> list[tuple[Placed, ...]]:
+    """All batches of an epoch, in order; they depend on seed + epoch only.
+
+    Each bucket is shuffled and cut into batches (the last may be smaller), then the batches of all buckets
+    and datasets are shuffled.
+    """
+    order = stream(seed + epoch, "order")
+    batches: list[tuple[Placed, ...]] = []
+    for placed in groups:
+        for members in by_bucket(placed).values():
+            copies = [one for one in members for _ in range(one.repeats)]
+            order.shuffle(copies)
+            size = members[0].dataset.batch_size
+            batches += [tuple(copies[i : i + size]) for i in range(0, len(copies), size)]
+    order.shuffle(batches)
+    return batches

@@ -1,0 +1,180 @@
+"""What a dataset is: three frozen records with kohya's key names, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lowrank.errors import Refused, nearest
+
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
+_SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate")
+_COUNTS = ("keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step")
+
+
+@dataclass(frozen=True)
+class Subset:
+    """One folder of images and how its captions and pixels are varied.
+
+    `class_tokens` is the caption of every image without a caption file. `caption_extension` None: caption
+    files are not looked for at all, so every image gets `class_tokens`. Raises `Refused` for a value out of
+    range.
+    """
+
+    image_dir: Path
+    num_repeats: int = 1
+    class_tokens: str | None = None
+    is_reg: bool = False
+    caption_extension: str | None = ".caption"
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    caption_separator: str = ","
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0.0
+    color_aug: bool = False
+    flip_aug: bool = False
+    random_crop: bool = False
+    alpha_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_repeats < 1:
+            raise Refused(
+                f"num_repeats {self.num_repeats} of {self.image_dir} is below 1; "
+                "give 1 or more, or leave the folder out"
+            )
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise Refused(
+                    f"{name} {getattr(self, name)} of {self.image_dir} is not a share between 0 and 1"
+                )
+        for name in _COUNTS:
+            if getattr(self, name) < 0:
+                raise Refused(
+                    f"{name} {getattr(self, name)} of {self.image_dir} is negative; give 0 to switch it off"
+                )
+        if not self.caption_separator:
+            raise Refused(
+                f"caption_separator of {self.image_dir} is empty; give the character between tags, e.g. ','"
+            )
+
+    @property
+    def varies_tags(self) -> bool:
+        """True when tags are shuffled, dropped or warmed up, so that a caption is taken apart at all."""
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0 or self.token_warmup_step > 0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Subsets that share one resolution (w, h), one batch size and one set of buckets.
+
+    Raises `Refused` for values out of range; the bucket limits must enclose both sides of the resolution.
+    """
+
+    subsets: tuple[Subset, ...]
+    resolution: tuple[int, int] = (512, 512)
+    batch_size: int = 1
+    enable_bucket: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = False
+    resize_interpolation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "bucket_reso_steps", "min_bucket_reso"):
+            if getattr(self, name) < 1:
+                raise Refused(f"{name} {getattr(self, name)} is below 1; give 1 or more")
+        if min(self.resolution) < 1:
+            raise Refused(f"resolution {self.resolution} has a side below 1; give e.g. 512 or 768,512")
+        if self.resize_interpolation not in (None, *INTERPOLATIONS):
+            raise Refused(
+                f"resize_interpolation {self.resize_interpolation!r} is unknown"
+                f"{nearest(str(self.resize_interpolation), INTERPOLATIONS)}; give {', '.join(INTERPOLATIONS)}"
+            )
+        if self.enable_bucket:
+            self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        if self.bucket_no_upscale:  # the limits are not used: buckets come from the images
+            if max(self.resolution) < self.bucket_reso_steps:
+                raise Refused(
+                    f"bucket_reso_steps {self.bucket_reso_steps} exceeds the resolution {self.resolution}; "
+                    "lower it"
+                )
+            return
+        step, (smallest, largest) = self.bucket_reso_steps, (min(self.resolution), max(self.resolution))
+        lowest, highest = self.min_bucket_reso // step * step, -(-self.max_bucket_reso // step) * step
+        if smallest < lowest:
+            raise Refused(
+                f"min_bucket_reso {self.min_bucket_reso} exceeds the resolution's side {smallest}; "
+                f"give --min_bucket_reso {smallest} or less"
+            )
+        if largest > highest:
+            raise Refused(
+                f"max_bucket_reso {self.max_bucket_reso} is below the resolution's side {largest}; "
+                f"give --max_bucket_reso {largest} or more"
+            )
+        if smallest < step:
+            raise Refused(f"bucket_reso_steps {step} exceeds the resolution's side {smallest}; lower it")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image of a dataset before it is placed in a bucket.
+
+    `captions` is one line, or with `enable_wildcard` every line of the caption file; `size` is (w, h) as
+    seen, that is after the EXIF orientation; `subset` is the index in `Dataset.subsets`.
+    """
+
+    path: Path
+    captions: tuple[str, ...]
+    size: tuple[int, int]
+    repeats: int
+    is_reg: bool
+    subset: int
+
+
+SUBSET_FIELDS = tuple(field.name for field in fields(Subset))
+DATASET_FIELDS = tuple(field.name for field in fields(Dataset) if field.name != "subsets")
+
+
+def parse_resolution(value: int | str | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """`512`, `"512"`, `"768,512"` or a pair as (w, h); anything else raises `Refused`."""
+    parts = (
+        value.split(",") if isinstance(value, str) else value if isinstance(value, (tuple, list)) else [value]
+    )
+    try:
+        sides = [int(part) for part in parts]
+    except (TypeError, ValueError) as error:
+        raise Refused(
+            f"resolution {value!r} is not a number or 'width,height'; give e.g. 512 or 768,512"
+        ) from error
+    if len(sides) not in (1, 2):
+        raise Refused(f"resolution {value!r} has {len(sides)} parts; give one number or 'width,height'")
+    return sides[0], sides[-1]
+
+
+def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword values as (those of `Dataset`, those of `Subset`); another name is a `TypeError`.
+
+    None counts as not given, so that a command line's unset options can be passed on.
+    """
+    unknown = set(values) - set(DATASET_FIELDS) - set(SUBSET_FIELDS)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise TypeError(f"unknown dataset value {name!r}{nearest(name, DATASET_FIELDS + SUBSET_FIELDS)}")
+    given = {name: value for name, value in values.items() if value is not None}
+    dataset = {name: value for name, value in given.items() if name in DATASET_FIELDS}
+    if "resolution" in dataset:
+        dataset["resolution"] = parse_resolution(dataset["resolution"])
+    return dataset, {name: value for name, value in given.items() if name in SUBSET_FIELDS}

@@ -1,0 +1,302 @@
+"""A dataclass field that is a flag: what it says, and how words and TOML values become its value."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from lowrank.errors import Refused, nearest
+
+SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+    "piecewise_constant",
+)
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """What a field tells about its flag besides name, type and default.
+
+    `low` and `high` are inclusive, `above` and `below` exclusive; they hold for each item of a list.
+    `convert` makes the value from one text (raising `Refused`), in place of the annotated type. A `secret`
+    is never written or logged; a flag that is not `saved` belongs to one call and is left out of configs.
+    """
+
+    help: str
+    aliases: tuple[str, ...] = ()
+    choices: tuple[str, ...] | None = None
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    convert: Callable[[str], object] | None = None
+    required: bool = False
+    secret: bool = False
+    saved: bool = True
+
+
+def option(default: object, help: str, **details: Any) -> Any:
+    """A dataclass field that is a flag; `details` are the other fields of `Flag`."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, **details)})
+
+
+def pairs(name: str, items: Iterable[str]) -> dict[str, str]:
+    """The texts `key=value` of the flag `name` as a dict of texts, split at the first `=` as kohya does.
+
+    Raises `Refused` where `=` or the key is missing, and for a key given twice.
+    """
+    found: dict[str, str] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise Refused(f"{name} {item!r} is not of the form key=value; write e.g. {key or 'key'}=1")
+        if key in found:
+            raise Refused(f"{name} has {key} twice ({found[key]} and {value}); give it once")
+        found[key] = value
+    return found
+
+
+def resolution(text: str) -> tuple[int, int]:
+    """`512` or `768,512` as (width, height)."""
+    parts = text.split(",")
+    if len(parts) not in (1, 2) or not all(part.strip().isdigit() for part in parts):
+        raise Refused(f"{text!r} is not a number or 'width,height'; give e.g. 512 or 768,512")
+    return int(parts[0]), int(parts[-1])
+
+
+def steps_or_share(text: str) -> float:
+    """`100` as 100 steps; `0.1` and `10%` as the share 0.1."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise Refused(f"{text!r} is not a number of steps, a share below 1, or a percentage") from error
+    if value >= 1 and (value != int(value) or text.endswith("%")):
+        raise Refused(f"{text!r} is neither whole steps nor a share below 1")
+    return int(value) if value >= 1 else value
+
+
+def comma_floats(text: str) -> tuple[float, ...]:
+    """`0.9,1.0` as (0.9, 1.0)."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise Refused(f"{text!r} is not a list of numbers; give e.g. 0.9,1.0") from error
+
+
+def comma_words(text: str) -> tuple[str, ...]:
+    """`attn.to_q,attn.to_k` as its parts."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def scheduler(text: str) -> str:
+    """The name of a learning-rate schedule, or `adafactor:RATE`."""
+    if text.lower() not in SCHEDULERS and not text.startswith("adafactor:"):
+        raise Refused(f"{text!r} is not one of {', '.join(SCHEDULERS)}{nearest(text, SCHEDULERS)}")
+    return text if text.startswith("adafactor:") else text.lower()
+
+
+class Spec(NamedTuple):
+    """One flag: its field, and the field's annotation taken apart into the type of one value and `many`."""
+
+    name: str
+    group: type
+    kind: type
+    many: bool
+    default: object
+    flag: Flag
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (f"--{self.name}", *self.flag.aliases)
+
+    def from_text(self, text: str) -> object:
+        """The value of one word of the command line; raises `Refused` where it does not fit."""
+        if self.flag.convert:
+            return self.flag.convert(text.strip())
+        if self.kind is str:
+            return self._chosen(text)
+        value = _TRUTH.get(text.strip().lower()) if self.kind is bool else _number(self.kind, text)
+        if value is None:
+            raise Refused(f"{text.strip()!r} is not {_WORDS[self.kind]}")
+        return value
+
+    def _chosen(self, text: str) -> str:
+        choices = self.flag.choices
+        if choices and text not in choices:
+            raise Refused(f"{text!r} is not one of {', '.join(choices)}{nearest(text, choices)}")
+        return text
+
+    def from_toml(self, value: object) -> object:
+        """The value of a TOML key, held to the same rules; a text is read as on the command line."""
+        if self.kind is bool:  # GUIs write 0 and 1
+            if isinstance(value, int) and value in (0, 1):
+                return bool(value)
+            raise Refused(f"{value!r} is not true or false")
+        if isinstance(value, list) and self.flag.convert:
+            value = ",".join(map(str, value))
+        if self.many:
+            return tuple(self._item(item) for item in (value if isinstance(value, list) else [value]))
+        return self._item(value)
+
+    def _item(self, value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise Refused(f"{value!r} is not {_WORDS[self.kind]}")
+        return self.from_text(str(value))
+
+    def to_toml(self, value: object) -> str:
+        """The text that `from_toml` reads back; None has none."""
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, tuple) and self.many:
+            return "[" + ", ".join(self.to_toml(item) for item in value) + "]"
+        if isinstance(value, (int, float)):
+            return repr(value)
+        return json.dumps(shown(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    def check_range(self, label: str, value: object) -> None:
+        """Raise `Refused` when a number of `value` is outside the limits; `label` is the flag as written."""
+        flag, unit = self.flag, f" {self.flag.unit}" if self.flag.unit else ""
+        for item in value if isinstance(value, tuple) else (value,):
+            if not isinstance(item, (int, float)) or isinstance(item, bool):
+                continue
+            if flag.low is not None and item < flag.low:
+                raise Refused(f"{label} {item:g} is below {flag.low:g}{unit}; give {flag.low:g} or more")
+            if flag.above is not None and item <= flag.above:
+                raise Refused(f"{label} {item:g} is not above {flag.above:g}{unit}; give more")
+            if flag.high is not None and item > flag.high:
+                raise Refused(f"{label} {item:g} is above {flag.high:g}{unit}; give {flag.high:g} or less")
+            if flag.below is not None and item >= flag.below:
+                raise Refused(f"{label} {item:g} is not below {flag.below:g}{unit}; give less")
+
+
+def shown(value: object) -> str:
+    """A value as a user would type it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def specs(groups: tuple[type, ...], defaults: Mapping[str, object]) -> dict[str, Spec]:
+    """The flags of `groups` by name, in order; `defaults` replace the fields'. Two of one name are a bug."""
+    found: dict[str, Spec] = {}
+    for group in groups:
+        for name, kind, many, field in _fields(group):
+            flag: Flag = field.metadata["flag"]
+            assert name not in found, f"{name} is in {group.__name__} and {found[name].group.__name__}"
+            found[name] = Spec(
+                name, group, kind, many and not flag.convert, defaults.get(name, field.default), flag
+            )
+    assert defaults.keys() <= found.keys(), f"defaults of no flag: {defaults.keys() - found.keys()}"
+    return found
+
+
+def _number(kind: type, text: str) -> int | float | None:
+    try:
+        value = kind(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _fields(group: type) -> list[tuple[str, type, bool, dataclasses.Field]]:
+    hints = typing.get_type_hints(group)
+    return [(field.name, *_taken_apart(hints[field.name]), field) for field in dataclasses.fields(group)]
+
+
+def _taken_apart(hint: Any) -> tuple[type, bool]:
+    """(type of one value, whether it is a list) of `int`, `float | None`, `tuple[str, ...]` …"""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+class Said(NamedTuple):
+    """A value that was given: `label` is the flag as written."""
+
+    spec: Spec
+    label: str
+    value: Any
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse of specs; its errors come without the usage text, which for a trainer hides the one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+    def add(self, specs: Mapping[str, Spec]) -> None:
+        """Flags that append a `Said` to the namespace's list `said`; a section for each group."""
+        sections: dict[type, Any] = {}
+        for spec in specs.values():
+            if spec.group not in sections:
+                title = (spec.group.__doc__ or "").splitlines()[0].rstrip(".")
+                sections[spec.group] = self.add_argument_group(title)
+            _add(sections[spec.group], spec)
+
+    def add_others(self, ignored: Iterable[str], refused: Mapping[str, str]) -> None:
+        """Flags that only append their name to the namespace's list `ignored`, and flags that are errors."""
+        for name in ignored:
+            self.add_argument(f"--{name}", nargs="*", action=_Ignore, help=argparse.SUPPRESS)
+        for name, way_out in refused.items():
+            self.add_argument(f"--{name}", nargs="*", action=_Refuse, const=way_out, help=argparse.SUPPRESS)
+
+
+class _Say(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        spec, bare = self.const
+        if self.nargs == 0 or values is self.const:  # --no-flag, or --flag without a word
+            values = bare
+        label = option_string.replace("--no-", "--", 1) if spec.kind is bool else option_string
+        namespace.said.append(Said(spec, label, tuple(values) if spec.many else values))
+
+
+class _Ignore(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.ignored.append(option_string[2:])
+
+
+class _Refuse(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is not supported: {self.const}")
+
+
+def _add(section: Any, spec: Spec) -> None:
+    def read(text: str) -> object:
+        try:
+            return spec.from_text(text)
+        except Refused as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    flag = spec.flag
+    unit = f" [{flag.unit}]" if flag.unit else ""
+    default = "" if spec.default in (None, (), False, "") else f" (default: {shown(spec.default)})"
+    common = {"action": _Say, "help": (flag.help + unit + default).replace("%", "%%")}
+    if spec.kind is bool:
+        section.add_argument(*spec.names, nargs="?", const=(spec, True), type=read, metavar="BOOL", **common)
+        off = [f"--no-{name[2:]}" for name in spec.names]
+        section.add_argument(*off, nargs=0, const=(spec, False), action=_Say, help=argparse.SUPPRESS)
+    else:
+        metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else _METAVARS[spec.kind]
+        nargs = "*" if spec.many else None
+        section.add_argument(
+            *spec.names, nargs=nargs, const=(spec, None), type=read, metavar=metavar, **common
+        )

@@ -1,0 +1,1 @@
+"""Model families: a family is a record of functions and facts."""

@@ -1,0 +1,254 @@
+"""A model family is a record: facts, and the functions that load, encode, denoise and sample. Nothing is
+inherited.
+
+The training loop, the cache and the command lines know a family only through `Family`; a new one is a module
+that fills the record (`flux.py`) and nothing else. Shapes: B batch, C latent channels, h×w latent pixels, H×W
+picture pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lowrank.errors import Refused
+
+log = logging.getLogger(__name__)
+
+ROLES = ("text", "vae", "denoiser")  # in the order a run needs them
+_WHOLE = 64 << 20  # files up to this size are hashed byte for byte
+_PIECE = 4096
+_UNTOLD = ("transformers_version", "torch_dtype", "dtype")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is and how to load it. `path` is a diffusers folder, a hub id, or one checkpoint file."""
+
+    path: str
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+    dtype: torch.dtype = torch.bfloat16
+    device: str | torch.device = "cpu"
+    vae: str | None = None  # replaces the model's own: a folder or a file
+    vae_dtype: torch.dtype | None = None  # None: as `dtype`; float32 is --no_half_vae
+    clip_l: str | None = None
+    t5xxl: str | None = None
+    ae: str | None = None
+    tokenizer_cache_dir: str | None = None
+
+
+@dataclass
+class Models:
+    """What is loaded now. A part that is None was not asked for, or was released; `configs` stay."""
+
+    source: Source
+    root: Path  # the local folder, or the checkpoint file
+    scheduler: Any = None
+    denoiser: nn.Module | None = None
+    vae: nn.Module | None = None
+    text_encoders: tuple[nn.Module, ...] = ()
+    tokenizers: tuple[Any, ...] = ()
+    configs: dict[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # "denoiser", "vae": known without their weights
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts and functions of one model family. `options` is the family's frozen dataclass of switches."""
+
+    name: str
+    objective: str  # "flow": lowrank.objective.target.Flow
+    latent_scale: int  # picture pixels per latent pixel
+    bucket_step: int  # picture sides must be multiples of it
+    latent_channels: int
+    base_model_version: str  # ss_base_model_version
+    implementation: str  # modelspec.implementation
+    options: type
+    architecture: Callable[[Models], str]  # modelspec.architecture without "/lora"
+    load: Callable[..., Models]  # (source, roles=ROLES)
+    add: Callable[[Models, Iterable[str]], None]  # load parts that are missing
+    encode_images: Callable[[Models, Tensor], Tensor]  # (B, 3, H, W) in [−1, 1] → moments (B, 2C, h, w)
+    latents: Callable[
+        [Models, Tensor, torch.Generator | None], Tensor
+    ]  # moments → (B, C, h, w), drawn and scaled
+    decode: Callable[[Models, Tensor], Tensor]  # (B, C, h, w) → (B, 3, H, W) in [−1, 1]
+    encode_text: Callable[
+        ..., list[dict[str, Tensor]]
+    ]  # (models, captions, options) → one CPU dict per caption
+    stack_text: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
+    denoise: Callable[..., Tensor]  # (denoiser, noisy, timesteps, text, options) → prediction (B, C, h, w)
+    pipeline: Callable[[Models], Any]  # the stock pipeline around the present denoiser
+    sample: Callable[..., list]  # (models, text, options, *, height, width, steps, generator) → PIL images
+    model_hash: Callable[[Models | Source | str, str], str]  # (…, role) → 64 hex digits
+
+
+# ---------- parts in memory
+
+
+def release(models: Models, roles: Iterable[str]) -> None:
+    """Let go of parts ("text", "vae", "denoiser") and give their memory back; configurations stay known."""
+    for role in roles:
+        if role == "text":
+            models.text_encoders = models.tokenizers = ()
+        else:
+            setattr(models, _known(role), None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def move(models: Models, roles: Iterable[str], device: str | torch.device) -> None:
+    """Move parts that are loaded to a device, for example the VAE to the CPU between previews."""
+    for role in roles:
+        for module in models.text_encoders if role == "text" else (getattr(models, _known(role)),):
+            if module is not None:
+                module.to(device)
+
+
+def _known(role: str) -> str:
+    if role not in ROLES:
+        raise ValueError(f"{role!r} is not one of {ROLES}")
+    return role
+
+
+# ---------- finding and reading
+
+
+def local_folder(source: Source, download: Callable[..., str]) -> Path:
+    """The local folder of a diffusers model: `source.path` itself, or a hub id's snapshot fetched by
+    `download`.
+
+    A folder that is there is never looked up on the hub. Raises `Refused` for a path that is neither.
+    """
+    path = Path(source.path)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) or source.path.startswith("."):
+        raise Refused(
+            f"--pretrained_model_name_or_path {source.path!r} is neither a folder nor a hub id like "
+            "'black-forest-labs/FLUX.1-dev'; check the path"
+        )
+    try:
+        return Path(
+            download(
+                source.path, revision=source.revision, variant=source.variant, cache_dir=source.cache_dir
+            )
+        )
+    except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
+        raise Refused(
+            f"there is no folder {source.path!r}, and the hub did not give a model of that name: "
+            f"{_first_line(error)}; check the name, the network or your login"
+        ) from error
+
+
+def component(root: Path, name: str, what: str) -> Path:
+    """The folder `name` of a diffusers model; `Refused`, naming both, when it is missing or empty."""
+    folder = root / name
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise Refused(
+            f"{root} has no {name!r} ({what}); a diffusers model keeps it in {folder}, download it again or "
+            "give another folder"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def reading(what: str, where: str | Path) -> Iterator[None]:
+    """Turn a library's complaint about an unreadable file into one sentence; out-of-memory stays itself."""
+    try:
+        yield
+    except (Refused, torch.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise Refused(
+            f"the {what} in {where} cannot be read: {_first_line(error)}; it may be half-downloaded or of "
+            "another model, fetch it again"
+        ) from error
+
+
+def complete(what: str, where: str | Path, info: Mapping[str, Any]) -> None:
+    """Refuse weights with tensors missing or of another shape: libraries fill those with random numbers."""
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(problem) or ())
+        if found:
+            raise Refused(
+                f"the {what} in {where} does not fit its configuration: {len(found)} × "
+                f"{problem.split('_')[0]}, the first is {found[0]}; fetch the model again"
+            )
+
+
+def finite(module: nn.Module, what: str, where: str | Path) -> None:
+    """Refuse a module with a NaN or an infinity, naming the tensor. One pass over the memory."""
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not value.is_meta:
+            if value.dtype.itemsize == 1:
+                value = value.to(torch.float16)  # float8 has no sum
+            if not torch.isfinite(
+                value.sum(dtype=torch.float32)
+            ):  # the sum is not finite if one element is not
+                if torch.isfinite(value).all():
+                    continue  # …but a sum may overflow where no element does
+                raise Refused(
+                    f"{name} of the {what} in {where} holds NaN or infinite values; fetch the file again"
+                )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+# ---------- hashes
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """One SHA-256 over files in the given order: names and bytes, of large ones a sample of each tensor.
+
+    A safetensors file above 64 MiB counts with its size, header and three 4 KiB pieces of every tensor, so
+    that 24 GB take a moment and a change of any tensor by training or merging is still seen. JSON counts
+    without its layout and without the versions that wrote it.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        for piece in _pieces(path):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    if path.suffix == ".json":
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(facts, dict):  # who saved it, and with which version, does not matter
+            facts = {k: v for k, v in facts.items() if not k.startswith("_") and k not in _UNTOLD}
+        yield json.dumps(facts, sort_keys=True).encode()
+        return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE or path.suffix not in (".safetensors", ".sft"):
+            while block := file.read(1 << 20):
+                yield block
+            return
+        yield size.to_bytes(8, "little")
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        yield header
+        for _, tensor in sorted((k, v) for k, v in json.loads(header).items() if k != "__metadata__"):
+            start, end = tensor["data_offsets"]
+            for at in (start, (start + end - _PIECE) // 2, end - _PIECE):
+                file.seek(8 + length + max(at, start))
+                yield file.read(min(_PIECE, end - start))

@@ -1,0 +1,302 @@
+"""FLUX.1 (dev, schnell and their descendants) as a `Family`, on diffusers' and transformers' own classes.
+
+What FLUX needs that others do not: latents are packed 2×2 into tokens, position ids are shared by the batch,
+a guidance scale is an input of dev (not of schnell), text is CLIP-L's pooled vector and T5's sequence. Facts:
+kohya sd-scripts' FLUX trainer, diffusers' FluxPipeline.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor, nn
+
+from lowrank.errors import Refused
+from lowrank.models.family import Family, Models
+from lowrank.models.flux_load import add, load, model_hash
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FluxOptions:
+    """Switches of text and denoiser; the fields are command-line options of the same names."""
+
+    guidance_scale: float = 3.5  # input of models with a guidance embedder; others ignore it
+    t5xxl_max_token_length: int | None = None  # None: 512 with a guidance embedder (dev), else 256 (schnell)
+    apply_t5_attn_mask: bool = False  # hide T5's padding in T5 and in the denoiser
+
+
+def flux_dev_config() -> dict[str, Any]:
+    """FLUX.1-dev's transformer: 11,901,408,320 parameters, 19 double and 38 single blocks of width 3072."""
+    return {
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+        "axes_dims_rope": (16, 56, 56),
+    }
+
+
+# ---------- pictures
+
+
+@torch.no_grad()
+def encode_images(models: Models, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [−1, 1] → the VAE's moments (B, 2C, h, w), mean and log-variance, fp32 on its device.
+
+    Raises `Refused` when a side is no multiple of 16, or when the VAE overflows (half precision).
+    """
+    height, width = pixels.shape[-2:]
+    if height % FLUX.bucket_step or width % FLUX.bucket_step:
+        raise Refused(
+            f"a picture of {width}×{height} does not fit FLUX: both sides must be multiples of "
+            f"{FLUX.bucket_step}; use --enable_bucket, or another --resolution"
+        )
+    moments = models.vae.encode(pixels.to(models.vae.device, models.vae.dtype)).latent_dist.parameters.float()
+    if not torch.isfinite(moments).all():
+        raise Refused(
+            f"the VAE gives NaN or infinite latents in {models.vae.dtype}; run it with --no_half_vae"
+        )
+    return moments
+
+
+def latents(models: Models, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Moments (B, 2C, h, w) → latents (B, C, h, w) = (mean + e^{logvar/2} ξ − shift) · scale, ξ per sample.
+
+    `generator` lives on the CPU; None takes the mean. Only configurations are read: the VAE may be released.
+    """
+    facts = models.configs["vae"]
+    mean, logvar = moments.float().chunk(2, dim=1)
+    if generator is not None:
+        xi = torch.stack([torch.randn(mean.shape[1:], generator=generator) for _ in mean]).to(mean)
+        mean = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * xi
+    return (mean - (facts.get("shift_factor") or 0)) * facts["scaling_factor"]
+
+
+@torch.no_grad()
+def decode(models: Models, z: Tensor) -> Tensor:
+    """Latents (B, C, h, w) → pictures (B, 3, H, W) about [−1, 1] in fp32, on the VAE's device."""
+    facts = models.configs["vae"]
+    z = z.float() / facts["scaling_factor"] + (facts.get("shift_factor") or 0)
+    return models.vae.decode(z.to(models.vae.device, models.vae.dtype)).sample.float()
+
+
+# ---------- text
+
+
+def text_length(models: Models, options: FluxOptions) -> int:
+    """Tokens of T5: as asked, else 512 (guidance embedder) or 256; at most what its tokenizer allows."""
+    asked = options.t5xxl_max_token_length or (512 if models.configs["denoiser"]["guidance_embeds"] else 256)
+    return min(asked, models.tokenizers[1].model_max_length)
+
+
+@torch.no_grad()
+def encode_text(
+    models: Models, captions: list[str], options: FluxOptions = FluxOptions()
+) -> list[dict[str, Tensor]]:
+    """One CPU dictionary per caption: `pooled` (D,), `t5` (L, D₂) in the encoders' dtype, `t5_mask` (L,)
+    bool.
+
+    Captions are encoded one by one, so that what is cached does not depend on its neighbours. A caption
+    longer than T5's length is cut, and named in the log.
+    """
+    (clip, t5), (clip_tokens, t5_tokens) = models.text_encoders, models.tokenizers
+    length, encoded = text_length(models, options), []
+    for caption in captions:
+        ids = clip_tokens(
+            caption,
+            padding="max_length",
+            max_length=min(77, clip_tokens.model_max_length),
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        tokens = t5_tokens(
+            caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        if tokens.attention_mask.all() and len(t5_tokens(caption, verbose=False).input_ids) > length:
+            log.warning("caption cut to %d T5 tokens: %s…", length, caption[:80])
+        mask = tokens.attention_mask.to(t5.device) if options.apply_t5_attn_mask else None
+        encoded.append(
+            {
+                "pooled": clip(ids.to(clip.device)).pooler_output[0].cpu(),
+                "t5": t5(tokens.input_ids.to(t5.device), attention_mask=mask).last_hidden_state[0].cpu(),
+                "t5_mask": tokens.attention_mask[0].bool(),
+            }
+        )
+    return encoded
+
+
+def stack_text(encoded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Captions' dictionaries as one of (B, …) tensors."""
+    return {key: torch.stack([one[key] for one in encoded]) for key in encoded[0]}
+
+
+# ---------- denoising
+
+
+def pack(z: Tensor) -> Tensor:
+    """Latents (B, C, h, w) → tokens (B, h/2·w/2, 4C): each 2×2 patch is one token."""
+    return z.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
+    """The inverse of `pack`: (B, h/2·w/2, 4C) → (B, C, h, w)."""
+    z = tokens.unflatten(1, (h // 2, w // 2)).unflatten(3, (-1, 2, 2))  # (B, h/2, w/2, C, 2, 2)
+    return z.permute(0, 3, 1, 4, 2, 5).reshape(len(z), -1, h, w)
+
+
+def image_ids(h: int, w: int, device: torch.device) -> Tensor:
+    """Positions (0, row, column) of the tokens, (h/2·w/2, 3)."""
+    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+    return ids.to(device, torch.float32)
+
+
+def _bare(denoiser: nn.Module) -> nn.Module:
+    """The model inside a DistributedDataParallel."""
+    return denoiser if hasattr(denoiser, "config") else denoiser.module
+
+
+def _attention(
+    text: Mapping[str, Tensor], batch: int, tokens: int, options: FluxOptions, device
+) -> dict | None:
+    if not options.apply_t5_attn_mask:
+        return None
+    mask = text["t5_mask"].to(device).expand(batch, -1)
+    mask = torch.cat([mask, mask.new_ones(batch, tokens)], dim=1)  # text first, as in the joint attention
+    return {"attention_mask": mask[:, None, None, :]}  # (B, 1, 1, L + N)
+
+
+def denoise(
+    denoiser: nn.Module,
+    noisy: Tensor,
+    timesteps: Tensor,
+    text: Mapping[str, Tensor],
+    options: FluxOptions = FluxOptions(),
+) -> Tensor:
+    """The velocity (B, C, h, w) that the transformer predicts, in its own dtype.
+
+    `noisy` (B, C, h, w), `timesteps` (B,) in 0..1000, `text` of B captions or of one for all. Position ids
+    have no batch dimension: all samples share them.
+    """
+    B, _, h, w = noisy.shape
+    if h % 2 or w % 2:
+        raise Refused(
+            f"latents of {h}×{w} cannot be packed 2×2; picture sides must be multiples of {FLUX.bucket_step}"
+        )
+    model, device = _bare(denoiser), noisy.device
+    guidance = None
+    if model.config.guidance_embeds:
+        guidance = torch.full((B,), options.guidance_scale, device=device, dtype=torch.float32)
+    tokens = pack(noisy.to(model.dtype))  # (B, N, 4C)
+    t5 = text["t5"].to(device, model.dtype).expand(B, -1, -1)  # (B, L, D₂)
+    out = denoiser(
+        hidden_states=tokens,
+        timestep=timesteps / 1000,
+        guidance=guidance,
+        encoder_hidden_states=t5,
+        pooled_projections=text["pooled"].to(device, model.dtype).expand(B, -1),
+        txt_ids=torch.zeros(t5.shape[1], 3, device=device),
+        img_ids=image_ids(h, w, device),
+        joint_attention_kwargs=_attention(text, B, tokens.shape[1], options, device),
+        return_dict=False,
+    )[0]
+    return unpack(out, h, w)
+
+
+# ---------- sampling
+
+
+def pipeline(models: Models) -> FluxPipeline:
+    """The stock FluxPipeline around the present denoiser, for cached text; its scheduler is a copy."""
+    return FluxPipeline(
+        scheduler=type(models.scheduler).from_config(models.scheduler.config),
+        vae=models.vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=_bare(models.denoiser),
+    )
+
+
+@torch.no_grad()
+def sample(
+    models: Models,
+    text: Mapping[str, Tensor],
+    options: FluxOptions = FluxOptions(),
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    generator: torch.Generator,
+) -> list:
+    """One PIL image per caption of `text`, through the stock pipeline.
+
+    The VAE may be on another device or in another dtype than the denoiser. `generator` lives on the CPU, so
+    that a seed gives the same noise on every device.
+    """
+    pipe = pipeline(models)
+    pipe.set_progress_bar_config(disable=True)
+    model = pipe.transformer
+    step = FLUX.bucket_step
+    if height % step or width % step:
+        raise Refused(f"a sample of {width}×{height} does not fit FLUX; sides must be multiples of {step}")
+    h, w = height // FLUX.latent_scale, width // FLUX.latent_scale
+    B = len(text["t5"])
+    tokens = pipe(
+        prompt_embeds=text["t5"].to(model.device, model.dtype),
+        pooled_prompt_embeds=text["pooled"].to(model.device, model.dtype),
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=options.guidance_scale,
+        generator=generator,
+        joint_attention_kwargs=_attention(text, B, h * w // 4, options, model.device),
+        output_type="latent",
+    ).images
+    pictures = decode(models, unpack(tokens, h, w))
+    return VaeImageProcessor(vae_scale_factor=FLUX.latent_scale).postprocess(
+        pictures.cpu(), output_type="pil"
+    )
+
+
+def architecture(models: Models) -> str:
+    """modelspec's name of the base: dev has a guidance embedder, schnell has none."""
+    return "flux-1-dev" if models.configs["denoiser"]["guidance_embeds"] else "flux-1-schnell"
+
+
+FLUX = Family(
+    name="flux",
+    objective="flow",
+    latent_scale=8,
+    bucket_step=16,
+    latent_channels=16,
+    base_model_version="flux1",
+    implementation="https://github.com/black-forest-labs/flux",
+    options=FluxOptions,
+    architecture=architecture,
+    load=load,
+    add=add,
+    encode_images=encode_images,
+    latents=latents,
+    decode=decode,
+    encode_text=encode_text,
+    stack_text=stack_text,
+    denoise=denoise,
+    pipeline=pipeline,
+    sample=sample,
+    model_hash=model_hash,
+)

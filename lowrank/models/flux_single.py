@@ -1,0 +1,281 @@
+"""FLUX from single checkpoint files, as kohya's and ComfyUI's users keep them: DiT, `--ae`, `--clip_l`,
+`--t5xxl`.
+
+Names and layout of the DiT and autoencoder files are Black Forest Labs' (github.com/black-forest-labs/flux,
+model.py). No configuration file comes with them, and none is needed: every size is read off the tensors'
+shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5TokenizerFast
+
+from lowrank.errors import Refused
+from lowrank.models.family import Models, Source, complete, reading
+
+SUFFIXES = (".safetensors", ".sft")
+VAE_FACTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # FLUX.1's autoencoder
+TOKENIZERS = {CLIPTokenizer: "openai/clip-vit-large-patch14", T5TokenizerFast: "google/t5-v1_1-xxl"}
+
+# diffusers' name of a module ← BFL's name; `*` is the block's number
+TOP = {
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer.linear",
+}
+DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+SINGLE = {
+    "norm.linear": "modulation.lin",
+    "proj_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
+# BFL's one tensor holds these modules' rows, one after the other, in these shares
+JOINED = {
+    "img_attn.qkv": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1)),
+    "txt_attn.qkv": (("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1)),
+    "linear1": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1), ("proj_mlp", 4)),
+}
+_BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)\.(weight|bias|scale)$")
+
+
+def is_file(path: str | Path | None) -> bool:
+    """Whether `path` names a checkpoint file rather than a folder or a hub id."""
+    return path is not None and (
+        Path(path).is_file() or Path(path).suffix in (*SUFFIXES, ".ckpt", ".pt", ".pth")
+    )
+
+
+def open_models(source: Source) -> Models:
+    """The `Models` of a single-file source, nothing loaded yet; `Refused` when a companion is not named."""
+    for option, path in (
+        ("pretrained_model_name_or_path", source.path),
+        ("clip_l", source.clip_l),
+        ("t5xxl", source.t5xxl),
+        ("ae", source.ae or source.vae),
+    ):
+        if path is None:
+            raise Refused(
+                f"{source.path} is a single file and holds only the transformer; name its companion with "
+                f"--{option}, or give a diffusers folder"
+            )
+        if not Path(path).exists():
+            raise Refused(f"--{option} {path!r} does not exist; check the path")
+        if is_file(path) and Path(path).suffix not in SUFFIXES:
+            raise Refused(
+                f"--{option} {path!r} is no .safetensors file, and pickled checkpoints are not opened; "
+                "convert it"
+            )
+    with reading("transformer", source.path), safe_open(source.path, framework="pt") as file:
+        shapes = {_plain(key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    config = transformer_config(shapes, source.path)
+    dev = config["guidance_embeds"]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev)
+    return Models(source, Path(source.path), scheduler=scheduler, configs={"denoiser": config})
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix("model.diffusion_model.")
+
+
+def transformer_config(shapes: dict[str, tuple[int, ...]], where: str | Path) -> dict[str, Any]:
+    """diffusers' configuration from the shapes of a BFL checkpoint; `Refused` when it is not one."""
+    blocks = [(found[1], int(found[2])) for key in shapes if (found := _BLOCK.match(key))]
+    head_of = "single_blocks.0.norm.query_norm.scale"
+    needed = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", head_of)
+    for key in needed:
+        if key not in shapes:
+            ours = "x_embedder.weight" in shapes
+            hint = "it is in diffusers' layout: give its folder" if ours else "it is another model"
+            raise Refused(f"{where} is no FLUX transformer of Black Forest Labs' layout (no {key}); {hint}")
+    width, head = shapes["img_in.weight"][0], shapes[head_of][0]
+    return {
+        "patch_size": 1,
+        "in_channels": shapes["img_in.weight"][1],
+        "num_layers": len({n for kind, n in blocks if kind == "double"}),
+        "num_single_layers": len({n for kind, n in blocks if kind == "single"}),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        "axes_dims_rope": (head // 8, head * 7 // 16, head * 7 // 16),  # FLUX.1: 16, 56, 56 of 128
+    }
+
+
+def to_diffusers(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The diffusers tensors that one BFL tensor becomes; nothing for a name that is not the transformer's."""
+    name = _plain(key)
+    found = _BLOCK.match(name)
+    if not found:
+        module, _, kind = name.rpartition(".")
+        if module == "final_layer.adaLN_modulation.1":  # BFL has shift, scale; diffusers scale, shift
+            yield f"norm_out.linear.{kind}", torch.cat(value.chunk(2)[::-1])
+        for ours, theirs in TOP.items():
+            if module == theirs:
+                yield f"{ours}.{kind}", value
+        return
+    block, number, module, kind = found.groups()
+    prefix = f"{'single_' if block == 'single' else ''}transformer_blocks.{number}"
+    if module in JOINED:
+        names, shares = zip(*JOINED[module], strict=True)
+        rows = value.shape[0] // sum(shares)
+        for ours, part in zip(names, value.split([rows * share for share in shares]), strict=True):
+            yield f"{prefix}.{ours}.{kind}", part
+    for ours, theirs in (DOUBLE if block == "double" else SINGLE).items():
+        if module == theirs:
+            yield f"{prefix}.{ours}.{'weight' if kind == 'scale' else kind}", value
+
+
+def transformer(path: Path, dtype: torch.dtype) -> nn.Module:
+    """The DiT file as diffusers' FluxTransformer2DModel in `dtype`; float8 files are widened."""
+    with reading("transformer", path), safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+        config = transformer_config(
+            {_plain(key): tuple(file.get_slice(key).get_shape()) for key in keys}, path
+        )
+        with torch.device("meta"):
+            model = FluxTransformer2DModel(**config)
+        state = {}
+        for key in keys:
+            for ours, value in to_diffusers(key, file.get_tensor(key)):
+                state[ours] = value.to(dtype).clone()
+        missing = model.load_state_dict(state, strict=False, assign=True).missing_keys
+    complete("transformer", path, {"missing_keys": missing})
+    return model
+
+
+def autoencoder(path: Path, dtype: torch.dtype) -> nn.Module:
+    """The autoencoder file (BFL's ae.safetensors) as diffusers' AutoencoderKL."""
+    with reading("vae", path), safe_open(path, framework="pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        levels = 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.down."))
+        widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
+        layers = len({key.split(".")[4] for key in shapes if key.startswith("encoder.down.0.block.")})
+        channels = shapes["encoder.conv_out.weight"][0] // 2
+    quant = "quant_conv.weight" in shapes
+    config = {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "latent_channels": channels,
+        "norm_num_groups": min(32, widths[0]),
+        "use_quant_conv": quant,
+        "use_post_quant_conv": quant,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        **VAE_FACTS,
+    }
+    with reading("vae", path), tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))  # diffusers reads it from a folder
+        return AutoencoderKL.from_single_file(
+            str(path), config=folder, torch_dtype=dtype, local_files_only=True
+        )
+
+
+def text_encoder(kind: type, path: Path, dtype: torch.dtype) -> nn.Module:
+    """CLIP-L or T5-XXL from one file in transformers' names (clip_l.safetensors, t5xxl_fp16.safetensors)."""
+    with reading(kind.__name__, path), safe_open(path, framework="pt") as file:
+        state = {
+            key: file.get_tensor(key).to(dtype)
+            for key in file.keys()  # noqa: SIM118
+            if not key.startswith(("logit_scale", "text_projection", "decoder."))
+        }
+        config = (clip_config if kind is CLIPTextModel else t5_config)(
+            {k: tuple(v.shape) for k, v in state.items()}
+        )
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    complete(kind.__name__, path, info)
+    return model
+
+
+def clip_config(shapes: dict[str, tuple[int, ...]]) -> CLIPTextConfig:
+    """CLIP's configuration; heads are 64 wide in every CLIP text model that FLUX and SDXL use."""
+    root = "text_model." if any(key.startswith("text_model.") for key in shapes) else ""
+    vocabulary, width = shapes[f"{root}embeddings.token_embedding.weight"]
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        projection_dim=width,
+        num_attention_heads=width // 64,
+        intermediate_size=shapes[f"{root}encoder.layers.0.mlp.fc1.weight"][0],
+        max_position_embeddings=shapes[f"{root}embeddings.position_embedding.weight"][0],
+        num_hidden_layers=len({k.split(".layers.")[1].split(".")[0] for k in shapes if ".layers." in k}),
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+
+
+def t5_config(shapes: dict[str, tuple[int, ...]]) -> T5Config:
+    """T5 v1.1's configuration."""
+    layer = "encoder.block.0.layer"
+    buckets, heads = shapes[f"{layer}.0.SelfAttention.relative_attention_bias.weight"]
+    inner, width = shapes[f"{layer}.0.SelfAttention.q.weight"]
+    vocabulary = shapes.get("shared.weight", shapes.get("encoder.embed_tokens.weight"))[0]
+    return T5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=inner // heads,
+        d_ff=shapes[f"{layer}.1.DenseReluDense.wi_0.weight"][0],
+        num_layers=len({k.split(".")[2] for k in shapes if k.startswith("encoder.block.")}),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+        tie_word_embeddings=False,
+    )
+
+
+def tokenizers(source: Source) -> tuple[Any, ...]:
+    """CLIP's and T5's tokenizers: from `--tokenizer_cache_dir`/<id with / as _>, fetched if absent."""
+    found = []
+    for kind, name in TOKENIZERS.items():
+        place = name.replace("/", "_")
+        kept = Path(source.tokenizer_cache_dir) / place if source.tokenizer_cache_dir else None
+        there = kept is not None and kept.is_dir()
+        try:
+            given = kept if there else name
+            tokenizer = kind.from_pretrained(given, local_files_only=there, cache_dir=source.cache_dir)
+        except (OSError, ValueError) as error:
+            raise Refused(
+                f"the tokenizer {name} is not here and cannot be fetched; put its files into "
+                f"{kept or '--tokenizer_cache_dir/' + place}"
+            ) from error
+        if kept is not None and not there:
+            tokenizer.save_pretrained(kept)
+        found.append(tokenizer)
+    return tuple(found)

@@ -1,0 +1,102 @@
+"""What trades time for memory: gradient checkpointing, float8 storage of the frozen base, and how much was
+used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lowrank.errors import Refused
+
+
+def checkpointed(
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Callable:
+    """A checkpoint function (module, *args) for diffusers' `enable_gradient_checkpointing(func)`;
+    non-reentrant.
+
+    `around()` is called when a block runs forward and returns a context for its recomputation: what the block
+    then reads from outside its arguments, such as the adapters' timestep, is what it was, whatever ran in
+    between. One backward per forward, as the context is entered once.
+    """
+
+    def run(module: nn.Module, *args):
+        return checkpoint(
+            module, *args, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), around())
+        )
+
+    return run
+
+
+def checkpoint_blocks(
+    denoiser: nn.Module, around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+) -> None:
+    """Recompute each block of a diffusers model in the backward instead of keeping its activations."""
+    denoiser.enable_gradient_checkpointing(checkpointed(around))
+
+
+def store_in_fp8(denoiser: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Keep the frozen base in float8_e4m3fn and widen each layer only while it computes (diffusers' layerwise
+    casting).
+
+    Half of bf16's memory for the weights; norms, modulations and the outermost projections keep their
+    precision. It pays in training only together with gradient checkpointing: without it, autograd keeps the
+    widened weights. Do it before adapters are attached. Raises `Refused` for float32, and for a base that is
+    quantised already.
+    """
+    if compute_dtype not in (torch.bfloat16, torch.float16):
+        raise Refused(
+            f"--fp8_base computes in half precision, not {compute_dtype}; add --mixed_precision bf16"
+        )
+    odd = next((name for name, p in denoiser.named_parameters() if not p.is_floating_point()), None)
+    if odd:
+        raise Refused(
+            f"--fp8_base needs an ordinary base, but {odd} is already quantised; leave one of the two out"
+        )
+    denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute_dtype)
+
+
+def attention(denoiser: nn.Module, name: str) -> None:
+    """Choose the attention kernels: "sdpa" (torch's own choice among its kernels), or any backend name of
+    diffusers.
+    """
+    try:
+        denoiser.set_attention_backend("native" if name == "sdpa" else name)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise Refused(
+            f"attention {name!r} is not available here ({str(error).splitlines()[0]}); use sdpa"
+        ) from error
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TensorFloat-32 in fp32 matrix products on CUDA for a block; the setting is restored."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def reset_peak(device: str | torch.device) -> None:
+    """Begin a new measurement of `peak` on CUDA; a process's peak on the CPU cannot be reset."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: str | torch.device) -> int:
+    """Most bytes in use so far: tensors on a CUDA device, or resident memory of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024  # kilobytes on Linux

@@ -1,0 +1,1 @@
+"""What is predicted and how wrong it is: noise, target, weight; pure functions on tensors."""

@@ -1,0 +1,63 @@
+"""How wrong a prediction is: elementwise losses, their weights, and the mean of each sample.
+
+Sources: kohya sd-scripts' loss (pseudo-Huber forms and schedules, masked loss, prior loss weight) and Stable
+Diffusion 3 (arXiv 2403.03206: the weights behind `sigma_sqrt` and `cosmap`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOSSES = ("l2", "l1", "huber", "smooth_l1")
+SCHEDULES = ("constant", "exponential", "snr")
+
+
+def flow_weight(scheme: str, sigma: Tensor) -> Tensor:
+    """w(σ) in σ's shape: σ⁻² for `sigma_sqrt`, 2/(π(1 − 2σ + 2σ²)) for `cosmap`, else 1."""
+    if scheme == "sigma_sqrt":
+        return sigma**-2
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return torch.ones_like(sigma)
+
+
+def huber_width(schedule: str, timesteps: Tensor, huber_c: float, huber_scale: float) -> Tensor:
+    """c(t) for timesteps in 0..1000: c·scale, or e^{ln(c)·t/1000}·scale, tight where there is much noise.
+
+    `snr` belongs to diffusion with ᾱ and has no value here; `Flow` refuses it.
+    """
+    if schedule == "constant":
+        return torch.full_like(timesteps, huber_c * huber_scale)
+    return torch.exp(math.log(huber_c) * timesteps / 1000) * huber_scale
+
+
+def elementwise(kind: str, prediction: Tensor, target: Tensor, width: Tensor | None = None) -> Tensor:
+    """The loss of each element d = prediction − target; `width` c (B,) is read by the two pseudo-Huber forms.
+
+    l1: |d|. l2: d². huber: 2c(√(d² + c²) − c), which is d² for small d. smooth_l1: 2(√(d² + c²) − c), which
+    is 2|d| for large d.
+    """
+    d = prediction - target
+    if kind == "l1":
+        return d.abs()
+    if kind == "l2":
+        return d.square()
+    c = width.reshape(-1, *(1,) * (d.dim() - 1)).to(d)
+    # d²/(√(d² + c²) + c) is √(d² + c²) − c without the cancellation
+    rest = d.square() / (torch.sqrt(d.square() + c.square()) + c)
+    return 2 * c * rest if kind == "huber" else 2 * rest
+
+
+def per_sample(loss: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    """(B, C, h, w) → (B,): the mean over C, h, w of loss × mask, times each sample's weight.
+
+    `mask` (B, 1, h, w) in [0, 1] is not divided out: a half-masked sample counts half, as in kohya. `weight`
+    (B,) is 1, or the prior loss weight for pictures of the class.
+    """
+    if mask is not None:
+        loss = loss * mask.to(loss)
+    loss = loss.flatten(1).mean(1)
+    return loss if weight is None else loss * weight.to(loss)

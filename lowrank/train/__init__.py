@@ -1,0 +1,1 @@
+"""One loop, readable top to bottom, and what it needs around it."""

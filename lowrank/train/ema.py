@@ -1,0 +1,48 @@
+"""An exponential moving average of the trained parameters: a few megabytes beside them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lowrank.files import read_tensors, write_tensors
+
+
+class Ema:
+    """θ̄ ← d·θ̄ + (1 − d)·θ after every step; `applied()` puts θ̄ in the parameters' place for a block."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self._parameters, self._decay = list(parameters), decay
+        self._means = [p.detach().float().clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for mean, parameter in zip(self._means, self._parameters, strict=True):
+            mean.lerp_(parameter.float(), 1 - self._decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The averages in the parameters' place, and the parameters back afterwards, bit for bit."""
+        raw = [p.detach().clone() for p in self._parameters]
+        self._set(self._means)
+        try:
+            yield
+        finally:
+            self._set(raw)
+
+    @torch.no_grad()
+    def _set(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def save(self, folder: Path) -> None:
+        write_tensors(folder / "ema.safetensors", {str(i): mean for i, mean in enumerate(self._means)}, {})
+
+    def load(self, folder: Path) -> None:
+        state, _ = read_tensors(folder / "ema.safetensors")
+        for i, mean in enumerate(self._means):
+            mean.copy_(state[str(i)])

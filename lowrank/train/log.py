@@ -1,0 +1,121 @@
+"""What a run tells: TensorBoard, a loss CSV, one progress bar, and a run folder that explains itself."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import importlib.util
+import platform
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from lowrank.files import atomic
+
+BINS = 4  # of the timestep range 0..1000
+BIN_NAMES = tuple(f"t{1000 * i // BINS}-{1000 * (i + 1) // BINS}" for i in range(BINS))
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "bitsandbytes", "numpy", "pillow")
+
+
+class Meter:
+    """Sums of one optimizer step's losses on the device: read back once per step."""
+
+    def __init__(self, components: Sequence[str], device: torch.device) -> None:
+        self.components = tuple(components)
+        self._sums = torch.zeros(1 + len(self.components) + 2 * BINS, device=device)
+        self._batches = 0
+
+    def add(self, components: Mapping[str, Tensor], per_sample: Tensor, timesteps: Tensor) -> None:
+        """One micro-batch: scalar components, unweighted losses (B,) and timesteps (B,) in 0..1000."""
+        parts = torch.stack([components[name].detach().float() for name in self.components])
+        bins = (timesteps * BINS / 1000).long().clamp(0, BINS - 1)
+        sums = torch.zeros(BINS, device=parts.device).index_add_(0, bins, per_sample.detach().float())
+        counts = torch.bincount(bins, minlength=BINS).float()
+        self._sums += torch.cat([parts.sum()[None], parts, sums, counts])
+        self._batches += 1
+
+    def read(self, accelerator: Accelerator) -> dict[str, float | None]:
+        """Means over the step's micro-batches and all processes, by name; bins nobody fell into are None. Resets."""
+        means = accelerator.reduce(self._sums, "sum") / (self._batches * accelerator.num_processes)
+        values, n = means.tolist(), 1 + len(self.components)
+        told: dict[str, float | None] = dict(zip(("loss", *self.components), values[:n], strict=True))
+        for name, total, count in zip(BIN_NAMES, values[n:n + BINS], values[n + BINS:], strict=True):
+            told[name] = total / count if count else None
+        self._sums.zero_()
+        self._batches = 0
+        return told
+
+
+class RunLog:
+    """Writes each step's numbers; made on every process, writing on the main one only."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, components: Sequence[str], total: int, window: int) -> None:
+        self._accelerator, self._csv = accelerator, folder / "loss.csv"
+        self._columns = ("step", "epoch", "lr", "loss", "avr_loss", *components, *BIN_NAMES)
+        self._recent: deque[float] = deque(maxlen=max(1, window))
+        self._total, self._started, self._images = total, time.monotonic(), 0
+
+    def begin(self, step: int) -> None:
+        """Start at a step: rows of a continued run that lie after it are dropped, and the bar begins there."""
+        self._bar = tqdm(total=self._total, initial=step, desc="steps", dynamic_ncols=True,
+                         disable=not self._accelerator.is_main_process)
+        if not self._accelerator.is_main_process:
+            return
+        rows = []
+        if step and self._csv.is_file():
+            with open(self._csv, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        with atomic(self._csv) as part, open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        self._recent.extend(float(row["loss"]) for row in rows)
+
+    def step(self, step: int, epoch: int, told: Mapping[str, float | None], rates: Mapping[str, float], images: int,
+             extra: Mapping[str, float]) -> None:
+        """One optimizer step: losses, learning rates by group description, pictures seen, further scalars."""
+        loss = told["loss"] or 0.0
+        self._recent.append(loss)
+        average = sum(self._recent) / len(self._recent)
+        self._images += images
+        speed = self._images / (time.monotonic() - self._started)
+        first = next(iter(rates.values()), 0.0)
+        self._bar.update()
+        self._bar.set_postfix_str(f"loss={loss:.4f}, avr_loss={average:.4f}, lr={first:.3g}, images/s={speed:.2f}")
+        scalars = {"loss/current": loss, "loss/average": average}
+        for name, value in told.items():
+            if name != "loss" and value is not None:
+                scalars[f"loss/{name}"] = value
+        scalars |= {f"lr/{name.strip()}": rate for name, rate in rates.items()} | dict(extra)
+        self._accelerator.log(scalars, step=step)
+        if self._accelerator.is_main_process:
+            row = {"step": step, "epoch": epoch, "lr": first, "avr_loss": average, **told}
+            with open(self._csv, "a", newline="") as file:
+                csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+
+    def say(self, text: str) -> None:
+        """A line above the bar, on the main process."""
+        if self._accelerator.is_main_process:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._accelerator.end_training()
+
+
+def describe_run(folder: Path, config: str, command: str) -> None:
+    """Write the resolved configuration and the versions that ran it."""
+    with atomic(folder / "config.toml") as part:
+        part.write_text(config)
+    versions = [f"{name}=={importlib.metadata.version(name)}" for name in _PACKAGES
+                if importlib.util.find_spec({"pillow": "PIL"}.get(name, name))]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    with atomic(folder / "versions.txt") as part:
+        part.write_text("\n".join([f"python=={platform.python_version()}", *versions, f"# device: {device}",
+                                   f"# command: {command}", ""]))

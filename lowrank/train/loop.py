@@ -1,0 +1,183 @@
+"""The loop: draw noise, predict, compare, step. Everything else is around it.
+
+Randomness is stateless: the noise, timestep and dropout of a batch depend only on (seed, epoch, position), so a resumed
+run, another number of processes, or a validation in between changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lowrank.data.loader import Batch, Loader
+from lowrank.train.log import Meter, RunLog
+from lowrank.train.state import Progress
+from lowrank.train.watch import first_not_finite, refuse_not_finite
+
+
+@dataclass
+class Run:
+    """All that the loop touches. `denoise(noisy, timesteps, text) -> prediction`; `latents(batch, generator)`."""
+
+    accelerator: Accelerator
+    network: nn.Module
+    denoiser: nn.Module
+    text_encoders: list[nn.Module]
+    loader: Loader
+    objective: Any
+    latents: Callable[[Batch, torch.Generator], Tensor]
+    text: Callable[[tuple[str, ...]], Mapping[str, Tensor]]
+    denoise: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+    optimizer: Any
+    scheduler: Any
+    group_names: list[str]
+    steps: int
+    epochs: int
+    seed: int
+    max_grad_norm: float
+    scale_weight_norms: float | None
+    log: RunLog
+    after_step: Callable[[Progress], bool]  # saves and draws; True to stop
+    after_epoch: Callable[[Progress], None]
+    last_good: Callable[[], Path | None]
+
+
+class Micro(NamedTuple):
+    """One micro-batch: the scalar to differentiate, its parts, and what is logged by timestep."""
+
+    total: Tensor
+    components: dict[str, Tensor]
+    per_sample: Tensor  # (B,) without loss weights
+    timesteps: Tensor  # (B,) 0..1000
+
+
+def components(network: nn.Module) -> tuple[str, ...]:
+    """Names of the loss's parts: the images' error, the regularisation images' error, the method's penalties."""
+    return ("mse", "prior", *(penalty.name for penalty in _penalties(network)))
+
+
+def _penalties(network: nn.Module) -> tuple:
+    return getattr(getattr(network, "method", None), "penalty", ())
+
+
+def stream(seed: int, epoch: int, position: int) -> torch.Generator:
+    """The generator of one batch; torch's global one is seeded too, for dropout."""
+    digest = hashlib.sha256(f"{seed},{epoch},{position}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[8:15], "big"))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def at_timesteps(network: nn.Module, timesteps: Tensor) -> AbstractContextManager:
+    """Tell a network of ours the timesteps; other modules of the contract do not ask."""
+    told = getattr(network, "denoise_at", None)
+    return told(timesteps) if told else nullcontext()
+
+
+def micro_step(run: Run, batch: Batch) -> Micro:
+    """Loss of one batch, differentiable in the network's parameters."""
+    device = run.accelerator.device
+    generator = stream(run.seed, batch.epoch, batch.position)
+    latents = run.latents(batch, generator)                                   # (B, C, h, w)
+    drawn = run.objective.draw(latents, generator)
+    with run.accelerator.autocast(), at_timesteps(run.network, drawn.timesteps):
+        prediction = run.denoise(drawn.noisy, drawn.timesteps, run.text(batch.captions))
+    mask = None if batch.masks is None else _fit(batch.masks.to(device), latents)
+    losses = run.objective.losses(prediction, drawn, mask=mask)               # (B,)
+    weighted = losses * batch.loss_weights.to(device)
+    is_reg = torch.tensor([example.is_reg for example in batch.examples], device=device)
+    parts = {"mse": (weighted * ~is_reg).sum() / len(losses), "prior": (weighted * is_reg).sum() / len(losses)}
+    if _penalties(run.network):
+        parts |= run.network.penalties()
+    return Micro(torch.stack(list(parts.values())).sum(), parts, losses, drawn.timesteps)
+
+
+def _fit(masks: Tensor, latents: Tensor) -> Tensor:
+    if masks.shape[-2:] == latents.shape[-2:]:
+        return masks
+    return torch.nn.functional.adaptive_avg_pool2d(masks, latents.shape[-2:])  # the area average, as in the cache
+
+
+def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
+    """Mean over processes in one message. The network's own forward is never called, so DDP's hooks would not run."""
+    if accelerator.num_processes == 1:
+        return
+    held = [p for p in parameters if p.grad is not None]
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in held]), "mean")
+    for p, part in zip(held, flat.split([p.numel() for p in held]), strict=True):
+        p.grad.copy_(part.view_as(p))
+
+
+def train(run: Run, progress: Progress) -> Progress:
+    """Run until `run.steps` optimizer steps are done. Raises `Refused` at the first loss or gradient that is not finite."""
+    accelerator, network = run.accelerator, run.network
+    meter = Meter(components(network), accelerator.device)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    images, said = 0, None
+    run.log.begin(progress.step)
+    while progress.step < run.steps:
+        if said != progress.epoch:
+            run.log.say(f"\nepoch {progress.epoch + 1}/{run.epochs}") if run.epochs < 100 else None
+            said = progress.epoch
+        network.on_epoch_start(run.text_encoders, run.denoiser)
+        for batch in _batches(run, progress):
+            if hasattr(network, "on_step_start"):
+                network.on_step_start(run.text_encoders, run.denoiser)
+            with accelerator.accumulate(network):
+                micro = micro_step(run, batch)
+                if not torch.isfinite(micro.total):
+                    _blame(run, progress, batch, "the loss")
+                accelerator.backward(micro.total)
+                meter.add(micro.components, micro.per_sample, micro.timesteps)
+                images += len(batch.examples) * accelerator.num_processes
+                if accelerator.sync_gradients:
+                    average_gradients(accelerator, parameters)
+                    extra = _clip(run, progress, batch, parameters)
+                run.optimizer.step()
+                run.scheduler.step()
+                run.optimizer.zero_grad(set_to_none=True)
+            progress.position += 1
+            if accelerator.sync_gradients:
+                progress.step += 1
+                if run.scale_weight_norms:
+                    extra |= _limit_norms(network, run.scale_weight_norms, accelerator.device)
+                rates = dict(zip(run.group_names, (group["lr"] for group in run.optimizer.param_groups), strict=False))
+                run.log.step(progress.step, progress.epoch + 1, meter.read(accelerator), rates, images, extra)
+                images = 0
+                if run.after_step(progress) or progress.step >= run.steps:
+                    return progress
+        progress.epoch, progress.position = progress.epoch + 1, 0
+        run.after_epoch(progress)
+    return progress
+
+
+def _batches(run: Run, progress: Progress) -> Iterator[Batch]:
+    per_step = run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes
+    return run.loader.epoch(progress.epoch, progress.position, max_train_steps=run.steps, batches_per_step=per_step)
+
+
+def _clip(run: Run, progress: Progress, batch: Batch, parameters: list[nn.Parameter]) -> dict[str, float]:
+    if not run.max_grad_norm:
+        return {}
+    norm = run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
+    scaled = run.accelerator.scaler is not None  # fp16: the scaler skips steps whose gradients overflow, and goes on
+    if not scaled and not torch.isfinite(norm):
+        _blame(run, progress, batch, "the gradient")
+    return {"norm/gradient": float(norm)}
+
+
+def _limit_norms(network: nn.Module, limit: float, device: torch.device) -> dict[str, float]:
+    scaled, mean, largest = network.apply_max_norm_regularization(limit, device)
+    return {"max_norm/keys_scaled": scaled, "max_norm/average_key_norm": mean, "max_norm/max_key_norm": largest}
+
+
+def _blame(run: Run, progress: Progress, batch: Batch, what: str) -> None:
+    where = first_not_finite(run.denoiser, lambda: micro_step(run, batch))
+    refuse_not_finite(what, progress.step + 1, [example.path for example in batch.examples], where, run.last_good())

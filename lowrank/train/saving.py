@@ -1,0 +1,158 @@
+"""What is written while a run goes on, and when: checkpoints, states, adapter files, pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lowrank.options import Parsed
+from lowrank.train import hub, metadata, optim, state
+from lowrank.train.ema import Ema
+from lowrank.train.log import RunLog
+from lowrank.train.state import Names, Progress
+from lowrank.train.watch import Preview
+
+
+class Keeper:
+    """Called after every step and epoch; knows what is due and what may go."""
+
+    def __init__(
+        self, parsed: Parsed, accelerator: Accelerator, network: nn.Module, optimizer: Any, told: Mapping[str, str], log: RunLog,
+        preview: Preview, names: Names, run_facts: Mapping[str, Any], plan: Any,
+    ) -> None:
+        self._options, self._accelerator, self._network, self._optimizer = parsed.saving, accelerator, network, optimizer
+        self._parsed, self._told, self._log, self._preview, self._names = parsed, told, log, preview, names
+        self._facts, self._plan = run_facts, plan
+        self._good: Path | None = None
+        self.stop_asked = self.stopped = False
+        decay = parsed.value("ema_decay")
+        self._ema = Ema(network.parameters(), decay) if decay else None
+        every = self._options.save_every_n_epochs
+        if self._options.save_n_epoch_ratio:
+            every = max(1, plan.epochs // self._options.save_n_epoch_ratio)
+        self._every_epochs = every
+
+    # ------------------------------------------------------------------ when
+
+    def after_step(self, progress: Progress) -> bool:
+        """Save and draw what this step owes; True when the run shall stop here."""
+        options, step = self._options, progress.step
+        if self._ema:
+            self._ema.update()
+        last = step >= self._plan.steps
+        if options.checkpointing_steps and (step % options.checkpointing_steps == 0 or last):
+            self._checkpoint(progress)
+        if options.save_every_n_steps and step % options.save_every_n_steps == 0 and not last:
+            self._write(self._names.step(step), progress, options.save_state)
+            self._expire(step, options.save_every_n_steps)
+        if self._preview.due(step=step) and not last:
+            self.draw(f"{step:06d}", step)
+        if self.stop_asked and not last:
+            self._checkpoint(progress)
+            self.stopped = True
+            self._log.say(f"stopped at step {step}; go on with --resume {self._good}")
+        return self.stopped
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Save and draw what the epoch that just ended owes; `progress.epoch` counts the ended ones."""
+        epoch = progress.epoch
+        if self._every_epochs and epoch % self._every_epochs == 0:
+            path = self._names.epoch(epoch)
+            self._write(path, progress, self._options.save_state)
+            self._expire_epochs(epoch)
+        if self._preview.due(epoch=epoch):
+            self.draw(f"e{epoch:06d}", progress.step)
+
+    def finish(self, progress: Progress) -> None:
+        """The final file, and the final pictures."""
+        options = self._options
+        final = self._names.final()
+        self._write(final, progress, options.save_state or options.save_state_on_train_end)
+        self.draw("final", progress.step)
+        self._log.say(f"model saved. {final}")
+
+    def last_good(self) -> Path | None:
+        """The newest whole checkpoint of this run."""
+        return self._good
+
+    # ------------------------------------------------------------------ what
+
+    def _metadata(self, progress: Progress) -> dict[str, str]:
+        return metadata.at_save(self._told, step=progress.step, epoch=progress.epoch, minimum=self._options.no_metadata)
+
+    def _checkpoint(self, progress: Progress) -> None:
+        folder = self._names.checkpoint(progress.step)
+        self._state(folder, progress)
+        if self._accelerator.is_main_process:
+            kept = self._options.checkpoints_total_limit
+            state.prune(state.checkpoints(self._names.output_dir), kept)
+
+    def _state(self, folder: Path, progress: Progress) -> None:
+        self._log.say(f"saving checkpoint: {folder}")
+        extra = self._ema.save if self._ema else None
+        state.save_state(folder, self._accelerator, self._network, progress, self._facts, self._metadata(progress), extra)
+        self._good = folder
+
+    def _write(self, path: Path, progress: Progress, with_state: bool) -> None:
+        options = self._options
+        precision = "float" if options.upcast_before_saving else options.save_precision
+        default = None
+        if self._accelerator.is_main_process:
+            self._log.say(f"saving checkpoint: {path}")
+            with self._shown():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._network.save_weights(str(path), state.save_dtype(precision, default), self._metadata(progress))
+            hub.upload(self._parsed.hub, path)
+        self._accelerator.wait_for_everyone()
+        if with_state:
+            self._state(self._names.state(path), progress)
+
+    def draw(self, tag: str, step: int) -> None:
+        """Pictures of the adapter as it would be saved."""
+        with self._shown():
+            self._preview.run(self._accelerator, self._network, tag, step)
+
+    @contextlib.contextmanager
+    def _shown(self):
+        """What is saved and drawn: schedule-free optimizers' averages, and the EMA where there is one."""
+        with optim.evaluating(self._optimizer), self._ema.applied() if self._ema else contextlib.nullcontext():
+            yield
+
+    def _expire_epochs(self, epoch: int) -> None:
+        files = self._options.save_last_n_epochs
+        states = self._options.save_last_n_epochs_state or files
+        if files and epoch - files * self._every_epochs > 0:
+            self._remove(self._names.epoch(epoch - files * self._every_epochs))
+        if states and epoch - states * self._every_epochs > 0:
+            self._remove(self._names.state(self._names.epoch(epoch - states * self._every_epochs)))
+
+    def _expire(self, step: int, every: int) -> None:
+        options = self._options
+        states = options.save_last_n_steps_state or options.save_last_n_steps
+        for keep, name in ((options.save_last_n_steps, self._names.step),
+                           (states, lambda n: self._names.state(self._names.step(n)))):
+            gone = state.expired(step, every, keep, name)
+            if gone is not None:
+                self._remove(gone)
+
+    def _remove(self, path: Path) -> None:
+        if self._accelerator.is_main_process and path.exists():
+            self._log.say(f"removing old checkpoint: {path}")
+            state.remove(path)
+
+    def resume(self) -> Progress:
+        """Continue from `--resume`."""
+        folder = state.find_state(self._parsed.value("resume"), self._names.output_dir)
+        progress = state.load_state(folder, self._accelerator, self._network, self._facts)
+        if self._ema:
+            self._ema.load(folder)
+        self._good = folder
+        self._log.say(f"resumed from {folder}: step {progress.step}, epoch {progress.epoch + 1}, batch {progress.position + 1}")
+        return progress

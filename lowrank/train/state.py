@@ -1,0 +1,155 @@
+"""What a run leaves on disk, and how it goes on from there: file names, checkpoints, resume.
+
+A checkpoint folder is filled under a temporary name and renamed once it is whole; `train_state.json` lists every file
+with its SHA-256, so a half-written or altered folder is told apart from a good one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lowrank.errors import Refused
+from lowrank.files import atomic_folder, part_of, sha256
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+STATE = "train_state.json"
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where things go. With an output name kohya's file names are used, without one those of diffusers' scripts."""
+
+    output_dir: Path
+    output_name: str | None
+    extension: str = "safetensors"
+
+    def final(self) -> Path:
+        return self.output_dir / (f"{self.output_name}.{self.extension}" if self.output_name else WEIGHTS)
+
+    def epoch(self, epoch: int) -> Path:
+        stem = f"{self.output_name}-{epoch:06d}" if self.output_name else f"epoch-{epoch:06d}"
+        return self.output_dir / f"{stem}.{self.extension}"
+
+    def step(self, step: int) -> Path:
+        stem = f"{self.output_name}-step{step:08d}" if self.output_name else f"at-step{step:08d}"
+        return self.output_dir / f"{stem}.{self.extension}"
+
+    def state(self, weights: Path) -> Path:
+        """kohya's state folder beside a weights file."""
+        stem = "last" if weights == self.final() and not self.output_name else weights.stem
+        return self.output_dir / f"{stem}-state"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.output_dir / f"checkpoint-{step}"
+
+
+@dataclass
+class Progress:
+    """How far a run is: optimizer steps done, and the next batch of this process as (epoch, position)."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+
+
+def save_state(
+    folder: Path, accelerator: Accelerator, network: nn.Module, progress: Progress, run: Mapping[str, Any],
+    metadata: Mapping[str, str], extra: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a checkpoint folder: adapter in full precision, optimizer, scheduler, RNG, progress; all or nothing.
+
+    Every process calls this; `run` says what a resumed run must agree on (module, rank, seed, data), `extra` may add
+    files.
+    """
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(part_of(folder)))
+        accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
+        return
+    with atomic_folder(folder) as part:
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(part))
+        accelerator.wait_for_everyone()
+        network.save_weights(str(part / WEIGHTS), None, dict(metadata))
+        if extra is not None:
+            extra(part)
+        files = {file.name: sha256(file) for file in sorted(part.iterdir())}
+        told = {"current_step": progress.step, "current_epoch": progress.epoch, "position": progress.position,
+                "run": dict(run), "files": files}
+        (part / STATE).write_text(json.dumps(told, indent=1))
+    accelerator.wait_for_everyone()
+
+
+def find_state(wanted: str, output_dir: Path) -> Path:
+    """The folder for `--resume`: a path, the name of a folder in `output_dir`, or "latest" whole `checkpoint-N`."""
+    if wanted == "latest":
+        found = checkpoints(output_dir)
+        if not found:
+            raise Refused(f"there is no checkpoint-N folder in {output_dir} to resume from; leave --resume out to start anew")
+        return found[-1]
+    for folder in (Path(wanted), output_dir / wanted):
+        if folder.is_dir():
+            return folder
+    raise Refused(f"the folder {wanted} to resume from does not exist, neither as a path nor in {output_dir}; name a "
+                  "checkpoint-N or -state folder, or \"latest\"")
+
+
+def load_state(folder: Path, accelerator: Accelerator, network: nn.Module, run: Mapping[str, Any]) -> Progress:
+    """Continue from a folder that `save_state` wrote. Raises `Refused` if it is not whole or belongs to another run."""
+    try:
+        told = json.loads((folder / STATE).read_text())
+        files, before = told["files"], told["run"]
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(f"{folder} is not a whole checkpoint of this program: {STATE} is missing or unreadable; resume from "
+                      "an earlier one, or start from its weights with --network_weights") from error
+    for name, digest in files.items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise Refused(f"{folder} is damaged: {name} is missing or altered; resume from an earlier checkpoint")
+    for key, value in run.items():
+        if before.get(key) != value:
+            raise Refused(f"{folder} belongs to another run: its {key} is {before.get(key)} and this run's is {value}; use "
+                          "the same settings, or start from its weights with --network_weights")
+    network.load_weights(str(folder / WEIGHTS))
+    accelerator.load_state(str(folder))
+    return Progress(told["current_step"], told["current_epoch"], told["position"])
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def prune(folders: list[Path], keep: int | None) -> None:
+    """Delete the oldest so that `keep` remain (None: all); called when a new one is whole, so one is always there."""
+    for path in folders[: max(0, len(folders) - keep)] if keep else []:
+        remove(path)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """`checkpoint-N` folders, oldest first."""
+    return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
+
+
+def save_dtype(precision: str | None, default: torch.dtype | None) -> torch.dtype | None:
+    """`--save_precision`: None keeps the training dtype."""
+    table = {None: default, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return table[precision]
+
+
+def expired(step: int, every: int | None, keep: int | None, name: Callable[[int], Path]) -> Path | None:
+    """kohya's rule for step files: with `keep` steps kept, the file at (step − keep − 1) rounded down to `every` goes."""
+    if not every or not keep:
+        return None
+    old = step - keep - 1
+    old -= old % every
+    return name(old) if old > 0 else None

@@ -1,0 +1,1 @@
+"""Files and weights: read, compare, merge, export."""

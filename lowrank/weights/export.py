@@ -1,0 +1,36 @@
+"""Any static adapter as a plain LoRA that other programs load: ΔR at rank r, QR-LoRA at rank 2r, both exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank.adapters import keys
+from lowrank.files import write_tensors
+from lowrank.weights.names import Layers, read_layers, thin
+
+
+def to_lora(layers: Layers, source: str = "the file") -> dict[str, Tensor]:
+    """Diffusers/PEFT keys: `transformer.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha` (alpha/rank is the scale)."""
+    state = {}
+    for module, roles in layers.items():
+        up, down, scale = thin(module, roles, source)
+        prefix = module if keys.is_text_encoder(module) else f"transformer.{module}"
+        state[f"{prefix}.lora_A.weight"] = down
+        state[f"{prefix}.lora_B.weight"] = up
+        state[f"{prefix}.alpha"] = torch.tensor(scale * down.shape[0])
+    return state
+
+
+def export_lora(source: str | Path, target: str | Path) -> dict[str, Tensor]:
+    """Write `source` as a plain LoRA to `target`; returns what was written."""
+    layers, metadata = read_layers(source)
+    state = to_lora(layers, str(source))
+    ranks = {value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")}
+    kept = {key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec.", "lowrank.base"))}
+    rank = str(ranks.pop()) if len(ranks) == 1 else "None"
+    facts = {"lowrank.method": "lora", "lowrank.rank": rank, "lowrank.exported_from": metadata.get("lowrank.method", "unknown")}
+    write_tensors(target, state, {**kept, **facts})
+    return state

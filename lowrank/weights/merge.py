@@ -1,0 +1,151 @@
+"""Several adapters at once: ΔW = Σ wᵢ·ΔWᵢ, exactly, without touching a base weight.
+
+On a shared Q the sum is Q·(Σ wᵢ sᵢ ΔRᵢ) and keeps rank r. On different bases or ranks it is a concatenation,
+[U₁ | U₂]·[w₁s₁D₁ ; w₂s₂D₂], exact as well, of rank r₁ + r₂.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters import keys
+from lowrank.adapters.method import Factor, Method
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.targets import Target, find
+from lowrank.errors import Refused
+from lowrank.files import write_tensors
+from lowrank.weights.names import Layers, Thin, read_layers, shares_basis, thin
+
+STATIC = Method("static", Factor(lambda *_: ({}, {}), trained=()))
+
+
+class Adapter:
+    """An adapter file: its layers, its metadata, and where it came from."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.layers, self.metadata = read_layers(path)
+
+    def fact(self, name: str) -> str | None:
+        """A fact the file states about itself, or None (official files state none)."""
+        value = self.metadata.get(f"lowrank.{name}")
+        return None if value in (None, "None") else value
+
+
+class Mixture:
+    """A weighted sum of adapters on one model, its weights free to change."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self.adapters = list(adapters)
+        bases = {adapter.fact("base_hash") for adapter in adapters} - {None}
+        if len(bases) > 1:
+            told = "; ".join(f"{a.path} on {a.fact('base_model') or a.fact('base_hash')}" for a in adapters)
+            raise Refused(f"these adapters were trained on different base models ({told}); merge adapters of one base")
+        modules = {}
+        for adapter in adapters:
+            for module in adapter.layers:
+                modules.setdefault(keys.flat(module), module)
+        own = [{keys.flat(module): roles for module, roles in a.layers.items()} for a in adapters]
+        if len(adapters) > 1 and not set.intersection(*(set(layers) for layers in own)):
+            raise Refused(f"{adapters[0].path} and {adapters[1].path} have no layer in common, for example "
+                          f"{next(iter(adapters[0].layers))} and {next(iter(adapters[1].layers))}; are both for one model?")
+        self.modules = modules
+        self._parts = {
+            name: [(i, layers[name]) for i, layers in enumerate(own) if name in layers] for name in modules
+        }
+        self._thin: dict[str, list[tuple[int, Thin]]] = {
+            name: [(i, thin(modules[name], roles, str(adapters[i].path))) for i, roles in parts]
+            for name, parts in self._parts.items()
+        }
+        self.shared = {
+            name for name, parts in self._parts.items()
+            if all(shares_basis(parts[0][1], other) for _, other in parts) and "delta_r" in parts[0][1]
+        }
+
+    def up(self, name: str) -> Tensor:
+        """(O, R'), the same for all weights."""
+        parts = [pair.up for _, pair in self._thin[name]]
+        return parts[0] if name in self.shared else torch.cat([up.float() for up in parts], 1)
+
+    def down(self, name: str, weights: Sequence[float]) -> Tensor:
+        """(R', I) in fp32, with weights and scales folded in."""
+        parts = [weights[i] * pair.scale * pair.down.float() for i, pair in self._thin[name]]
+        return torch.stack(parts).sum(0) if name in self.shared else torch.cat(parts)
+
+    def describe(self) -> str:
+        """One sentence: how the sum is held."""
+        joined = len(self.modules) - len(self.shared)
+        if not joined:
+            return f"{len(self.modules)} layers share one basis: ΔR are added, the rank stays"
+        ranks = sorted({self.down(name, [0.0] * len(self.adapters)).shape[0] for name in self.modules if name not in self.shared})
+        return (f"{joined} of {len(self.modules)} layers have different bases, ranks or kinds: they are concatenated, exactly, "
+                f"to rank {', '.join(map(str, ranks))}")
+
+    def attach(self, denoiser: nn.Module, dtype: torch.dtype | None = None) -> AttachedMixture:
+        """Put the sum beside the denoiser's layers, at weights 0. Raises `Refused` when a layer does not fit."""
+        return AttachedMixture(self, denoiser, dtype)
+
+    def save(self, path: str | Path, weights: Sequence[float], metadata: dict[str, str]) -> None:
+        """Write the sum as one adapter: a ΔR file where every layer shares its Q, else a plain LoRA file."""
+        together = len(self.shared) == len(self.modules)
+        state = {}
+        for name, module in self.modules.items():
+            first = self._parts[name][0][1]
+            prefix = module if keys.is_text_encoder(module) or module.startswith("lora_") else f"transformer.{module}"
+            down = self.down(name, weights)
+            roles = {"q": self.up(name), "delta_r": down} if together else {"up": self.up(name), "down": down}
+            if together and "base_r" in first:
+                roles["base_r"] = first["base_r"].float() * self._thin[name][0][1].scale
+            roles["alpha"] = torch.tensor(float(down.shape[0]))
+            state |= {f"{prefix}.{keys.PEFT[role]}": value for role, value in roles.items()}
+        kept = {f"lowrank.{fact}": value for fact in ("base_hash", "base_model", *(["basis_hash"] if together else []))
+                if (value := self.adapters[0].fact(fact))}
+        methods = {adapter.fact("method") or "delta_r" for adapter in self.adapters}
+        method = (methods.pop() if len(methods) == 1 else "delta_r") if together else "lora"
+        merged = ", ".join(f"{a.path.parent.name}/{a.path.name} × {w:g}" for a, w in zip(self.adapters, weights, strict=True))
+        write_tensors(path, state, {"lowrank.method": method, "lowrank.merged_from": merged, **kept, **metadata})
+
+
+class AttachedMixture:
+    """A mixture beside a denoiser; `set(weights)` changes thin factors only."""
+
+    def __init__(self, mixture: Mixture, denoiser: nn.Module, dtype: torch.dtype | None) -> None:
+        self.mixture = mixture
+        targets = find("unet", denoiser, target=".")
+        fitting = {keys.flat(t.native or t.name): t for t in targets}
+        lost = [name for name in mixture.modules if name not in fitting]
+        if lost:
+            raise Refused(f"{len(lost)} of {len(mixture.modules)} adapter layers are not in {type(denoiser).__name__}, for "
+                          f"example {mixture.modules[lost[0]]}; the adapter is for another model, or adapts a text encoder")
+        chosen: list[Target] = []
+        for name, module in mixture.modules.items():
+            weight, up = fitting[name].module.weight, mixture.up(name)
+            ins = mixture.down(name, [0.0] * len(mixture.adapters)).shape[1]
+            if (up.shape[0], ins) != (weight.shape[0], weight.numel() // weight.shape[0]):
+                raise Refused(f"{module} is {up.shape[0]}×{ins} in the adapter and {weight.shape[0]}×"
+                              f"{weight.numel() // weight.shape[0]} in the model; the adapter is for another base")
+            chosen.append(fitting[name])
+        self._names = {t.name: keys.flat(t.native or t.name) for t in chosen}
+        ranks = {t.name: mixture.up(self._names[t.name]).shape[1] for t in chosen}
+        self.network = AdapterNetwork(STATIC, chosen, lambda t: (ranks[t.name], float(ranks[t.name])))
+        for layer in self.network.layers():
+            up = mixture.up(self._names[layer.name])
+            layer.load({"up": up, "down": torch.zeros(layer.down.shape)}, "the mixture")
+        if dtype is not None:
+            self.network.cast_frozen(dtype)
+        self.network.to(next(denoiser.parameters()).device)
+        self.network.apply_to(None, denoiser, False, True)
+
+    def set(self, weights: Sequence[float]) -> None:
+        """Make ΔW = Σ weights[i]·ΔWᵢ; all zero is the base, bit for bit."""
+        for layer in self.network.layers():
+            down = self.mixture.down(self._names[layer.name], weights)
+            layer.down.copy_(down.reshape(layer.down.shape))
+
+    def restore(self) -> None:
+        """Take the mixture off the denoiser."""
+        self.network.restore()

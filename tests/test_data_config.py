@@ -1,0 +1,171 @@
+"""`--dataset_config`: lookup order, and mistakes named with file, table and key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from lowrank.data.scan import from_config
+from lowrank.errors import Refused
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
+
+    def write(text, name="data.toml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+SUBSETS = """
+[[datasets.subsets]]
+image_dir = "a"
+num_repeats = 2
+class_tokens = "cat"
+[[datasets.subsets]]
+image_dir = "b"
+is_reg = true
+keep_tokens = 3
+"""
+
+WHOLE = (
+    """
+[general]
+shuffle_caption = true
+caption_extension = ".txt"
+keep_tokens = 1
+enable_bucket = true
+[[datasets]]
+resolution = 768
+batch_size = 4
+keep_tokens = 2
+"""
+    + SUBSETS
+    + """
+[[datasets]]
+resolution = [640, 512]
+[[datasets.subsets]]
+image_dir = "a"
+caption_dropout_rate = 0
+"""
+)
+
+
+def test_lookup_order(write):
+    first, second = from_config(
+        write(WHOLE), {"keep_tokens": 9, "batch_size": 8, "flip_aug": True, "max_bucket_reso": 2048}
+    )
+    assert (first.resolution, first.batch_size, second.resolution, second.batch_size) == (
+        (768, 768),
+        4,
+        (640, 512),
+        8,
+    )
+    assert first.enable_bucket and second.max_bucket_reso == 2048
+    cat, reg = first.subsets
+    assert (cat.keep_tokens, reg.keep_tokens, second.subsets[0].keep_tokens) == (2, 3, 1)
+    assert cat.flip_aug and cat.shuffle_caption and cat.caption_extension == ".txt"
+    assert (cat.num_repeats, cat.class_tokens, cat.is_reg, reg.is_reg) == (2, "cat", False, True)
+
+
+def test_json_reads_the_same(write):
+    tree = {"general": {"flip_aug": True}, "datasets": [{"resolution": 512, "subsets": [{"image_dir": "a"}]}]}
+    (dataset,) = from_config(write(json.dumps(tree), "data.json"))
+    assert dataset.subsets[0].flip_aug and dataset.resolution == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nnum_repeat = 2",
+            r"data\.toml, datasets\[0\]\.subsets\[0\]: .* 'num_repeat' \(did you mean 'num_repeats'\?\)",
+        ),
+        ("[[dataset]]\n", r"top level: unknown key 'dataset' \(did you mean 'datasets'\?\)"),
+        ("[general]\nflip = true\n[[datasets]]" + SUBSETS, r"general: unknown key 'flip'"),
+        (
+            "[general]\nimage_dir = 'a'\n[[datasets]]" + SUBSETS,
+            r"general: unknown key 'image_dir' at this level",
+        ),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nbatch_size = 2",
+            r"unknown key 'batch_size' at this level",
+        ),
+        (
+            "[[datasets]]\nsubset = 1" + SUBSETS,
+            r"datasets\[0\]: unknown key 'subset' \(did you mean 'subsets'\?\)",
+        ),
+        (
+            "[[datasets]]\nresolution = '512'" + SUBSETS,
+            r"datasets\[0\]: resolution is '512' \(str\); it must be 512 or",
+        ),
+        (
+            "[[datasets]]\nbatch_size = true" + SUBSETS,
+            r"batch_size is True \(bool\); it must be a whole number",
+        ),
+        (
+            "[[datasets]]\nenable_bucket = 1" + SUBSETS,
+            r"enable_bucket is 1 \(int\); it must be true or false",
+        ),
+        (
+            "[general]\ncaption_dropout_rate = '0.1'\n[[datasets]]" + SUBSETS,
+            r"caption_dropout_rate .* must be a number",
+        ),
+        (
+            "[general]\ncaption_dropout_rate = 2\n[[datasets]]" + SUBSETS,
+            r"datasets\[0\]\.subsets\[0\]: caption_dropout_rate 2",
+        ),
+        ("[[datasets]]\nbatch_size = 0" + SUBSETS, r"datasets\[0\]: batch_size 0"),
+        ("[general]\nflip_aug = true", r"datasets: is missing; it must be one or more \[\[datasets\]\]"),
+        ("[[datasets]]\nresolution = 512", r"datasets\[0\]\.subsets: is missing"),
+        ("[[datasets]]\n[[datasets.subsets]]\nis_reg = true", r"image_dir is missing"),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'c'",
+            r"subsets\[0\]: image_dir c is not a folder \(seen from",
+        ),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'c'",
+            r"'metadata_file' of sd-scripts is not supported; write",
+        ),
+        ("general = 3\n[[datasets]]" + SUBSETS, r"general: is 3 \(int\), not a table"),
+        ("[[datasets]\n", r"data\.toml is not valid TOML"),
+        ("a = ", r"data\.toml is not valid TOML"),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nresize_interpolation = 'area'",
+            r"differs from its dataset",
+        ),
+    ],
+)
+def test_mistakes_are_named(write, text, message):
+    with pytest.raises(Refused, match=message):
+        from_config(write(text))
+
+
+def test_bad_files(write, tmp_path):
+    with pytest.raises(Refused, match=r"nothing\.toml cannot be read"):
+        from_config(tmp_path / "nothing.toml")
+    with pytest.raises(Refused, match=r"data\.json is not valid JSON"):
+        from_config(write("{", "data.json"))
+    with pytest.raises(Refused, match="is a list at the top"):
+        from_config(write("[]", "data.json"))
+    (tmp_path / "data.toml").write_bytes(b"a = '\xff'")
+    with pytest.raises(Refused, match="not UTF-8"):
+        from_config(tmp_path / "data.toml")
+
+
+def test_unknown_keys_can_be_allowed_and_inert_ones_are_said(write, caplog):
+    path = write(
+        "[[datasets]]\nnetwork_multiplier = 1.0\n[[datasets.subsets]]\nimage_dir = 'a'\nnum_repeat = 2"
+    )
+    (dataset,) = from_config(path, allow_unknown=True)
+    assert dataset.subsets[0].num_repeats == 1
+    assert "'num_repeat' is ignored (did you mean 'num_repeats'?)" in caplog.text
+    assert "network_multiplier is ignored" in caplog.text
