@@ -1,6 +1,6 @@
 """Write W − QR of every adapted layer: save_flux_residual.py --model_path FLUX.1-dev --rank 64 --output_dir flux_dir"""
 
-from lowrank.cli import run
+from lowrank.cli.run import run
 from lowrank.cli.residual import main
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare two adapters: visualize_similarity.py --lora1_path sty.safetensors --lora2_path cnt.safetensors"""
 
-from lowrank.cli import run
+from lowrank.cli.run import run
 from lowrank.cli.similarity import main
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
 import math
@@ -75,6 +76,20 @@ def pairs(name: str, items: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def literals(name: str, items: Iterable[str]) -> dict[str, Any]:
+    """`key=value` texts of the flag `name`, values as Python literals (`betas=0.9,0.99` is a tuple)."""
+    found = {}
+    for key, text in pairs(name, items).items():
+        try:
+            found[key] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise Refused(
+                f"{name} {key}={text}: the value is not a Python literal; write True, 0.1, (0.9,0.99), "
+                f"or a text with its own quotes: \"{key}='{text}'\""
+            ) from error
+    return found
+
+
 def resolution(text: str) -> tuple[int, int]:
     """`512` or `768,512` as (width, height)."""
     parts = text.split(",")
@@ -91,7 +106,7 @@ def steps_or_share(text: str) -> float:
         raise Refused(f"{text!r} is not a number of steps, a share below 1, or a percentage") from error
     if value >= 1 and (value != int(value) or text.endswith("%")):
         raise Refused(f"{text!r} is neither whole steps nor a share below 1")
-    return int(value) if value >= 1 else value
+    return int(value) if value >= 1 or value == 0 else value
 
 
 def comma_floats(text: str) -> tuple[float, ...]:
@@ -189,7 +204,9 @@ class Spec(NamedTuple):
 
 
 def shown(value: object) -> str:
-    """A value as a user would type it."""
+    """A value as a user would type it; nothing for one that is unset or off."""
+    if value is None or value is False:
+        return ""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -261,7 +278,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Say(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         spec, bare = self.const
         if self.nargs == 0 or values is self.const:  # --no-flag, or --flag without a word
             values = bare
@@ -270,12 +287,12 @@ class _Say(argparse.Action):
 
 
 class _Ignore(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         namespace.ignored.append(option_string[2:])
 
 
 class _Refuse(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         parser.error(f"{option_string} is not supported: {self.const}")
 
 
@@ -288,7 +305,7 @@ def _add(section: Any, spec: Spec) -> None:
 
     flag = spec.flag
     unit = f" [{flag.unit}]" if flag.unit else ""
-    default = "" if spec.default in (None, (), False, "") else f" (default: {shown(spec.default)})"
+    default = f" (default: {shown(spec.default)})" if shown(spec.default) else ""
     common = {"action": _Say, "help": (flag.help + unit + default).replace("%", "%%")}
     if spec.kind is bool:
         section.add_argument(*spec.names, nargs="?", const=(spec, True), type=read, metavar="BOOL", **common)
@@ -296,6 +313,7 @@ def _add(section: Any, spec: Spec) -> None:
         section.add_argument(*off, nargs=0, const=(spec, False), action=_Say, help=argparse.SUPPRESS)
     else:
         metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else _METAVARS[spec.kind]
+        metavar = "TEXT" if flag.convert else metavar
         nargs = "*" if spec.many else None
         section.add_argument(
             *spec.names, nargs=nargs, const=(spec, None), type=read, metavar=metavar, **common

@@ -290,12 +290,12 @@ class Network:
     use_zero_init: bool | None = option(
         None, "start ΔR at zero, the base model (unset: yes); --no-use_zero_init starts at random"
     )
-    delta_scale: float = option(0.01, "standard deviation of a random ΔR", low=0)
+    delta_scale: float | None = option(None, "standard deviation of a random ΔR (unset: 0.01)", low=0)
     basis_cache_dir: str | None = option(None, "folder where the bases of the base model's layers are kept")
-    save_basis: str = option(
-        "full",
-        "frozen factors in the adapter file: Q and base R, Q alone, or none, which then needs the "
-        "base model to read",
+    save_basis: str | None = option(
+        None,
+        "frozen factors in the adapter file (unset: full): Q and base R, Q alone, or none, which then needs "
+        "the base model to be read",
         choices=("full", "q", "none"),
     )
     train_text_encoder: bool = option(False, "adapt the text encoders too")

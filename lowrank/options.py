@@ -123,7 +123,7 @@ class Surface:
 
     def parser(self) -> argparse.ArgumentParser:
         """argparse's parser; its namespace gets the lists `said` and `ignored`."""
-        parser = Parser(prog=self.prog, description=self.description)
+        parser = Parser(prog=self.prog, description=self.description, usage="%(prog)s [--flag value …]")
         parser.add(self.specs)
         parser.add_others(self.ignored, self.refused)
         return parser

@@ -152,17 +152,12 @@ def check_flux(parsed: Parsed) -> Iterator[str]:
 def _check_data(parsed: Parsed) -> Iterator[str]:
     data, prior = parsed.data, parsed.prior
     sources = [n for n in ("dataset_config", "train_data_dir", "instance_data_dir") if getattr(data, n)]
-    if not sources:
+    if len(sources) != 1:
+        told = " and ".join(parsed.flag(name) for name in sources) or "none"
         raise Refused(
-            "no training pictures; give --instance_data_dir FOLDER --instance_prompt TEXT, --train_data_dir "
-            "FOLDER, or --dataset_config FILE"
+            f"one source of pictures is needed, not {told}; give --instance_data_dir FOLDER with "
+            "--instance_prompt TEXT, --train_data_dir FOLDER, or --dataset_config FILE"
         )
-    if sources[0] == "dataset_config" and (
-        others := [*sources[1:], *(["reg_data_dir"] if data.reg_data_dir else [])]
-    ):
-        yield f"--dataset_config says where the pictures are; without effect: {', '.join(others)}"
-    elif len(sources) > 1:
-        raise Refused("--train_data_dir and --instance_data_dir are both given; give one")
     if data.instance_prompt and "instance_data_dir" not in sources:
         raise Refused("--instance_prompt belongs to --instance_data_dir; captions come from files here")
     if prior.with_prior_preservation:
@@ -178,9 +173,7 @@ def _check_data(parsed: Parsed) -> Iterator[str]:
     cached = data.cache_latents or data.cache_latents_to_disk
     for name in ("color_aug", "random_crop"):
         if cached and getattr(data, name):
-            raise Refused(
-                f"--{name} changes images in every epoch, but cached latents stay; drop one of both"
-            )
+            raise Refused(f"--{name} changes images every epoch, but cached latents stay; drop one of both")
     if data.persistent_data_loader_workers and not data.max_data_loader_n_workers:
         raise Refused("--persistent_data_loader_workers needs --max_data_loader_n_workers of 1 or more")
     buckets = parsed.buckets

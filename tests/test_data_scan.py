@@ -59,7 +59,7 @@ def test_counted_folders(tmp_path, caplog):
     save(tmp_path / "img" / "notes" / "c.png"), save(tmp_path / "img" / "0_off" / "d.png")
     save(tmp_path / "reg" / "1_dog" / "e.png")
     (tmp_path / "img" / "10_sks dog" / "a.caption").write_text("written")
-    (dataset,) = from_folders(tmp_path / "img", tmp_path / "reg", flip_aug=True)
+    (dataset,) = from_folders(tmp_path / "img", tmp_path / "reg", flip_aug=True, num_repeats=7)
     assert [(one.path.name, one.captions[0], one.repeats, one.is_reg) for one in scan(dataset)] == [
         ("a.png", "written", 10, False),
         ("b.png", "cat", 2, False),

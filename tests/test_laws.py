@@ -19,8 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @pytest.fixture
-def cache(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "bases"  # one for the session: the toys' weights are always the same
+def cache(bases):
+    return bases
 
 
 def digest(model) -> str:

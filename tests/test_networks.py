@@ -22,8 +22,8 @@ TINY = {**flux_dev_config(), "in_channels": 16, "num_layers": 1, "num_single_lay
 
 
 @pytest.fixture
-def cache(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "bases"
+def cache(bases):
+    return bases
 
 
 @pytest.fixture
@@ -238,6 +238,9 @@ def test_files_of_another_method_shape_or_base_are_refused(flux, cache, tmp_path
         made("qrlora", flux, cache).load_weights(str(tmp_path / "a.safetensors"))
     with pytest.raises(Refused, match="--dim_from_weights"):
         made("delta_r", base_of(flux), cache, rank=2).load_weights(str(tmp_path / "a.safetensors"))
+    with pytest.raises(Refused, match="keeps at zero"):
+        state = {key: value + 1 for key, value in read_tensors(tmp_path / "a.safetensors")[0].items()}
+        made("delta_r_triu", base_of(flux), cache).read_state(state, {}, "a.safetensors")
     with pytest.raises(Refused, match="made for another base"):
         network("lora", base("linear"), cache).read_state(read_tensors(tmp_path / "a.safetensors")[0], {}, "a")
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:5000])

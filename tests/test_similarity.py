@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -72,8 +73,8 @@ def write(path: Path, layers: dict[str, dict[str, Tensor]], **metadata: str) -> 
     """Native keys, as the trainer writes them."""
     suffix = {role: f"lora.{role}.weight" for role in ("q", "base_r", "delta_r")} | {
         "down": "lora_A.weight", "up": "lora_B.weight", "alpha": "alpha"}
-    state = {f"transformer.{module}.{suffix[role]}": tensor for module, roles in layers.items()
-             for role, tensor in roles.items()}
+    state = {f"transformer.{module}.{suffix[role]}": tensor
+             for module, roles in layers.items() for role, tensor in roles.items()}
     save_file(state, path, {f"lowrank.{key}": value for key, value in metadata.items()})
     return str(path)
 
@@ -98,9 +99,6 @@ def row_basis(matrix: Tensor) -> Tensor:
 
 def values(found: dict, matrix: str) -> list[float | None]:
     return [layer.similarity for layer in found[matrix]]
-
-
-# ---------- cosines
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -146,8 +144,7 @@ def test_whole_updates_compare_across_kinds_ranks_and_bases(one, two):
 
 
 def test_nothing_the_size_of_a_host_weight_is_formed():
-    """A layer of 2²⁰ × 2²⁰, whose dense weight would need 8 TB."""
-    wide = 1 << 20
+    wide = 1 << 20  # the dense weight would need 8 TB
     one, two = ({"layer": {"down": noise(seed, 1, wide), "up": noise(seed + 5, wide, 1)}} for seed in (1, 2))
     layer = maths.compare(one, two)["deltaW"][0]
     parts = [maths.cosine(one["layer"][role], two["layer"][role]) for role in ("down", "up")]
@@ -159,15 +156,15 @@ def test_independent_gaussians_stay_near_zero():
     cosines = [maths.cosine(noise(2 * n, rank, width), noise(2 * n + 1, rank, width)) for n in range(60)]
     assert max(map(abs, cosines)) < 4 / math.sqrt(rank * width)
     rms = math.sqrt(sum(value**2 for value in cosines) / len(cosines))
-    assert 0.7 < rms * math.sqrt(rank * width) < 1.3  # the null band's own standard deviation, 9 % known here
+    assert 0.7 < rms * math.sqrt(rank * width) < 1.3  # 60 draws know it to 9 %
 
 
 def test_null_band_of_each_layer():
-    found = maths.compare(delta_r(1), delta_r(2))
+    found = maths.compare(delta_r(1), delta_r(1))
     bands = [3 / math.sqrt(4 * width) for _, width in WIDTHS.values()]
     for matrix in maths.UPDATES:
         assert [layer.null_band for layer in found[matrix]] == pytest.approx(bands)
-    assert maths.statistics(maths.compare(delta_r(1), delta_r(1))["deltaR"])["outside_null_band"] == 1
+    assert maths.statistics(found["deltaR"])["outside_null_band"] == 1
 
 
 def test_alpha_weighs_the_interference_but_not_the_cosine():
@@ -184,10 +181,6 @@ def test_alpha_weighs_the_interference_but_not_the_cosine():
 def test_kohya_spelling_meets_native_spelling():
     flat = {f"lora_unet_{module.replace('.', '_')}": roles for module, roles in lora(1).items()}
     assert values(maths.compare(lora(1), flat), "deltaW") == pytest.approx([1, 1, 1])
-    assert maths.compare(flat, lora(1))["deltaW"][0].layer_name == "lora_unet_" + MODULES[0].replace(".", "_")
-
-
-# ---------- undefined and refused
 
 
 def test_zero_update_is_undefined_and_left_out():
@@ -208,22 +201,26 @@ def test_zero_update_is_undefined_and_left_out():
 def test_untrained_qr_is_exactly_zero():
     found = maths.compare(qr(1, step=0.0), qr(2))
     assert values(found, "deltaW") == [None, None, None]
-    assert found["deltaW"][0].reason == "zero in style"
     numbers = maths.statistics(found["deltaW"])
-    assert numbers["mean"] is numbers["median"] is numbers["std"] is numbers["max"] is None
-    assert maths.judge("deltaW", numbers["mean"]) is None
+    assert numbers["mean"] is numbers["std"] is numbers["max"] is maths.judge("deltaW", None) is None
 
 
 def test_update_that_cancels_itself_is_zero_not_rounding():
-    up, down = noise(1, 24, 4).double(), noise(2, 4, 40).double() / 3
-    turn = torch.linalg.qr(noise(3, 4, 4).double())[0]
-    cancelling = maths.Update(torch.cat([up, up @ turn], 1), torch.cat([down, -turn.T @ down]))  # UD − UTTᵀD
-    assert maths.energy(cancelling) == 0 < maths.inner(maths.Update(up, down), maths.Update(up, down))
+    for seed in range(9):  # UD − (UT)(TᵀD), whose rounding may have either sign
+        up, down, turn = noise(seed, 24, 4).double(), noise(seed, 4, 40).double(), basis(seed, 4, 4).double()
+        pair = torch.cat([up, up @ turn], 1), torch.cat([down, -turn.inverse() @ down])
+        assert maths.energy(maths.Update(*pair)) == 0
+
+
+def test_row_space_of_dependent_rows():
+    rows, other = noise(1, 4, 40), noise(2, 4, 40)
+    overlap, repeated = maths.row_overlap(rows, other), maths.row_overlap(torch.cat([rows, rows]), other)
+    assert repeated == pytest.approx(overlap, abs=1e-9)
 
 
 def test_bases_of_other_rank_or_rotation_are_compared_as_subspaces():
-    wide = delta_r(1, rank=6)  # the smaller basis is a part of the larger one
-    narrow = {module: {"q": roles["q"][:, :4], "base_r": roles["base_r"][:4], "delta_r": roles["delta_r"][:4]}
+    wide = delta_r(1, rank=6)
+    narrow = {module: {role: tensor[:, :4] if role == "q" else tensor[:4] for role, tensor in roles.items()}
               for module, roles in wide.items()}
     found = maths.compare(narrow, wide)
     assert values(found, "Q") == pytest.approx([1, 1, 1], abs=1e-6)
@@ -238,10 +235,8 @@ def test_bases_of_other_rank_or_rotation_are_compared_as_subspaces():
 
 def test_files_without_a_common_layer_name_examples_of_both():
     other = {f"other_blocks.{n}.proj": roles for n, roles in enumerate(delta_r(2).values())}
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(Refused, match=rf"sty: transformer\.{MODULES[0]}.*cnt: transformer\.other_blocks\.0"):
         maths.compare(delta_r(1), other, ("sty", "cnt"))
-    assert f"transformer.{MODULES[0]}" in str(refused.value)
-    assert "transformer.other_blocks.0.proj" in str(refused.value)
 
 
 def test_files_without_a_common_matrix_say_what_they_hold():
@@ -284,16 +279,12 @@ def test_statistics_against_numbers_worked_by_hand():
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
 
 
-# ---------- the script
-
-
 def run(one: str, two: str, folder: Path, *flags: str) -> int:
     return main(["--lora1_path", one, "--lora2_path", two, "--output_dir", str(folder), *flags])
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
-    """Two ΔR files with one untrained layer, compared by `main` into a folder that already holds a file."""
     folder = tmp_path_factory.mktemp("compared")
     zero = delta_r(2)
     zero[MODULES[1]]["delta_r"].zero_()
@@ -312,12 +303,11 @@ def test_every_file_of_the_demo_guide_is_there_and_nothing_else(compared):
 
 def test_plots_are_images_with_something_on_them(compared):
     pictures = {path.name: matplotlib.image.imread(path) for path in compared.glob("*.png")}
-    assert len(pictures) == 12
     for name, picture in pictures.items():
-        height, width = picture.shape[:2]
-        assert width >= 1200 and height >= 700, name
+        assert picture.shape[0] >= 700 and picture.shape[1] >= 1200, name
         assert picture[..., :3].std() > 0.02, name
-    assert (pictures["deltaR_similarity_fixed_scale_line.png"] != pictures["deltaR_similarity_auto_scale_line.png"]).any()
+    fixed, auto = (pictures[f"deltaR_similarity_{scale}_scale_line.png"] for scale in ("fixed", "auto"))
+    assert (fixed != auto).any()
 
 
 def test_json_holds_the_documented_fields_and_null_for_undefined(compared):
@@ -326,8 +316,7 @@ def test_json_holds_the_documented_fields_and_null_for_undefined(compared):
     assert list(layers[0])[:5] == ["layer_name", "similarity", "lora1_norm", "lora2_norm", "dimension"]
     assert layers[0]["dimension"] == [4, 40]
     assert layers[0]["lora1_norm"] == pytest.approx(delta_r(1)[MODULES[0]]["delta_r"].norm().item(), rel=1e-6)
-    assert layers[1]["similarity"] is None and layers[1]["lora2_norm"] == 0
-    assert layers[1]["reason"] == "zero in cnt"
+    assert (layers[1]["similarity"], layers[1]["lora2_norm"], layers[1]["reason"]) == (None, 0, "zero in cnt")
     assert set(layers[2]["row_overlap"]) == set(maths.RowOverlap._fields)
     numbers = json.loads((compared / "all_statistics.json").read_text(encoding="utf-8"))
     assert list(numbers) == ["Q", "deltaR", "baseR", "deltaW"]
@@ -344,8 +333,8 @@ def test_summary_has_the_documented_layout(compared):
     assert [line for line in lines if line.endswith("Matrix Similarity:")] == [
         f"{matrix} Matrix Similarity:" for matrix in ("Q", "deltaR", "baseR", "deltaW")]
     assert "Undefined:    1 of 3 layers (1 × zero in cnt)" in text
-    for word in ("|cos|:", "Null band:", "Norm:", "Interference:", "Row spaces:", "Energy:", "neither"):
-        assert word in text
+    words = ("|cos|:", "Null band:", "Norm:", "Interference:", "Row spaces:", "Energy:", "neither")
+    assert not [word for word in words if word not in text]
 
 
 def test_summary_is_printed_with_the_list_of_files(tmp_path, capsys):
@@ -372,7 +361,7 @@ def test_plots_of_few_many_and_undefined_layers(count, defined):
     names = ("<s> $\\frac$", "<c>")  # as a formula this would not parse
     fixed, auto = (similarity.line_plot("deltaR", layers, names, fixed=scale) for scale in (True, False))
     for figure in (fixed, auto, similarity.distribution_plot("deltaR", layers, names)):
-        figure.canvas.draw()
+        figure.savefig(io.BytesIO(), dpi=40)
     assert fixed.axes[0].get_title() == "Cosine Similarity of deltaR matrices\n(<s> $\\frac$ vs <c>)"
     low, high = fixed.axes[0].get_ylim()
     assert low <= -1 and high >= 1  # nothing a cosine can be is cut off
@@ -407,5 +396,4 @@ def test_the_root_script_refuses_in_one_sentence(tmp_path):
     script = str(ROOT / "visualize_similarity.py")
     ran = subprocess.run([sys.executable, script, "--lora1_path", one, "--lora2_path", "absent"],
                          capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert ran.returncode == 1
-    assert ran.stderr.startswith("error: absent ") and ran.stderr.count("\n") == 1
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1) and ran.stderr.startswith("error: absent ")

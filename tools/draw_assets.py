@@ -15,7 +15,7 @@ from draw_dog import dog
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Draw the pictures of assets/.")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "assets")
     folder = parser.parse_args().output
     for place, picture in (("sty/cat/sty_cat.png", cat()), ("cnt/dog/cnt_dog.png", dog())):

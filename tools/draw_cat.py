@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 from draw_shapes import (
     SCALE,
@@ -36,12 +37,14 @@ class Window:
         self.lead = Image.new("L", self.glass.size)
         self.glow = Image.eval(Image.radial_gradient("L"), lambda d: 255 - d)  # 255 in the middle
 
-    def mask(self, points: list[Point]) -> Image.Image:
+    def mask(self, points: Sequence[Point]) -> Image.Image:
         mask = Image.new("L", self.glass.size)
         ImageDraw.Draw(mask).polygon([(x * SCALE, y * SCALE) for x, y in points], fill=255)
         return mask
 
-    def cell(self, points: list[Point], colour: Colour, within: Image.Image | None = None, lead: float = 3.0):
+    def cell(
+        self, points: Sequence[Point], colour: Colour, within: Image.Image | None = None, lead: float = 3.0
+    ):
         """Set one piece of glass, brighter in its middle, with lead around it; cut to the mask `within`."""
         mask = self.mask(points)
         if within is not None:
@@ -60,7 +63,7 @@ class Window:
         self.lead.paste(0, box, mask.crop(box))  # what lies behind this piece has no lead in front of it
         self.line([*points, points[0]], lead, within)
 
-    def line(self, points: list[Point], width: float, within: Image.Image | None = None):
+    def line(self, points: Sequence[Point], width: float, within: Image.Image | None = None):
         """Lead along `points`."""
         stroke = Image.new("L", self.glass.size)
         pen, radius = ImageDraw.Draw(stroke), width * SCALE / 2
@@ -72,7 +75,7 @@ class Window:
             stroke = ImageChops.multiply(stroke, within)
         self.lead = ImageChops.lighter(self.lead, stroke)
 
-    def picture(self, gleams: list[list[Point]]) -> Image.Image:
+    def picture(self, gleams: Sequence[Sequence[Point]]) -> Image.Image:
         """The window against the light: streaks in the glass, rounded lead, `gleams` painted white on top."""
         streaks = ImageChops.multiply(
             cloudy(self.rng, 80, 206, 255, stretch=5), cloudy(self.rng, 12, 214, 255)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 from draw_shapes import SCALE, SIZE, Colour, Point, band, ellipse, reduced, smooth, tone
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -159,7 +160,7 @@ def dog() -> Image.Image:
     canvas.paste((36, 62, 24), mask=under.filter(ImageFilter.GaussianBlur(12 * SCALE)))
     fur = Fur(canvas, seed=3)
 
-    def soft(points: list[Point], colour: Colour, blur: float = 0.6, strength: int = 255) -> None:
+    def soft(points: Sequence[Point], colour: Colour, blur: float = 0.6, strength: int = 255) -> None:
         mask = Image.new("L", canvas.size)
         ImageDraw.Draw(mask).polygon([(x * SCALE, y * SCALE) for x, y in points], fill=strength)
         canvas.paste(colour, mask=mask.filter(ImageFilter.GaussianBlur(blur * SCALE)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -18,7 +19,7 @@ Point = tuple[float, float]
 Colour = tuple[int, int, int]
 
 
-def smooth(points: list[Point], closed: bool = True, samples: int = 14) -> list[Point]:
+def smooth(points: Sequence[Point], closed: bool = True, samples: int = 14) -> list[Point]:
     """Catmull-Rom curve through `points`."""
     count = len(points)
     at = (lambda i: points[i % count]) if closed else (lambda i: points[min(max(i, 0), count - 1)])
@@ -42,7 +43,7 @@ def smooth(points: list[Point], closed: bool = True, samples: int = 14) -> list[
     return curve if closed else [*curve, points[-1]]
 
 
-def mirror(points: list[Point]) -> list[Point]:
+def mirror(points: Sequence[Point]) -> list[Point]:
     """The same points on the other side of the vertical middle line."""
     return [(SIZE - x, y) for x, y in points]
 
@@ -61,7 +62,7 @@ def sector(x: float, y: float, inner: float, outer: float, start: float, stop: f
     return far + [(x + inner * math.cos(a), y + inner * math.sin(a)) for a in reversed(angles)]
 
 
-def band(spine: list[Point], widths: list[float]) -> list[Point]:
+def band(spine: Sequence[Point], widths: Sequence[float]) -> list[Point]:
     """Outline of a ribbon of half-width `widths` (spread evenly along it) around the curve `spine`."""
     left, right = [], []
     for k, (x, y) in enumerate(spine):
@@ -77,7 +78,8 @@ def band(spine: list[Point], widths: list[float]) -> list[Point]:
 
 
 def tone(colour: Colour, factor: float) -> Colour:
-    return tuple(max(0, min(255, round(c * factor))) for c in colour)
+    red, green, blue = (max(0, min(255, round(c * factor))) for c in colour)
+    return red, green, blue
 
 
 def cloudy(rng: random.Random, cells: int, low: int, high: int, stretch: int = 1) -> Image.Image:

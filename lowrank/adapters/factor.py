@@ -24,6 +24,7 @@ Product = Callable[[Tensor], Tensor]
 
 CHUNK = 2**20  # elements of a half-precision W widened at a time: 4 MB, never a second copy of W
 FIRST_CHECK = 5  # blocks before the first residual test
+ENOUGH = 9  # blocks that σ_i = i^-0.5 needs; a matrix whose half holds fewer is solved exactly at once
 DEEP = 16  # blocks after which captured energy is accepted in place of an angle
 DECADES = 1.2  # by how much a bound falls per block, a guess that only places the next test
 
@@ -95,8 +96,8 @@ def top_subspace(
     """The top singular triplets of W (O, I), by seeded block Krylov of adaptive depth, on W's device.
 
     The space grows by blocks until the residual test bounds the largest principal sine by `tolerance` or, on
-    a flat spectrum, where angles mean little, the lost energy by `flat` after `DEEP` blocks. A small matrix, or
-    one that would need half of the full space, is solved exactly, and the report says so. Works in fp32, or in
+    a flat spectrum, where angles mean little, the lost energy by `flat` after `DEEP` blocks. A small matrix,
+    or one that would need half of the full space, is solved exactly; the report says so. Works in fp32, or in
     float64 for a float64 W, and returns that; the rounding of fp32 is part of `report.sine`. Where W lacks
     rank, s = 0 and the directions are arbitrary. `block` >= rank (default max(rank, 32)) makes sure that no
     repeated singular value is missed.
@@ -118,7 +119,7 @@ def top_subspace(
             raise Refused(f"{name} has NaN or infinite values; the file it is from is damaged, use another")
         if not start.any():  # W = 0, any directions will do
             x, report = torch.eye(min(o, i), rank), Report("exact", 0, 0.0, 0.0)
-        elif min(o, i) <= 2 * FIRST_CHECK * block:
+        elif min(o, i) < 2 * ENOUGH * block:
             x, report = _exact(weight, rank), Report("exact", 0, 0.0, 0.0)
         elif found := _krylov(a, at, start, rank, generator, (tolerance, flat)):
             x, report = found
@@ -132,7 +133,7 @@ def check_rank(weight: Tensor, rank: int, name: str) -> None:
     """Raise `Refused` unless W is a floating-point matrix and 1 <= rank <= min(O, I)."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise Refused(
-            f"{name} is {weight.dtype} of shape {tuple(weight.shape)}, a basis needs a floating-point matrix; "
+            f"{name} is {weight.dtype} of shape {tuple(weight.shape)}, it must be a floating-point matrix; "
             "dequantise or flatten it first"
         )
     o, i = weight.shape
@@ -173,24 +174,34 @@ def _krylov(
     limit, eps = short // 2, torch.finfo(start.dtype).eps
     scale = start.abs().max()  # about ‖W‖: the entries of G must not leave the range of fp32
     q = start.new_empty(limit, short)  # rows are the basis; a CPU gives it memory as it grows
-    m = torch.zeros(limit, limit, dtype=torch.float64)
+    columns: list[Tensor] = []  # of M, down to its diagonal blocks; M whole is only needed for a test
     x, _ = _orthonormal(start / scale, q[:0], generator)
     k, check = 0, FIRST_CHECK * block
     while (k := k + block) <= limit:
-        new = slice(k - block, k)
-        q[new] = x.mT
+        q[k - block : k] = x.mT
         y = a(at(x) / scale) / scale  # G x                         (short, b)
-        c = (q[:k] @ y).cpu().double()  # QᵀG x                     (k, b)
-        m[:k, new], m[new, :k] = c, c.mT
-        m[new, new] = (c[new] + c[new].mT) / 2
+        columns.append((q[:k] @ y).cpu().double())  # QᵀG x         (k, b)
         x, coupling = _orthonormal(y, q[:k], generator)
-        if k < check and k + block <= limit:
+        if k < check:
             continue
-        vectors, sine, loss, rounding = _ritz(m[:k, :k], coupling.cpu().double(), rank, eps)
+        vectors, sine, loss, rounding = _ritz(_symmetric(columns), coupling.cpu().double(), rank, eps)
         if sine <= goal[0] or (loss <= goal[1] and k >= DEEP * block):
             return q[:k].mT @ vectors.to(q), Report("krylov", k, min(1.0, sine + rounding), loss)
-        check = _next_check(k, block, sine / goal[0] if sine < math.inf else loss / goal[1])
+        check = _next_check(k, block, sine / goal[0] if sine < math.inf else loss / max(goal[1], 1e-30))
+        if check > limit:
+            break
     return None
+
+
+def _symmetric(columns: list[Tensor]) -> Tensor:
+    """M (k, k) from its block columns down to the diagonal."""
+    k, block = columns[-1].shape
+    m = torch.zeros(k, k, dtype=torch.float64)
+    for end, c in zip(range(block, k + 1, block), columns, strict=True):
+        new = slice(end - block, end)
+        m[:end, new], m[new, :end] = c, c.mT
+        m[new, new] = (c[new] + c[new].mT) / 2
+    return m
 
 
 def _next_check(k: int, block: int, excess: float) -> int:
@@ -226,15 +237,17 @@ def _ritz(m: Tensor, coupling: Tensor, rank: int, eps: float) -> tuple[Tensor, f
     residual_i / (λ_i - λ_{r+1}), where λ_{r+1} is raised by its own residual.
     """
     values, vectors = torch.linalg.eigh(m)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    far = rank + rank // 2 + 2
+    values, vectors = values[-far:].flip(0).clamp(min=0), vectors[:, -far:].flip(1)
     residual = (coupling @ vectors[-coupling.shape[1] :]).norm(dim=0)
     gap = values[:rank] - values[rank] - residual[rank]
     sine = (residual[:rank] / gap).norm().item() if gap[-1] > 0 else math.inf
-    # energy leaks to what the space has not caught, taken to lie below the Ritz value half a rank further on
-    reach = (values[:rank] - values[rank + rank // 2 + 1]).clamp(min=torch.finfo(m.dtype).tiny)
+    # energy leaks to what the space has not caught, taken to lie below the last of these values
+    reach = (values[:rank] - values[-1]).clamp(min=torch.finfo(m.dtype).tiny)
     leak = torch.minimum(residual[:rank], residual[:rank] ** 2 / reach).sum() / values[:rank].sum()
-    # measured for σ_i = i^-p, p from 0.25 to 2: rounding W and the products costs about this angle
-    rounding = eps / 8 * values[0].sqrt() / (values[rank - 1].sqrt() - values[rank].sqrt()).clamp(min=1e-30)
+    # measured for σ_i = i^-p, p from 0.25 to 2, rank 1 to 64: rounding costs up to this angle, often a tenth
+    sigma = values[: rank + 1].sqrt()
+    rounding = eps * (8 + 0.4 * sigma[0] / (sigma[-2] - sigma[-1]).clamp(min=1e-30))
     return vectors[:, :rank], sine, leak.item(), rounding.item()
 
 
@@ -262,7 +275,7 @@ def thin_qr(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
 
     Only R × R is factored: the first R columns of diag(s) vh give the turn within the span, hence the Q of
     the whole core up to signs, and those are fixed. It depends on the core alone, not on signs or order in u
-    and vh. Where those columns are dependent (dead inputs) the next independent one stands in: R is then a row
+    and vh. Where those columns are dependent (dead inputs) the next independent one stands in: R is then an
     echelon form with zeros on its diagonal. Where the core lacks rank, R ends in rows of zeros. Q spans u.
     """
     core = s.double()[:, None] * vh.double()  # (R, I)

@@ -110,7 +110,8 @@ class AdaptedLayer(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor a file needs, by role: trained, frozen, records and `alpha`."""
-        return {**{k: v.detach() for k, v in self._parameters.items()}, **self._buffers, **self.record}
+        trained = {role: self._role(role).detach() for role in self._parameters}  # as the forward sees them
+        return {**trained, **self._buffers, **self.record}
 
     def load(self, values: dict[str, Tensor], source: str = "the file") -> None:
         """Copy values in by role; roles not given keep theirs. Raises `Refused` on a wrong shape or a NaN."""
@@ -127,8 +128,13 @@ class AdaptedLayer(nn.Module):
                 raise Refused(f"{self.name}.{role} is {tuple(value.shape)} in {source} and {tuple(own.shape)} here; the "
                               "rank or the base model differs, check --network_dim (or use --dim_from_weights)")
             else:
+                value = value.reshape(own.shape).to(own.device)
+                constrain = self.method.factor.constrain.get(role)
+                if constrain is not None and not torch.equal(constrain(value.flatten(1)), value.flatten(1)):
+                    raise Refused(f"{self.name}.{role} in {source} has entries that {self.method.name} keeps at zero; it was "
+                                  "made by another method")
                 with torch.no_grad():
-                    own.copy_(value.reshape(own.shape))
+                    own.copy_(value)
         if "alpha" in values:
             self.scale = float(self.alpha) / self.rank
 
@@ -290,8 +296,8 @@ class AdaptedLayer(nn.Module):
     # ------------------------------------------------------------------ state, under the names of files
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        for role, value in {**self._parameters, **self._buffers, **self.record}.items():
-            destination[prefix + keys.KOHYA.get(role, role)] = value if keep_vars else value.detach()
+        for role, value in self.tensors().items():
+            destination[prefix + keys.KOHYA.get(role, role)] = value
 
     def _load_from_state_dict(self, state, prefix, _metadata, _strict, missing, unexpected, errors) -> None:
         found = {}

@@ -73,10 +73,13 @@ class AdapterNetwork(nn.Module):
         scales = {layer.name: layer.scale for layer in layers}
         values, facts = self.method.factor.start(DenseWeights(layers), ranks, scales)
         for layer in layers:
-            own = {**layer.roles(), **dict(layer.named_buffers())}
-            layer.load({role: value.reshape(own[role].shape) if role in own else value
-                        for role, value in values[layer.name].items() if roles is None or role in set(roles)},
-                       "the start values")
+            own, constrain = {**layer.roles(), **dict(layer.named_buffers())}, self.method.factor.constrain
+            chosen = {}
+            for role, value in values[layer.name].items():
+                if roles is None or role in set(roles):
+                    value = constrain[role](value) if role in constrain else value
+                    chosen[role] = value.reshape(own[role].shape) if role in own else value
+            layer.load(chosen, "the start values")
             if roles is None:
                 if "router" in layer.roles():
                     nn.init.zeros_(layer.router)

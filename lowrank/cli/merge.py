@@ -18,7 +18,7 @@ from lowrank.models.family import Family, Models, Source, release
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.surfaces import INFERENCE_MERGE
 from lowrank.train.watch import save_png
-from lowrank.weights.merge import Adapter, AttachedMixture, Mixture
+from lowrank.weights.merge import Adapter, Mixture
 from lowrank.weights.residual import check_residual
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,11 +72,12 @@ def _draw(options: Any, mixture: Mixture, folder: Path, names: dict[tuple[float,
         hosts = {t.native.removeprefix("transformer."): t.module for t in find("unet", models.denoiser)}
         for adapter in mixture.adapters:
             print(check_residual(options.residual_path, adapter.layers, adapter.metadata, hosts))
-    attached = mixture.attach(models.denoiser, dtype)
+    attached = mixture.attach(models.denoiser, dtype=dtype)
     if text is None:
         return
     family.add(models, ("vae",))
-    height, width = (side or _own_side(models, family) for side in (options.height, options.width))
+    own = models.configs["vae"].get("sample_size", 1024)
+    height, width = options.height or own, options.width or own
     cells: dict[tuple[float, float], Image.Image] = {}
     for pair, name in tqdm(names.items(), desc="images"):
         attached.set(pair)
@@ -102,11 +103,6 @@ def _check_base(mixture: Mixture, family: Family, models: Models) -> None:
         if there and there != here:
             raise Refused(f"{adapter.path} was trained on {adapter.fact('base_model')} ({there[:12]}), and {models.source.path} "
                           f"is {here[:12]}; give the model it was trained on with --model_path")
-
-
-def _own_side(models: Models, family: Family) -> int:
-    """The model's own picture side: its pipeline's default."""
-    return family.default_side(models)
 
 
 def _settings(options: Any, mixture: Mixture, pair: tuple[float, float], seed: int, width: int, height: int) -> str:

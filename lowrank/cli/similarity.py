@@ -43,7 +43,6 @@ _CAUTION = (
     "Orthogonality is neither necessary nor sufficient for a good merge: look at the merged images too."
 )
 
-
 Found = Mapping[str, list[LayerSimilarity]]  # matrix -> its layers
 
 

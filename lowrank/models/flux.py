@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
@@ -115,13 +115,6 @@ def encode_text(
     (clip, t5), (clip_tokens, t5_tokens) = models.text_encoders, models.tokenizers
     length, encoded = text_length(models, options), []
     for caption in captions:
-        ids = clip_tokens(
-            caption,
-            padding="max_length",
-            max_length=min(77, clip_tokens.model_max_length),
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
         tokens = t5_tokens(
             caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
@@ -130,12 +123,40 @@ def encode_text(
         mask = tokens.attention_mask.to(t5.device) if options.apply_t5_attn_mask else None
         encoded.append(
             {
-                "pooled": clip(ids.to(clip.device)).pooler_output[0].cpu(),
+                "pooled": _pooled(clip, clip_tokens, [caption])[0].cpu(),
                 "t5": t5(tokens.input_ids.to(t5.device), attention_mask=mask).last_hidden_state[0].cpu(),
                 "t5_mask": tokens.attention_mask[0].bool(),
             }
         )
     return encoded
+
+
+def _pooled(clip: nn.Module, tokenizer, captions: list[str]) -> Tensor:
+    ids = tokenizer(
+        captions,
+        padding="max_length",
+        max_length=min(77, tokenizer.model_max_length),
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return clip(ids.to(clip.device)).pooler_output  # (B, D)
+
+
+def keep_trained_text(models: Models) -> list[nn.Module]:
+    """Let go of all text encoders but those that adapters can train here, and return these: CLIP-L."""
+    models.text_encoders, models.tokenizers = models.text_encoders[:1], models.tokenizers[:1]
+    return list(models.text_encoders)
+
+
+def trained_text(models: Models, captions: list[str]) -> dict[str, Tensor]:
+    """The conditions that come from the trained encoders, with gradient: `pooled` (B, D)."""
+    return {"pooled": _pooled(models.text_encoders[0], models.tokenizers[0], captions)}
+
+
+def empty(models: Models) -> FluxTransformer2DModel:
+    """The denoiser on the meta device: shapes and names without weights."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(models.configs["denoiser"])
 
 
 def stack_text(encoded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -295,6 +316,9 @@ FLUX = Family(
     decode=decode,
     encode_text=encode_text,
     stack_text=stack_text,
+    keep_trained_text=keep_trained_text,
+    trained_text=trained_text,
+    empty=empty,
     denoise=denoise,
     pipeline=pipeline,
     sample=sample,

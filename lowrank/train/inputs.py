@@ -95,7 +95,8 @@ def encode_latents(parsed: Parsed, loader: Loader, family: Family, models: Model
         return loader.decodable()
     disk = cache_folder("latents") if parsed.value("cache_latents_to_disk") else None
     return loader.encode_all(
-        lambda pixels: family.encode_images(models, pixels), model_hash=family.model_hash(models, "vae"), cache=Cache(disk),
+        lambda pixels: family.encode_images(models, pixels),
+        model_hash=f"{family.model_hash(models, 'vae')} {models.source.vae_dtype or models.source.dtype}", cache=Cache(disk),
         batch_size=parsed.value("vae_batch_size"), progress=accelerator.is_main_process, wait=accelerator.wait_for_everyone)
 
 
@@ -127,7 +128,7 @@ class Text:
                           "--caption_tag_dropout_rate, --enable_wildcard or --token_warmup_step make new ones at every step; "
                           "leave out one or the other")
         self._cache = Cache(cache_folder("text") if to_disk else None)
-        self._hash = family.model_hash(models, "text")
+        self._hash = f"{family.model_hash(models, 'text')} {models.source.dtype}"
         texts = list(dict.fromkeys([*(captions or ()), *extra]))
         with torch.no_grad():
             self._cache.fill({self._key(text): text for text in texts},
@@ -135,6 +136,7 @@ class Text:
                              batch_size=parsed.value("text_encoder_batch_size") or parsed.value("train_batch_size"),
                              title="caching captions", progress=accelerator.is_main_process)
         self._held: dict[str, Mapping[str, Tensor]] = {}
+        self.trained = False  # whether adapters change a text encoder, whose part is then made at every step
 
     def _key(self, caption: str) -> str:
         return key("text", caption, self._hash, self._options)
@@ -146,7 +148,8 @@ class Text:
                 encoded = self._family.encode_text(self._models, list(captions), self._options)
         else:
             encoded = [self._entry(caption) for caption in captions]
-        return {name: value.to(self._device) for name, value in self._family.stack_text(encoded).items()}
+        conditions = {name: value.to(self._device) for name, value in self._family.stack_text(encoded).items()}
+        return conditions | (self._family.trained_text(self._models, list(captions)) if self.trained else {})
 
     def _entry(self, caption: str) -> Mapping[str, Tensor]:
         if caption not in self._held:

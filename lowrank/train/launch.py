@@ -7,7 +7,8 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from accelerate.utils import ProjectConfiguration
 
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.data.loader import Loader
+from lowrank.data.summary import summary
 from lowrank.errors import Refused
 from lowrank.models import memory
 from lowrank.models.family import Family, Models, Source, move, release
 from lowrank.options import Parsed, pairs
-from lowrank.train import inputs, metadata, module, optim
+from lowrank.train import dry, inputs, metadata, module, optim
 from lowrank.train.log import RunLog, describe_run
 from lowrank.train.loop import Run, components, train
 from lowrank.train.saving import Keeper
@@ -54,13 +56,19 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
                     workers=parsed.value("max_data_loader_n_workers"))
     loader = loader.shard(accelerator.process_index, accelerator.num_processes)
     if parsed.value("dry_run"):
-        return _dry_run(parsed, family, models, loader, networks, arguments, accelerator)
+        return dry.show(parsed, family, models, loader, networks, arguments, accelerator, DTYPES[accelerator.mixed_precision])
 
     prompts = _prompts(parsed)
     family.add(models, ("text", "vae"))
     text = inputs.Text(parsed, loader, family, models, options, tuple(p.prompt for p in prompts), accelerator)
     loader = inputs.encode_latents(parsed, loader, family, models, accelerator)
-    if not text.live:
+    trains_text = parsed.value("train_text_encoder") or parsed.value("network_train_text_encoder_only")
+    if trains_text and text.live:
+        raise Refused("--train_text_encoder needs captions that can be listed; leave out --shuffle_caption, "
+                      "--caption_tag_dropout_rate, --enable_wildcard and --token_warmup_step")
+    encoders = family.keep_trained_text(models) if trains_text else []
+    text.trained = trains_text
+    if not trains_text and not text.live:
         release(models, ("text",))
     live_pixels = next(iter(loader.epoch(0))).encoded is None
     if not live_pixels and prompts:
@@ -73,9 +81,10 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
     torch.manual_seed(seed)
     _merge_base_weights(parsed, networks, models)
     network = module.create(
-        networks, models.denoiser, (), rank=parsed.value("network_dim"), alpha=parsed.value("network_alpha"),
+        networks, models.denoiser, encoders, rank=parsed.value("network_dim"), alpha=parsed.value("network_alpha"),
         dropout=parsed.value("network_dropout"), arguments=arguments, weights=parsed.value("network_weights"),
-        dim_from_weights=parsed.value("dim_from_weights"))
+        dim_from_weights=parsed.value("dim_from_weights"),
+        train_denoiser=not parsed.value("network_train_text_encoder_only"))
     _prepare_network(parsed, network, models, accelerator)
 
     plan = optim.plan(len(loader), accelerator.num_processes, parsed.value("gradient_accumulation_steps"),
@@ -91,7 +100,7 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
         parsed, family, models, loader, optimizer=f"{optimizer_name}({optimizer_args})", steps=plan.steps, epochs=plan.epochs,
         network=_network_facts(parsed, network), arguments=arguments, base_hash=base_hash, seed=seed)
     preview = _preview(parsed, prompts, folder, family, models, options, text, accelerator)
-    log = RunLog(accelerator, folder, components(network), plan.steps, plan.steps_per_epoch)
+    log = RunLog(accelerator, folder, components(network), plan.steps, max(plan.steps_per_epoch, 20))
     keeper = Keeper(
         parsed, accelerator, network, optimizer, told, log, preview, Names(folder, parsed.value("output_name"),
                                                                            parsed.value("save_model_as")),
@@ -108,14 +117,14 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
     accelerator.init_trackers(_tracker_name(parsed, tracker))
     _announce(loader, plan, parsed, network, accelerator)
     run = Run(
-        accelerator, network, models.denoiser, list(models.text_encoders), loader, objective,
+        accelerator, network, models.denoiser, encoders, loader, objective,
         inputs.latents_of(family, models, accelerator.device), text,
         lambda noisy, timesteps, conditions: family.denoise(models.denoiser, noisy, timesteps, conditions, options),
         optimizer, scheduler, group_names, plan.steps, plan.epochs, seed, parsed.value("max_grad_norm"),
         parsed.value("scale_weight_norms"), log, keeper.after_step, keeper.after_epoch, keeper.last_good)
     if parsed.value("sample_at_first") and progress.step == 0:
         keeper.draw("000000", 0)
-    with _stoppable(keeper), memory.tf32(parsed.value("allow_tf32")), optim.training(optimizer):
+    with _stoppable(keeper), memory.tf32(parsed.value("allow_tf32")):
         progress = train(run, progress)
     if keeper.stopped:
         log.close()
@@ -153,8 +162,9 @@ def _tracker_name(parsed: Parsed, default: str) -> str:
 
 def _quiet(accelerator: Accelerator, parsed: Parsed) -> None:
     level = parsed.value("console_log_level") if accelerator.is_main_process else "ERROR"
-    logging.basicConfig(level=level, format="%(message)s", filename=parsed.value("console_log_file"), force=True)
-    for noisy in ("httpx", "huggingface_hub", "PIL", "matplotlib"):
+    logging.basicConfig(format="%(message)s", filename=parsed.value("console_log_file"))
+    logging.getLogger().setLevel(level)
+    for noisy in ("httpx", "huggingface_hub", "PIL", "matplotlib", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if accelerator.is_main_process:
         for note in parsed.notes:
@@ -225,8 +235,6 @@ def _network_facts(parsed: Parsed, network: Any) -> dict[str, Any]:
 
 def _preview(parsed: Parsed, prompts: list[Prompt], folder: Path, family: Family, models: Models, options: Any,
              text: inputs.Text, accelerator: Accelerator) -> Preview:
-    from dataclasses import replace
-
     def draw(prompt: Prompt, seed: int):
         sampled = replace(options, guidance_scale=prompt.guidance_scale)
         if models.vae is not None:
@@ -249,7 +257,9 @@ def _announce(loader: Loader, plan: Any, parsed: Parsed, network: Any, accelerat
     if not accelerator.is_main_process:
         return
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    print(f"running training\n  num train images * repeats: {sum(one.example.repeats for one in loader.placed)}"
+    counts = summary(loader)
+    print(f"running training\n  num train images * repeats: {counts['num_train_images']}"
+          f"\n  num reg images: {counts['num_reg_images']}"
           f"\n  num batches per epoch: {len(loader)}\n  num epochs: {plan.epochs}"
           f"\n  batch size per device: {parsed.value('train_batch_size')}"
           f"\n  gradient accumulation steps = {parsed.value('gradient_accumulation_steps')}"
@@ -272,10 +282,3 @@ def _stoppable(keeper: Keeper) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _dry_run(parsed: Parsed, family: Family, models: Models, loader: Loader, networks: Any, arguments: dict[str, str],
-             accelerator: Accelerator) -> int:
-    from lowrank.train.dry import show
-
-    return show(parsed, family, models, loader, networks, arguments, accelerator)

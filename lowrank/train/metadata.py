@@ -15,8 +15,7 @@ from lowrank.data import summary
 from lowrank.models.family import Family, Models
 from lowrank.options import Parsed
 
-# ss_ name -> option name where they differ; kohya's own list (train_network.py)
-_RENAMED = {"ss_optimizer_args": None, "ss_max_train_epochs": None}
+# Options that are written as ss_<name>, by kohya's own list (train_network.py).
 _OPTIONS = (
     "learning_rate", "text_encoder_lr", "unet_lr", "gradient_checkpointing", "gradient_accumulation_steps",
     "max_train_steps", "lr_warmup_steps", "lr_scheduler", "network_module", "network_dim", "network_alpha",
@@ -60,9 +59,10 @@ def of_run(
     told = {f"ss_{name}": str(value) for name, value in values.items()}
     if parsed.value("no_metadata"):
         told = {name: value for name, value in told.items() if name in MINIMUM}
-    own = {"lowrank.version": __version__, "lowrank.base_hash": base_hash, "lowrank.base_model": told.get("ss_sd_model_name", ""),
-           "lowrank.command": parsed.command}
-    return told | _modelspec(parsed, family, models, loader) | {k: v for k, v in own.items() if v}
+    own = {"lowrank.version": __version__, "lowrank.base_hash": base_hash, "lowrank.base_model": values["sd_model_name"]}
+    if not parsed.value("no_metadata"):
+        own["lowrank.command"] = parsed.command
+    return told | _modelspec(parsed, family, models, loader) | own
 
 
 def _modelspec(parsed: Parsed, family: Family, models: Models, loader: Loader) -> dict[str, str]:

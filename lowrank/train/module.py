@@ -51,25 +51,27 @@ def facade_of(module: ModuleType) -> Facade | None:
 def create(
     module: ModuleType, denoiser: nn.Module, text_encoders: Sequence[nn.Module], *, rank: int | None,
     alpha: float | None, dropout: float | None, arguments: Mapping[str, str], weights: str | None, dim_from_weights: bool,
+    train_denoiser: bool = True,
 ) -> nn.Module:
     """A network on its hosts, ready for the optimizer. Call order: kohya's trainer (kohya_ss/sd-scripts, train_network.py)."""
     facade = facade_of(module)
     if facade is not None:
         facade.check(arguments)
         alpha = facade.default_alpha(rank or 4) if alpha is None else alpha
+    unet = denoiser if train_denoiser or facade is None else None
     extra: dict[str, Any] = dict(arguments)
     if dropout is not None and facade is None:
         extra.setdefault("dropout", str(dropout))
     if dim_from_weights:
         if not weights:
             raise Refused("--dim_from_weights needs --network_weights; name the file whose ranks to take")
-        network, _ = module.create_network_from_weights(1.0, weights, None, list(text_encoders), denoiser, **extra)
+        network, _ = module.create_network_from_weights(1.0, weights, None, list(text_encoders), unet, **extra)
     else:
-        network = module.create_network(1.0, rank, 1.0 if alpha is None else alpha, None, list(text_encoders), denoiser,
+        network = module.create_network(1.0, rank, 1.0 if alpha is None else alpha, None, list(text_encoders), unet,
                                         neuron_dropout=dropout, **extra)
     if network is None:
         raise Refused(f"{module.__name__} made no network for this model; see its messages above")
-    network.apply_to(list(text_encoders), denoiser, bool(text_encoders), True)
+    network.apply_to(list(text_encoders), denoiser, bool(text_encoders), train_denoiser)
     if weights:
         told = network.load_weights(weights)
         if facade is not None and told.missing_keys:

@@ -85,7 +85,8 @@ class Keeper:
     # ------------------------------------------------------------------ what
 
     def _metadata(self, progress: Progress) -> dict[str, str]:
-        return metadata.at_save(self._told, step=progress.step, epoch=progress.epoch, minimum=self._options.no_metadata)
+        begun = progress.epoch + (progress.position > 0)
+        return metadata.at_save(self._told, step=progress.step, epoch=begun, minimum=self._options.no_metadata)
 
     def _checkpoint(self, progress: Progress) -> None:
         folder = self._names.checkpoint(progress.step)

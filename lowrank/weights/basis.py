@@ -194,9 +194,9 @@ def _read(cache: Path, layer: _Layer) -> Basis:
             basis = Basis(*(file.get_tensor(name).clone() for name in Basis._fields))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise _Damaged(f"{path} is damaged ({error})") from error
-    shapes = (layer.shape[0], layer.rank), (layer.rank, layer.shape[1])
-    if tuple(tuple(x.shape) for x in basis) != shapes or any(x.dtype != torch.float32 for x in basis):
-        raise _Damaged(f"{path} is damaged (it holds {[tuple(x.shape) for x in basis]}, not {list(shapes)})")
+    right = [((layer.shape[0], layer.rank), torch.float32), ((layer.rank, layer.shape[1]), torch.float32)]
+    if (held := [(tuple(x.shape), x.dtype) for x in basis]) != right:
+        raise _Damaged(f"{path} is damaged (it holds {held}, not {right})")
     if not all(x.isfinite().all() for x in basis):
         raise _Damaged(f"{path} is damaged (values are not finite)")
     if facts != {"key": layer.key, "sha256": _checksum(basis)}:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowrank.adapters import keys
 from lowrank.adapters.method import Factor, Method
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.adapters.targets import Target, find
+from lowrank.adapters.targets import find
 from lowrank.errors import Refused
 from lowrank.files import write_tensors
 from lowrank.weights.names import Layers, Thin, read_layers, shares_basis, thin
@@ -85,9 +85,11 @@ class Mixture:
         return (f"{joined} of {len(self.modules)} layers have different bases, ranks or kinds: they are concatenated, exactly, "
                 f"to rank {', '.join(map(str, ranks))}")
 
-    def attach(self, denoiser: nn.Module, dtype: torch.dtype | None = None) -> AttachedMixture:
-        """Put the sum beside the denoiser's layers, at weights 0. Raises `Refused` when a layer does not fit."""
-        return AttachedMixture(self, denoiser, dtype)
+    def attach(
+        self, denoiser: nn.Module, text_encoders: Sequence[nn.Module] = (), dtype: torch.dtype | None = None
+    ) -> AttachedMixture:
+        """Put the sum beside the model's layers, at weights 0. Raises `Refused` when a layer does not fit."""
+        return AttachedMixture(self, denoiser, text_encoders, dtype)
 
     def save(self, path: str | Path, weights: Sequence[float], metadata: dict[str, str]) -> None:
         """Write the sum as one adapter: a ΔR file where every layer shares its Q, else a plain LoRA file."""
@@ -111,34 +113,35 @@ class Mixture:
 
 
 class AttachedMixture:
-    """A mixture beside a denoiser; `set(weights)` changes thin factors only."""
+    """A mixture beside a model; `set(weights)` changes thin factors only."""
 
-    def __init__(self, mixture: Mixture, denoiser: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, mixture: Mixture, denoiser: nn.Module, text_encoders: Sequence[nn.Module], dtype: torch.dtype | None) -> None:
         self.mixture = mixture
-        targets = find("unet", denoiser, target=".")
-        fitting = {keys.flat(t.native or t.name): t for t in targets}
-        lost = [name for name in mixture.modules if name not in fitting]
+        roots = [("unet", denoiser), *((f"te{i + 1}", encoder) for i, encoder in enumerate(text_encoders))]
+        wanted = {part: [m for m in mixture.modules if _part(m) == part] for part, _ in roots}
+        hosts = {keys.flat(t.native or t.name): t for part, root in roots if wanted[part] for t in find(part, root, target=".")}
+        lost = [module for name, module in mixture.modules.items() if name not in hosts]
         if lost:
             raise Refused(f"{len(lost)} of {len(mixture.modules)} adapter layers are not in {type(denoiser).__name__}, for "
-                          f"example {mixture.modules[lost[0]]}; the adapter is for another model, or adapts a text encoder")
-        chosen: list[Target] = []
+                          f"example {lost[0]}; the adapter is for another model")
+        self._names = {hosts[name].name: name for name in mixture.modules}
+        nothing = [0.0] * len(mixture.adapters)
         for name, module in mixture.modules.items():
-            weight, up = fitting[name].module.weight, mixture.up(name)
-            ins = mixture.down(name, [0.0] * len(mixture.adapters)).shape[1]
-            if (up.shape[0], ins) != (weight.shape[0], weight.numel() // weight.shape[0]):
-                raise Refused(f"{module} is {up.shape[0]}×{ins} in the adapter and {weight.shape[0]}×"
-                              f"{weight.numel() // weight.shape[0]} in the model; the adapter is for another base")
-            chosen.append(fitting[name])
-        self._names = {t.name: keys.flat(t.native or t.name) for t in chosen}
-        ranks = {t.name: mixture.up(self._names[t.name]).shape[1] for t in chosen}
+            weight = hosts[name].module.weight
+            have, want = (mixture.up(name).shape[0], mixture.down(name, nothing).shape[1]), (weight.shape[0], weight[0].numel())
+            if have != want:
+                raise Refused(f"{module} is {have[0]}×{have[1]} in the adapter and {want[0]}×{want[1]} in the model; the "
+                              "adapter is for another base")
+        ranks = {t: mixture.up(name).shape[1] for t, name in self._names.items()}
+        chosen = [hosts[name] for name in mixture.modules]
         self.network = AdapterNetwork(STATIC, chosen, lambda t: (ranks[t.name], float(ranks[t.name])))
         for layer in self.network.layers():
             up = mixture.up(self._names[layer.name])
-            layer.load({"up": up, "down": torch.zeros(layer.down.shape)}, "the mixture")
+            layer.load({"up": up.reshape(layer.up.shape), "down": torch.zeros(layer.down.shape)}, "the mixture")
         if dtype is not None:
             self.network.cast_frozen(dtype)
         self.network.to(next(denoiser.parameters()).device)
-        self.network.apply_to(None, denoiser, False, True)
+        self.network.apply_to(list(text_encoders), denoiser, True, True)
 
     def set(self, weights: Sequence[float]) -> None:
         """Make ΔW = Σ weights[i]·ΔWᵢ; all zero is the base, bit for bit."""
@@ -147,5 +150,9 @@ class AttachedMixture:
             layer.down.copy_(down.reshape(layer.down.shape))
 
     def restore(self) -> None:
-        """Take the mixture off the denoiser."""
+        """Take the mixture off its model."""
         self.network.restore()
+
+
+def _part(module: str) -> str:
+    return keys.flat(module).partition("|")[0] if keys.is_text_encoder(module) else "unet"

@@ -1,0 +1,29 @@
+"""What many tests share: one tiny FLUX and one basis cache for the session, and a clean accelerate for each test."""
+
+from __future__ import annotations
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+from tools.make_tiny_flux import make
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory):
+    """A folder with a tiny FLUX; not to be written to."""
+    return make(tmp_path_factory.mktemp("models") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """A basis cache: the toys' and the tiny model's weights are always the same."""
+    return tmp_path_factory.mktemp("bases")
+
+
+@pytest.fixture(autouse=True)
+def _caches_in_tmp(tmp_path_factory, monkeypatch, bases):
+    """Nothing is read from or written to the user's cache; accelerate forgets the run before."""
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()

@@ -1,0 +1,192 @@
+"""Adding adapters, exporting them, and the residual file that is only checked."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from test_networks import TINY, base_of, made
+from toys import shake
+
+from lowrank.adapters.layer import dense_weight
+from lowrank.errors import Refused
+from lowrank.weights.basis import decompose
+from lowrank.weights.export import export_lora
+from lowrank.weights.merge import Adapter, Mixture
+from lowrank.weights.names import read_layers, thin
+from lowrank.weights.residual import check_residual, write_residual
+
+
+@pytest.fixture
+def cache(bases):
+    return bases
+
+
+@pytest.fixture
+def flux():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return FluxTransformer2DModel(**TINY).requires_grad_(False).eval()
+
+
+@pytest.fixture
+def saved(flux, cache, tmp_path):
+    """A function that trains an adapter in an instant and gives its file."""
+
+    def save(name: str, seed: int, rank: int = 4, **more):
+        net = shake(made(name, flux, cache, rank, **more), seed=seed)
+        path = tmp_path / f"{name}-{seed}-{rank}.safetensors"
+        net.save_weights(str(path), None, {})
+        net.restore()
+        return path
+
+    return save
+
+
+def forward(model):
+    torch.manual_seed(0)
+    ids = torch.zeros(6, 3)
+    inputs = {"hidden_states": torch.randn(2, 6, 16), "encoder_hidden_states": torch.randn(2, 5, 24),
+              "pooled_projections": torch.randn(2, 20), "timestep": torch.tensor([0.3, 0.7]), "img_ids": ids,
+              "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([1.0, 1.0])}
+    dtype = model.dtype
+    inputs = {k: v.to(dtype) if k in ("hidden_states", "encoder_hidden_states", "pooled_projections") else v for k, v in inputs.items()}
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+def digest(model):
+    return hashlib.sha256(b"".join(p.view(torch.uint8).numpy().tobytes() for p in model.parameters())).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_zero_weights_are_the_base_bit_for_bit(dtype, flux, saved):
+    style, content = saved("delta_r_triu", 1), saved("delta_r_triu", 2)
+    model = flux.to(dtype)
+    hashed, before = digest(model), forward(model)
+    attached = Mixture([Adapter(style), Adapter(content)]).attach(model, dtype=dtype)
+    attached.set((0.0, 0.0))
+    assert torch.equal(forward(model), before)
+    attached.set((1.0, 0.5))
+    assert not torch.equal(forward(model), before)
+    attached.set((0.0, 0.0))
+    assert torch.equal(forward(model), before)
+    attached.restore()
+    assert digest(model) == hashed
+
+
+def exact(path_a, path_b, weights, module):
+    """Σ wᵢ ΔWᵢ in float64, from the files alone."""
+    total = 0
+    for path, weight in zip((path_a, path_b), weights, strict=True):
+        up, down, scale = thin(module, read_layers(path)[0][module])
+        total = total + weight * scale * (up.double() @ down.double())
+    return total
+
+
+@pytest.mark.parametrize(("first", "second", "rank"), [("delta_r_triu", "delta_r_triu", 4), ("delta_r", "lora", 8),
+                                                        ("qrlora", "delta_r", 12)])
+def test_a_mixture_is_the_sum_in_float64(first, second, rank, flux, saved):
+    style, content = saved(first, 1, alpha=2.0), saved(second, 2)
+    mixture = Mixture([Adapter(style), Adapter(content)])
+    weights = (0.7, -1.3)
+    attached = mixture.attach(flux)
+    attached.set(weights)
+    for layer in attached.network.layers():
+        want = exact(style, content, weights, attached.network.targets[layer.name].native.removeprefix("transformer."))
+        assert ((layer.delta_weight().double() - want).norm() / want.norm()) <= 1e-6
+        assert layer.rank == rank
+    assert ("share one basis" in mixture.describe()) == (first == second)
+
+
+@pytest.mark.parametrize(("first", "second"), [("delta_r_triu", "delta_r_triu"), ("delta_r", "lora")])
+def test_the_saved_merge_is_the_live_merge(first, second, flux, saved, tmp_path):
+    mixture = Mixture([Adapter(saved(first, 1)), Adapter(saved(second, 2))])
+    attached = mixture.attach(flux)
+    attached.set((0.9, 1.1))
+    live = forward(flux)
+    attached.restore()
+    mixture.save(tmp_path / "merged.safetensors", (0.9, 1.1), {})
+    again = Mixture([Adapter(tmp_path / "merged.safetensors")])
+    assert again.adapters[0].fact("method") == (first if first == second else "lora")
+    attached = again.attach(flux)
+    attached.set((1.0,))
+    torch.testing.assert_close(forward(flux), live, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "delta_r", "delta_r_triu", "qrlora"])
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_exports_load_in_stock_diffusers(name, alpha, flux, saved, cache, tmp_path):
+    path = saved(name, 1, alpha=alpha)
+    with_us = made(name, base := base_of(flux), cache, alpha=alpha)
+    with_us.load_weights(str(path))
+    ours = forward(base)
+    plain = forward(flux)
+    state = export_lora(path, tmp_path / "lora.safetensors")
+    assert {v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight")} == {8 if name == "qrlora" else 4}
+    alphas = {k: v for k, v in state.items() if k.endswith(".alpha")}
+    flux.load_lora_adapter({k: v for k, v in state.items() if k not in alphas}, network_alphas=alphas, prefix="transformer")
+    theirs = forward(flux)
+    assert len({n for n, _ in flux.named_modules() if n.endswith("lora_A")}) == 15
+    assert (ours - plain).norm() / plain.norm() > 1e-2  # an adapter without effect would agree as well
+    assert (theirs - ours).norm() / ours.norm() <= 1e-5
+
+
+def test_native_lora_loads_through_the_stock_pipeline_loader(flux, saved):
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    state, alphas = FluxLoraLoaderMixin.lora_state_dict(str(saved("lora", 1, alpha=2.0)), return_alphas=True)
+    flux.load_lora_adapter(state, network_alphas=alphas, prefix="transformer")
+    scalings = {float(module.scaling["default_0"]) for _, module in flux.named_modules() if hasattr(module, "scaling")}
+    assert scalings == {0.5}
+
+
+def test_mixtures_refuse_what_does_not_belong_together(flux, saved, cache, tmp_path):
+    style = saved("delta_r", 1)
+    other = shake(made("delta_r", base_of(flux), cache))
+    for base, path in (("a", "one"), ("b", "two")):
+        other.save_weights(str(tmp_path / path), None, {"lowrank.base_hash": base * 64, "lowrank.base_model": base})
+    with pytest.raises(Refused, match="different base models"):
+        Mixture([Adapter(tmp_path / "one"), Adapter(tmp_path / "two")])
+    part = shake(made("lora", base_of(flux), cache, target="single_transformer"))
+    part.save_weights(str(tmp_path / "single.safetensors"), None, {})
+    double = shake(made("lora", base_of(flux), cache, target=r"^transformer_blocks.*to_q"))
+    double.save_weights(str(tmp_path / "double.safetensors"), None, {})
+    with pytest.raises(Refused, match="no layer in common"):
+        Mixture([Adapter(tmp_path / "single.safetensors"), Adapter(tmp_path / "double.safetensors")])
+    smaller = FluxTransformer2DModel(**{**TINY, "num_attention_heads": 1})
+    with pytest.raises(Refused, match="another base"):
+        Mixture([Adapter(style)]).attach(smaller)
+    with pytest.raises(Refused, match="not in"):
+        Mixture([Adapter(style)]).attach(FluxTransformer2DModel(**{**TINY, "num_layers": 0}))
+    with pytest.raises(Refused, match="holds no adapter"):
+        torch_file = tmp_path / "none.safetensors"
+        from safetensors.torch import save_file
+        save_file({"x": torch.zeros(1)}, torch_file)
+        Adapter(torch_file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_residual_is_written_and_checked(dtype, flux, saved, tmp_path):
+    path = saved("delta_r", 1)
+    layers, metadata = read_layers(path)
+    hosts = {module: flux.get_submodule(module) for module in layers}
+    weights = {module: dense_weight(host) for module, host in hosts.items()}
+    file = tmp_path / "flux_residual_weights.safetensors"
+    write_residual(file, weights, lambda module: decompose(weights[module], 4), dtype, {"lowrank.rank": "4"})
+    from safetensors.torch import load_file
+    stored = load_file(file)
+    assert set(stored) == {f"{module}.residual.weight" for module in layers}
+    assert {value.dtype for value in stored.values()} == {dtype}
+    assert "15 layers present" in check_residual(file, layers, metadata, hosts)
+    with pytest.raises(Refused, match="rank"):
+        check_residual(file, layers, {"lowrank.rank": "8"}, hosts)
+    with torch.no_grad():
+        hosts["transformer_blocks.0.attn.to_k"].weight.mul_(1.5)
+    with pytest.raises(Refused, match="misses W"):
+        check_residual(file, layers, metadata, hosts, sample=100)
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(Refused, match="not a whole"):
+        check_residual(file, layers, metadata, hosts)
