@@ -108,9 +108,8 @@ def measure(method: str, o: int, i: int, repeats: int, folder: Path) -> dict:
     import torch
 
     decompose = {"krylov": krylov, "official": official}[method]
-    decompose(
-        torch.randn(96, 96, generator=torch.Generator().manual_seed(0)), 8
-    )  # libraries and threads are up
+    small = torch.randn(96, 96, generator=torch.Generator().manual_seed(0))
+    decompose(small, 8)  # libraries are loaded and threads run
     weight = torch.from_numpy(np.fromfile(folder / "weight", dtype=np.float32)).view(o, i)
     before, cpu, wall, extra = resident(reset=True), [], [], 0
     for repeat in range(repeats):

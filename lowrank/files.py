@@ -43,8 +43,10 @@ def _replacing(path: Path, part: Path, remove: Callable[[Path], object]) -> Iter
     except BaseException as error:
         remove(part)
         if isinstance(error, (OSError, SafetensorError)):  # safetensors wraps ENOSPC
-            raise Refused(f"could not write {path}: {error}; nothing was changed there, free space or "
-                          "permissions and run again, or choose another folder") from error
+            raise Refused(
+                f"could not write {path}: {error}; nothing was changed there, free space or "
+                "permissions and run again, or choose another folder"
+            ) from error
         raise
 
 
@@ -101,17 +103,23 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise Refused(f"{path} is not a plain dictionary of tensors ({str(error).splitlines()[0]}); convert it to "
-                          ".safetensors where it was made") from error
+            raise Refused(
+                f"{path} is not a plain dictionary of tensors ({str(error).splitlines()[0]}); convert it to "
+                ".safetensors where it was made"
+            ) from error
         return {k: v for k, v in state.items() if isinstance(v, Tensor)}, {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
-        raise Refused(f"{path} is not a whole safetensors file ({error}); it may be half-written, use another") from error
+        raise Refused(
+            f"{path} is not a whole safetensors file ({error}); it may be half-written, use another"
+        ) from error
 
 
-def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """Write a safetensors file with kohya's two model hashes added to its metadata; whole or not at all.
 
     `sshs_model_hash` is the SHA-256 of the bytes after the header; `sshs_legacy_hash` the first 8 hex digits of the
@@ -134,8 +142,11 @@ _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat1
 
 
 def stream_tensors(
-    path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype,
-    make: Callable[[str], Tensor], metadata: Mapping[str, str],
+    path: str | os.PathLike,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file one tensor at a time: `make(name)` gives each when its turn comes.
 
@@ -145,7 +156,11 @@ def stream_tensors(
     offset = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -42,7 +42,9 @@ def start(weights, ranks, scales, options: Options) -> Start:
 
 
 def factor(options: Options) -> Factor:
-    return Factor(partial(start, options=options), trained=("delta_r",), up="q", down="delta_r", record=("base_r",))
+    return Factor(
+        partial(start, options=options), trained=("delta_r",), up="q", down="delta_r", record=("base_r",)
+    )
 
 
 def method(options: Options) -> Method:

@@ -13,7 +13,9 @@ from lowrank.adapters import gate, penalty
 from lowrank.adapters.layer import dense_weight
 from lowrank.models.memory import checkpointed
 
-CASES = [(method, kind) for kind in HOSTS for method in METHODS if (method, kind) != ("experts on x", "conv")]  # refused
+CASES = [
+    (method, kind) for kind in HOSTS for method in METHODS if (method, kind) != ("experts on x", "conv")
+]  # refused
 laws = pytest.mark.parametrize(("method", "kind"), CASES, ids=[f"{m}-{k}" for m, k in CASES])
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -24,7 +26,9 @@ def cache(bases):
 
 
 def digest(model) -> str:
-    return hashlib.sha256(b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())).hexdigest()
+    return hashlib.sha256(
+        b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())
+    ).hexdigest()
 
 
 def at(made, batch: int):
@@ -64,9 +68,16 @@ def test_law_2_delta_weight_is_delta(method, kind, dtype, cache):
         host, dW = layer.host, layer.delta_weight(t)
         x = torch.randn(1, host.in_channels, 9, 7) if layer.conv else torch.randn(1, 5, host.in_features)
         with made.denoise_at(t):
-            y = (F.conv2d(x, host.weight.float(), None, host.stride, host.padding) if layer.conv
-                 else F.linear(x, host.weight.float()))
-            bias = 0 if host.bias is None else (host.bias.float()[:, None, None] if layer.conv else host.bias.float())
+            y = (
+                F.conv2d(x, host.weight.float(), None, host.stride, host.padding)
+                if layer.conv
+                else F.linear(x, host.weight.float())
+            )
+            bias = (
+                0
+                if host.bias is None
+                else (host.bias.float()[:, None, None] if layer.conv else host.bias.float())
+            )
             delta = layer.delta(x, y + bias)
         want = F.conv2d(x, dW, None, host.stride, host.padding) if layer.conv else F.linear(x, dW)
         assert dW.shape == host.weight.shape
@@ -95,7 +106,10 @@ def test_law_3_gates_are_nested_and_never_empty():
 
 
 def test_law_4_penalties():
-    theta = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64, requires_grad=True)]
+    theta = [
+        torch.randn(3, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, dtype=torch.float64, requires_grad=True),
+    ]
     anchor, precision = [p.detach() + 0.5 for p in theta], [torch.rand(3, 4, dtype=torch.float64), 2.0]
     assert penalty.quadratic(theta, anchor, precision) > 0
     assert penalty.quadratic(anchor, anchor, precision) == 0
@@ -132,7 +146,9 @@ def test_law_6_restore_leaves_the_base_untouched(method, kind, dtype, cache):
     two = shake(network(method, model, cache), seed=1)
     with at(one, 3), at(two, 3):
         assert not torch.equal(model(x), changed)
-    assert set(dict(model.named_modules())) == names and len(list(model.parameters())) == len(list(base(kind).parameters()))
+    assert set(dict(model.named_modules())) == names and len(list(model.parameters())) == len(
+        list(base(kind).parameters())
+    )
     two.restore()
     with at(one, 3):
         assert torch.equal(model(x), changed)
@@ -173,10 +189,12 @@ def test_law_8_a_batch_of_timesteps_is_batches_of_one(method, kind, cache):
         together = model(x)
         doubled = model(x.repeat_interleave(2, 0))  # two images per prompt
     for index in range(3):
-        with made.denoise_at(t[index:index + 1]):
-            alone = model(x[index:index + 1])
-        torch.testing.assert_close(together[index:index + 1], alone, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(doubled[2 * index:2 * index + 2], alone.expand(2, *alone.shape[1:]), rtol=1e-5, atol=1e-5)
+        with made.denoise_at(t[index : index + 1]):
+            alone = model(x[index : index + 1])
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            doubled[2 * index : 2 * index + 2], alone.expand(2, *alone.shape[1:]), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", HOSTS)

@@ -48,20 +48,33 @@ def saved(flux, cache, tmp_path):
 def forward(model):
     torch.manual_seed(0)
     ids = torch.zeros(6, 3)
-    inputs = {"hidden_states": torch.randn(2, 6, 16), "encoder_hidden_states": torch.randn(2, 5, 24),
-              "pooled_projections": torch.randn(2, 20), "timestep": torch.tensor([0.3, 0.7]), "img_ids": ids,
-              "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([1.0, 1.0])}
+    inputs = {
+        "hidden_states": torch.randn(2, 6, 16),
+        "encoder_hidden_states": torch.randn(2, 5, 24),
+        "pooled_projections": torch.randn(2, 20),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(5, 3),
+        "guidance": torch.tensor([1.0, 1.0]),
+    }
     dtype = model.dtype
-    inputs = {k: v.to(dtype) if k in ("hidden_states", "encoder_hidden_states", "pooled_projections") else v for k, v in inputs.items()}
+    inputs = {
+        k: v.to(dtype) if k in ("hidden_states", "encoder_hidden_states", "pooled_projections") else v
+        for k, v in inputs.items()
+    }
     with torch.no_grad():
         return model(**inputs, return_dict=False)[0]
 
 
 def digest(model):
-    return hashlib.sha256(b"".join(p.view(torch.uint8).numpy().tobytes() for p in model.parameters())).hexdigest()
+    return hashlib.sha256(
+        b"".join(p.view(torch.uint8).numpy().tobytes() for p in model.parameters())
+    ).hexdigest()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 def test_zero_weights_are_the_base_bit_for_bit(dtype, flux, saved):
     style, content = saved("delta_r_triu", 1), saved("delta_r_triu", 2)
     model = flux.to(dtype)
@@ -86,8 +99,10 @@ def exact(path_a, path_b, weights, module):
     return total
 
 
-@pytest.mark.parametrize(("first", "second", "rank"), [("delta_r_triu", "delta_r_triu", 4), ("delta_r", "lora", 8),
-                                                        ("qrlora", "delta_r", 12)])
+@pytest.mark.parametrize(
+    ("first", "second", "rank"),
+    [("delta_r_triu", "delta_r_triu", 4), ("delta_r", "lora", 8), ("qrlora", "delta_r", 12)],
+)
 def test_a_mixture_is_the_sum_in_float64(first, second, rank, flux, saved):
     style, content = saved(first, 1, alpha=2.0), saved(second, 2)
     mixture = Mixture([Adapter(style), Adapter(content)])
@@ -95,7 +110,9 @@ def test_a_mixture_is_the_sum_in_float64(first, second, rank, flux, saved):
     attached = mixture.attach(flux)
     attached.set(weights)
     for layer in attached.network.layers():
-        want = exact(style, content, weights, attached.network.targets[layer.name].native.removeprefix("transformer."))
+        want = exact(
+            style, content, weights, attached.network.targets[layer.name].native.removeprefix("transformer.")
+        )
         assert ((layer.delta_weight().double() - want).norm() / want.norm()) <= 1e-6
         assert layer.rank == rank
     assert ("share one basis" in mixture.describe()) == (first == second)
@@ -125,9 +142,13 @@ def test_exports_load_in_stock_diffusers(name, alpha, flux, saved, cache, tmp_pa
     ours = forward(base)
     plain = forward(flux)
     state = export_lora(path, tmp_path / "lora.safetensors")
-    assert {v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight")} == {8 if name == "qrlora" else 4}
+    assert {v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight")} == {
+        8 if name == "qrlora" else 4
+    }
     alphas = {k: v for k, v in state.items() if k.endswith(".alpha")}
-    flux.load_lora_adapter({k: v for k, v in state.items() if k not in alphas}, network_alphas=alphas, prefix="transformer")
+    flux.load_lora_adapter(
+        {k: v for k, v in state.items() if k not in alphas}, network_alphas=alphas, prefix="transformer"
+    )
     theirs = forward(flux)
     assert len({n for n, _ in flux.named_modules() if n.endswith("lora_A")}) == 15
     assert (ours - plain).norm() / plain.norm() > 1e-2  # an adapter without effect would agree as well
@@ -139,7 +160,9 @@ def test_native_lora_loads_through_the_stock_pipeline_loader(flux, saved):
 
     state, alphas = FluxLoraLoaderMixin.lora_state_dict(str(saved("lora", 1, alpha=2.0)), return_alphas=True)
     flux.load_lora_adapter(state, network_alphas=alphas, prefix="transformer")
-    scalings = {float(module.scaling["default_0"]) for _, module in flux.named_modules() if hasattr(module, "scaling")}
+    scalings = {
+        float(module.scaling["default_0"]) for _, module in flux.named_modules() if hasattr(module, "scaling")
+    }
     assert scalings == {0.5}
 
 
@@ -147,7 +170,9 @@ def test_mixtures_refuse_what_does_not_belong_together(flux, saved, cache, tmp_p
     style = saved("delta_r", 1)
     other = shake(made("delta_r", base_of(flux), cache))
     for base, path in (("a", "one"), ("b", "two")):
-        other.save_weights(str(tmp_path / path), None, {"lowrank.base_hash": base * 64, "lowrank.base_model": base})
+        other.save_weights(
+            str(tmp_path / path), None, {"lowrank.base_hash": base * 64, "lowrank.base_model": base}
+        )
     with pytest.raises(Refused, match="different base models"):
         Mixture([Adapter(tmp_path / "one"), Adapter(tmp_path / "two")])
     part = shake(made("lora", base_of(flux), cache, target="single_transformer"))
@@ -164,11 +189,14 @@ def test_mixtures_refuse_what_does_not_belong_together(flux, saved, cache, tmp_p
     with pytest.raises(Refused, match="holds no adapter"):
         torch_file = tmp_path / "none.safetensors"
         from safetensors.torch import save_file
+
         save_file({"x": torch.zeros(1)}, torch_file)
         Adapter(torch_file)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
 def test_residual_is_written_and_checked(dtype, flux, saved, tmp_path):
     path = saved("delta_r", 1)
     layers, metadata = read_layers(path)
@@ -177,6 +205,7 @@ def test_residual_is_written_and_checked(dtype, flux, saved, tmp_path):
     file = tmp_path / "flux_residual_weights.safetensors"
     write_residual(file, weights, lambda module: decompose(weights[module], 4), dtype, {"lowrank.rank": "4"})
     from safetensors.torch import load_file
+
     stored = load_file(file)
     assert set(stored) == {f"{module}.residual.weight" for module in layers}
     assert {value.dtype for value in stored.values()} == {dtype}

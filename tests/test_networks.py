@@ -17,8 +17,17 @@ from lowrank.files import read_tensors
 from lowrank.models.flux import flux_dev_config
 from lowrank.train.module import create, facade_of, find_module, optimizer_groups
 
-TINY = {**flux_dev_config(), "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-        "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6)}
+TINY = {
+    **flux_dev_config(),
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "axes_dims_rope": (4, 6, 6),
+}
 
 
 @pytest.fixture
@@ -35,8 +44,17 @@ def flux():
 
 def made(name: str, model, cache, rank: int = 4, alpha=None, **arguments):
     arguments |= {} if name == "lora" else {"basis_cache": str(cache)}
-    return create(find_module(name), model, (), rank=rank, alpha=alpha, dropout=None, arguments=arguments, weights=None,
-                  dim_from_weights=False)
+    return create(
+        find_module(name),
+        model,
+        (),
+        rank=rank,
+        alpha=alpha,
+        dropout=None,
+        arguments=arguments,
+        weights=None,
+        dim_from_weights=False,
+    )
 
 
 # Trainable parameters of FLUX.1-dev, by arithmetic over its layer shapes (rank × inputs, outputs × rank).
@@ -59,8 +77,10 @@ def test_parameter_counts_of_flux_dev(name, rank, flux_dev, cache):
     assert len(net.layers()) == 342
     counted = sum(p.numel() for p in net.parameters())
     if name == "delta_r_triu":  # free entries: what the projection leaves of a matrix of ones
-        counted = sum(int(layer.method.factor.constrain["delta_r"](torch.ones(layer.delta_r.shape)).sum())
-                      for layer in net.layers())
+        counted = sum(
+            int(layer.method.factor.constrain["delta_r"](torch.ones(layer.delta_r.shape)).sum())
+            for layer in net.layers()
+        )
     assert counted == COUNTS[rank][name]
     frozen = {b for layer in net.layers() for b in dict(layer.named_buffers()) if b != "alpha"}
     assert frozen == {"lora": set(), "delta_r": {"q"}, "delta_r_triu": {"q"}, "qrlora": {"q", "base_r"}}[name]
@@ -90,12 +110,17 @@ def test_native_keys(name, flux, cache, tmp_path):
     net.save_weights(str(tmp_path / "a.safetensors"), None, {"ss_network_module": f"networks.{name}"})
     state, metadata = read_tensors(tmp_path / "a.safetensors")
     module = "transformer.single_transformer_blocks.0.attn.to_q"
-    assert {key.removeprefix(module + ".") for key in state if key.startswith(module + ".")} == {*NATIVE[name], "alpha"}
+    assert {key.removeprefix(module + ".") for key in state if key.startswith(module + ".")} == {
+        *NATIVE[name],
+        "alpha",
+    }
     assert len(state) == 15 * (len(NATIVE[name]) + 1)
     assert metadata["lowrank.method"] == name and metadata["lowrank.rank"] == "4"
     assert len(metadata["sshs_model_hash"]) == 64 and metadata["sshs_legacy_hash"] == "e3b0c442"
     net.restore()
-    again, told = find_module(name).create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, [], flux)
+    again, told = find_module(name).create_network_from_weights(
+        1.0, str(tmp_path / "a.safetensors"), None, [], flux
+    )
     assert again.load_state_dict(told, False) == ([], [])  # as kohya's gen_img does
     for ours, theirs in zip(net.layers(), again.layers(), strict=True):
         assert ours.rank == theirs.rank and ours.scale == theirs.scale
@@ -113,7 +138,10 @@ def test_save_basis_leaves_frozen_factors_out_and_gets_them_back(flux, cache, tm
             other = made(name, flux, cache)
             other.load_weights(str(path))
             other.restore()
-            assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True)
+            )
             sizes[keep] = len(read_tensors(path)[0])
         assert sizes["none"] < sizes["full"]
     net = made("delta_r", flux, cache)
@@ -143,7 +171,7 @@ def test_delta_r_in_bf16_is_not_swamped(flux, cache):
     with torch.no_grad():
         layer.delta_r.normal_(generator=torch.Generator().manual_seed(0)).mul_(1e-4)
     x = torch.randn(64, layer.host.in_features)
-    want = (x.double() @ layer.delta_weight().double().T)
+    want = x.double() @ layer.delta_weight().double().T
     with torch.autocast("cpu", torch.bfloat16):
         got = layer.delta(x).double()
     assert ((got - want).norm() / want.norm()) < 5e-3  # bf16 rounds x, ΔR, h and the result once each
@@ -159,7 +187,10 @@ def test_official_files_are_read(flux, cache, tmp_path):
     other = made("delta_r", base_of(flux), cache)
     told = other.read_state(official, {}, "official.safetensors")
     assert not told.missing_keys and not told.unexpected_keys
-    assert all(torch.equal(a.delta_weight(), b.delta_weight()) for a, b in zip(net.layers(), other.layers(), strict=True))
+    assert all(
+        torch.equal(a.delta_weight(), b.delta_weight())
+        for a, b in zip(net.layers(), other.layers(), strict=True)
+    )
 
 
 def base_of(model):
@@ -171,7 +202,10 @@ def base_of(model):
 def test_contract_groups_rates_and_zero_rates(flux, cache):
     net = made("lora", flux, cache, loraplus_lr_ratio="16")
     groups, names = optimizer_groups(net, None, None, 1e-4)
-    assert [(group["lr"], name) for group, name in zip(groups, names, strict=True)] == [(1e-4, "unet"), (1.6e-3, "unet plus")]
+    assert [(group["lr"], name) for group, name in zip(groups, names, strict=True)] == [
+        (1e-4, "unet"),
+        (1.6e-3, "unet plus"),
+    ]
     ups = {id(layer.up) for layer in net.layers()}
     assert {id(p) for p in groups[1]["params"]} == ups
     with pytest.raises(Refused, match="learning rate is 0"):
@@ -197,7 +231,12 @@ def test_max_norm_scales_only_what_is_trained(cache):
 def test_composition_fills_empty_slots_and_refuses_full_ones():
     factor = Factor(lambda *_: ({}, {}), ("down", "up"))
     gated = Method("a", factor, rates={"up": 4.0}) | Method("b", gate=Gate(lambda t, r: t))
-    assert gated.name == "a+b" and gated.factor is factor and gated.gate is not None and gated.rates == {"up": 4.0}
+    assert (
+        gated.name == "a+b"
+        and gated.factor is factor
+        and gated.gate is not None
+        and gated.rates == {"up": 4.0}
+    )
     with pytest.raises(Refused, match="both fill the factor slot"):
         Method("a", factor) | Method("c", factor)
     with pytest.raises(Refused, match="sets rate up"):
@@ -206,17 +245,20 @@ def test_composition_fills_empty_slots_and_refuses_full_ones():
         Method("a", gate=Gate(lambda t, r: t)) | Method("d", magnitude=Magnitude())
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    (lambda f, c: find_module("delta_rr"), "did you mean 'delta_r'"),
-    (lambda f, c: find_module("json"), "create_network"),
-    (lambda f, c: made("delta_r", f, c, use_zeroinit="True"), "did you mean 'use_zero_init'"),
-    (lambda f, c: made("delta_r", f, c, use_zero_init="maybe"), "not a yes or no"),
-    (lambda f, c: made("lora", f, c, rank=33), "does not fit transformer.transformer_blocks.0.attn"),
-    (lambda f, c: made("lora", f, c, target="nothing"), "no layer of FluxTransformer2DModel matches"),
-    (lambda f, c: made("lora", f, c, exclude="nothing"), "no target layer"),
-    (lambda f, c: made("lora", f, c, target="("), "not a regular expression"),
-    (lambda f, c: find("unet", torch.nn.Sequential(torch.nn.Linear(2, 2))), "no default targets"),
-])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda f, c: find_module("delta_rr"), "did you mean 'delta_r'"),
+        (lambda f, c: find_module("json"), "create_network"),
+        (lambda f, c: made("delta_r", f, c, use_zeroinit="True"), "did you mean 'use_zero_init'"),
+        (lambda f, c: made("delta_r", f, c, use_zero_init="maybe"), "not a yes or no"),
+        (lambda f, c: made("lora", f, c, rank=33), "does not fit transformer.transformer_blocks.0.attn"),
+        (lambda f, c: made("lora", f, c, target="nothing"), "no layer of FluxTransformer2DModel matches"),
+        (lambda f, c: made("lora", f, c, exclude="nothing"), "no target layer"),
+        (lambda f, c: made("lora", f, c, target="("), "not a regular expression"),
+        (lambda f, c: find("unet", torch.nn.Sequential(torch.nn.Linear(2, 2))), "no default targets"),
+    ],
+)
 def test_mistakes_are_one_sentence(call, words, flux, cache):
     with pytest.raises(Refused, match=words) as told:
         call(flux, cache)
@@ -242,7 +284,9 @@ def test_files_of_another_method_shape_or_base_are_refused(flux, cache, tmp_path
         state = {key: value + 1 for key, value in read_tensors(tmp_path / "a.safetensors")[0].items()}
         made("delta_r_triu", base_of(flux), cache).read_state(state, {}, "a.safetensors")
     with pytest.raises(Refused, match="made for another base"):
-        network("lora", base("linear"), cache).read_state(read_tensors(tmp_path / "a.safetensors")[0], {}, "a")
+        network("lora", base("linear"), cache).read_state(
+            read_tensors(tmp_path / "a.safetensors")[0], {}, "a"
+        )
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:5000])
     with pytest.raises(Refused, match="not a whole safetensors file"):
         made("delta_r", base_of(flux), cache).load_weights(str(tmp_path / "b.safetensors"))

@@ -72,9 +72,15 @@ def lora(seed: int, rank: int = 4, alpha: float | None = None) -> dict[str, dict
 def write(path: Path, layers: dict[str, dict[str, Tensor]], **metadata: str) -> str:
     """Native keys, as the trainer writes them."""
     suffix = {role: f"lora.{role}.weight" for role in ("q", "base_r", "delta_r")} | {
-        "down": "lora_A.weight", "up": "lora_B.weight", "alpha": "alpha"}
-    state = {f"transformer.{module}.{suffix[role]}": tensor
-             for module, roles in layers.items() for role, tensor in roles.items()}
+        "down": "lora_A.weight",
+        "up": "lora_B.weight",
+        "alpha": "alpha",
+    }
+    state = {
+        f"transformer.{module}.{suffix[role]}": tensor
+        for module, roles in layers.items()
+        for role, tensor in roles.items()
+    }
     save_file(state, path, {f"lowrank.{key}": value for key, value in metadata.items()})
     return str(path)
 
@@ -125,8 +131,14 @@ def test_delta_r_cosine_is_that_of_the_whole_update_on_a_shared_basis():
 
 @pytest.mark.parametrize(
     ("one", "two"),
-    [(qr(1), qr(2)), (qr(1, step=1e-5), qr(2, step=1e-5)), (lora(1), lora(2, rank=2, alpha=1.0)),
-     (delta_r(1), qr(2)), (delta_r(1), delta_r(2, rank=6, basis_seed=7)), (qr(1), lora(2))],
+    [
+        (qr(1), qr(2)),
+        (qr(1, step=1e-5), qr(2, step=1e-5)),
+        (lora(1), lora(2, rank=2, alpha=1.0)),
+        (delta_r(1), qr(2)),
+        (delta_r(1), delta_r(2, rank=6, basis_seed=7)),
+        (qr(1), lora(2)),
+    ],
     ids=["qr", "qr, hardly trained", "lora ranks", "delta_r and qr", "other basis and rank", "qr and lora"],
 )
 def test_whole_updates_compare_across_kinds_ranks_and_bases(one, two):
@@ -220,8 +232,10 @@ def test_row_space_of_dependent_rows():
 
 def test_bases_of_other_rank_or_rotation_are_compared_as_subspaces():
     wide = delta_r(1, rank=6)
-    narrow = {module: {role: tensor[:, :4] if role == "q" else tensor[:4] for role, tensor in roles.items()}
-              for module, roles in wide.items()}
+    narrow = {
+        module: {role: tensor[:, :4] if role == "q" else tensor[:4] for role, tensor in roles.items()}
+        for module, roles in wide.items()
+    }
     found = maths.compare(narrow, wide)
     assert values(found, "Q") == pytest.approx([1, 1, 1], abs=1e-6)
     assert {layer.measure for layer in found["Q"]} == {"principal angles"}
@@ -248,9 +262,11 @@ def test_files_without_a_common_matrix_say_what_they_hold():
 
 @pytest.mark.parametrize(
     ("role", "shape", "sentence"),
-    [("up", (28, 4), r"to_out\.0 has 24 outputs in style and 28 in content"),
-     ("down", (4, 44), r"to_out\.0 has 40 inputs in style and 44 in content"),
-     ("up", (24, 5), r"content: .*to_out\.0 has rank 4, 5 in 'up'")],
+    [
+        ("up", (28, 4), r"to_out\.0 has 24 outputs in style and 28 in content"),
+        ("down", (4, 44), r"to_out\.0 has 40 inputs in style and 44 in content"),
+        ("up", (24, 5), r"content: .*to_out\.0 has rank 4, 5 in 'up'"),
+    ],
 )
 def test_layers_of_another_model_and_torn_factors_are_refused(role, shape, sentence):
     other = lora(2)
@@ -261,9 +277,19 @@ def test_layers_of_another_model_and_torn_factors_are_refused(role, shape, sente
 
 @pytest.mark.parametrize(
     ("matrix", "mean", "verdict"),
-    [("Q", 0.9985, "ideal"), ("Q", 0.97, "warn"), ("Q", 0.949, "problem"), ("baseR", 0.991, "ideal"),
-     ("baseR", 0, "problem"), ("deltaR", 0.0342, "ideal"), ("deltaR", 0.3, "warn"), ("deltaR", -1, "problem"),
-     ("deltaR", 0.51, "problem"), ("deltaW", 0.2, "warn"), ("A", 0.9, None)],
+    [
+        ("Q", 0.9985, "ideal"),
+        ("Q", 0.97, "warn"),
+        ("Q", 0.949, "problem"),
+        ("baseR", 0.991, "ideal"),
+        ("baseR", 0, "problem"),
+        ("deltaR", 0.0342, "ideal"),
+        ("deltaR", 0.3, "warn"),
+        ("deltaR", -1, "problem"),
+        ("deltaR", 0.51, "problem"),
+        ("deltaW", 0.2, "warn"),
+        ("A", 0.9, None),
+    ],
 )
 def test_thresholds_of_the_demo_guide(matrix, mean, verdict):
     assert maths.judge(matrix, mean) == verdict
@@ -272,9 +298,18 @@ def test_thresholds_of_the_demo_guide(matrix, mean, verdict):
 def test_statistics_against_numbers_worked_by_hand():
     cosines = (-0.6, 0.1, 0.2, 0.5)
     layers = [maths.LayerSimilarity("x", value, 1.0, 2.0, (4, 9), null_band=0.5) for value in cosines]
-    expected = {"mean": 0.05, "median": 0.15, "min": -0.6, "max": 0.5, "abs_mean": 0.35, "abs_max": 0.6,
-                "std": math.sqrt((0.65**2 + 0.05**2 + 0.15**2 + 0.45**2) / 4), "outside_null_band": 0.25,
-                "lora1_norm_mean": 1, "lora2_norm_mean": 2}
+    expected = {
+        "mean": 0.05,
+        "median": 0.15,
+        "min": -0.6,
+        "max": 0.5,
+        "abs_mean": 0.35,
+        "abs_max": 0.6,
+        "std": math.sqrt((0.65**2 + 0.05**2 + 0.15**2 + 0.45**2) / 4),
+        "outside_null_band": 0.25,
+        "lora1_norm_mean": 1,
+        "lora2_norm_mean": 2,
+    }
     numbers = maths.statistics(layers)
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
 
@@ -296,8 +331,9 @@ def compared(tmp_path_factory) -> Path:
 
 
 def test_every_file_of_the_demo_guide_is_there_and_nothing_else(compared):
-    expected = {f"{matrix}_similarity_{name}" for matrix in ("Q", "deltaR", "baseR", "deltaW")
-                for name in PER_MATRIX} | {"summary_statistics.txt", "all_statistics.json", "vis_script.sh"}
+    expected = {
+        f"{matrix}_similarity_{name}" for matrix in ("Q", "deltaR", "baseR", "deltaW") for name in PER_MATRIX
+    } | {"summary_statistics.txt", "all_statistics.json", "vis_script.sh"}
     assert {path.name for path in compared.iterdir()} == expected
 
 
@@ -327,11 +363,17 @@ def test_summary_has_the_documented_layout(compared):
     text = (compared / "summary_statistics.txt").read_text(encoding="utf-8")
     lines = text.splitlines()
     assert lines[:3] == ["=== QR-LoRA Similarity Analysis Summary ===", "", "Q Matrix Similarity:"]
-    assert lines[3:8] == ["  Mean:   1.0000", "  Median: 1.0000", "  Std:    0.0000", "  Min:    1.0000",
-                          "  Max:    1.0000"]
+    assert lines[3:8] == [
+        "  Mean:   1.0000",
+        "  Median: 1.0000",
+        "  Std:    0.0000",
+        "  Min:    1.0000",
+        "  Max:    1.0000",
+    ]
     assert lines[8].startswith("  → practically identical")
     assert [line for line in lines if line.endswith("Matrix Similarity:")] == [
-        f"{matrix} Matrix Similarity:" for matrix in ("Q", "deltaR", "baseR", "deltaW")]
+        f"{matrix} Matrix Similarity:" for matrix in ("Q", "deltaR", "baseR", "deltaW")
+    ]
     assert "Undefined:    1 of 3 layers (1 × zero in cnt)" in text
     words = ("|cos|:", "Null band:", "Norm:", "Interference:", "Row spaces:", "Energy:", "neither")
     assert not [word for word in words if word not in text]
@@ -354,8 +396,14 @@ def test_summary_is_printed_with_the_list_of_files(tmp_path, capsys):
 def test_plots_of_few_many_and_undefined_layers(count, defined):
     cosines = [0.01 * math.sin(n) for n in range(count)]
     layers = [
-        maths.LayerSimilarity(f"transformer.{'ab'[n > count // 2]}_blocks.{n}.x", value if defined else None,
-                              1.0, 1.0, (4, 9), null_band=0.005)
+        maths.LayerSimilarity(
+            f"transformer.{'ab'[n > count // 2]}_blocks.{n}.x",
+            value if defined else None,
+            1.0,
+            1.0,
+            (4, 9),
+            null_band=0.005,
+        )
         for n, value in enumerate(cosines)
     ]
     names = ("<s> $\\frac$", "<c>")  # as a formula this would not parse
@@ -394,6 +442,11 @@ def test_bad_values_are_refused_by_name_and_nothing_is_written(tmp_path):
 def test_the_root_script_refuses_in_one_sentence(tmp_path):
     one = write(tmp_path / "a.safetensors", delta_r(1))
     script = str(ROOT / "visualize_similarity.py")
-    ran = subprocess.run([sys.executable, script, "--lora1_path", one, "--lora2_path", "absent"],
-                         capture_output=True, text=True, cwd=tmp_path, check=False)
+    ran = subprocess.run(
+        [sys.executable, script, "--lora1_path", one, "--lora2_path", "absent"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1) and ran.stderr.startswith("error: absent ")

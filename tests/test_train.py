@@ -38,9 +38,19 @@ def arguments(tiny_flux, bases, pictures, tmp_path):
     """The command line of a run of 4 steps, as a function of its folder and further flags."""
 
     def line(out: str = "run", *more: str) -> list[str]:
-        given = {"pretrained_model_name_or_path": tiny_flux, "instance_data_dir": pictures, "instance_prompt": "a cat in <s> style",
-                 "rank": 4, "resolution": 64, "max_train_steps": 4, "seed": 0, "learning_rate": 1e-2, "output_dir": tmp_path / out,
-                 "basis_cache_dir": bases, "max_data_loader_n_workers": 0}
+        given = {
+            "pretrained_model_name_or_path": tiny_flux,
+            "instance_data_dir": pictures,
+            "instance_prompt": "a cat in <s> style",
+            "rank": 4,
+            "resolution": 64,
+            "max_train_steps": 4,
+            "seed": 0,
+            "learning_rate": 1e-2,
+            "output_dir": tmp_path / out,
+            "basis_cache_dir": bases,
+            "max_data_loader_n_workers": 0,
+        }
         if any(flag in more for flag in ("--network_module",)):
             del given["basis_cache_dir"]
         for flag in list(given):
@@ -59,7 +69,14 @@ def same(a: Path, b: Path) -> bool:
 METHODS = {
     "triu": ("--lora_init_method", "triu_deltaR"),
     "qr": ("--lora_init_method", "qr"),
-    "lora with dropout": ("--network_module", "lora", "--network_dropout", "0.3", "--network_args", "rank_dropout=0.2"),
+    "lora with dropout": (
+        "--network_module",
+        "lora",
+        "--network_dropout",
+        "0.3",
+        "--network_args",
+        "rank_dropout=0.2",
+    ),
     "lycoris": ("--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp"),
 }
 
@@ -68,18 +85,42 @@ METHODS = {
 def test_four_steps_are_two_and_two(method, arguments, tmp_path):
     if method == "lycoris":
         pytest.importorskip("lycoris")
-    more = (*METHODS[method], "--checkpointing_steps", "2", "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine",
-            "--flip_aug", "--enable_bucket", "--min_bucket_reso", "32", "--bucket_reso_steps", "32", "--resolution", "64")
+    more = (
+        *METHODS[method],
+        "--checkpointing_steps",
+        "2",
+        "--gradient_accumulation_steps",
+        "2",
+        "--lr_scheduler",
+        "cosine",
+        "--flip_aug",
+        "--enable_bucket",
+        "--min_bucket_reso",
+        "32",
+        "--bucket_reso_steps",
+        "32",
+        "--resolution",
+        "64",
+    )
     assert main(arguments("whole", *more)) == 0
     assert main(arguments("parts", *more, "--resume", str(tmp_path / "whole" / "checkpoint-2"))) == 0
     for file in (WEIGHTS, f"checkpoint-4/{WEIGHTS}"):
         assert same(tmp_path / "whole" / file, tmp_path / "parts" / file)
-    states = [torch.load(tmp_path / run / "checkpoint-4" / "optimizer.bin", weights_only=True) for run in ("whole", "parts")]
+    states = [
+        torch.load(tmp_path / run / "checkpoint-4" / "optimizer.bin", weights_only=True)
+        for run in ("whole", "parts")
+    ]
     for one, two in zip(*(state["state"].values() for state in states), strict=True):
         assert all(torch.equal(one[key], two[key]) for key in one)
-    told = [json.loads((tmp_path / run / "checkpoint-4" / "train_state.json").read_text()) for run in ("whole", "parts")]
+    told = [
+        json.loads((tmp_path / run / "checkpoint-4" / "train_state.json").read_text())
+        for run in ("whole", "parts")
+    ]
     assert [t["current_step"] for t in told] == [4, 4] and told[0]["position"] == told[1]["position"]
-    assert load_file(tmp_path / "whole" / WEIGHTS).keys() == load_file(tmp_path / "whole" / "checkpoint-2" / WEIGHTS).keys()
+    assert (
+        load_file(tmp_path / "whole" / WEIGHTS).keys()
+        == load_file(tmp_path / "whole" / "checkpoint-2" / WEIGHTS).keys()
+    )
     assert not same(tmp_path / "whole" / WEIGHTS, tmp_path / "whole" / "checkpoint-2" / WEIGHTS)
 
 
@@ -88,8 +129,12 @@ def test_resume_after_kill(arguments, tmp_path):
     assert main(arguments("whole", *more)) == 0
     line = arguments("killed", "--checkpointing_steps", "2", "--max_train_steps", "100000")
     with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen([sys.executable, str(ROOT / "flux_train_qrlora.py"), *line], stdout=log, stderr=log,
-                               env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+        run = subprocess.Popen(
+            [sys.executable, str(ROOT / "flux_train_qrlora.py"), *line],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "checkpoint-2").is_dir():
         assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
@@ -104,13 +149,35 @@ def test_resume_after_kill(arguments, tmp_path):
 
 
 def test_what_a_run_leaves_behind(arguments, tmp_path):
-    more = ("--checkpointing_steps", "2", "--checkpoints_total_limit", "1", "--validation_prompt", "a dog in <s> style",
-            "--validation_epochs", "1", "--num_validation_images", "2", "--gradient_checkpointing", "--output_dir", str(tmp_path / "run"))
+    more = (
+        "--checkpointing_steps",
+        "2",
+        "--checkpoints_total_limit",
+        "1",
+        "--validation_prompt",
+        "a dog in <s> style",
+        "--validation_epochs",
+        "1",
+        "--num_validation_images",
+        "2",
+        "--gradient_checkpointing",
+        "--output_dir",
+        str(tmp_path / "run"),
+    )
     assert main(arguments("run", *more)) == 0
     run = tmp_path / "run"
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
-    assert {WEIGHTS, "config.toml", "versions.txt", "loss.csv", "checkpoint-4/optimizer.bin", "checkpoint-4/scheduler.bin",
-            "checkpoint-4/random_states_0.pkl", f"checkpoint-4/{WEIGHTS}", "checkpoint-4/train_state.json"} <= names
+    assert {
+        WEIGHTS,
+        "config.toml",
+        "versions.txt",
+        "loss.csv",
+        "checkpoint-4/optimizer.bin",
+        "checkpoint-4/scheduler.bin",
+        "checkpoint-4/random_states_0.pkl",
+        f"checkpoint-4/{WEIGHTS}",
+        "checkpoint-4/train_state.json",
+    } <= names
     assert not any(name.startswith("checkpoint-2") for name in names)  # --checkpoints_total_limit
     pictures = sorted((run / "sample").glob("*.png"))
     assert len(pictures) == 2 * (1 + 1)  # after epoch 1 of 3 batches, and at the end
@@ -122,9 +189,17 @@ def test_what_a_run_leaves_behind(arguments, tmp_path):
     assert all(any(row[name] for name in ("t0-250", "t250-500", "t500-750", "t750-1000")) for row in rows)
     events = EventAccumulator(str(run / "logs" / "dreambooth-flux-dev-qrlora-deltaR"))
     events.Reload()
-    assert {"loss/current", "loss/average", "loss/mse", "loss/prior", "lr/unet", "norm/gradient"} <= set(events.Tags()["scalars"])
+    assert {"loss/current", "loss/average", "loss/mse", "loss/prior", "lr/unet", "norm/gradient"} <= set(
+        events.Tags()["scalars"]
+    )
     assert "validation" in events.Tags()["images"]
-    again = ["--config_file", str(run / "config.toml"), "--output_dir", str(tmp_path / "again"), "--no-gradient_checkpointing"]
+    again = [
+        "--config_file",
+        str(run / "config.toml"),
+        "--output_dir",
+        str(tmp_path / "again"),
+        "--no-gradient_checkpointing",
+    ]
     assert main([word for word in again if word != "--no-gradient_checkpointing"]) == 0
     assert same(run / WEIGHTS, tmp_path / "again" / WEIGHTS)
 
@@ -136,8 +211,21 @@ def test_gradient_checkpointing_changes_nothing(arguments, tmp_path):
 
 
 def test_prior_preservation_draws_class_images_and_counts_them(arguments, tmp_path):
-    more = ("--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a cat",
-            "--num_class_images", "2", "--train_batch_size", "2", "--prior_loss_weight", "0.5", "--max_train_steps", "6")
+    more = (
+        "--with_prior_preservation",
+        "--class_data_dir",
+        str(tmp_path / "class"),
+        "--class_prompt",
+        "a cat",
+        "--num_class_images",
+        "2",
+        "--train_batch_size",
+        "2",
+        "--prior_loss_weight",
+        "0.5",
+        "--max_train_steps",
+        "6",
+    )
     assert main(arguments("run", *more)) == 0
     assert len(list((tmp_path / "class").glob("*.png"))) == 2
     with open(tmp_path / "run" / "loss.csv", newline="") as file:
@@ -146,15 +234,33 @@ def test_prior_preservation_draws_class_images_and_counts_them(arguments, tmp_pa
 
 
 def test_kohya_names_files_and_states(arguments, tmp_path):
-    more = ("--output_name", "cat", "--save_every_n_steps", "1", "--save_last_n_steps", "1", "--save_state", "--save_precision", "bf16",
-            "--max_train_steps", "4", "--network_module", "networks.lora", "--network_alpha", "2")
+    more = (
+        "--output_name",
+        "cat",
+        "--save_every_n_steps",
+        "1",
+        "--save_last_n_steps",
+        "1",
+        "--save_state",
+        "--save_precision",
+        "bf16",
+        "--max_train_steps",
+        "4",
+        "--network_module",
+        "networks.lora",
+        "--network_alpha",
+        "2",
+    )
     assert main(arguments("run", *more)) == 0
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"cat.safetensors", "cat-step00000003.safetensors", "cat-state", "cat-step00000003-state"} <= names
     assert "cat-step00000001.safetensors" not in names
     state = load_file(tmp_path / "run" / "cat.safetensors")
     assert {value.dtype for value in state.values()} == {torch.bfloat16}
-    assert main(arguments("run2", *more[2:], "--network_weights", str(tmp_path / "run" / "cat.safetensors"))) == 0
+    assert (
+        main(arguments("run2", *more[2:], "--network_weights", str(tmp_path / "run" / "cat.safetensors")))
+        == 0
+    )
 
 
 def test_ema_is_what_is_saved(arguments, tmp_path):
@@ -180,20 +286,23 @@ def broken(folder: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (("--instance_data_dir", "{tmp}/nowhere"), "nowhere"),
-    (("--instance_data_dir", "{tmp}/empty"), "empty"),
-    (("--instance_data_dir", "{tmp}/broken"), "bad.png"),
-    (("--rank", "1000"), "rank 1000 does not fit"),
-    (("--network_module", "delta_rr"), "did you mean 'delta_r'"),
-    (("--network_args", "use_zeroinit=1"), "did you mean 'use_zero_init'"),
-    (("--pretrained_model_name_or_path", "{tmp}/half"), "vae"),
-    (("--resume", "latest"), "no checkpoint-N folder"),
-    (("--resume", "{tmp}/foreign"), "not a whole checkpoint"),
-    (("--network_weights", "{tmp}/missing.safetensors"), "does not exist"),
-    (("--optimizer_type", "AdamWW"), "did you mean"),
-    (("--resolution", "60"), "multiple"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--instance_data_dir", "{tmp}/nowhere"), "nowhere"),
+        (("--instance_data_dir", "{tmp}/empty"), "empty"),
+        (("--instance_data_dir", "{tmp}/broken"), "bad.png"),
+        (("--rank", "1000"), "rank 1000 does not fit"),
+        (("--network_module", "delta_rr"), "did you mean 'delta_r'"),
+        (("--network_args", "use_zeroinit=1"), "did you mean 'use_zero_init'"),
+        (("--pretrained_model_name_or_path", "{tmp}/half"), "vae"),
+        (("--resume", "latest"), "no checkpoint-N folder"),
+        (("--resume", "{tmp}/foreign"), "not a whole checkpoint"),
+        (("--network_weights", "{tmp}/missing.safetensors"), "does not exist"),
+        (("--optimizer_type", "AdamWW"), "did you mean"),
+        (("--resolution", "60"), "multiple"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_writes_nothing(flags, words, arguments, tiny_flux, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign").mkdir()
@@ -216,20 +325,39 @@ def test_bad_images_are_skipped_when_asked(arguments, tmp_path, caplog):
 
 
 def test_the_exit_code_and_the_sentence(arguments, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "flux_train_qrlora.py"), *arguments("run", "--rank", "1000")],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "flux_train_qrlora.py"), *arguments("run", "--rank", "1000")],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: rank 1000 does not fit") and "Traceback" not in done.stderr
-    done = subprocess.run([sys.executable, str(ROOT / "flux_train_qrlora.py"), "--lerning_rate", "1"], capture_output=True, text=True)
+    assert (
+        done.stderr.splitlines()[-1].startswith("error: rank 1000 does not fit")
+        and "Traceback" not in done.stderr
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "flux_train_qrlora.py"), "--lerning_rate", "1"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "--learning_rate" in done.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path):
     with pytest.raises(Refused) as told:
-        main(arguments("run", "--learning_rate", "1e30", "--checkpointing_steps", "1", "--max_grad_norm", "0"))
+        main(
+            arguments("run", "--learning_rate", "1e30", "--checkpointing_steps", "1", "--max_grad_norm", "0")
+        )
     said = str(told.value)
-    assert "step 2" in said and "module transformer_blocks.0" in said and ".png" in said and "checkpoint-1" in said
-    assert (tmp_path / "run" / "checkpoint-1" / WEIGHTS).is_file() and not (tmp_path / "run" / WEIGHTS).exists()
+    assert (
+        "step 2" in said
+        and "module transformer_blocks.0" in said
+        and ".png" in said
+        and "checkpoint-1" in said
+    )
+    assert (tmp_path / "run" / "checkpoint-1" / WEIGHTS).is_file() and not (
+        tmp_path / "run" / WEIGHTS
+    ).exists()
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(arguments, tmp_path):
@@ -265,23 +393,39 @@ def test_a_full_disk_loses_nothing(arguments, tmp_path, monkeypatch):
 def test_control_c_saves_and_leaves(arguments, tmp_path):
     line = arguments("run", "--max_train_steps", "100000")
     with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen([sys.executable, str(ROOT / "flux_train_qrlora.py"), *line], stdout=log, stderr=log)
+        run = subprocess.Popen(
+            [sys.executable, str(ROOT / "flux_train_qrlora.py"), *line], stdout=log, stderr=log
+        )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "loss.csv").is_file() or len((tmp_path / "run" / "loss.csv").read_text().splitlines()) < 3:
+    while (
+        not (tmp_path / "run" / "loss.csv").is_file()
+        or len((tmp_path / "run" / "loss.csv").read_text().splitlines()) < 3
+    ):
         assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == 130
-    saved, = (tmp_path / "run").glob("checkpoint-*")
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
     assert json.loads((saved / "train_state.json").read_text())["current_step"] == int(saved.name[11:])
 
 
-@pytest.mark.parametrize(("flags", "parts"), [
-    (("--train_text_encoder", "--text_encoder_lr", "1e-3"), {"transformer", "text_encoder"}),
-    (("--network_train_text_encoder_only",), {"text_encoder"}),
-])
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (("--train_text_encoder", "--text_encoder_lr", "1e-3"), {"transformer", "text_encoder"}),
+        (("--network_train_text_encoder_only",), {"text_encoder"}),
+    ],
+)
 def test_the_text_encoder_trains_too(flags, parts, arguments, tmp_path):
-    more = (*flags, "--validation_prompt", "a dog in <s> style", "--num_validation_images", "1", "--max_train_steps", "2")
+    more = (
+        *flags,
+        "--validation_prompt",
+        "a dog in <s> style",
+        "--num_validation_images",
+        "1",
+        "--max_train_steps",
+        "2",
+    )
     assert main(arguments("run", *more)) == 0
     state = load_file(tmp_path / "run" / WEIGHTS)
     assert {key.partition(".")[0] for key in state} == parts

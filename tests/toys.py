@@ -77,18 +77,40 @@ def probes() -> dict[str, Method]:
     """Methods that fill the slots no shipped method fills yet, alone and together."""
     lora = Factor(_plain, trained=("down", "up"))
     prefix = Gate(lambda t, rank: gate.open_ranks(t, rank, 1))
-    pull = Penalty("pull", lambda network: penalty.quadratic(
-        list(network.parameters()), [torch.zeros_like(p) for p in network.parameters()], [1.0] * len(list(network.parameters()))))
+    pull = Penalty(
+        "pull",
+        lambda network: penalty.quadratic(
+            list(network.parameters()),
+            [torch.zeros_like(p) for p in network.parameters()],
+            [1.0] * len(list(network.parameters())),
+        ),
+    )
     return {
-        "core": Method("core", Factor(partial(_plain, core=True), trained=("down", "up", "core"), core="core")),
+        "core": Method(
+            "core", Factor(partial(_plain, core=True), trained=("down", "up", "core"), core="core")
+        ),
         "gate": Method("gate", lora, gate=prefix),
-        "gate+copy": Method("gate+copy", Factor(partial(_plain, copies=True), ("down", "up"), up_0="q", down_0="base_r"), prefix),
-        "experts": Method("experts", Factor(partial(_plain, ups=3), ("down", "up")), experts=Experts(3, experts.softmax_router)),
-        "experts on x": Method("experts on x", Factor(partial(_plain, ups=2), ("down", "up")),
-                               experts=Experts(2, experts.softmax_router, on="x")),
+        "gate+copy": Method(
+            "gate+copy",
+            Factor(partial(_plain, copies=True), ("down", "up"), up_0="q", down_0="base_r"),
+            prefix,
+        ),
+        "experts": Method(
+            "experts",
+            Factor(partial(_plain, ups=3), ("down", "up")),
+            experts=Experts(3, experts.softmax_router),
+        ),
+        "experts on x": Method(
+            "experts on x",
+            Factor(partial(_plain, ups=2), ("down", "up")),
+            experts=Experts(2, experts.softmax_router, on="x"),
+        ),
         "magnitude": Method("magnitude", lora, magnitude=Magnitude()),
-        "magnitude+copy": Method("magnitude+copy", Factor(partial(_plain, copies=True), ("down", "up"), up_0="q", down_0="base_r"),
-                                 magnitude=Magnitude(detach=False)),
+        "magnitude+copy": Method(
+            "magnitude+copy",
+            Factor(partial(_plain, copies=True), ("down", "up"), up_0="q", down_0="base_r"),
+            magnitude=Magnitude(detach=False),
+        ),
         "penalty+rates": Method("penalty+rates", lora, penalty=(pull,), rates={"up": 4.0}),
     }
 
@@ -97,7 +119,9 @@ SHIPPED = ("lora", "delta_r", "delta_r_triu", "qrlora")
 METHODS = (*SHIPPED, *probes())
 
 
-def network(method: str, model: nn.Module, cache: str | None = None, rank: int = RANK, alpha: float = 3.0) -> AdapterNetwork:
+def network(
+    method: str, model: nn.Module, cache: str | None = None, rank: int = RANK, alpha: float = 3.0
+) -> AdapterNetwork:
     """The method on every layer of the model, at its start values, attached."""
     if method in SHIPPED:
         module = importlib.import_module(f"networks.{method}")

@@ -21,7 +21,9 @@ _READ = {suffix: role for table in (KOHYA, PEFT) for role, suffix in table.items
     "lora_A.default.weight": "down",
     "lora_B.default.weight": "up",
 }
-_SUFFIX = re.compile(r"^(.*)\.(" + "|".join(re.escape(s) for s in sorted(_READ, key=len, reverse=True)) + ")$")
+_SUFFIX = re.compile(
+    r"^(.*)\.(" + "|".join(re.escape(s) for s in sorted(_READ, key=len, reverse=True)) + ")$"
+)
 _PREFIX = re.compile(r"^(base_model\.model\.)?(transformer|unet|diffusion_model)\.")
 _TEXT = re.compile(r"^(base_model\.model\.)?text_encoder(_\d)?\.")
 # QR-LoRA's official files repeat the child's name: attn.to_out.0.to_out.0
@@ -52,7 +54,7 @@ def flat(module: str) -> str:
     text = _TEXT.match(module)
     if text:
         number = (text[2] or "_1")[1:]
-        return f"te{number}|" + module[text.end():].replace(".", "_")
+        return f"te{number}|" + module[text.end() :].replace(".", "_")
     kohya = re.match(r"^lora_(unet|te(\d?))_(.*)$", module)
     if kohya and kohya[1] != "unet":
         return f"te{kohya[2] or 1}|" + kohya[3]

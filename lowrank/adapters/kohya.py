@@ -66,7 +66,9 @@ def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise Refused(f"{owner} argument {name}={text!r} is not a {kind.__name__}; correct its value") from error
+        raise Refused(
+            f"{owner} argument {name}={text!r} is not a {kind.__name__}; correct its value"
+        ) from error
 
 
 def _rank_and_alpha(shape: int, alpha: Tensor | None) -> tuple[int, float]:
@@ -92,15 +94,20 @@ class Facade:
         """Raise `Refused` for a network argument that nobody would read."""
         for name in arguments:
             if name not in self.known:
-                raise Refused(f"unknown network argument {name!r}{nearest(name, self.known)}; known: {', '.join(self.known)}")
+                raise Refused(
+                    f"unknown network argument {name!r}{nearest(name, self.known)}; known: {', '.join(self.known)}"
+                )
         self._parse(arguments)
 
     def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, Layout]:
         read = []
         for kind in (self._options, Layout):
             hints = typing.get_type_hints(kind)
-            given = {f.name: _value("network", f.name, arguments[f.name], hints[f.name])
-                     for f in dataclasses.fields(kind) if f.name in arguments}
+            given = {
+                f.name: _value("network", f.name, arguments[f.name], hints[f.name])
+                for f in dataclasses.fields(kind)
+                if f.name in arguments
+            }
             read.append(kind(**given))
         method = self._method(read[0])
         return dataclasses.replace(method, options={**dataclasses.asdict(read[0]), **method.options}), read[1]
@@ -117,7 +124,9 @@ class Facade:
             chosen += find("unet", unet, target=layout.target, exclude=layout.exclude)
         return chosen
 
-    def _network(self, method: Method, layout: Layout, targets: list[Target], size, multiplier: float) -> AdapterNetwork:
+    def _network(
+        self, method: Method, layout: Layout, targets: list[Target], size, multiplier: float
+    ) -> AdapterNetwork:
         network = AdapterNetwork(method, targets, size, multiplier)
         for layer in network.layers():
             layer.dropout = layout.dropout or 0.0
@@ -130,25 +139,38 @@ class Facade:
             own = layout.loraplus_unet_lr_ratio if part == "unet" else layout.loraplus_text_encoder_lr_ratio
             ratio = own or layout.loraplus_lr_ratio
             if ratio and not ups:
-                raise Refused(f"LoRA+ speeds up the trained up factor, and {method.name} trains none; leave loraplus out")
+                raise Refused(
+                    f"LoRA+ speeds up the trained up factor, and {method.name} trains none; leave loraplus out"
+                )
             network.role_rates |= {(part, role): ratio for role in ups if ratio}
         return network
 
     def _left_out(self, method: Method, layout: Layout) -> frozenset[str]:
         kinds = ("full", "q", "none")
         if layout.save_basis not in kinds:
-            raise Refused(f"save_basis {layout.save_basis!r} is not one of {', '.join(kinds)}{nearest(layout.save_basis, kinds)}")
+            raise Refused(
+                f"save_basis {layout.save_basis!r} is not one of {', '.join(kinds)}{nearest(layout.save_basis, kinds)}"
+            )
         table = {"full": frozenset(), "q": frozenset(method.factor.record)}
         return table.get(layout.save_basis, frozenset(method.factor.record) | method.factor.frozen)
 
     def create_network(
-        self, multiplier: float, network_dim: int | None, network_alpha: float | None, vae: Any, text_encoder: Any,
-        unet: nn.Module | None, neuron_dropout: float | None = None, **arguments: Any,
+        self,
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: Any,
+        text_encoder: Any,
+        unet: nn.Module | None,
+        neuron_dropout: float | None = None,
+        **arguments: Any,
     ) -> AdapterNetwork:
         """A network at its start values. Unknown arguments are warned about: kohya's trainers pass what others need."""
         unknown = [name for name in arguments if name not in self.known]
         if unknown:
-            logger.warning("network arguments nobody reads: %s%s", ", ".join(unknown), nearest(unknown[0], self.known))
+            logger.warning(
+                "network arguments nobody reads: %s%s", ", ".join(unknown), nearest(unknown[0], self.known)
+            )
         method, layout = self._parse({k: v for k, v in arguments.items() if k in self.known})
         if neuron_dropout is not None:
             layout = dataclasses.replace(layout, dropout=neuron_dropout)
@@ -161,9 +183,11 @@ class Facade:
             chosen = (layout.conv_dim, float(layout.conv_alpha or 1.0)) if convolves else (rank, alpha)
             outs, ins = target.module.weight.shape[0], target.module.weight[0].numel()
             if not 1 <= chosen[0] <= min(outs, ins):
-                raise Refused(f"rank {chosen[0]} does not fit {target.native or target.name} (out={outs}, in={ins}); choose "
-                              f"--network_dim between 1 and {min(outs, ins)}, or leave such layers out with "
-                              "--network_args exclude=REGEX")
+                raise Refused(
+                    f"rank {chosen[0]} does not fit {target.native or target.name} (out={outs}, in={ins}); choose "
+                    f"--network_dim between 1 and {min(outs, ins)}, or leave such layers out with "
+                    "--network_args exclude=REGEX"
+                )
             return chosen
 
         network = self._network(method, layout, self._targets(text_encoder, unet, layout), size, multiplier)
@@ -171,8 +195,15 @@ class Facade:
         return network
 
     def create_network_from_weights(
-        self, multiplier: float, file: str | None, vae: Any, text_encoder: Any, unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor] | None = None, for_inference: bool = False, **arguments: Any,
+        self,
+        multiplier: float,
+        file: str | None,
+        vae: Any,
+        text_encoder: Any,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None,
+        for_inference: bool = False,
+        **arguments: Any,
     ) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
         """A network of the file's shapes (ranks, alphas, layers) without its values, and the file's tensors."""
         metadata: Mapping[str, str] = {}
@@ -183,21 +214,33 @@ class Facade:
         if made_by != method.name:
             raise Refused(f"{file} was made by {made_by}, not {method.name}; use --network_module {made_by}")
         sizes: dict[str, tuple[int, float]] = {}
-        alphas = {keys.flat(key[:-len(".alpha")]): value for key, value in weights_sd.items() if key.endswith(".alpha")}
+        alphas = {
+            keys.flat(key[: -len(".alpha")]): value
+            for key, value in weights_sd.items()
+            if key.endswith(".alpha")
+        }
         for key, value in weights_sd.items():
             module, role = keys.role_of(key) or ("", "")
             if role == method.factor.down:
                 sizes[keys.flat(module)] = _rank_and_alpha(value.shape[0], alphas.get(keys.flat(module)))
         wide = dataclasses.replace(layout, target=layout.target or (".*" if unet is not None else None))
-        targets = [t for t in self._targets(text_encoder, unet, wide) if keys.flat(t.native or t.name) in sizes]
+        targets = [
+            t for t in self._targets(text_encoder, unet, wide) if keys.flat(t.native or t.name) in sizes
+        ]
         if not targets:
-            raise Refused(f"{file or 'the given weights'} holds no {method.name} layer of this model; it was made by another "
-                          "method or for another base")
-        network = self._network(method, layout, targets, lambda t: sizes[keys.flat(t.native or t.name)], multiplier)
+            raise Refused(
+                f"{file or 'the given weights'} holds no {method.name} layer of this model; it was made by another "
+                "method or for another base"
+            )
+        network = self._network(
+            method, layout, targets, lambda t: sizes[keys.flat(t.native or t.name)], multiplier
+        )
         return network, weights_sd
 
 
-def bind(method: Callable[[Any], Method], options: type, alpha_is_rank: bool = False) -> tuple[Callable, Callable]:
+def bind(
+    method: Callable[[Any], Method], options: type, alpha_is_rank: bool = False
+) -> tuple[Callable, Callable]:
     """kohya's two functions for a method; their `__self__` is the `Facade`."""
     facade = Facade(method, options, alpha_is_rank)
     return facade.create_network, facade.create_network_from_weights

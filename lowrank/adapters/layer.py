@@ -61,17 +61,25 @@ class AdaptedLayer(nn.Module):
     tensors; each is named by its role. The host is never a child: its own module owns it.
     """
 
-    def __init__(self, name: str, host: nn.Module, method: Method, rank: int, alpha: float, clock: Clock) -> None:
+    def __init__(
+        self, name: str, host: nn.Module, method: Method, rank: int, alpha: float, clock: Clock
+    ) -> None:
         super().__init__()
         self.name, self.method, self.rank, self._clock, self._host = name, method, rank, clock, [host]
         self.conv = isinstance(host, nn.Conv2d)
         if self.conv and host.groups != 1:
-            raise Refused(f"{name} is a grouped convolution (groups={host.groups}), which no method here can adapt; "
-                          "exclude it with --network_args exclude=…")
+            raise Refused(
+                f"{name} is a grouped convolution (groups={host.groups}), which no method here can adapt; "
+                "exclude it with --network_args exclude=…"
+            )
         if self.conv and method.experts and method.experts.on == "x":
-            raise Refused(f"{name} is a convolution, whose input and output differ in size, so {method.name} cannot route "
-                          "on x there; route on h, or exclude it with --network_args exclude=…")
-        outs, ins = (host.out_channels, host.in_channels) if self.conv else (host.out_features, host.in_features)
+            raise Refused(
+                f"{name} is a convolution, whose input and output differ in size, so {method.name} cannot route "
+                "on x there; route on h, or exclude it with --network_args exclude=…"
+            )
+        outs, ins = (
+            (host.out_channels, host.in_channels) if self.conv else (host.out_features, host.in_features)
+        )
         kernel = tuple(host.kernel_size) if self.conv else ()
         self.scale, self.multiplier = alpha / rank, 1.0
         self.dropout = self.rank_dropout = self.module_dropout = 0.0
@@ -118,21 +126,29 @@ class AdaptedLayer(nn.Module):
         for role, value in values.items():
             own = self._parameters.get(role, self._buffers.get(role))
             if not torch.isfinite(value).all():
-                raise Refused(f"{self.name}.{role} in {source} holds NaN or infinite values; use an earlier file")
+                raise Refused(
+                    f"{self.name}.{role} in {source} holds NaN or infinite values; use an earlier file"
+                )
             if own is None:
                 if role not in self.method.factor.record:
-                    raise Refused(f"{self.name} has no {role!r}, which {source} gives; it was made by another method than "
-                                  f"{self.method.name}")
+                    raise Refused(
+                        f"{self.name} has no {role!r}, which {source} gives; it was made by another method than "
+                        f"{self.method.name}"
+                    )
                 self.record[role] = value.detach().to("cpu", copy=True)
             elif _without_ones(own.shape) != _without_ones(value.shape):
-                raise Refused(f"{self.name}.{role} is {tuple(value.shape)} in {source} and {tuple(own.shape)} here; the "
-                              "rank or the base model differs, check --network_dim (or use --dim_from_weights)")
+                raise Refused(
+                    f"{self.name}.{role} is {tuple(value.shape)} in {source} and {tuple(own.shape)} here; the "
+                    "rank or the base model differs, check --network_dim (or use --dim_from_weights)"
+                )
             else:
                 value = value.reshape(own.shape).to(own.device)
                 constrain = self.method.factor.constrain.get(role)
                 if constrain is not None and not torch.equal(constrain(value.flatten(1)), value.flatten(1)):
-                    raise Refused(f"{self.name}.{role} in {source} has entries that {self.method.name} keeps at zero; it was "
-                                  "made by another method")
+                    raise Refused(
+                        f"{self.name}.{role} in {source} has entries that {self.method.name} keeps at zero; it was "
+                        "made by another method"
+                    )
                 with torch.no_grad():
                     own.copy_(value)
         if "alpha" in values:
@@ -156,7 +172,7 @@ class AdaptedLayer(nn.Module):
         for sign, up, down in ((1.0, factor.up, factor.down), (-1.0, factor.up_0, factor.down_0)):
             if up is None:
                 continue
-            D = self._role(down).flatten(1)                       # (R, I·k·k)
+            D = self._role(down).flatten(1)  # (R, I·k·k)
             if self.method.gate is not None:
                 D = gate.prefix(self.method.gate.open(at, self.rank), self.rank).to(D).T * D
             if factor.core and sign > 0:
@@ -172,7 +188,9 @@ class AdaptedLayer(nn.Module):
         if self.method.experts is not None:
             return None
         if self.method.gate is not None and at is None:
-            raise Refused(f"{self.method.name} has another ΔW at every timestep; name one (--at-timestep) or keep it live")
+            raise Refused(
+                f"{self.method.name} has another ΔW at every timestep; name one (--at-timestep) or keep it live"
+            )
         s = self.multiplier * self.scale
         dW = sum(sign * s * (U @ D) for sign, U, D in self._pairs(at))
         if self.method.magnitude is not None:
@@ -185,7 +203,9 @@ class AdaptedLayer(nn.Module):
     def _row_norm(self) -> Tensor:
         signs, ups, downs = zip(*self._pairs(), strict=True)
         U = torch.cat([sign * up for sign, up in zip(signs, ups, strict=True)], dim=1)
-        return magnitude.row_norm(dense_weight(self.host).to(U), U, torch.cat(downs), self.multiplier * self.scale)
+        return magnitude.row_norm(
+            dense_weight(self.host).to(U), U, torch.cat(downs), self.multiplier * self.scale
+        )
 
     def _project(self, x: Tensor, D: Tensor) -> Tensor:
         """h = C(t)·D x with the gate and dropouts: (B, …, R), or (B, R, h, w) for a convolution."""
@@ -196,8 +216,10 @@ class AdaptedLayer(nn.Module):
             h = F.linear(x, D)
         if self.method.gate is not None:
             if self._clock.timestep is None:
-                raise Refused(f"{self.method.name} needs the timestep and nobody told it; run the model through "
-                              "lowrank's denoiser hook")
+                raise Refused(
+                    f"{self.method.name} needs the timestep and nobody told it; run the model through "
+                    "lowrank's denoiser hook"
+                )
             mask = gate.prefix(self.method.gate.open(self._clock.timestep, self.rank), self.rank)
             h = h * _along_rank(gate.per_sample(mask, h.shape[0]), h, self.conv)
         if self.training and self.dropout:
@@ -210,7 +232,7 @@ class AdaptedLayer(nn.Module):
         if not self.conv:
             read = h if self.method.experts.on == "h" else x
             return experts.mixture(h, U, self.method.experts.route(read, self.router))
-        h = h.movedim(1, -1)                                              # (B, h, w, R)
+        h = h.movedim(1, -1)  # (B, h, w, R)
         return experts.mixture(h, U.flatten(2), self.method.experts.route(h, self.router)).movedim(-1, 1)
 
     def _branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +260,11 @@ class AdaptedLayer(nn.Module):
         norm = self._row_norm()
         g = self.magnitude.flatten() / (norm.detach() if self.method.magnitude.detach else norm)
         g = g.reshape(-1, 1, 1) if self.conv else g
-        bias = 0 if self.host.bias is None else (self.host.bias.reshape(-1, 1, 1) if self.conv else self.host.bias)
+        bias = (
+            0
+            if self.host.bias is None
+            else (self.host.bias.reshape(-1, 1, 1) if self.conv else self.host.bias)
+        )
         return (g - 1) * (y - bias) + g * d  # not g·(y−b+d)+b−y: exactly 0 while g = 1 and d = 0
 
     def _rank_mask(self, x: Tensor) -> Tensor | None:
@@ -247,7 +273,11 @@ class AdaptedLayer(nn.Module):
             return None
         kept = (torch.rand(x.shape[0], self.rank, device=x.device) > self.rank_dropout).to(x.dtype)
         kept = kept / (1 - self.rank_dropout)
-        return kept[:, :, None, None] if self.conv else kept.reshape(x.shape[0], *(1,) * (x.dim() - 2), self.rank)
+        return (
+            kept[:, :, None, None]
+            if self.conv
+            else kept.reshape(x.shape[0], *(1,) * (x.dim() - 2), self.rank)
+        )
 
     # ------------------------------------------------------------------ the host's forward
 
@@ -257,13 +287,21 @@ class AdaptedLayer(nn.Module):
             return y
         if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
             return y
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(getattr(self, self.method.factor.down).dtype)
+        x = (
+            x
+            if torch.is_autocast_enabled(x.device.type)
+            else x.to(getattr(self, self.method.factor.down).dtype)
+        )
         if not self._fusable(y):
             return y + self.delta(x, y).to(y.dtype)
         h, U = self._branch(x)
         # y + s·h·Uᵀ in one call: no separate product and sum of the wide output
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2).to(y.dtype), U.to(y.dtype).T,
-                           alpha=self.scale * self.multiplier).view(y.shape)
+        return torch.addmm(
+            y.flatten(0, -2),
+            h.flatten(0, -2).to(y.dtype),
+            U.to(y.dtype).T,
+            alpha=self.scale * self.multiplier,
+        ).view(y.shape)
 
     def _fusable(self, y: Tensor) -> bool:
         method = self.method
@@ -303,7 +341,7 @@ class AdaptedLayer(nn.Module):
         found = {}
         for key in [key for key in state if key.startswith(prefix)]:
             role = keys.role_of(key)
-            found[role[1] if role else key[len(prefix):]] = state[key]
+            found[role[1] if role else key[len(prefix) :]] = state[key]
         expected = {*self._parameters, *self._buffers}
         missing += [prefix + keys.KOHYA.get(role, role) for role in expected - found.keys()]
         unknown = found.keys() - expected - set(self.method.factor.record)
@@ -325,7 +363,9 @@ def _without_ones(shape: torch.Size) -> tuple[int, ...]:
 def _along_rank(mask: Tensor, h: Tensor, conv: bool) -> Tensor:
     """Mask (B, R) shaped to multiply h (B, …, R) or (B, R, h, w)."""
     mask = mask.to(h.dtype)
-    return mask[:, :, None, None] if conv else mask.reshape(mask.shape[0], *(1,) * (h.dim() - 2), mask.shape[1])
+    return (
+        mask[:, :, None, None] if conv else mask.reshape(mask.shape[0], *(1,) * (h.dim() - 2), mask.shape[1])
+    )
 
 
 def _strength(multiplier: float | Tensor, d: Tensor) -> float | Tensor:

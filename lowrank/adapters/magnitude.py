@@ -10,6 +10,6 @@ def row_norm(weight: Tensor, up: Tensor, down: Tensor, scale: float | Tensor) ->
 
     W (O, I), U (O, R), D (R, I). ‖w + s·uD‖² = ‖w‖² + 2s·⟨wDᵀ, u⟩ + s²·u(DDᵀ)uᵀ, so the largest new tensor is (O, R).
     """
-    cross = ((weight @ down.T) * up).sum(1)                      # (O,)
-    square = ((up @ (down @ down.T)) * up).sum(1)                # (O,)
+    cross = ((weight @ down.T) * up).sum(1)  # (O,)
+    square = ((up @ (down @ down.T)) * up).sum(1)  # (O,)
     return (weight.square().sum(1) + 2 * scale * cross + scale**2 * square).clamp_min(0).sqrt()

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from lowrank.errors import Refused
 
-Start = tuple[dict[str, dict[str, Tensor]], dict[str, str]]  # values by layer and role, facts for the file's metadata
+Start = tuple[
+    dict[str, dict[str, Tensor]], dict[str, str]
+]  # values by layer and role, facts for the file's metadata
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Factor:
     down_0: str | None = None
     core: str | None = None  # R×R or R; None is the identity
     record: tuple[str, ...] = ()
-    constrain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # role -> projection in forward
+    constrain: Mapping[str, Callable[[Tensor], Tensor]] = field(
+        default_factory=dict
+    )  # role -> projection in forward
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -110,11 +114,16 @@ class Method:
     def __post_init__(self) -> None:
         for pair, reason in CONFLICTS.items():
             if all(getattr(self, slot) is not None for slot in pair):
-                raise Refused(f"{self.name} fills {pair[0]} and {pair[1]}, which cannot work: {reason}; leave one out")
+                raise Refused(
+                    f"{self.name} fills {pair[0]} and {pair[1]}, which cannot work: {reason}; leave one out"
+                )
 
     def __or__(self, other: Method) -> Method:
         """Both methods at once. Raises `Refused` when both fill one slot, set one rate or one option differently."""
-        merged: dict[str, Any] = {"name": f"{self.name}+{other.name}", "penalty": self.penalty + other.penalty}
+        merged: dict[str, Any] = {
+            "name": f"{self.name}+{other.name}",
+            "penalty": self.penalty + other.penalty,
+        }
         for slot in ("factor", "gate", "experts", "magnitude", "warmup"):
             mine, theirs = getattr(self, slot), getattr(other, slot)
             if mine is not None and theirs is not None:
@@ -124,7 +133,9 @@ class Method:
             mine, theirs = getattr(self, table), getattr(other, table)
             for key in mine.keys() & theirs.keys():
                 if mine[key] != theirs[key]:
-                    raise Refused(f"{self.name} sets {table[:-1]} {key} to {mine[key]} and {other.name} to {theirs[key]}; "
-                                  "give one value")
+                    raise Refused(
+                        f"{self.name} sets {table[:-1]} {key} to {mine[key]} and {other.name} to {theirs[key]}; "
+                        "give one value"
+                    )
             merged[table] = {**mine, **theirs}
         return dataclasses.replace(self, **merged)

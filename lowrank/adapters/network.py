@@ -43,7 +43,11 @@ class AdapterNetwork(nn.Module):
     train_t5xxl = False  # read by kohya's FLUX and SD3 trainers
 
     def __init__(
-        self, method: Method, targets: list[Target], size: Callable[[Target], tuple[int, float]], multiplier: float = 1.0
+        self,
+        method: Method,
+        targets: list[Target],
+        size: Callable[[Target], tuple[int, float]],
+        multiplier: float = 1.0,
     ) -> None:
         super().__init__()
         self.method, self.clock = method, Clock()
@@ -52,7 +56,9 @@ class AdapterNetwork(nn.Module):
             raise Refused("two target layers share one key; name fewer with --network_args target=…")
         self._made = {t.name: AdaptedLayer(t.name, t.module, method, *size(t), self.clock) for t in targets}
         self.facts: dict[str, str] = {}  # what the start values were made from, for the file's metadata
-        self.role_rates: dict[tuple[str, str], float] = {}  # (part, role) -> multiple of the part's learning rate
+        self.role_rates: dict[
+            tuple[str, str], float
+        ] = {}  # (part, role) -> multiple of the part's learning rate
         self.leave_out: frozenset[str] = frozenset()  # roles that files go without
         self._backup: dict[str, Tensor] = {}
         self.set_multiplier(multiplier)
@@ -117,8 +123,11 @@ class AdapterNetwork(nn.Module):
 
     def tagged(self) -> list[rates.Tagged]:
         """Every trained parameter with its part and role."""
-        return [rates.Tagged(self.targets[layer.name].part, role, parameter)
-                for layer in self.layers() for role, parameter in layer.roles().items()]
+        return [
+            rates.Tagged(self.targets[layer.name].part, role, parameter)
+            for layer in self.layers()
+            for role, parameter in layer.roles().items()
+        ]
 
     def prepare_optimizer_params_with_multiple_te_lrs(self, text_encoder_lr, unet_lr, default_lr=None):
         """Groups and their descriptions. `text_encoder_lr`: None, a number, or a list in the order of the encoders."""
@@ -126,7 +135,9 @@ class AdapterNetwork(nn.Module):
         given = [default_lr if rate is None else rate for rate in given or [None]]
         part_rates = {"unet": default_lr if unet_lr is None else unet_lr, "te": given[0]}
         part_rates |= {f"te{i + 1}": given[min(i, len(given) - 1)] for i in range(3)}
-        role_rates = {(part, role): factor for part in part_rates for role, factor in self.method.rates.items()}
+        role_rates = {
+            (part, role): factor for part in part_rates for role, factor in self.method.rates.items()
+        }
         return rates.groups(self.tagged(), part_rates, role_rates | self.role_rates)
 
     def prepare_optimizer_params(self, text_encoder_lr, unet_lr, default_lr=None):
@@ -163,7 +174,7 @@ class AdapterNetwork(nn.Module):
         norms, scaled = [], 0
         with torch.no_grad():
             for layer in self.layers():
-                (_, U, D), = layer._pairs(torch.zeros(1))
+                ((_, U, D),) = layer._pairs(torch.zeros(1))
                 norm = layer.scale * ((U.T @ U) * (D @ D.T).T).sum().clamp_min(0).sqrt()
                 ratio = norm.clamp(max=value) / norm.clamp_min(value / 2)
                 trained = [layer.roles()[role] for role in factor.trained]
@@ -216,7 +227,9 @@ class AdapterNetwork(nn.Module):
         """`load_weights` for tensors already read. Frozen tensors that a file leaves out are computed from the base."""
         made_by = metadata.get("lowrank.method", self.method.name)
         if made_by != self.method.name:
-            raise Refused(f"{source} was made by {made_by}, not {self.method.name}; use --network_module {made_by}")
+            raise Refused(
+                f"{source} was made by {made_by}, not {self.method.name}; use --network_module {made_by}"
+            )
         own = {keys.flat(target.native or name): name for name, target in self.targets.items()}
         found: dict[str, dict[str, Tensor]] = {}
         unexpected = []
@@ -228,24 +241,34 @@ class AdapterNetwork(nn.Module):
             else:
                 found.setdefault(name, {})[role] = value
         if not found:
-            raise Refused(f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model has "
-                          f"{', '.join(list(self.targets)[:2])}; it was made for another base")
+            raise Refused(
+                f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model has "
+                f"{', '.join(list(self.targets)[:2])}; it was made for another base"
+            )
         for name, values in found.items():
             self._made[name].load(values, source)
         frozen = self.method.factor.frozen
         absent = [name for name, values in found.items() if not frozen <= values.keys()]
         if absent:
             self._start_frozen(absent, frozen, metadata, source)
-        missing = [f"{name}.{keys.KOHYA.get(role, role)}" for name, layer in self._made.items()
-                   for role in layer.roles() if role not in found.get(name, {})]
+        missing = [
+            f"{name}.{keys.KOHYA.get(role, role)}"
+            for name, layer in self._made.items()
+            for role in layer.roles()
+            if role not in found.get(name, {})
+        ]
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
-    def _start_frozen(self, names: list[str], frozen: frozenset[str], metadata: Mapping[str, str], source: str) -> None:
+    def _start_frozen(
+        self, names: list[str], frozen: frozenset[str], metadata: Mapping[str, str], source: str
+    ) -> None:
         self.start(names, frozen | set(self.method.factor.record))
         want, have = metadata.get("lowrank.basis_hash"), self.facts.get("basis_hash")
         if want and have and want != have:
-            raise Refused(f"{source} leaves out its basis {want[:12]} and this base model gives {have[:12]}; load it on the "
-                          "model it was trained on")
+            raise Refused(
+                f"{source} leaves out its basis {want[:12]} and this base model gives {have[:12]}; load it on the "
+                "model it was trained on"
+            )
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As torch's; also takes the keys of native files, which kohya's gen_img hands over as they are."""
@@ -269,8 +292,10 @@ class AdapterNetwork(nn.Module):
             for layer in self.layers():
                 weight = layer.host.weight
                 if type(weight) is not nn.Parameter:
-                    raise Refused(f"{layer.name} is quantised ({type(weight).__name__}) and cannot be merged into; keep "
-                                  "the adapter live")
+                    raise Refused(
+                        f"{layer.name} is quantised ({type(weight).__name__}) and cannot be merged into; keep "
+                        "the adapter live"
+                    )
                 layer.to(device or weight.device)
                 dW = layer.delta_weight()
                 weight.copy_((weight.float() + dW.float()).to(weight.dtype))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def quadratic(parameters: Sequence[Tensor], anchors: Sequence[Tensor], precisions: Sequence[Tensor | float]) -> Tensor:
+def quadratic(
+    parameters: Sequence[Tensor], anchors: Sequence[Tensor], precisions: Sequence[Tensor | float]
+) -> Tensor:
     """½ Σ p·(θ − θ₀)², a Gaussian prior around the anchors; precisions broadcast against the parameters."""
     terms = [
         (p * (theta - anchor).square()).sum()

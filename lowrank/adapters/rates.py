@@ -31,7 +31,13 @@ def groups(
         found.setdefault((part, factor), []).append(parameter)
     rated = [(part, factor, part_rates[part] * factor, params) for (part, factor), params in found.items()]
     kept = [(part, factor, rate, params) for part, factor, rate, params in rated if rate != 0]
-    names = {"unet": "unet", "te": "textencoder", "te1": "textencoder 1 ", "te2": "textencoder 2 ", "te3": "textencoder 3 "}
+    names = {
+        "unet": "unet",
+        "te": "textencoder",
+        "te1": "textencoder 1 ",
+        "te2": "textencoder 2 ",
+        "te3": "textencoder 3 ",
+    }
     return (
         [{"params": params, "lr": rate} for _, _, rate, params in kept],
         [names.get(part, part) + ("" if factor == 1 else " plus") for part, factor, _, _ in kept],

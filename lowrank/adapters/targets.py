@@ -17,11 +17,27 @@ from torch import nn
 from lowrank.errors import Refused, nearest
 
 FLUX_TARGETS = (
-    "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0",
-    "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
-    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
 )
-CLIP_TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+CLIP_TARGETS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "mlp.fc1",
+    "mlp.fc2",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,12 @@ class Host:
 
 HOSTS = (
     Host(("FluxTransformer2DModel",), FLUX_TARGETS, native="transformer."),
-    Host(("CLIPTextModel", "CLIPTextModelWithProjection"), CLIP_TARGETS, native="text_encoder.", level="text_model."),
+    Host(
+        ("CLIPTextModel", "CLIPTextModelWithProjection"),
+        CLIP_TARGETS,
+        native="text_encoder.",
+        level="text_model.",
+    ),
     Host(("T5EncoderModel",), (), part="te3"),  # kohya's name; never adapted unless targets are named
 )
 
@@ -60,10 +81,14 @@ def _compiled(option: str, pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise Refused(f"{option} is not a regular expression: {pattern!r} ({error}); escape dots as \\.") from error
+        raise Refused(
+            f"{option} is not a regular expression: {pattern!r} ({error}); escape dots as \\."
+        ) from error
 
 
-def find(part: str, root: nn.Module, *, target: str | None = None, exclude: str | None = None) -> list[Target]:
+def find(
+    part: str, root: nn.Module, *, target: str | None = None, exclude: str | None = None
+) -> list[Target]:
     """The Linear and Conv2d layers of `root` to adapt, in the model's order.
 
     `target` and `exclude` are regular expressions searched in dotted paths; without `target` the model's row in HOSTS
@@ -72,14 +97,18 @@ def find(part: str, root: nn.Module, *, target: str | None = None, exclude: str 
     row = next((row for row in HOSTS if type(root).__name__ in row.classes), None)
     if row is None and target is None:
         known = ", ".join(name for host in HOSTS for name in host.classes)
-        raise Refused(f"{type(root).__name__} has no default targets (known: {known}); name the layers with "
-                      "--network_args target=REGEX")
+        raise Refused(
+            f"{type(root).__name__} has no default targets (known: {known}); name the layers with "
+            "--network_args target=REGEX"
+        )
     row = row or Host((), ())
     if target is None and not row.targets:
         return []
     wanted = _compiled("target", target if target is not None else ends_with(row.targets))
     unwanted = _compiled("exclude", exclude) if exclude else None
-    layers = {path: module for path, module in root.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    layers = {
+        path: module for path, module in root.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
     chosen = {path: module for path, module in layers.items() if wanted.search(path)}
     if not chosen:
         hint = nearest(target or "", layers) or f"; its layers are named like {', '.join(list(layers)[:3])}"
@@ -88,8 +117,10 @@ def find(part: str, root: nn.Module, *, target: str | None = None, exclude: str 
         kept = {path: module for path, module in chosen.items() if not unwanted.search(path)}
         if len(kept) in (0, len(chosen)):
             what = "every target layer" if not kept else "no target layer"
-            raise Refused(f"exclude {exclude!r} matches {what} of {type(root).__name__}; targets are named like "
-                          f"{', '.join(list(chosen)[:3])}")
+            raise Refused(
+                f"exclude {exclude!r} matches {what} of {type(root).__name__}; targets are named like "
+                f"{', '.join(list(chosen)[:3])}"
+            )
         chosen = kept
     return [_named(part, row, path, module) for path, module in chosen.items()]
 

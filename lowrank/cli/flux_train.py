@@ -17,8 +17,12 @@ from lowrank.train.module import facade_of, find_module
 TRACKER = "dreambooth-flux-dev-qrlora-deltaR"  # the log folder's name in the user's documents
 
 # flags that are arguments of the network module, by the argument's name
-_ARGUMENTS = {"use_zero_init": "use_zero_init", "delta_scale": "delta_scale", "basis_cache": "basis_cache_dir",
-              "save_basis": "save_basis"}
+_ARGUMENTS = {
+    "use_zero_init": "use_zero_init",
+    "delta_scale": "delta_scale",
+    "basis_cache": "basis_cache_dir",
+    "save_basis": "save_basis",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +52,9 @@ def with_network(parsed: Parsed) -> Parsed:
         if facade is None:
             raise Refused(f"--lora_layers is not for {name}; use its own arguments in --network_args")
         arguments.setdefault("target", ends_with(parsed.value("lora_layers")))
-    network = dataclasses.replace(parsed.network, network_module=name,
-                                  network_args=tuple(f"{key}={value}" for key, value in arguments.items()))
+    network = dataclasses.replace(
+        parsed.network,
+        network_module=name,
+        network_args=tuple(f"{key}={value}" for key, value in arguments.items()),
+    )
     return dataclasses.replace(parsed, groups={**parsed.groups, "network": network})

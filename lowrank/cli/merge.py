@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,9 @@ def _labels(grid: list[tuple[float, float]]) -> list[tuple[str, str]]:
         labels = [(f"{a:.{digits}f}", f"{b:.{digits}f}") for a, b in grid]
         if len(set(labels)) == len(set(grid)):
             if len(set(grid)) < len(grid):
-                raise Refused("a pair of strengths is listed twice; give each once in --style_weights, --content_weights")
+                raise Refused(
+                    "a pair of strengths is listed twice; give each once in --style_weights, --content_weights"
+                )
             return labels
     raise AssertionError("floats differ within 16 digits")
 
@@ -60,7 +61,9 @@ def _draw(options: Any, mixture: Mixture, folder: Path, names: dict[tuple[float,
     family, dtype = FLUX, DTYPES[options.dtype]
     models = family.load(Source(options.model_path, dtype=dtype, device=device), ())
     _check_base(mixture, family, models)
-    switches = FluxOptions(guidance_scale=options.guidance_scale, t5xxl_max_token_length=options.max_sequence_length)
+    switches = FluxOptions(
+        guidance_scale=options.guidance_scale, t5xxl_max_token_length=options.max_sequence_length
+    )
     text = None
     if not options.skip_images:
         family.add(models, ("text",))
@@ -83,15 +86,25 @@ def _draw(options: Any, mixture: Mixture, folder: Path, names: dict[tuple[float,
         attached.set(pair)
         for copy in range(options.num_images):
             seed = options.seed + copy
-            image = family.sample(models, text, switches, height=height, width=width, steps=options.num_inference_steps,
-                                  generator=torch.Generator().manual_seed(seed))[0]
+            image = family.sample(
+                models,
+                text,
+                switches,
+                height=height,
+                width=width,
+                steps=options.num_inference_steps,
+                generator=torch.Generator().manual_seed(seed),
+            )[0]
             path = folder / (f"inference_{name}.png" if copy == 0 else f"inference_{name}_{copy}.png")
             save_png(path, image, _settings(options, mixture, pair, seed, width, height))
             cells.setdefault(pair, image)
     path = folder / "sheet.png"
     title = f"{options.prompt}    (seed {options.seed}, {options.num_inference_steps} steps)"
-    save_png(path, sheet(cells, title), f"{options.prompt}\nrows: style {options.style_weights}, columns: content "
-                                        f"{options.content_weights}")
+    save_png(
+        path,
+        sheet(cells, title),
+        f"{options.prompt}\nrows: style {options.style_weights}, columns: content {options.content_weights}",
+    )
     print(f"{len(cells)} pairs of strengths; the sheet of all is {path}")
 
 
@@ -101,13 +114,19 @@ def _check_base(mixture: Mixture, family: Family, models: Models) -> None:
     for adapter in mixture.adapters:
         there = adapter.fact("base_hash")
         if there and there != here:
-            raise Refused(f"{adapter.path} was trained on {adapter.fact('base_model')} ({there[:12]}), and {models.source.path} "
-                          f"is {here[:12]}; give the model it was trained on with --model_path")
+            raise Refused(
+                f"{adapter.path} was trained on {adapter.fact('base_model')} ({there[:12]}), and {models.source.path} "
+                f"is {here[:12]}; give the model it was trained on with --model_path"
+            )
 
 
-def _settings(options: Any, mixture: Mixture, pair: tuple[float, float], seed: int, width: int, height: int) -> str:
+def _settings(
+    options: Any, mixture: Mixture, pair: tuple[float, float], seed: int, width: int, height: int
+) -> str:
     style, content = (adapter.path for adapter in mixture.adapters)
-    return (f"{options.prompt}\nSteps: {options.num_inference_steps}, Guidance: {options.guidance_scale:g}, Seed: {seed}, "
-            f"Size: {width}x{height}, Style: {style.parent.name}/{style.name} × {pair[0]:g}, "
-            f"Content: {content.parent.name}/{content.name} × {pair[1]:g}, Precision: {options.dtype}, "
-            f"Model: {options.model_path}")
+    return (
+        f"{options.prompt}\nSteps: {options.num_inference_steps}, Guidance: {options.guidance_scale:g}, Seed: {seed}, "
+        f"Size: {width}x{height}, Style: {style.parent.name}/{style.name} × {pair[0]:g}, "
+        f"Content: {content.parent.name}/{content.name} × {pair[1]:g}, Precision: {options.dtype}, "
+        f"Model: {options.model_path}"
+    )

@@ -30,13 +30,28 @@ def main(argv: list[str] | None = None) -> int:
     targets = find("unet", models.denoiser)
     modules = {t.native.removeprefix("transformer."): t.module for t in targets}
     weights = {module: dense_weight(host) for module, host in modules.items()}
-    bases, facts = start_basis({t.name: dense_weight(t.module) for t in targets}, {t.name: options.rank for t in targets},
-                               options.basis_cache_dir or cache_folder("basis"))
+    bases, facts = start_basis(
+        {t.name: dense_weight(t.module) for t in targets},
+        {t.name: options.rank for t in targets},
+        options.basis_cache_dir or cache_folder("basis"),
+    )
     names = {t.native.removeprefix("transformer."): t.name for t in targets}
     path = Path(options.output_dir) / FILE
-    write_residual(path, weights, lambda module: bases[names[module]], DTYPES[options.dtype], {
-        "lowrank.kind": "residual", "lowrank.version": __version__, "lowrank.rank": str(options.rank),
-        "lowrank.basis_hash": facts["basis_hash"], "lowrank.base_hash": FLUX.model_hash(models, "denoiser")})
+    write_residual(
+        path,
+        weights,
+        lambda module: bases[names[module]],
+        DTYPES[options.dtype],
+        {
+            "lowrank.kind": "residual",
+            "lowrank.version": __version__,
+            "lowrank.rank": str(options.rank),
+            "lowrank.basis_hash": facts["basis_hash"],
+            "lowrank.base_hash": FLUX.model_hash(models, "denoiser"),
+        },
+    )
     size = path.stat().st_size
-    print(f"{path}: W - QR of {len(weights)} layers at rank {options.rank}, {size / 1e9:.3g} GB ({options.dtype})")
+    print(
+        f"{path}: W - QR of {len(weights)} layers at rank {options.rank}, {size / 1e9:.3g} GB ({options.dtype})"
+    )
     return 0

@@ -22,9 +22,21 @@ def sheet(cells: Mapping[tuple[float, float], Image.Image], title: str) -> Image
     draw = ImageDraw.Draw(page)
     draw.text((size // 2, size // 3), _shortened(title, font, page.width - size), fill=INK, font=font)
     for j, b in enumerate(columns):
-        draw.text((left + j * (width + GAP) + width // 2, top - size // 2), f"content {b:g}", fill=INK, font=font, anchor="ms")
+        draw.text(
+            (left + j * (width + GAP) + width // 2, top - size // 2),
+            f"content {b:g}",
+            fill=INK,
+            font=font,
+            anchor="ms",
+        )
     for i, a in enumerate(rows):
-        draw.text((left - size // 2, top + i * (height + GAP) + height // 2), f"style {a:g}", fill=INK, font=font, anchor="rm")
+        draw.text(
+            (left - size // 2, top + i * (height + GAP) + height // 2),
+            f"style {a:g}",
+            fill=INK,
+            font=font,
+            anchor="rm",
+        )
         for j, b in enumerate(columns):
             if (a, b) in cells:
                 image = cells[a, b]

@@ -55,8 +55,11 @@ class Similarity:
     lora1_name: str = option("style", "name of the first adapter in plots and summary")
     lora2_name: str = option("content", "name of the second adapter in plots and summary")
     output_dir: str = option("deltaR_similarity_analysis", "folder for plots, JSON and summary")
-    fixed_scale: bool = option(False, "accepted, without effect: line plots are always written twice, on the "
-                                      "fixed scale -1 to 1 and on an automatic one")
+    fixed_scale: bool = option(
+        False,
+        "accepted, without effect: line plots are always written twice, on the "
+        "fixed scale -1 to 1 and on an automatic one",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,8 +89,15 @@ def write(folder: Path, found: Found, names: Names, text: str) -> list[Path]:
         written.append(folder / name)
 
     for matrix, layers in found.items():
-        with matplotlib.rc_context({"font.family": _fonts(), "font.size": 11, "axes.spines.top": False,
-                                    "axes.spines.right": False, "savefig.facecolor": "white"}):
+        with matplotlib.rc_context(
+            {
+                "font.family": _fonts(),
+                "font.size": 11,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "savefig.facecolor": "white",
+            }
+        ):
             put(f"{matrix}_similarity_fixed_scale_line.png", line_plot(matrix, layers, names, fixed=True))
             put(f"{matrix}_similarity_auto_scale_line.png", line_plot(matrix, layers, names, fixed=False))
             put(f"{matrix}_similarity_distribution.png", distribution_plot(matrix, layers, names))
@@ -124,27 +134,41 @@ def _block(matrix: str, layers: list[LayerSimilarity], names: Names) -> list[str
         reasons = ", ".join(f"{count} × {reason}" for reason, count in why.items())
         add("Undefined", f"{of['undefined']} of {of['layers']} layers ({reasons}), only counted in the norms")
     if of["by_principal_angles"]:
-        add("Measure", f"{of['by_principal_angles']} of {of['layers']} layers have bases of differing rank; "
-                       "their value is the bases' overlap, no cosine")
+        add(
+            "Measure",
+            f"{of['by_principal_angles']} of {of['layers']} layers have bases of differing rank; "
+            "their value is the bases' overlap, no cosine",
+        )
     if of["mean"] is not None:
         add("|cos|", f"mean {of['abs_mean']:.4f}, max {of['abs_max']:.4f}")
     if of["outside_null_band"] is not None:
         low, high = of["null_band_min"], of["null_band_max"]
         width = f"±{low:.4f}" if math.isclose(low, high) else f"±{low:.4f} to ±{high:.4f}"
-        add("Null band", f"{width} (independent random matrices); "
-                         f"{of['outside_null_band']:.1%} of the layers outside")
+        add(
+            "Null band",
+            f"{width} (independent random matrices); {of['outside_null_band']:.1%} of the layers outside",
+        )
     add("Norm", f"{names[0]} {of['lora1_norm_mean']:.4g}, {names[1]} {of['lora2_norm_mean']:.4g} (mean)")
     if of["basis_overlap_mean"] is not None:
         add("Basis", f"column spaces overlap {of['basis_overlap_mean']:.4f} (mean cos² of principal angles)")
     if of["interference_mean"] is not None:
-        add("Interference", f"‖X+Y‖²/(‖X‖²+‖Y‖²) mean {of['interference_mean']:.4f}, min "
-                            f"{of['interference_min']:.4f}, max {of['interference_max']:.4f} "
-                            "(0 cancel, 1 orthogonal, 2 equal)")
+        add(
+            "Interference",
+            f"‖X+Y‖²/(‖X‖²+‖Y‖²) mean {of['interference_mean']:.4f}, min "
+            f"{of['interference_min']:.4f}, max {of['interference_max']:.4f} "
+            "(0 cancel, 1 orthogonal, 2 equal)",
+        )
     if of["row_overlap_mean"] is not None:
-        add("Row spaces", f"overlap {of['row_overlap_mean']:.4f} (mean cos² of principal angles; random "
-                          f"{of['row_overlap_random']:.4f})")
-        add("Energy", f"{of['energy_1_in_2_mean']:.1%} of {names[0]} lies in the rows of {names[1]}, "
-                      f"{of['energy_2_in_1_mean']:.1%} of {names[1]} in those of {names[0]}")
+        add(
+            "Row spaces",
+            f"overlap {of['row_overlap_mean']:.4f} (mean cos² of principal angles; random "
+            f"{of['row_overlap_random']:.4f})",
+        )
+        add(
+            "Energy",
+            f"{of['energy_1_in_2_mean']:.1%} of {names[0]} lies in the rows of {names[1]}, "
+            f"{of['energy_2_in_1_mean']:.1%} of {names[1]} in those of {names[0]}",
+        )
     return lines
 
 
@@ -161,9 +185,12 @@ def _remark(matrix: str, mean: float | None) -> str:
 
 def _files(first: Adapter, second: Adapter, names: Names) -> list[str]:
     both = len(common(first.layers, second.layers))
-    return [f"Files:  {names[0]} = {first.path}", f"        {names[1]} = {second.path}",
-            f"Layers: {both} in both, {len(first.layers) - both} only in {names[0]}, "
-            f"{len(second.layers) - both} only in {names[1]}"]
+    return [
+        f"Files:  {names[0]} = {first.path}",
+        f"        {names[1]} = {second.path}",
+        f"Layers: {both} in both, {len(first.layers) - both} only in {names[0]}, "
+        f"{len(second.layers) - both} only in {names[1]}",
+    ]
 
 
 def _notes(adapters: Sequence[Adapter], names: Names) -> list[str]:
@@ -171,8 +198,10 @@ def _notes(adapters: Sequence[Adapter], names: Names) -> list[str]:
     notes = []
     for fact, things in (("base_hash", "base models"), ("basis_hash", "bases")):
         if len({adapter.fact(fact) for adapter in adapters} - {None}) > 1:
-            notes.append(f"Note: by their own account the files belong to different {things}; "
-                         "only deltaW then compares what they do to a layer.")
+            notes.append(
+                f"Note: by their own account the files belong to different {things}; "
+                "only deltaW then compares what they do to a layer."
+            )
     for adapter, name in zip(adapters, names, strict=True):
         if any("delta_r" in roles and "q" not in roles for roles in adapter.layers.values()):
             notes.append(f"Note: {name} was saved without its basis, so there is no Q and no deltaW.")
@@ -229,16 +258,29 @@ def line_plot(matrix: str, layers: list[LayerSimilarity], names: Names, *, fixed
         steps = [index + side for index in range(len(layers)) for side in (-0.5, 0.5)]
         axes.fill_between(steps, [-edge for edge in edges], edges, label=_null_label(bands), **_BAND)
     small = 3.0 if len(layers) > 100 else 4.5
-    axes.plot(range(len(layers)), values, color=_INK, linewidth=0.9, marker="o", markersize=small,
-              label="one layer" if known else None)
+    axes.plot(
+        range(len(layers)),
+        values,
+        color=_INK,
+        linewidth=0.9,
+        marker="o",
+        markersize=small,
+        label="one layer" if known else None,
+    )
     if known:
         mean = sum(known) / len(known)
         axes.axhline(mean, color=_MEAN, linestyle="--", linewidth=1.4, label=f"mean {_decimal(mean)}")
     missing = [index for index, value in enumerate(values) if math.isnan(value)]
     if missing:
         bottom = axes.get_xaxis_transform()
-        axes.plot(missing, [0.025] * len(missing), "x", color=_UNDEFINED, transform=bottom,
-                  label=f"undefined ({len(missing)} of {len(layers)} layers)")
+        axes.plot(
+            missing,
+            [0.025] * len(missing),
+            "x",
+            color=_UNDEFINED,
+            transform=bottom,
+            label=f"undefined ({len(missing)} of {len(layers)} layers)",
+        )
     axes.set_xlabel("Layer index (order of the first file)")
     cosines = all(layer.measure == "cosine" for layer in layers)
     axes.set_ylabel("Cosine similarity" if cosines else "Similarity (bases: mean cos²)")
@@ -302,8 +344,17 @@ def _mark_groups(axes: Axes, layers: list[LayerSimilarity]) -> bool:
     for kind, count in groups:
         if start:
             axes.axvline(start - 0.5, color=_UNDEFINED, linewidth=0.8)
-        axes.text(start + (count - 1) / 2, 1.0, kind, transform=axes.get_xaxis_transform(), ha="center",
-                  va="bottom", fontsize=9, color=_UNDEFINED, parse_math=False)
+        axes.text(
+            start + (count - 1) / 2,
+            1.0,
+            kind,
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color=_UNDEFINED,
+            parse_math=False,
+        )
         start += count
     return True
 

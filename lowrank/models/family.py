@@ -91,8 +91,12 @@ class Family:
         ..., list[dict[str, Tensor]]
     ]  # (models, captions, options) → one CPU dict per caption
     stack_text: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
-    keep_trained_text: Callable[[Models], list[nn.Module]]  # the encoders that adapters can train; the others go
-    trained_text: Callable[[Models, list[str]], dict[str, Tensor]]  # their part of the conditions, with gradient
+    keep_trained_text: Callable[
+        [Models], list[nn.Module]
+    ]  # the encoders that adapters can train; the others go
+    trained_text: Callable[
+        [Models, list[str]], dict[str, Tensor]
+    ]  # their part of the conditions, with gradient
     empty: Callable[[Models], nn.Module]  # the denoiser without weights, on the meta device
     denoise: Callable[..., Tensor]  # (denoiser, noisy, timesteps, text, options) → prediction (B, C, h, w)
     pipeline: Callable[[Models], Any]  # the stock pipeline around the present denoiser

@@ -20,30 +20,55 @@ GIB = 2**30
 
 
 def show(
-    parsed: Parsed, family: Family, models: Models, loader: Loader, networks: Any, arguments: Mapping[str, str],
-    accelerator: Accelerator, dtype: torch.dtype,
+    parsed: Parsed,
+    family: Family,
+    models: Models,
+    loader: Loader,
+    networks: Any,
+    arguments: Mapping[str, str],
+    accelerator: Accelerator,
+    dtype: torch.dtype,
 ) -> int:
     """Print the tables and return 0. The denoiser is built from its configuration on the meta device."""
     told = summary.summary(loader)
     for number, dataset in enumerate(told["datasets"]):
-        print(f"dataset {number}: {dataset['resolution'][0]}×{dataset['resolution'][1]}, batch {dataset['batch_size']}")
+        print(
+            f"dataset {number}: {dataset['resolution'][0]}×{dataset['resolution'][1]}, batch {dataset['batch_size']}"
+        )
         for place in dataset["folders"]:
             kind = "regularisation" if place["is_reg"] else "training"
             print(f"  {place['image_dir']}: {place['images']} {kind} images × {place['repeats']}")
         for bucket, count in dataset["buckets"].items():
             print(f"  bucket {bucket}: {count}")
     captions = loader.captions()
-    print(f"captions: {'open-ended' if captions is None else ', '.join(map(repr, captions[:3]))}"
-          f"{f' and {len(captions) - 3} more' if captions and len(captions) > 3 else ''}")
+    print(
+        f"captions: {'open-ended' if captions is None else ', '.join(map(repr, captions[:3]))}"
+        f"{f' and {len(captions) - 3} more' if captions and len(captions) > 3 else ''}"
+    )
     denoiser = family.empty(models)
     network = module.create(
-        networks, denoiser, (), rank=parsed.value("network_dim"), alpha=parsed.value("network_alpha"),
-        dropout=parsed.value("network_dropout"), arguments=arguments, weights=None, dim_from_weights=False)
+        networks,
+        denoiser,
+        (),
+        rank=parsed.value("network_dim"),
+        alpha=parsed.value("network_alpha"),
+        dropout=parsed.value("network_dropout"),
+        arguments=arguments,
+        weights=None,
+        dim_from_weights=False,
+    )
     _show_layers(network, parsed)
-    steps = optim.plan(len(loader), accelerator.num_processes, parsed.value("gradient_accumulation_steps"),
-                       parsed.value("max_train_steps"), parsed.value("max_train_epochs"))
-    print(f"steps: {steps.steps} in {steps.epochs} epochs of {len(loader)} batches, {steps.steps_per_epoch} steps each; "
-          f"{accelerator.num_processes} processes × {parsed.value('gradient_accumulation_steps')} micro-batches a step")
+    steps = optim.plan(
+        len(loader),
+        accelerator.num_processes,
+        parsed.value("gradient_accumulation_steps"),
+        parsed.value("max_train_steps"),
+        parsed.value("max_train_epochs"),
+    )
+    print(
+        f"steps: {steps.steps} in {steps.epochs} epochs of {len(loader)} batches, {steps.steps_per_epoch} steps each; "
+        f"{accelerator.num_processes} processes × {parsed.value('gradient_accumulation_steps')} micro-batches a step"
+    )
     _show_memory(denoiser, network, parsed, dtype)
     return 0
 
@@ -54,7 +79,9 @@ def _show_layers(network: nn.Module, parsed: Parsed) -> None:
         print(f"adapter: {network.method.name}, {len(network.layers())} layers")
         for layer in network.layers():
             target = network.targets[layer.name]
-            print(f"  {target.native or target.name}  rank {layer.rank}  alpha {float(layer.scale * layer.rank):g}  lr {rate:g}")
+            print(
+                f"  {target.native or target.name}  rank {layer.rank}  alpha {float(layer.scale * layer.rank):g}  lr {rate:g}"
+            )
 
 
 def _show_memory(denoiser: nn.Module, network: nn.Module, parsed: Parsed, dtype: torch.dtype) -> None:
@@ -63,9 +90,16 @@ def _show_memory(denoiser: nn.Module, network: nn.Module, parsed: Parsed, dtype:
     base = sum(p.numel() for p in denoiser.parameters())
     width = 1 if parsed.value("fp8_base") or parsed.value("fp8_base_unet") else dtype.itemsize
     states = 2 if "8bit" in parsed.value("optimizer_type").lower() or parsed.value("use_8bit_adam") else 8
-    parts = {"base weights": base * width, "frozen factors": frozen * dtype.itemsize, "trained factors": trained * 4,
-             "gradients": trained * 4, "optimizer": trained * states}
+    parts = {
+        "base weights": base * width,
+        "frozen factors": frozen * dtype.itemsize,
+        "trained factors": trained * 4,
+        "gradients": trained * 4,
+        "optimizer": trained * states,
+    }
     print(f"parameters: {trained:,} trained, {frozen:,} frozen, {base:,} in the base")
     for name, size in parts.items():
         print(f"  {name}: {size / GIB:.2f} GiB")
-    print(f"  together {sum(parts.values()) / GIB:.2f} GiB, and activations (least with --gradient_checkpointing)")
+    print(
+        f"  together {sum(parts.values()) / GIB:.2f} GiB, and activations (least with --gradient_checkpointing)"
+    )

@@ -20,8 +20,8 @@ from lowrank.data.scan import from_config, from_folders, from_instance
 from lowrank.errors import Refused
 from lowrank.models.family import Family, Models, release
 from lowrank.options import Parsed
-from lowrank.train.watch import describe, save_png
 from lowrank.train.prompts import Prompt
+from lowrank.train.watch import describe, save_png
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +44,39 @@ def datasets(parsed: Parsed) -> tuple[Dataset, ...]:
     named = [name for name in sources if parsed.value(name)]
     if len(named) != 1:
         told = " and ".join(parsed.flag(name) for name in named) or "nothing"
-        raise Refused(f"one source of images is needed and {told} was given; give --instance_data_dir with "
-                      "--instance_prompt, or --train_data_dir, or --dataset_config")
+        raise Refused(
+            f"one source of images is needed and {told} was given; give --instance_data_dir with "
+            "--instance_prompt, or --train_data_dir, or --dataset_config"
+        )
     values = _values(parsed)
     if named[0] == "dataset_config":
-        return from_config(parsed.value("dataset_config"), values,
-                           allow_unknown=parsed.value("allow_unknown_config_keys"))
+        return from_config(
+            parsed.value("dataset_config"), values, allow_unknown=parsed.value("allow_unknown_config_keys")
+        )
     if named[0] == "train_data_dir":
         return from_folders(parsed.value("train_data_dir"), parsed.value("reg_data_dir"), **values)
     prior = parsed.value("with_prior_preservation")
     if prior and not (parsed.value("class_data_dir") and parsed.value("class_prompt")):
-        raise Refused("--with_prior_preservation needs --class_data_dir and --class_prompt: where the class images are (or "
-                      "are to be made), and what they show")
+        raise Refused(
+            "--with_prior_preservation needs --class_data_dir and --class_prompt: where the class images are (or "
+            "are to be made), and what they show"
+        )
     folder = parsed.value("class_data_dir") if prior else None
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    return from_instance(parsed.value("instance_data_dir"), parsed.value("instance_prompt"), folder,
-                         parsed.value("class_prompt") if prior else None,
-                         repeats=parsed.value("dataset_repeats"), **values)
+    return from_instance(
+        parsed.value("instance_data_dir"),
+        parsed.value("instance_prompt"),
+        folder,
+        parsed.value("class_prompt") if prior else None,
+        repeats=parsed.value("dataset_repeats"),
+        **values,
+    )
 
 
-def make_class_images(parsed: Parsed, family: Family, models: Models, options: Any, accelerator: Accelerator) -> None:
+def make_class_images(
+    parsed: Parsed, family: Family, models: Models, options: Any, accelerator: Accelerator
+) -> None:
     """Draw the class images that are missing with the base model, one seed each; on the main process."""
     if not parsed.value("with_prior_preservation") or not parsed.value("instance_data_dir"):
         return
@@ -72,22 +84,39 @@ def make_class_images(parsed: Parsed, family: Family, models: Models, options: A
     suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
     have = sum(file.suffix.lower() in suffixes for file in folder.iterdir()) if folder.is_dir() else 0
     if accelerator.is_main_process and have < wanted:
-        logger.info("%s has %d of %d class images; drawing %d with the base model", folder, have, wanted, wanted - have)
+        logger.info(
+            "%s has %d of %d class images; drawing %d with the base model",
+            folder,
+            have,
+            wanted,
+            wanted - have,
+        )
         width, height = parsed.value("resolution") or (512, 512)
-        prompt = Prompt(parsed.value("class_prompt"), width=width, height=height, guidance_scale=options.guidance_scale)
+        prompt = Prompt(
+            parsed.value("class_prompt"), width=width, height=height, guidance_scale=options.guidance_scale
+        )
         family.add(models, ("text", "vae", "denoiser"))
         with torch.no_grad():
             text = family.stack_text(family.encode_text(models, [prompt.prompt], options))
             for index in tqdm(range(have, wanted), desc="class images"):
                 seed = (parsed.value("seed") or 0) + index
-                image = family.sample(models, text, options, height=height, width=width, steps=prompt.sample_steps,
-                                      generator=torch.Generator().manual_seed(seed))[0]
+                image = family.sample(
+                    models,
+                    text,
+                    options,
+                    height=height,
+                    width=width,
+                    steps=prompt.sample_steps,
+                    generator=torch.Generator().manual_seed(seed),
+                )[0]
                 save_png(folder / f"class_{index:05d}_{seed}.png", image, describe(prompt, seed))
         release(models, ("denoiser",))
     accelerator.wait_for_everyone()
 
 
-def encode_latents(parsed: Parsed, loader: Loader, family: Family, models: Models, accelerator: Accelerator) -> Loader:
+def encode_latents(
+    parsed: Parsed, loader: Loader, family: Family, models: Models, accelerator: Accelerator
+) -> Loader:
     """The loader with every image through the VAE once; as it was where augmentation changes the pixels each time."""
     fresh = any(one.subset.color_aug or one.subset.random_crop for one in loader.placed)
     asked = parsed.value("cache_latents") or parsed.value("cache_latents_to_disk")
@@ -96,11 +125,17 @@ def encode_latents(parsed: Parsed, loader: Loader, family: Family, models: Model
     disk = cache_folder("latents") if parsed.value("cache_latents_to_disk") else None
     return loader.encode_all(
         lambda pixels: family.encode_images(models, pixels),
-        model_hash=f"{family.model_hash(models, 'vae')} {models.source.vae_dtype or models.source.dtype}", cache=Cache(disk),
-        batch_size=parsed.value("vae_batch_size"), progress=accelerator.is_main_process, wait=accelerator.wait_for_everyone)
+        model_hash=f"{family.model_hash(models, 'vae')} {models.source.vae_dtype or models.source.dtype}",
+        cache=Cache(disk),
+        batch_size=parsed.value("vae_batch_size"),
+        progress=accelerator.is_main_process,
+        wait=accelerator.wait_for_everyone,
+    )
 
 
-def latents_of(family: Family, models: Models, device: torch.device) -> Callable[[Batch, torch.Generator], Tensor]:
+def latents_of(
+    family: Family, models: Models, device: torch.device
+) -> Callable[[Batch, torch.Generator], Tensor]:
     """Latents (B, C, h, w) of a batch: each step draws its own sample of the VAE's distribution."""
 
     def latents(batch: Batch, generator: torch.Generator) -> Tensor:
@@ -116,25 +151,38 @@ def latents_of(family: Family, models: Models, device: torch.device) -> Callable
 class Text:
     """Captions to conditions: each encoded once where the captions can be listed, at every step where they cannot."""
 
-    def __init__(self, parsed: Parsed, loader: Loader, family: Family, models: Models, options: Any, extra: tuple[str, ...],
-                 accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        parsed: Parsed,
+        loader: Loader,
+        family: Family,
+        models: Models,
+        options: Any,
+        extra: tuple[str, ...],
+        accelerator: Accelerator,
+    ) -> None:
         self._family, self._models, self._options = family, models, options
         self._device = accelerator.device
         captions = loader.captions()
         to_disk = parsed.value("cache_text_encoder_outputs_to_disk")
         self.live = captions is None
         if self.live and (to_disk or parsed.value("cache_text_encoder_outputs")):
-            raise Refused("--cache_text_encoder_outputs needs captions that can be listed, and --shuffle_caption, "
-                          "--caption_tag_dropout_rate, --enable_wildcard or --token_warmup_step make new ones at every step; "
-                          "leave out one or the other")
+            raise Refused(
+                "--cache_text_encoder_outputs needs captions that can be listed, and --shuffle_caption, "
+                "--caption_tag_dropout_rate, --enable_wildcard or --token_warmup_step make new ones at every step; "
+                "leave out one or the other"
+            )
         self._cache = Cache(cache_folder("text") if to_disk else None)
         self._hash = f"{family.model_hash(models, 'text')} {models.source.dtype}"
         texts = list(dict.fromkeys([*(captions or ()), *extra]))
         with torch.no_grad():
-            self._cache.fill({self._key(text): text for text in texts},
-                             lambda batch: family.encode_text(models, batch, options),
-                             batch_size=parsed.value("text_encoder_batch_size") or parsed.value("train_batch_size"),
-                             title="caching captions", progress=accelerator.is_main_process)
+            self._cache.fill(
+                {self._key(text): text for text in texts},
+                lambda batch: family.encode_text(models, batch, options),
+                batch_size=parsed.value("text_encoder_batch_size") or parsed.value("train_batch_size"),
+                title="caching captions",
+                progress=accelerator.is_main_process,
+            )
         self._held: dict[str, Mapping[str, Tensor]] = {}
         self.trained = False  # whether adapters change a text encoder, whose part is then made at every step
 
@@ -148,7 +196,9 @@ class Text:
                 encoded = self._family.encode_text(self._models, list(captions), self._options)
         else:
             encoded = [self._entry(caption) for caption in captions]
-        conditions = {name: value.to(self._device) for name, value in self._family.stack_text(encoded).items()}
+        conditions = {
+            name: value.to(self._device) for name, value in self._family.stack_text(encoded).items()
+        }
         return conditions | (self._family.trained_text(self._models, list(captions)) if self.trained else {})
 
     def _entry(self, caption: str) -> Mapping[str, Tensor]:

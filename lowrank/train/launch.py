@@ -6,33 +6,26 @@ import contextlib
 import logging
 import random
 import signal
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.data.loader import Loader
-from lowrank.data.summary import summary
 from lowrank.errors import Refused
 from lowrank.models import memory
-from lowrank.models.family import Family, Models, Source, move, release
+from lowrank.models.family import Family, Models, move, release
 from lowrank.options import Parsed, pairs
-from lowrank.train import dry, inputs, metadata, module, optim
+from lowrank.train import dry, inputs, metadata, module, optim, setup
 from lowrank.train.log import RunLog, describe_run
 from lowrank.train.loop import Run, components, train
 from lowrank.train.saving import Keeper
 from lowrank.train.state import Names, Progress
-from lowrank.train.prompts import Prompt, read_prompts
-from lowrank.train.watch import Preview
 
 logger = logging.getLogger(__name__)
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker: str) -> int:
@@ -40,32 +33,50 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
     if not parsed.value("output_dir"):
         raise Refused("--output_dir is missing; say where the run's folder shall be")
     folder = Path(parsed.value("output_dir"))
-    accelerator = _accelerator(parsed, folder)
-    _quiet(accelerator, parsed)
-    seed = parsed.value("seed") if parsed.value("seed") is not None else random.SystemRandom().randrange(2**31)
+    accelerator = setup.accelerator(parsed, folder)
+    setup.quiet(accelerator, parsed)
+    seed = (
+        parsed.value("seed") if parsed.value("seed") is not None else random.SystemRandom().randrange(2**31)
+    )
     networks = module.find_module(parsed.value("network_module"))
     arguments = pairs("--network_args", parsed.value("network_args"))
     if (facade := module.facade_of(networks)) is not None:
         facade.check(arguments)
 
-    source = _source(parsed, accelerator)
+    source = setup.source(parsed, accelerator)
     models = family.load(source, ())
     inputs.make_class_images(parsed, family, models, options, accelerator)
-    loader = Loader(inputs.datasets(parsed), seed=seed, prior_loss_weight=parsed.value("prior_loss_weight"),
-                    skip_bad_images=parsed.value("skip_bad_images"), multiple=family.bucket_step,
-                    workers=parsed.value("max_data_loader_n_workers"))
+    loader = Loader(
+        inputs.datasets(parsed),
+        seed=seed,
+        prior_loss_weight=parsed.value("prior_loss_weight"),
+        skip_bad_images=parsed.value("skip_bad_images"),
+        multiple=family.bucket_step,
+        workers=parsed.value("max_data_loader_n_workers"),
+    )
     loader = loader.shard(accelerator.process_index, accelerator.num_processes)
     if parsed.value("dry_run"):
-        return dry.show(parsed, family, models, loader, networks, arguments, accelerator, DTYPES[accelerator.mixed_precision])
+        return dry.show(
+            parsed,
+            family,
+            models,
+            loader,
+            networks,
+            arguments,
+            accelerator,
+            setup.DTYPES[accelerator.mixed_precision],
+        )
 
-    prompts = _prompts(parsed)
+    prompts = setup.prompts(parsed)
     family.add(models, ("text", "vae"))
     text = inputs.Text(parsed, loader, family, models, options, tuple(p.prompt for p in prompts), accelerator)
     loader = inputs.encode_latents(parsed, loader, family, models, accelerator)
     trains_text = parsed.value("train_text_encoder") or parsed.value("network_train_text_encoder_only")
     if trains_text and text.live:
-        raise Refused("--train_text_encoder needs captions that can be listed; leave out --shuffle_caption, "
-                      "--caption_tag_dropout_rate, --enable_wildcard and --token_warmup_step")
+        raise Refused(
+            "--train_text_encoder needs captions that can be listed; leave out --shuffle_caption, "
+            "--caption_tag_dropout_rate, --enable_wildcard and --token_warmup_step"
+        )
     encoders = family.keep_trained_text(models) if trains_text else []
     text.trained = trains_text
     if not trains_text and not text.live:
@@ -81,47 +92,104 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
     torch.manual_seed(seed)
     _merge_base_weights(parsed, networks, models)
     network = module.create(
-        networks, models.denoiser, encoders, rank=parsed.value("network_dim"), alpha=parsed.value("network_alpha"),
-        dropout=parsed.value("network_dropout"), arguments=arguments, weights=parsed.value("network_weights"),
+        networks,
+        models.denoiser,
+        encoders,
+        rank=parsed.value("network_dim"),
+        alpha=parsed.value("network_alpha"),
+        dropout=parsed.value("network_dropout"),
+        arguments=arguments,
+        weights=parsed.value("network_weights"),
         dim_from_weights=parsed.value("dim_from_weights"),
-        train_denoiser=not parsed.value("network_train_text_encoder_only"))
+        train_denoiser=not parsed.value("network_train_text_encoder_only"),
+    )
     _prepare_network(parsed, network, models, accelerator)
 
-    plan = optim.plan(len(loader), accelerator.num_processes, parsed.value("gradient_accumulation_steps"),
-                      parsed.value("max_train_steps"), parsed.value("max_train_epochs"))
-    groups, group_names = module.optimizer_groups(network, parsed.value("text_encoder_lr"), parsed.value("unet_lr"),
-                                                  _rate(parsed, accelerator))
+    plan = optim.plan(
+        len(loader),
+        accelerator.num_processes,
+        parsed.value("gradient_accumulation_steps"),
+        parsed.value("max_train_steps"),
+        parsed.value("max_train_epochs"),
+    )
+    groups, group_names = module.optimizer_groups(
+        network, parsed.value("text_encoder_lr"), parsed.value("unet_lr"), setup.rate(parsed, accelerator)
+    )
     optimizer_name, optimizer_args, optimizer = optim.build_optimizer(groups, parsed.optimizer)
     scheduler = optim.build_scheduler(optimizer, parsed.optimizer, plan.steps, accelerator.num_processes)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
 
     base_hash = family.model_hash(models, "denoiser")
     told = metadata.of_run(
-        parsed, family, models, loader, optimizer=f"{optimizer_name}({optimizer_args})", steps=plan.steps, epochs=plan.epochs,
-        network=_network_facts(parsed, network), arguments=arguments, base_hash=base_hash, seed=seed)
-    preview = _preview(parsed, prompts, folder, family, models, options, text, accelerator)
+        parsed,
+        family,
+        models,
+        loader,
+        optimizer=f"{optimizer_name}({optimizer_args})",
+        steps=plan.steps,
+        epochs=plan.epochs,
+        network=setup.network_facts(parsed, network),
+        arguments=arguments,
+        base_hash=base_hash,
+        seed=seed,
+    )
+    preview = setup.preview(parsed, prompts, folder, family, models, options, text, accelerator)
     log = RunLog(accelerator, folder, components(network), plan.steps, max(plan.steps_per_epoch, 20))
     keeper = Keeper(
-        parsed, accelerator, network, optimizer, told, log, preview, Names(folder, parsed.value("output_name"),
-                                                                           parsed.value("save_model_as")),
-        run_facts={"network_module": networks.__name__, "network_dim": parsed.value("network_dim"), "seed": seed,
-                   "batches_per_epoch": len(loader), "processes": accelerator.num_processes, "base": base_hash},
-        plan=plan)
+        parsed,
+        accelerator,
+        network,
+        optimizer,
+        told,
+        log,
+        preview,
+        Names(folder, parsed.value("output_name"), parsed.value("save_model_as")),
+        run_facts={
+            "network_module": networks.__name__,
+            "network_dim": parsed.value("network_dim"),
+            "seed": seed,
+            "batches_per_epoch": len(loader),
+            "processes": accelerator.num_processes,
+            "base": base_hash,
+        },
+        plan=plan,
+    )
 
     progress = keeper.resume() if parsed.value("resume") else Progress()
     if progress.step >= plan.steps:
-        raise Refused(f"{parsed.value('resume')} is at step {progress.step} and the run ends at {plan.steps}; raise "
-                      "--max_train_steps to go on from it")
+        raise Refused(
+            f"{parsed.value('resume')} is at step {progress.step} and the run ends at {plan.steps}; raise "
+            "--max_train_steps to go on from it"
+        )
     if accelerator.is_main_process:
         describe_run(folder, parsed.toml(), parsed.command)
-    accelerator.init_trackers(_tracker_name(parsed, tracker))
-    _announce(loader, plan, parsed, network, accelerator)
+    accelerator.init_trackers(setup.tracker_name(parsed, tracker))
+    setup.announce(loader, plan, parsed, network, accelerator)
     run = Run(
-        accelerator, network, models.denoiser, encoders, loader, objective,
-        inputs.latents_of(family, models, accelerator.device), text,
-        lambda noisy, timesteps, conditions: family.denoise(models.denoiser, noisy, timesteps, conditions, options),
-        optimizer, scheduler, group_names, plan.steps, plan.epochs, seed, parsed.value("max_grad_norm"),
-        parsed.value("scale_weight_norms"), log, keeper.after_step, keeper.after_epoch, keeper.last_good)
+        accelerator,
+        network,
+        models.denoiser,
+        encoders,
+        loader,
+        objective,
+        inputs.latents_of(family, models, accelerator.device),
+        text,
+        lambda noisy, timesteps, conditions: family.denoise(
+            models.denoiser, noisy, timesteps, conditions, options
+        ),
+        optimizer,
+        scheduler,
+        group_names,
+        plan.steps,
+        plan.epochs,
+        seed,
+        parsed.value("max_grad_norm"),
+        parsed.value("scale_weight_norms"),
+        log,
+        keeper.after_step,
+        keeper.after_epoch,
+        keeper.last_good,
+    )
     if parsed.value("sample_at_first") and progress.step == 0:
         keeper.draw("000000", 0)
     with _stoppable(keeper), memory.tf32(parsed.value("allow_tf32")):
@@ -134,74 +202,27 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
     return 0
 
 
-# ------------------------------------------------------------------ the pieces
-
-
-def _accelerator(parsed: Parsed, folder: Path) -> Accelerator:
-    trackers = parsed.value("log_with") or "tensorboard"
-    logs = folder / "logs"
-    if parsed.value("logging_dir"):
-        logs = Path(parsed.value("logging_dir")) / ((parsed.value("log_prefix") or "") + time.strftime("%Y%m%d%H%M%S"))
-    if parsed.value("wandb_api_key"):
-        import wandb  # only when asked for
-
-        wandb.login(key=parsed.value("wandb_api_key"))
-    accelerator = Accelerator(
-        mixed_precision=parsed.value("mixed_precision"), log_with=None if trackers == "none" else trackers,
-        gradient_accumulation_steps=parsed.value("gradient_accumulation_steps"),
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(logs)))
-    for flag, needed in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
-        if parsed.value(flag) and accelerator.mixed_precision != needed:
-            raise Refused(f"--{flag} needs --mixed_precision {needed}, and it is {accelerator.mixed_precision}; set both or none")
-    return accelerator
-
-
-def _tracker_name(parsed: Parsed, default: str) -> str:
-    return parsed.value("log_tracker_name") or ("network_train" if parsed.value("logging_dir") else default)
-
-
-def _quiet(accelerator: Accelerator, parsed: Parsed) -> None:
-    level = parsed.value("console_log_level") if accelerator.is_main_process else "ERROR"
-    logging.basicConfig(format="%(message)s", filename=parsed.value("console_log_file"))
-    logging.getLogger().setLevel(level)
-    for noisy in ("httpx", "huggingface_hub", "PIL", "matplotlib", "accelerate"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    if accelerator.is_main_process:
-        for note in parsed.notes:
-            logger.warning("%s", note)
-
-
-def _source(parsed: Parsed, accelerator: Accelerator) -> Source:
-    if not parsed.value("pretrained_model_name_or_path"):
-        raise Refused("--pretrained_model_name_or_path is missing; name a model folder or a hub id")
-    names = ("revision", "variant", "cache_dir", "vae", "clip_l", "t5xxl", "ae", "tokenizer_cache_dir")
-    given = {name: parsed.value(name) for name in names if name in parsed.specs}
-    dtype = DTYPES[accelerator.mixed_precision]
-    return Source(parsed.value("pretrained_model_name_or_path"), dtype=dtype, device=accelerator.device,
-                  vae_dtype=torch.float32 if parsed.value("no_half_vae") else None, **given)
-
-
-def _prompts(parsed: Parsed) -> list[Prompt]:
-    width, height = parsed.value("resolution") or (512, 512)
-    default = Prompt("", width=width, height=height)
-    if parsed.value("sample_prompts"):
-        return read_prompts(parsed.value("sample_prompts"), default)
-    return [Prompt(parsed.value("validation_prompt"), width=width, height=height)] if parsed.value("validation_prompt") else []
-
-
 def _prepare_denoiser(parsed: Parsed, models: Models, accelerator: Accelerator) -> None:
     models.denoiser.requires_grad_(False).eval()
     if parsed.value("fp8_base") or parsed.value("fp8_base_unet"):
-        memory.store_in_fp8(models.denoiser, DTYPES[accelerator.mixed_precision])
+        memory.store_in_fp8(models.denoiser, setup.DTYPES[accelerator.mixed_precision])
 
 
 def _merge_base_weights(parsed: Parsed, networks: Any, models: Models) -> None:
     strengths = parsed.value("base_weights_multiplier")
     for index, path in enumerate(parsed.value("base_weights")):
         strength = strengths[index] if index < len(strengths) else 1.0
-        other, state = networks.create_network_from_weights(strength, path, None, [], models.denoiser, for_inference=True)
+        other, state = networks.create_network_from_weights(
+            strength, path, None, [], models.denoiser, for_inference=True
+        )
         logger.info("merging module: %s with multiplier %s", path, strength)
-        other.merge_to([], models.denoiser, state, None, "cpu" if next(models.denoiser.parameters()).device.type == "cpu" else None)
+        other.merge_to(
+            [],
+            models.denoiser,
+            state,
+            None,
+            "cpu" if next(models.denoiser.parameters()).device.type == "cpu" else None,
+        )
 
 
 def _prepare_network(parsed: Parsed, network: Any, models: Models, accelerator: Accelerator) -> None:
@@ -210,63 +231,14 @@ def _prepare_network(parsed: Parsed, network: Any, models: Models, accelerator: 
         memory.checkpoint_blocks(models.denoiser, network.clock.now if own else contextlib.nullcontext)
         network.enable_gradient_checkpointing()
     if own:
-        network.cast_frozen(DTYPES[accelerator.mixed_precision])
+        network.cast_frozen(setup.DTYPES[accelerator.mixed_precision])
     network.to(accelerator.device)
     if parsed.value("full_fp16") or parsed.value("full_bf16"):
-        network.to(DTYPES[accelerator.mixed_precision])
+        network.to(setup.DTYPES[accelerator.mixed_precision])
     if parsed.value("scale_weight_norms") and not hasattr(network, "apply_max_norm_regularization"):
         raise Refused("--scale_weight_norms is not offered by this network module; leave it out")
 
 
-def _rate(parsed: Parsed, accelerator: Accelerator) -> float:
-    rate = parsed.value("learning_rate")
-    if parsed.value("scale_lr"):
-        rate *= (parsed.value("gradient_accumulation_steps") * parsed.value("train_batch_size") * accelerator.num_processes)
-    return rate
-
-
-def _network_facts(parsed: Parsed, network: Any) -> dict[str, Any]:
-    sizes = {"network_module": parsed.value("network_module"), "network_dim": parsed.value("network_dim"),
-             "network_alpha": parsed.value("network_alpha")}
-    if isinstance(network, AdapterNetwork) and (layers := network.layers()):
-        sizes |= {"network_dim": layers[0].rank, "network_alpha": float(layers[0].alpha)}
-    return sizes
-
-
-def _preview(parsed: Parsed, prompts: list[Prompt], folder: Path, family: Family, models: Models, options: Any,
-             text: inputs.Text, accelerator: Accelerator) -> Preview:
-    def draw(prompt: Prompt, seed: int):
-        sampled = replace(options, guidance_scale=prompt.guidance_scale)
-        if models.vae is not None:
-            move(models, ("vae",), accelerator.device)
-        image = family.sample(models, text((prompt.prompt,)), sampled, height=prompt.height, width=prompt.width,
-                              steps=prompt.sample_steps, generator=torch.Generator().manual_seed(seed))[0]
-        return image
-
-    by_file = bool(parsed.value("sample_prompts"))
-    epochs = parsed.value("sample_every_n_epochs") or (None if by_file or parsed.value("sample_every_n_steps")
-                                                       else parsed.value("validation_epochs"))
-    return Preview(prompts, draw, folder / "sample", parsed.value("output_name") or "",
-                   per_prompt=1 if by_file else parsed.value("num_validation_images"), seed=parsed.value("seed"),
-                   every_epochs=epochs, every_steps=parsed.value("sample_every_n_steps"),
-                   at_first=parsed.value("sample_at_first"))
-
-
-def _announce(loader: Loader, plan: Any, parsed: Parsed, network: Any, accelerator: Accelerator) -> None:
-    """The facts of the run in kohya's wording, which GUIs read."""
-    if not accelerator.is_main_process:
-        return
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    counts = summary(loader)
-    print(f"running training\n  num train images * repeats: {counts['num_train_images']}"
-          f"\n  num reg images: {counts['num_reg_images']}"
-          f"\n  num batches per epoch: {len(loader)}\n  num epochs: {plan.epochs}"
-          f"\n  batch size per device: {parsed.value('train_batch_size')}"
-          f"\n  gradient accumulation steps = {parsed.value('gradient_accumulation_steps')}"
-          f"\n  total optimization steps: {plan.steps}\n  trained parameters: {trained:,}", flush=True)
-
-
-@contextlib.contextmanager
 def _stoppable(keeper: Keeper) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) saves a checkpoint at the next step and ends the run; the second ends it at once."""
 

@@ -20,7 +20,16 @@ from lowrank.files import atomic
 
 BINS = 4  # of the timestep range 0..1000
 BIN_NAMES = tuple(f"t{1000 * i // BINS}-{1000 * (i + 1) // BINS}" for i in range(BINS))
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "bitsandbytes", "numpy", "pillow")
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "bitsandbytes",
+    "numpy",
+    "pillow",
+)
 
 
 class Meter:
@@ -45,7 +54,7 @@ class Meter:
         means = accelerator.reduce(self._sums, "sum") / (self._batches * accelerator.num_processes)
         values, n = means.tolist(), 1 + len(self.components)
         told: dict[str, float | None] = dict(zip(("loss", *self.components), values[:n], strict=True))
-        for name, total, count in zip(BIN_NAMES, values[n:n + BINS], values[n + BINS:], strict=True):
+        for name, total, count in zip(BIN_NAMES, values[n : n + BINS], values[n + BINS :], strict=True):
             told[name] = total / count if count else None
         self._sums.zero_()
         self._batches = 0
@@ -55,7 +64,9 @@ class Meter:
 class RunLog:
     """Writes each step's numbers; made on every process, writing on the main one only."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path, components: Sequence[str], total: int, window: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, components: Sequence[str], total: int, window: int
+    ) -> None:
         self._accelerator, self._csv = accelerator, folder / "loss.csv"
         self._columns = ("step", "epoch", "lr", "loss", "avr_loss", *components, *BIN_NAMES)
         self._recent: deque[float] = deque(maxlen=max(1, window))
@@ -63,8 +74,13 @@ class RunLog:
 
     def begin(self, step: int) -> None:
         """Start at a step: rows of a continued run that lie after it are dropped, and the bar begins there."""
-        self._bar = tqdm(total=self._total, initial=step, desc="steps", dynamic_ncols=True,
-                         disable=not self._accelerator.is_main_process)
+        self._bar = tqdm(
+            total=self._total,
+            initial=step,
+            desc="steps",
+            dynamic_ncols=True,
+            disable=not self._accelerator.is_main_process,
+        )
         if not self._accelerator.is_main_process:
             return
         rows = []
@@ -77,8 +93,15 @@ class RunLog:
             writer.writerows(rows)
         self._recent.extend(float(row["loss"]) for row in rows)
 
-    def step(self, step: int, epoch: int, told: Mapping[str, float | None], rates: Mapping[str, float], images: int,
-             extra: Mapping[str, float]) -> None:
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        told: Mapping[str, float | None],
+        rates: Mapping[str, float],
+        images: int,
+        extra: Mapping[str, float],
+    ) -> None:
         """One optimizer step: losses, learning rates by group description, pictures seen, further scalars."""
         loss = told["loss"] or 0.0
         self._recent.append(loss)
@@ -87,7 +110,9 @@ class RunLog:
         speed = self._images / (time.monotonic() - self._started)
         first = next(iter(rates.values()), 0.0)
         self._bar.update()
-        self._bar.set_postfix_str(f"loss={loss:.4f}, avr_loss={average:.4f}, lr={first:.3g}, images/s={speed:.2f}")
+        self._bar.set_postfix_str(
+            f"loss={loss:.4f}, avr_loss={average:.4f}, lr={first:.3g}, images/s={speed:.2f}"
+        )
         scalars = {"loss/current": loss, "loss/average": average}
         for name, value in told.items():
             if name != "loss" and value is not None:
@@ -113,9 +138,21 @@ def describe_run(folder: Path, config: str, command: str) -> None:
     """Write the resolved configuration and the versions that ran it."""
     with atomic(folder / "config.toml") as part:
         part.write_text(config)
-    versions = [f"{name}=={importlib.metadata.version(name)}" for name in _PACKAGES
-                if importlib.util.find_spec({"pillow": "PIL"}.get(name, name))]
+    versions = [
+        f"{name}=={importlib.metadata.version(name)}"
+        for name in _PACKAGES
+        if importlib.util.find_spec({"pillow": "PIL"}.get(name, name))
+    ]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     with atomic(folder / "versions.txt") as part:
-        part.write_text("\n".join([f"python=={platform.python_version()}", *versions, f"# device: {device}",
-                                   f"# command: {command}", ""]))
+        part.write_text(
+            "\n".join(
+                [
+                    f"python=={platform.python_version()}",
+                    *versions,
+                    f"# device: {device}",
+                    f"# command: {command}",
+                    "",
+                ]
+            )
+        )

@@ -85,15 +85,18 @@ def micro_step(run: Run, batch: Batch) -> Micro:
     """Loss of one batch, differentiable in the network's parameters."""
     device = run.accelerator.device
     generator = stream(run.seed, batch.epoch, batch.position)
-    latents = run.latents(batch, generator)                                   # (B, C, h, w)
+    latents = run.latents(batch, generator)  # (B, C, h, w)
     drawn = run.objective.draw(latents, generator)
     with run.accelerator.autocast(), at_timesteps(run.network, drawn.timesteps):
         prediction = run.denoise(drawn.noisy, drawn.timesteps, run.text(batch.captions))
     mask = None if batch.masks is None else _fit(batch.masks.to(device), latents)
-    losses = run.objective.losses(prediction, drawn, mask=mask)               # (B,)
+    losses = run.objective.losses(prediction, drawn, mask=mask)  # (B,)
     weighted = losses * batch.loss_weights.to(device)
     is_reg = torch.tensor([example.is_reg for example in batch.examples], device=device)
-    parts = {"mse": (weighted * ~is_reg).sum() / len(losses), "prior": (weighted * is_reg).sum() / len(losses)}
+    parts = {
+        "mse": (weighted * ~is_reg).sum() / len(losses),
+        "prior": (weighted * is_reg).sum() / len(losses),
+    }
     if _penalties(run.network):
         parts |= run.network.penalties()
     return Micro(torch.stack(list(parts.values())).sum(), parts, losses, drawn.timesteps)
@@ -102,7 +105,9 @@ def micro_step(run: Run, batch: Batch) -> Micro:
 def _fit(masks: Tensor, latents: Tensor) -> Tensor:
     if masks.shape[-2:] == latents.shape[-2:]:
         return masks
-    return torch.nn.functional.adaptive_avg_pool2d(masks, latents.shape[-2:])  # the area average, as in the cache
+    return torch.nn.functional.adaptive_avg_pool2d(
+        masks, latents.shape[-2:]
+    )  # the area average, as in the cache
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
@@ -148,7 +153,9 @@ def train(run: Run, progress: Progress) -> Progress:
                 progress.step += 1
                 if run.scale_weight_norms:
                     extra |= _limit_norms(network, run.scale_weight_norms, accelerator.device)
-                rates = dict(zip(run.group_names, (group["lr"] for group in run.optimizer.param_groups), strict=False))
+                rates = dict(
+                    zip(run.group_names, (group["lr"] for group in run.optimizer.param_groups), strict=False)
+                )
                 run.log.step(progress.step, progress.epoch + 1, meter.read(accelerator), rates, images, extra)
                 images = 0
                 if run.after_step(progress) or progress.step >= run.steps:
@@ -160,14 +167,18 @@ def train(run: Run, progress: Progress) -> Progress:
 
 def _batches(run: Run, progress: Progress) -> Iterator[Batch]:
     per_step = run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes
-    return run.loader.epoch(progress.epoch, progress.position, max_train_steps=run.steps, batches_per_step=per_step)
+    return run.loader.epoch(
+        progress.epoch, progress.position, max_train_steps=run.steps, batches_per_step=per_step
+    )
 
 
 def _clip(run: Run, progress: Progress, batch: Batch, parameters: list[nn.Parameter]) -> dict[str, float]:
     if not run.max_grad_norm:
         return {}
     norm = run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
-    scaled = run.accelerator.scaler is not None  # fp16: the scaler skips steps whose gradients overflow, and goes on
+    scaled = (
+        run.accelerator.scaler is not None
+    )  # fp16: the scaler skips steps whose gradients overflow, and goes on
     if not scaled and not torch.isfinite(norm):
         _blame(run, progress, batch, "the gradient")
     return {"norm/gradient": float(norm)}
@@ -175,9 +186,15 @@ def _clip(run: Run, progress: Progress, batch: Batch, parameters: list[nn.Parame
 
 def _limit_norms(network: nn.Module, limit: float, device: torch.device) -> dict[str, float]:
     scaled, mean, largest = network.apply_max_norm_regularization(limit, device)
-    return {"max_norm/keys_scaled": scaled, "max_norm/average_key_norm": mean, "max_norm/max_key_norm": largest}
+    return {
+        "max_norm/keys_scaled": scaled,
+        "max_norm/average_key_norm": mean,
+        "max_norm/max_key_norm": largest,
+    }
 
 
 def _blame(run: Run, progress: Progress, batch: Batch, what: str) -> None:
     where = first_not_finite(run.denoiser, lambda: micro_step(run, batch))
-    refuse_not_finite(what, progress.step + 1, [example.path for example in batch.examples], where, run.last_good())
+    refuse_not_finite(
+        what, progress.step + 1, [example.path for example in batch.examples], where, run.last_good()
+    )

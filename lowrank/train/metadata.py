@@ -10,43 +10,118 @@ from pathlib import Path
 from typing import Any
 
 from lowrank import __version__
-from lowrank.data.loader import Loader
 from lowrank.data import summary
+from lowrank.data.loader import Loader
 from lowrank.models.family import Family, Models
 from lowrank.options import Parsed
 
 # Options that are written as ss_<name>, by kohya's own list (train_network.py).
 _OPTIONS = (
-    "learning_rate", "text_encoder_lr", "unet_lr", "gradient_checkpointing", "gradient_accumulation_steps",
-    "max_train_steps", "lr_warmup_steps", "lr_scheduler", "network_module", "network_dim", "network_alpha",
-    "network_dropout", "mixed_precision", "full_fp16", "full_bf16", "seed", "output_name", "cache_latents",
-    "training_comment", "max_grad_norm", "caption_dropout_rate", "caption_dropout_every_n_epochs",
-    "caption_tag_dropout_rate", "prior_loss_weight", "scale_weight_norms", "ip_noise_gamma",
-    "ip_noise_gamma_random_strength", "loss_type", "huber_schedule", "huber_scale", "huber_c", "fp8_base", "fp8_base_unet",
-    "model_type", "apply_t5_attn_mask", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale",
-    "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift", "resize_interpolation",
+    "learning_rate",
+    "text_encoder_lr",
+    "unet_lr",
+    "gradient_checkpointing",
+    "gradient_accumulation_steps",
+    "max_train_steps",
+    "lr_warmup_steps",
+    "lr_scheduler",
+    "network_module",
+    "network_dim",
+    "network_alpha",
+    "network_dropout",
+    "mixed_precision",
+    "full_fp16",
+    "full_bf16",
+    "seed",
+    "output_name",
+    "cache_latents",
+    "training_comment",
+    "max_grad_norm",
+    "caption_dropout_rate",
+    "caption_dropout_every_n_epochs",
+    "caption_tag_dropout_rate",
+    "prior_loss_weight",
+    "scale_weight_norms",
+    "ip_noise_gamma",
+    "ip_noise_gamma_random_strength",
+    "loss_type",
+    "huber_schedule",
+    "huber_scale",
+    "huber_c",
+    "fp8_base",
+    "fp8_base_unet",
+    "model_type",
+    "apply_t5_attn_mask",
+    "weighting_scheme",
+    "logit_mean",
+    "logit_std",
+    "mode_scale",
+    "guidance_scale",
+    "timestep_sampling",
+    "sigmoid_scale",
+    "model_prediction_type",
+    "discrete_flow_shift",
+    "resize_interpolation",
 )
-_FOLDER_OPTIONS = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "enable_bucket", "bucket_no_upscale",
-                   "min_bucket_reso", "max_bucket_reso", "keep_tokens")
-MINIMUM = ("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+_FOLDER_OPTIONS = (
+    "color_aug",
+    "flip_aug",
+    "random_crop",
+    "shuffle_caption",
+    "enable_bucket",
+    "bucket_no_upscale",
+    "min_bucket_reso",
+    "max_bucket_reso",
+    "keep_tokens",
+)
+MINIMUM = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
 
 
 def of_run(
-    parsed: Parsed, family: Family, models: Models, loader: Loader, *, optimizer: str, steps: int, epochs: int,
-    network: Mapping[str, Any], arguments: Mapping[str, str], base_hash: str, seed: int,
+    parsed: Parsed,
+    family: Family,
+    models: Models,
+    loader: Loader,
+    *,
+    optimizer: str,
+    steps: int,
+    epochs: int,
+    network: Mapping[str, Any],
+    arguments: Mapping[str, str],
+    base_hash: str,
+    seed: int,
 ) -> dict[str, str]:
     """Everything that is known when training begins; `network` gives network_module, network_dim and network_alpha."""
     values: dict[str, Any] = {name: parsed.value(name) for name in _OPTIONS if name in parsed.specs}
     counts = summary.summary(loader)
     values |= dict(network) | {
-        "session_id": uuid.uuid4().int % 2**31, "training_started_at": time.time(), "optimizer": optimizer, "seed": seed,
-        "num_train_images": counts["num_train_images"], "num_reg_images": counts["num_reg_images"],
-        "num_batches_per_epoch": len(loader), "num_epochs": epochs, "max_train_steps": steps, "v2": False,
-        "base_model_version": family.base_model_version, "sd_scripts_commit_hash": f"lowrank {__version__}",
+        "session_id": uuid.uuid4().int % 2**31,
+        "training_started_at": time.time(),
+        "optimizer": optimizer,
+        "seed": seed,
+        "num_train_images": counts["num_train_images"],
+        "num_reg_images": counts["num_reg_images"],
+        "num_batches_per_epoch": len(loader),
+        "num_epochs": epochs,
+        "max_train_steps": steps,
+        "v2": False,
+        "base_model_version": family.base_model_version,
+        "sd_scripts_commit_hash": f"lowrank {__version__}",
         "batch_size_per_device": parsed.value("train_batch_size"),
-        "tag_frequency": json.dumps(summary.tag_frequency(loader)), "dataset_dirs": json.dumps(summary.dataset_dirs(loader)),
-        "sd_model_name": Path(models.source.path).name if Path(models.source.path).exists() else models.source.path,
-        "sd_model_hash": base_hash[:8], "new_sd_model_hash": base_hash,
+        "tag_frequency": json.dumps(summary.tag_frequency(loader)),
+        "dataset_dirs": json.dumps(summary.dataset_dirs(loader)),
+        "sd_model_name": Path(models.source.path).name
+        if Path(models.source.path).exists()
+        else models.source.path,
+        "sd_model_hash": base_hash[:8],
+        "new_sd_model_hash": base_hash,
     }
     if arguments:
         values["network_args"] = json.dumps(dict(arguments))
@@ -54,12 +129,19 @@ def of_run(
         values["datasets"] = json.dumps(summary.metadata_datasets(loader))
     else:
         values |= {name: parsed.value(name) for name in _FOLDER_OPTIONS}
-        values |= {"resolution": str(loader.datasets[0].resolution), "bucket_info": json.dumps(summary.bucket_info(loader)),
-                   "reg_dataset_dirs": json.dumps(summary.dataset_dirs(loader, reg=True))}
+        values |= {
+            "resolution": str(loader.datasets[0].resolution),
+            "bucket_info": json.dumps(summary.bucket_info(loader)),
+            "reg_dataset_dirs": json.dumps(summary.dataset_dirs(loader, reg=True)),
+        }
     told = {f"ss_{name}": str(value) for name, value in values.items()}
     if parsed.value("no_metadata"):
         told = {name: value for name, value in told.items() if name in MINIMUM}
-    own = {"lowrank.version": __version__, "lowrank.base_hash": base_hash, "lowrank.base_model": values["sd_model_name"]}
+    own = {
+        "lowrank.version": __version__,
+        "lowrank.base_hash": base_hash,
+        "lowrank.base_model": values["sd_model_name"],
+    }
     if not parsed.value("no_metadata"):
         own["lowrank.command"] = parsed.command
     return told | _modelspec(parsed, family, models, loader) | own
@@ -68,9 +150,13 @@ def of_run(
 def _modelspec(parsed: Parsed, family: Family, models: Models, loader: Loader) -> dict[str, str]:
     width, height = loader.datasets[0].resolution
     spec = {
-        "sai_model_spec": "1.0.1", "architecture": f"{family.architecture(models)}/lora",
-        "implementation": family.implementation, "resolution": f"{width}x{height}",
-        "title": parsed.value("metadata_title") or parsed.value("output_name") or f"LoRA@{time.strftime('%Y%m%d%H%M%S')}",
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{family.architecture(models)}/lora",
+        "implementation": family.implementation,
+        "resolution": f"{width}x{height}",
+        "title": parsed.value("metadata_title")
+        or parsed.value("output_name")
+        or f"LoRA@{time.strftime('%Y%m%d%H%M%S')}",
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
     for name in ("author", "description", "license", "tags"):
@@ -82,4 +168,9 @@ def at_save(metadata: Mapping[str, str], *, step: int, epoch: int, minimum: bool
     """The metadata of a file written at this step."""
     if minimum:
         return dict(metadata)
-    return {**metadata, "ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
+    return {
+        **metadata,
+        "ss_steps": str(step),
+        "ss_epoch": str(epoch),
+        "ss_training_finished_at": str(time.time()),
+    }

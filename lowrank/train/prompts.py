@@ -28,26 +28,45 @@ class Prompt:
 
 
 # kohya's one-letter options of a prompt line
-_LETTERS = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale",
-            "g": "guidance_scale"}
+_LETTERS = {
+    "n": "negative_prompt",
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "sample_steps",
+    "l": "scale",
+    "g": "guidance_scale",
+}
 _OTHERS = ("ss", "cn", "ctr", "rcfg", "fs")  # of other models or samplers: refused by name
-_KINDS = {"width": int, "height": int, "sample_steps": int, "seed": int, "scale": float, "guidance_scale": float,
-          "prompt": str, "negative_prompt": str}
+_KINDS = {
+    "width": int,
+    "height": int,
+    "sample_steps": int,
+    "seed": int,
+    "scale": float,
+    "guidance_scale": float,
+    "prompt": str,
+    "negative_prompt": str,
+}
 
 
 def _checked(where: str, values: dict[str, Any], default: Prompt) -> Prompt:
     read = {}
     for key, value in values.items():
         if key not in _KINDS:
-            raise Refused(f"{where} has the unknown key {key!r}{nearest(key, _KINDS)}; known: {', '.join(_KINDS)}")
+            raise Refused(
+                f"{where} has the unknown key {key!r}{nearest(key, _KINDS)}; known: {', '.join(_KINDS)}"
+            )
         try:
             read[key] = _KINDS[key](value)
         except (TypeError, ValueError) as error:
             raise Refused(f"{where}: {key} {value!r} is not a {_KINDS[key].__name__}") from error
     prompt = replace(default, **read)
     if min(prompt.width, prompt.height) < 16 or not 1 <= prompt.sample_steps <= 1000:
-        raise Refused(f"{where} asks for {prompt.width}×{prompt.height} in {prompt.sample_steps} steps; sides are at least 16 "
-                      "and steps 1 to 1000")
+        raise Refused(
+            f"{where} asks for {prompt.width}×{prompt.height} in {prompt.sample_steps} steps; sides are at least 16 "
+            "and steps 1 to 1000"
+        )
     return replace(prompt, width=prompt.width // 16 * 16, height=prompt.height // 16 * 16)
 
 
@@ -76,22 +95,32 @@ def read_prompts(path: str | Path, default: Prompt) -> list[Prompt]:
         raise Refused(f"--sample_prompts {path} cannot be read: {error}") from error
     if path.suffix == ".txt":
         lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1)]
-        found = [parse_line(line, default, f"{path} line {i}") for i, line in lines if line and not line.startswith("#")]
+        found = [
+            parse_line(line, default, f"{path} line {i}")
+            for i, line in lines
+            if line and not line.startswith("#")
+        ]
     elif path.suffix == ".toml":
         try:
             table = toml.loads(text).get("prompt", {})
         except toml.TomlDecodeError as error:
             raise Refused(f"{path} is not TOML: {error}") from error
         shared = {key: value for key, value in table.items() if key != "subset"}
-        found = [_checked(f"{path} subset {i}", {**shared, **subset}, default) for i, subset in enumerate(table.get("subset", [{}]))]
+        found = [
+            _checked(f"{path} subset {i}", {**shared, **subset}, default)
+            for i, subset in enumerate(table.get("subset", [{}]))
+        ]
     elif path.suffix == ".json":
         try:
             entries = json.loads(text)
         except ValueError as error:
             raise Refused(f"{path} is not JSON: {error}") from error
-        found = [parse_line(entry, default, f"{path} entry {i}") if isinstance(entry, str) else
-                 _checked(f"{path} entry {i}", {k: v for k, v in entry.items() if k != "enum"}, default)
-                 for i, entry in enumerate(entries)]
+        found = [
+            parse_line(entry, default, f"{path} entry {i}")
+            if isinstance(entry, str)
+            else _checked(f"{path} entry {i}", {k: v for k, v in entry.items() if k != "enum"}, default)
+            for i, entry in enumerate(entries)
+        ]
     else:
         raise Refused(f"--sample_prompts {path} is neither .txt, .toml nor .json; save it as one of them")
     if not found or not all(prompt.prompt for prompt in found):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -24,10 +22,24 @@ class Keeper:
     """Called after every step and epoch; knows what is due and what may go."""
 
     def __init__(
-        self, parsed: Parsed, accelerator: Accelerator, network: nn.Module, optimizer: Any, told: Mapping[str, str], log: RunLog,
-        preview: Preview, names: Names, run_facts: Mapping[str, Any], plan: Any,
+        self,
+        parsed: Parsed,
+        accelerator: Accelerator,
+        network: nn.Module,
+        optimizer: Any,
+        told: Mapping[str, str],
+        log: RunLog,
+        preview: Preview,
+        names: Names,
+        run_facts: Mapping[str, Any],
+        plan: Any,
     ) -> None:
-        self._options, self._accelerator, self._network, self._optimizer = parsed.saving, accelerator, network, optimizer
+        self._options, self._accelerator, self._network, self._optimizer = (
+            parsed.saving,
+            accelerator,
+            network,
+            optimizer,
+        )
         self._parsed, self._told, self._log, self._preview, self._names = parsed, told, log, preview, names
         self._facts, self._plan = run_facts, plan
         self._good: Path | None = None
@@ -86,7 +98,9 @@ class Keeper:
 
     def _metadata(self, progress: Progress) -> dict[str, str]:
         begun = progress.epoch + (progress.position > 0)
-        return metadata.at_save(self._told, step=progress.step, epoch=begun, minimum=self._options.no_metadata)
+        return metadata.at_save(
+            self._told, step=progress.step, epoch=begun, minimum=self._options.no_metadata
+        )
 
     def _checkpoint(self, progress: Progress) -> None:
         folder = self._names.checkpoint(progress.step)
@@ -98,7 +112,9 @@ class Keeper:
     def _state(self, folder: Path, progress: Progress) -> None:
         self._log.say(f"saving checkpoint: {folder}")
         extra = self._ema.save if self._ema else None
-        state.save_state(folder, self._accelerator, self._network, progress, self._facts, self._metadata(progress), extra)
+        state.save_state(
+            folder, self._accelerator, self._network, progress, self._facts, self._metadata(progress), extra
+        )
         self._good = folder
 
     def _write(self, path: Path, progress: Progress, with_state: bool) -> None:
@@ -109,7 +125,9 @@ class Keeper:
             self._log.say(f"saving checkpoint: {path}")
             with self._shown():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._network.save_weights(str(path), state.save_dtype(precision, default), self._metadata(progress))
+                self._network.save_weights(
+                    str(path), state.save_dtype(precision, default), self._metadata(progress)
+                )
             hub.upload(self._parsed.hub, path)
         self._accelerator.wait_for_everyone()
         if with_state:
@@ -123,7 +141,10 @@ class Keeper:
     @contextlib.contextmanager
     def _shown(self):
         """What is saved and drawn: schedule-free optimizers' averages, and the EMA where there is one."""
-        with optim.evaluating(self._optimizer), self._ema.applied() if self._ema else contextlib.nullcontext():
+        with (
+            optim.evaluating(self._optimizer),
+            self._ema.applied() if self._ema else contextlib.nullcontext(),
+        ):
             yield
 
     def _expire_epochs(self, epoch: int) -> None:
@@ -137,8 +158,10 @@ class Keeper:
     def _expire(self, step: int, every: int) -> None:
         options = self._options
         states = options.save_last_n_steps_state or options.save_last_n_steps
-        for keep, name in ((options.save_last_n_steps, self._names.step),
-                           (states, lambda n: self._names.state(self._names.step(n)))):
+        for keep, name in (
+            (options.save_last_n_steps, self._names.step),
+            (states, lambda n: self._names.state(self._names.step(n))),
+        ):
             gone = state.expired(step, every, keep, name)
             if gone is not None:
                 self._remove(gone)
@@ -155,5 +178,7 @@ class Keeper:
         if self._ema:
             self._ema.load(folder)
         self._good = folder
-        self._log.say(f"resumed from {folder}: step {progress.step}, epoch {progress.epoch + 1}, batch {progress.position + 1}")
+        self._log.say(
+            f"resumed from {folder}: step {progress.step}, epoch {progress.epoch + 1}, batch {progress.position + 1}"
+        )
         return progress

@@ -62,8 +62,13 @@ class Progress:
 
 
 def save_state(
-    folder: Path, accelerator: Accelerator, network: nn.Module, progress: Progress, run: Mapping[str, Any],
-    metadata: Mapping[str, str], extra: Callable[[Path], None] | None = None,
+    folder: Path,
+    accelerator: Accelerator,
+    network: nn.Module,
+    progress: Progress,
+    run: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    extra: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint folder: adapter in full precision, optimizer, scheduler, RNG, progress; all or nothing.
 
@@ -84,8 +89,13 @@ def save_state(
         if extra is not None:
             extra(part)
         files = {file.name: sha256(file) for file in sorted(part.iterdir())}
-        told = {"current_step": progress.step, "current_epoch": progress.epoch, "position": progress.position,
-                "run": dict(run), "files": files}
+        told = {
+            "current_step": progress.step,
+            "current_epoch": progress.epoch,
+            "position": progress.position,
+            "run": dict(run),
+            "files": files,
+        }
         (part / STATE).write_text(json.dumps(told, indent=1))
     accelerator.wait_for_everyone()
 
@@ -95,30 +105,42 @@ def find_state(wanted: str, output_dir: Path) -> Path:
     if wanted == "latest":
         found = checkpoints(output_dir)
         if not found:
-            raise Refused(f"there is no checkpoint-N folder in {output_dir} to resume from; leave --resume out to start anew")
+            raise Refused(
+                f"there is no checkpoint-N folder in {output_dir} to resume from; leave --resume out to start anew"
+            )
         return found[-1]
     for folder in (Path(wanted), output_dir / wanted):
         if folder.is_dir():
             return folder
-    raise Refused(f"the folder {wanted} to resume from does not exist, neither as a path nor in {output_dir}; name a "
-                  "checkpoint-N or -state folder, or \"latest\"")
+    raise Refused(
+        f"the folder {wanted} to resume from does not exist, neither as a path nor in {output_dir}; name a "
+        'checkpoint-N or -state folder, or "latest"'
+    )
 
 
-def load_state(folder: Path, accelerator: Accelerator, network: nn.Module, run: Mapping[str, Any]) -> Progress:
+def load_state(
+    folder: Path, accelerator: Accelerator, network: nn.Module, run: Mapping[str, Any]
+) -> Progress:
     """Continue from a folder that `save_state` wrote. Raises `Refused` if it is not whole or belongs to another run."""
     try:
         told = json.loads((folder / STATE).read_text())
         files, before = told["files"], told["run"]
     except (OSError, ValueError, KeyError) as error:
-        raise Refused(f"{folder} is not a whole checkpoint of this program: {STATE} is missing or unreadable; resume from "
-                      "an earlier one, or start from its weights with --network_weights") from error
+        raise Refused(
+            f"{folder} is not a whole checkpoint of this program: {STATE} is missing or unreadable; resume from "
+            "an earlier one, or start from its weights with --network_weights"
+        ) from error
     for name, digest in files.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise Refused(f"{folder} is damaged: {name} is missing or altered; resume from an earlier checkpoint")
+            raise Refused(
+                f"{folder} is damaged: {name} is missing or altered; resume from an earlier checkpoint"
+            )
     for key, value in run.items():
         if before.get(key) != value:
-            raise Refused(f"{folder} belongs to another run: its {key} is {before.get(key)} and this run's is {value}; use "
-                          "the same settings, or start from its weights with --network_weights")
+            raise Refused(
+                f"{folder} belongs to another run: its {key} is {before.get(key)} and this run's is {value}; use "
+                "the same settings, or start from its weights with --network_weights"
+            )
     network.load_weights(str(folder / WEIGHTS))
     accelerator.load_state(str(folder))
     return Progress(told["current_step"], told["current_epoch"], told["position"])
@@ -137,7 +159,9 @@ def prune(folders: list[Path], keep: int | None) -> None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """`checkpoint-N` folders, oldest first."""
-    return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
+    return sorted(
+        (p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:])
+    )
 
 
 def save_dtype(precision: str | None, default: torch.dtype | None) -> torch.dtype | None:

@@ -70,8 +70,10 @@ class Preview:
 
 def describe(prompt: Prompt, seed: int) -> str:
     """The settings of a picture in the field's usual text form."""
-    return (f"{prompt.prompt}\nSteps: {prompt.sample_steps}, Guidance: {prompt.guidance_scale:g}, Seed: {seed}, "
-            f"Size: {prompt.width}x{prompt.height}")
+    return (
+        f"{prompt.prompt}\nSteps: {prompt.sample_steps}, Guidance: {prompt.guidance_scale:g}, Seed: {seed}, "
+        f"Size: {prompt.width}x{prompt.height}"
+    )
 
 
 def save_png(path: Path, image: Image.Image, parameters: str) -> None:
@@ -99,9 +101,14 @@ def first_not_finite(denoiser: nn.Module, again: Callable[[], Any]) -> str:
 
     def watch(name: str):
         def hook(_module, _inputs, output):
-            tensors = [t for t in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(t, Tensor)]
+            tensors = [
+                t
+                for t in (output if isinstance(output, (tuple, list)) else [output])
+                if isinstance(t, Tensor)
+            ]
             if not found and any(not torch.isfinite(t).all() for t in tensors):
                 found.append(name)
+
         return hook
 
     handles = [module.register_forward_hook(watch(name)) for name, module in denoiser.named_modules() if name]
@@ -117,5 +124,7 @@ def first_not_finite(denoiser: nn.Module, again: Callable[[], Any]) -> str:
 def refuse_not_finite(what: str, step: int, images: Sequence[Path], where: str, kept: Path | None) -> None:
     """Stop the run: one sentence with step, module and image, and what is left to go on from."""
     told = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet"
-    raise Refused(f"{what} is not finite at step {step}: first in {where}, with {', '.join(str(i) for i in images)}; {told}; "
-                  "lower --learning_rate, use --mixed_precision bf16, or remove the image")
+    raise Refused(
+        f"{what} is not finite at step {step}: first in {where}, with {', '.join(str(i) for i in images)}; {told}; "
+        "lower --learning_rate, use --mixed_precision bf16, or remove the image"
+    )

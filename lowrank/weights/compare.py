@@ -23,28 +23,28 @@ from lowrank.errors import Refused
 from lowrank.weights.names import thin
 
 MATRICES = ("Q", "deltaR", "baseR", "A", "B", "deltaW")  # order of every report
-UPDATES = ("deltaR", "deltaW")                           # what a merge adds up
+UPDATES = ("deltaR", "deltaW")  # what a merge adds up
 ROLE_OF = {"Q": "q", "deltaR": "delta_r", "baseR": "base_r", "A": "down", "B": "up"}
 _THRESHOLDS = {"Q": (0.99, 0.95), "baseR": (0.99, 0.95), "deltaR": (0.10, 0.50), "deltaW": (0.10, 0.50)}
 _FLOOR = 1e-13  # an energy under this share of the terms it sums is float64 rounding, hence zero
 _DEGENERATE = 1e-12  # Gram eigenvalues: directions under 1e-6 of the largest are float32 rounding
 
 Roles = Mapping[str, Tensor]  # role -> tensor of one layer
-Names = tuple[str, str]       # what the two files are called in reports
+Names = tuple[str, str]  # what the two files are called in reports
 
 
 class Update(NamedTuple):
     """ΔW = up @ down in float64, the scale alpha/rank already in `down`."""
 
-    up: Tensor    # (O, k)
+    up: Tensor  # (O, k)
     down: Tensor  # (k, I)
 
 
 class RowOverlap(NamedTuple):
     """Two row spaces: cos² of their principal angles, and the energy each matrix has in the other's space."""
 
-    mean: float             # Σcos² / min(k₁, k₂); 1 when the smaller space lies in the larger one
-    random: float           # what `mean` is for independent random row spaces: max(k₁, k₂) / I
+    mean: float  # Σcos² / min(k₁, k₂); 1 when the smaller space lies in the larger one
+    random: float  # what `mean` is for independent random row spaces: max(k₁, k₂) / I
     largest: float
     first_in_second: float
     second_in_first: float
@@ -58,13 +58,13 @@ class LayerSimilarity:
     similarity: float | None
     lora1_norm: float
     lora2_norm: float
-    dimension: tuple[int, ...]              # shape in the first file
-    measure: str = "cosine"                 # "principal angles": overlap of two bases of different rank
-    reason: str | None = None               # "zero in …" or "shapes differ: …"
-    null_band: float | None = None          # three standard deviations of the cosine of independent matrices
-    basis_overlap: float | None = None      # Q: mean cos² of the principal angles of the column spaces
-    interference: float | None = None       # updates: ‖X + Y‖² / (‖X‖² + ‖Y‖²), scaled by alpha/rank
-    row_overlap: RowOverlap | None = None   # updates
+    dimension: tuple[int, ...]  # shape in the first file
+    measure: str = "cosine"  # "principal angles": overlap of two bases of different rank
+    reason: str | None = None  # "zero in …" or "shapes differ: …"
+    null_band: float | None = None  # three standard deviations of the cosine of independent matrices
+    basis_overlap: float | None = None  # Q: mean cos² of the principal angles of the column spaces
+    interference: float | None = None  # updates: ‖X + Y‖² / (‖X‖² + ‖Y‖²), scaled by alpha/rank
+    row_overlap: RowOverlap | None = None  # updates
 
 
 # ---------- one layer, pure algebra
@@ -87,10 +87,10 @@ def update(module: str, roles: Roles) -> Update | None:
     pair = thin(module, dict(roles))
     up, down = pair.up.double(), pair.down.double() * pair.scale
     if {"up", "q", "base_r"} <= roles.keys():
-        trained_up, q = up.chunk(2, dim=1)                                              # Q′, Q
-        trained_down, negative = down.chunk(2)                                          # R′, −R
-        up = torch.cat([trained_up - q, q], dim=1)                                      # (O, 2r)
-        down = torch.cat([trained_down, trained_down + negative])                       # (2r, I)
+        trained_up, q = up.chunk(2, dim=1)  # Q′, Q
+        trained_down, negative = down.chunk(2)  # R′, −R
+        up = torch.cat([trained_up - q, q], dim=1)  # (O, 2r)
+        down = torch.cat([trained_down, trained_down + negative])  # (2r, I)
     return Update(up, down)
 
 
@@ -101,7 +101,7 @@ def inner(first: Update, second: Update) -> float:
 
 def energy(of: Update) -> float:
     """‖U·D‖²; exactly 0 when what remains is only the rounding of terms that cancel."""
-    terms = (of.up.T @ of.up) * (of.down @ of.down.T)                                   # (k, k)
+    terms = (of.up.T @ of.up) * (of.down @ of.down.T)  # (k, k)
     total = terms.sum().item()
     return total if total > _FLOOR * terms.abs().sum().item() else 0.0
 
@@ -115,9 +115,9 @@ def rows(of: Update) -> Tensor:
 def row_overlap(first: Tensor, second: Tensor) -> RowOverlap:
     """Principal angles between the row spaces of nonzero (k₁, I) and (k₂, I), from their Gram matrices."""
     a, b = first.double(), second.double()
-    cross = a @ b.T                                                                     # (k₁, k₂)
+    cross = a @ b.T  # (k₁, k₂)
     (white_a, energy_a), (white_b, energy_b) = _whiten(a @ a.T), _whiten(b @ b.T)
-    squares = torch.linalg.svdvals(white_a.T @ cross @ white_b).clamp(0, 1).square()    # (min(k₁, k₂),)
+    squares = torch.linalg.svdvals(white_a.T @ cross @ white_b).clamp(0, 1).square()  # (min(k₁, k₂),)
     return RowOverlap(
         mean=squares.mean().item(),
         random=max(white_a.shape[1], white_b.shape[1]) / a.shape[1],
@@ -157,8 +157,10 @@ def compare(
     """
     pairs = [(module, first[module], second[other]) for module, other in common(first, second)]
     if not pairs:
-        raise Refused(f"{names[0]} and {names[1]} have no layer in common ({names[0]}: {_examples(first)}; "
-                      f"{names[1]}: {_examples(second)}); compare adapters of the same model and targets")
+        raise Refused(
+            f"{names[0]} and {names[1]} have no layer in common ({names[0]}: {_examples(first)}; "
+            f"{names[1]}: {_examples(second)}); compare adapters of the same model and targets"
+        )
     found: dict[str, list[LayerSimilarity]] = {matrix: [] for matrix in MATRICES}
     for module, one, two in pairs:
         _refuse_other_model(module, one, two, names)
@@ -171,8 +173,10 @@ def compare(
             found["deltaW"].append(_compare_updates(module, whole[0], whole[1], rank, names))
     found = {matrix: layers for matrix, layers in found.items() if layers}
     if not found:
-        raise Refused(f"no matrix in common: {names[0]} has {_held(first)}, {names[1]} has {_held(second)}; "
-                      "a file saved without its basis can only be compared with one of its own kind")
+        raise Refused(
+            f"no matrix in common: {names[0]} has {_held(first)}, {names[1]} has {_held(second)}; "
+            "a file saved without its basis can only be compared with one of its own kind"
+        )
     return found
 
 
@@ -255,8 +259,10 @@ def _refuse_other_model(module: str, one: Roles, two: Roles, names: Names) -> No
     ours, theirs = (_sizes(module, roles, name) for roles, name in zip((one, two), names, strict=True))
     for side in ("outputs", "inputs"):
         if ours.get(side) and theirs.get(side) and ours[side] != theirs[side]:
-            raise Refused(f"{layer_name(module)} has {ours[side]} {side} in {names[0]} and {theirs[side]} in "
-                          f"{names[1]}; they adapt different models and cannot be compared")
+            raise Refused(
+                f"{layer_name(module)} has {ours[side]} {side} in {names[0]} and {theirs[side]} in "
+                f"{names[1]}; they adapt different models and cannot be compared"
+            )
 
 
 def _sizes(module: str, roles: Roles, name: str) -> dict[str, int]:
@@ -267,8 +273,10 @@ def _sizes(module: str, roles: Roles, name: str) -> dict[str, int]:
         sides = ("outputs", "rank") if matrix in ("Q", "B") else ("rank", "inputs")
         for side, size in zip(sides, roles[role].flatten(1).shape, strict=True):
             if sizes.setdefault(side, size) != size:
-                raise Refused(f"{name}: {layer_name(module)} has {side} {sizes[side]}, {size} in {role!r}; "
-                              "its factors do not belong together, export the adapter again")
+                raise Refused(
+                    f"{name}: {layer_name(module)} has {side} {sizes[side]}, {size} in {role!r}; "
+                    "its factors do not belong together, export the adapter again"
+                )
     return sizes
 
 
@@ -326,7 +334,7 @@ def statistics(layers: list[LayerSimilarity]) -> dict[str, float | int | None]:
 
 
 def judge(matrix: str, mean: float | None) -> str | None:
-    """"ideal", "warn" or "problem" by the thresholds of the QR-LoRA demo guide; None where it has none.
+    """ "ideal", "warn" or "problem" by the thresholds of the QR-LoRA demo guide; None where it has none.
 
     Q and baseR count as shared above 0.99, as not shared below 0.95. deltaR, and deltaW like it, count as
     apart below 0.10 and as entangled above 0.50; the sign is dropped, opposed updates disturb as much.

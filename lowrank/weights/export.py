@@ -29,8 +29,14 @@ def export_lora(source: str | Path, target: str | Path) -> dict[str, Tensor]:
     layers, metadata = read_layers(source)
     state = to_lora(layers, str(source))
     ranks = {value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")}
-    kept = {key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec.", "lowrank.base"))}
+    kept = {
+        key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec.", "lowrank.base"))
+    }
     rank = str(ranks.pop()) if len(ranks) == 1 else "None"
-    facts = {"lowrank.method": "lora", "lowrank.rank": rank, "lowrank.exported_from": metadata.get("lowrank.method", "unknown")}
+    facts = {
+        "lowrank.method": "lora",
+        "lowrank.rank": rank,
+        "lowrank.exported_from": metadata.get("lowrank.method", "unknown"),
+    }
     write_tensors(target, state, {**kept, **facts})
     return state

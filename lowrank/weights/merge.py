@@ -18,7 +18,7 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
 from lowrank.errors import Refused
 from lowrank.files import write_tensors
-from lowrank.weights.names import Layers, Thin, read_layers, shares_basis, thin
+from lowrank.weights.names import Thin, read_layers, shares_basis, thin
 
 STATIC = Method("static", Factor(lambda *_: ({}, {}), trained=()))
 
@@ -44,15 +44,19 @@ class Mixture:
         bases = {adapter.fact("base_hash") for adapter in adapters} - {None}
         if len(bases) > 1:
             told = "; ".join(f"{a.path} on {a.fact('base_model') or a.fact('base_hash')}" for a in adapters)
-            raise Refused(f"these adapters were trained on different base models ({told}); merge adapters of one base")
+            raise Refused(
+                f"these adapters were trained on different base models ({told}); merge adapters of one base"
+            )
         modules = {}
         for adapter in adapters:
             for module in adapter.layers:
                 modules.setdefault(keys.flat(module), module)
         own = [{keys.flat(module): roles for module, roles in a.layers.items()} for a in adapters]
         if len(adapters) > 1 and not set.intersection(*(set(layers) for layers in own)):
-            raise Refused(f"{adapters[0].path} and {adapters[1].path} have no layer in common, for example "
-                          f"{next(iter(adapters[0].layers))} and {next(iter(adapters[1].layers))}; are both for one model?")
+            raise Refused(
+                f"{adapters[0].path} and {adapters[1].path} have no layer in common, for example "
+                f"{next(iter(adapters[0].layers))} and {next(iter(adapters[1].layers))}; are both for one model?"
+            )
         self.modules = modules
         self._parts = {
             name: [(i, layers[name]) for i, layers in enumerate(own) if name in layers] for name in modules
@@ -62,7 +66,8 @@ class Mixture:
             for name, parts in self._parts.items()
         }
         self.shared = {
-            name for name, parts in self._parts.items()
+            name
+            for name, parts in self._parts.items()
             if all(shares_basis(parts[0][1], other) for _, other in parts) and "delta_r" in parts[0][1]
         }
 
@@ -81,9 +86,17 @@ class Mixture:
         joined = len(self.modules) - len(self.shared)
         if not joined:
             return f"{len(self.modules)} layers share one basis: ΔR are added, the rank stays"
-        ranks = sorted({self.down(name, [0.0] * len(self.adapters)).shape[0] for name in self.modules if name not in self.shared})
-        return (f"{joined} of {len(self.modules)} layers have different bases, ranks or kinds: they are concatenated, exactly, "
-                f"to rank {', '.join(map(str, ranks))}")
+        ranks = sorted(
+            {
+                self.down(name, [0.0] * len(self.adapters)).shape[0]
+                for name in self.modules
+                if name not in self.shared
+            }
+        )
+        return (
+            f"{joined} of {len(self.modules)} layers have different bases, ranks or kinds: they are concatenated, exactly, "
+            f"to rank {', '.join(map(str, ranks))}"
+        )
 
     def attach(
         self, denoiser: nn.Module, text_encoders: Sequence[nn.Module] = (), dtype: torch.dtype | None = None
@@ -97,47 +110,78 @@ class Mixture:
         state = {}
         for name, module in self.modules.items():
             first = self._parts[name][0][1]
-            prefix = module if keys.is_text_encoder(module) or module.startswith("lora_") else f"transformer.{module}"
+            prefix = (
+                module
+                if keys.is_text_encoder(module) or module.startswith("lora_")
+                else f"transformer.{module}"
+            )
             down = self.down(name, weights)
             roles = {"q": self.up(name), "delta_r": down} if together else {"up": self.up(name), "down": down}
             if together and "base_r" in first:
                 roles["base_r"] = first["base_r"].float() * self._thin[name][0][1].scale
             roles["alpha"] = torch.tensor(float(down.shape[0]))
             state |= {f"{prefix}.{keys.PEFT[role]}": value for role, value in roles.items()}
-        kept = {f"lowrank.{fact}": value for fact in ("base_hash", "base_model", *(["basis_hash"] if together else []))
-                if (value := self.adapters[0].fact(fact))}
+        kept = {
+            f"lowrank.{fact}": value
+            for fact in ("base_hash", "base_model", *(["basis_hash"] if together else []))
+            if (value := self.adapters[0].fact(fact))
+        }
         methods = {adapter.fact("method") or "delta_r" for adapter in self.adapters}
         method = (methods.pop() if len(methods) == 1 else "delta_r") if together else "lora"
-        merged = ", ".join(f"{a.path.parent.name}/{a.path.name} × {w:g}" for a, w in zip(self.adapters, weights, strict=True))
-        write_tensors(path, state, {"lowrank.method": method, "lowrank.merged_from": merged, **kept, **metadata})
+        merged = ", ".join(
+            f"{a.path.parent.name}/{a.path.name} × {w:g}" for a, w in zip(self.adapters, weights, strict=True)
+        )
+        write_tensors(
+            path, state, {"lowrank.method": method, "lowrank.merged_from": merged, **kept, **metadata}
+        )
 
 
 class AttachedMixture:
     """A mixture beside a model; `set(weights)` changes thin factors only."""
 
-    def __init__(self, mixture: Mixture, denoiser: nn.Module, text_encoders: Sequence[nn.Module], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        denoiser: nn.Module,
+        text_encoders: Sequence[nn.Module],
+        dtype: torch.dtype | None,
+    ) -> None:
         self.mixture = mixture
         roots = [("unet", denoiser), *((f"te{i + 1}", encoder) for i, encoder in enumerate(text_encoders))]
         wanted = {part: [m for m in mixture.modules if _part(m) == part] for part, _ in roots}
-        hosts = {keys.flat(t.native or t.name): t for part, root in roots if wanted[part] for t in find(part, root, target=".")}
+        hosts = {
+            keys.flat(t.native or t.name): t
+            for part, root in roots
+            if wanted[part]
+            for t in find(part, root, target=".")
+        }
         lost = [module for name, module in mixture.modules.items() if name not in hosts]
         if lost:
-            raise Refused(f"{len(lost)} of {len(mixture.modules)} adapter layers are not in {type(denoiser).__name__}, for "
-                          f"example {lost[0]}; the adapter is for another model")
+            raise Refused(
+                f"{len(lost)} of {len(mixture.modules)} adapter layers are not in {type(denoiser).__name__}, for "
+                f"example {lost[0]}; the adapter is for another model"
+            )
         self._names = {hosts[name].name: name for name in mixture.modules}
         nothing = [0.0] * len(mixture.adapters)
         for name, module in mixture.modules.items():
             weight = hosts[name].module.weight
-            have, want = (mixture.up(name).shape[0], mixture.down(name, nothing).shape[1]), (weight.shape[0], weight[0].numel())
+            have, want = (
+                (mixture.up(name).shape[0], mixture.down(name, nothing).shape[1]),
+                (weight.shape[0], weight[0].numel()),
+            )
             if have != want:
-                raise Refused(f"{module} is {have[0]}×{have[1]} in the adapter and {want[0]}×{want[1]} in the model; the "
-                              "adapter is for another base")
+                raise Refused(
+                    f"{module} is {have[0]}×{have[1]} in the adapter and {want[0]}×{want[1]} in the model; the "
+                    "adapter is for another base"
+                )
         ranks = {t: mixture.up(name).shape[1] for t, name in self._names.items()}
         chosen = [hosts[name] for name in mixture.modules]
         self.network = AdapterNetwork(STATIC, chosen, lambda t: (ranks[t.name], float(ranks[t.name])))
         for layer in self.network.layers():
             up = mixture.up(self._names[layer.name])
-            layer.load({"up": up.reshape(layer.up.shape), "down": torch.zeros(layer.down.shape)}, "the mixture")
+            layer.load(
+                {"up": up.reshape(layer.up.shape), "down": torch.zeros(layer.down.shape)}, "the mixture"
+            )
         if dtype is not None:
             self.network.cast_frozen(dtype)
         self.network.to(next(denoiser.parameters()).device)

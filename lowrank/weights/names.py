@@ -43,12 +43,16 @@ def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
         else:
             layers.setdefault(keys.module_path(found[0]), {})[found[1]] = value
     if not layers:
-        raise Refused(f"{path} holds no adapter this program knows: its tensors are named like "
-                      f"{', '.join(strange[:3]) or 'nothing at all'}; give a LoRA, ΔR or QR-LoRA file")
+        raise Refused(
+            f"{path} holds no adapter this program knows: its tensors are named like "
+            f"{', '.join(strange[:3]) or 'nothing at all'}; give a LoRA, ΔR or QR-LoRA file"
+        )
     for module, roles in layers.items():
         for role, value in roles.items():
             if not torch.isfinite(value).all():
-                raise Refused(f"{path} holds NaN or infinite values in {module}.{role}; use an earlier checkpoint")
+                raise Refused(
+                    f"{path} holds NaN or infinite values in {module}.{role}; use an earlier checkpoint"
+                )
     return layers, metadata
 
 
@@ -67,8 +71,10 @@ def thin(module: str, roles: dict[str, Tensor], source: str = "the file") -> Thi
     up, down = pair
     if up is None or down is None:
         names = "q" if "delta_r" in roles else "up or down"
-        raise Refused(f"{module} in {source} has no {names}, only {', '.join(sorted(roles))}; a file saved without its basis "
-                      "is completed by `--save_basis full` at training")
+        raise Refused(
+            f"{module} in {source} has no {names}, only {', '.join(sorted(roles))}; a file saved without its basis "
+            "is completed by `--save_basis full` at training"
+        )
     rank = roles["delta_r"].shape[0] if "delta_r" in roles else roles["down"].shape[0]
     scale = float(roles["alpha"]) / rank if "alpha" in roles else 1.0
     return Thin(up.flatten(1), down.flatten(1), scale)

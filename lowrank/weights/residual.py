@@ -18,7 +18,10 @@ _ROUNDING = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def write_residual(
-    path: str | Path, weights: Mapping[str, Tensor], bases: Callable[[str], Basis], dtype: torch.dtype,
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    bases: Callable[[str], Basis],
+    dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> None:
     """Write `{module}.residual.weight` for every weight (O, I), one layer in memory at a time, rounded once to `dtype`."""
@@ -32,8 +35,13 @@ def write_residual(
     stream_tensors(path, shapes, dtype, residual, metadata)
 
 
-def check_residual(path: str | Path, layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str],
-                   hosts: Mapping[str, nn.Module], sample: int = 8) -> str:
+def check_residual(
+    path: str | Path,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, str],
+    hosts: Mapping[str, nn.Module],
+    sample: int = 8,
+) -> str:
     """Check that a residual file belongs to these adapter layers and this base; returns what was checked.
 
     Compares the facts both files state (base, basis, rank) and, on `sample` layers spread over the model,
@@ -41,33 +49,52 @@ def check_residual(path: str | Path, layers: Mapping[str, Mapping[str, Tensor]],
     """
     try:
         with safe_open(path, framework="pt") as file:
-            own, names = dict(file.metadata() or {}), {k.removesuffix(".residual.weight"): k for k in file.keys()}  # noqa: SIM118
+            own, names = (
+                dict(file.metadata() or {}),
+                {k.removesuffix(".residual.weight"): k for k in file.keys()},
+            )
             for fact in ("base_hash", "basis_hash", "rank"):
                 mine, theirs = own.get(f"lowrank.{fact}"), metadata.get(f"lowrank.{fact}")
                 if mine and theirs and mine != theirs:
-                    raise Refused(f"{path} was made with {fact} {mine[:16]} and the adapter with {theirs[:16]}; make it again "
-                                  "with save_flux_residual.py, or leave --residual_path out, it is not needed")
+                    raise Refused(
+                        f"{path} was made with {fact} {mine[:16]} and the adapter with {theirs[:16]}; make it again "
+                        "with save_flux_residual.py, or leave --residual_path out, it is not needed"
+                    )
             usable = [m for m, roles in layers.items() if {"q", "base_r"} <= roles.keys() and m in hosts]
             absent = [module for module in usable if module not in names]
             if absent:
-                raise Refused(f"{path} lacks {len(absent)} of the adapter's layers, for example {absent[0]}; it was made for "
-                              "other targets or another model; leave --residual_path out, it is not needed")
+                raise Refused(
+                    f"{path} lacks {len(absent)} of the adapter's layers, for example {absent[0]}; it was made for "
+                    "other targets or another model; leave --residual_path out, it is not needed"
+                )
             for module in usable[:: max(1, len(usable) // sample)]:
-                _check_layer(str(path), module, file.get_tensor(names[module]), layers[module], hosts[module].weight)
+                _check_layer(
+                    str(path), module, file.get_tensor(names[module]), layers[module], hosts[module].weight
+                )
     except SafetensorError as error:
-        raise Refused(f"{path} is not a whole safetensors file ({error}); make it again or leave --residual_path out") from error
-    return f"{path} fits: {len(usable)} layers present, {len(usable[:: max(1, len(usable) // sample)])} compared"
+        raise Refused(
+            f"{path} is not a whole safetensors file ({error}); make it again or leave --residual_path out"
+        ) from error
+    return (
+        f"{path} fits: {len(usable)} layers present, {len(usable[:: max(1, len(usable) // sample)])} compared"
+    )
 
 
-def _check_layer(path: str, module: str, residual: Tensor, roles: Mapping[str, Tensor], weight: Tensor) -> None:
+def _check_layer(
+    path: str, module: str, residual: Tensor, roles: Mapping[str, Tensor], weight: Tensor
+) -> None:
     W = weight.detach().float().cpu().flatten(1)
     if residual.shape != W.shape:
-        raise Refused(f"{path}: {module} is {tuple(residual.shape)} and the model's is {tuple(W.shape)}; it belongs to another "
-                      "model")
+        raise Refused(
+            f"{path}: {module} is {tuple(residual.shape)} and the model's is {tuple(W.shape)}; it belongs to another "
+            "model"
+        )
     q, r = roles["q"].float(), roles["base_r"].float()
     scale = float(roles["alpha"]) / q.shape[1] if "alpha" in roles else 1.0
     error = float(torch.linalg.norm(residual.float() + scale * (q @ r) - W) / torch.linalg.norm(W))
     limit = max(_ROUNDING[t] for t in (residual.dtype, weight.dtype, roles["q"].dtype))
     if error > limit:
-        raise Refused(f"{path} does not belong to this adapter and base: in {module} W_res + Q·R misses W by {error:.1%} "
-                      f"(limit {limit:.1%}); base model, rank or basis differ; leave --residual_path out, it is not needed")
+        raise Refused(
+            f"{path} does not belong to this adapter and base: in {module} W_res + Q·R misses W by {error:.1%} "
+            f"(limit {limit:.1%}); base model, rank or basis differ; leave --residual_path out, it is not needed"
+        )
