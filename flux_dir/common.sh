@@ -152,11 +152,14 @@ train() {
     --mixed_precision "$MIXED_PRECISION"
     --resolution "${RESOLUTION:-512}"
     --train_batch_size "${TRAIN_BATCH_SIZE:-1}"
-    --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS:-4}"
+    # The published launchers say 4, which with one picture their trainer runs as 1: it steps at the end of every pass
+    # over the data. Here 4 would be 4, four passes for a step; 1 is the training that was published.
+    --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS:-1}"
     --guidance_scale "${GUIDANCE_SCALE:-1}"
     # The published code draws sigma uniformly and does not shift it; kohya's own default would be 3.0.
     --discrete_flow_shift "${DISCRETE_FLOW_SHIFT:-1.0}"
     --learning_rate "${LEARNING_RATE:-1e-4}"
+    --adam_weight_decay "${ADAM_WEIGHT_DECAY:-1e-4}"
     --lr_scheduler "${LR_SCHEDULER:-constant}"
     --lr_warmup_steps "${LR_WARMUP_STEPS:-0}"
     --max_train_steps "${MAX_TRAIN_STEPS:-1000}"

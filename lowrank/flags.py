@@ -85,7 +85,6 @@ class Data:
         aliases=("--dataloader_num_workers",),
         low=0,
     )
-    persistent_data_loader_workers: bool = option(False, "keep these processes between epochs")
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,6 @@ class Prior:
     class_data_dir: str | None = option(None, "folder of class images; missing ones are generated")
     class_prompt: str | None = option(None, "caption of the class images, and what generates them")
     num_class_images: int = option(100, "class images there shall be", low=1)
-    sample_batch_size: int = option(4, "class images generated at once", low=1)
     prior_generation_precision: str | None = option(
         None, "precision of that generation (unset: that of training)", choices=("no", "fp32", "fp16", "bf16")
     )

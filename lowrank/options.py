@@ -22,12 +22,7 @@ from typing import Any, NoReturn
 
 from lowrank.errors import Refused, nearest
 from lowrank.fields import Parser, Said, Spec, option, pairs, specs
-from lowrank.files import atomic
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10; `toml` misreads some quoted brackets, so it comes second
-    import toml as tomllib
+from lowrank.files import atomic, parse_toml
 
 __all__ = ["ConfigFile", "Parsed", "Surface", "option", "pairs", "parse"]
 
@@ -235,13 +230,13 @@ def _config_path(text: str) -> Path:
 def _keys(path: Path) -> list[tuple[str, object]]:
     """Keys and values of a TOML file, with the tables of the first level flattened."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = parse_toml(path.read_text(encoding="utf-8"), f"--config_file {path}")
     except FileNotFoundError as error:
         raise Refused(
             f"--config_file {path} does not exist (seen from {Path.cwd()}); correct the path"
         ) from error
-    except (OSError, ValueError, IndexError) as error:  # IndexError: toml's, of some lists
-        raise Refused(f"--config_file {path} cannot be read as TOML ({error}); correct the file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"--config_file {path} cannot be read: {error}; correct the path or the file") from error
     flat: list[tuple[str, object]] = []
     for key, value in found.items():
         flat += value.items() if isinstance(value, dict) else [(key, value)]

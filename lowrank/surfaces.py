@@ -45,7 +45,9 @@ class FluxModel:
     guidance_scale: float = option(
         3.5, "guidance told to a guidance-distilled model in training; 1.0 is usual too", low=0
     )
-    blocks_to_swap: int | None = option(None, "keep this many transformer blocks in CPU memory", low=0)
+    tokenizer_cache_dir: str | None = option(
+        None, "folder of tokenizers for a model in single files, each in <folder>/<hub id with / as _>"
+    )
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,11 @@ def check_flux(parsed: Parsed) -> Iterator[str]:
             "loaded; use safetensors"
         )
     yield from _check_data(parsed)
+    network = parsed.network
+    if parsed.optimizer.text_encoder_lr and not (
+        network.train_text_encoder or network.network_train_text_encoder_only
+    ):
+        yield "--text_encoder_lr has no effect without --train_text_encoder, which adapts CLIP-L too"
     _check_network(parsed)
     _check_precision(parsed)
     _check_schedule(parsed)
@@ -174,8 +181,6 @@ def _check_data(parsed: Parsed) -> Iterator[str]:
     for name in ("color_aug", "random_crop"):
         if cached and getattr(data, name):
             raise Refused(f"--{name} changes images every epoch, but cached latents stay; drop one of both")
-    if data.persistent_data_loader_workers and not data.max_data_loader_n_workers:
-        raise Refused("--persistent_data_loader_workers needs --max_data_loader_n_workers of 1 or more")
     buckets = parsed.buckets
     if buckets.min_bucket_reso > buckets.max_bucket_reso:
         raise Refused(
@@ -257,7 +262,8 @@ def check_merge(parsed: Parsed) -> Iterator[str]:
 # Flags of kohya's scripts that change nothing in FLUX training, there as here.
 _IGNORED = """
     v2 v_parameterization vae clip_skip max_token_length weighted_captions sample_sampler local_rank
-    xformers sdpa mem_eff_attn diffusers_xformers lowram highvram dynamo_backend console_log_simple
+    xformers sdpa mem_eff_attn diffusers_xformers sample_batch_size
+    persistent_data_loader_workers lowram highvram dynamo_backend console_log_simple
     noise_offset noise_offset_random_strength adaptive_noise_scale min_timestep max_timestep
     multires_noise_iterations multires_noise_discount zero_terminal_snr min_snr_gamma
     scale_v_pred_loss_like_noise_pred v_pred_like_loss debiased_estimation_loss
@@ -273,11 +279,10 @@ _REFUSED = """
     debug_dataset: use --dry_run
     face_crop_aug_range: use --random_crop, or crop the pictures beforehand
     alpha_mask masked_loss conditioning_data_dir: there is no masked loss; crop the pictures instead
-    tokenizer_cache_dir: tokenizers come with the model; give a local folder, or --cache_dir
     disable_mmap_load_safetensors: drop it
     controlnet_model_name_or_path: no ControlNet is trained here
-    split_mode: use --blocks_to_swap 18
-    cpu_offload_checkpointing: use --gradient_checkpointing, then --blocks_to_swap if that is too little
+    blocks_to_swap split_mode: use --fp8_base with --gradient_checkpointing, which halves the base's memory
+    cpu_offload_checkpointing: use --gradient_checkpointing, then --fp8_base if that is too little
     torch_compile: start with `accelerate launch --dynamo_backend inductor`
     fused_backward_pass blockwise_fused_optimizers fused_optimizer_groups: it is for training whole models
     initial_epoch initial_step skip_until_initial_step: --resume goes on at the right step and image by itself

@@ -136,8 +136,8 @@ def test_json_reads_the_same(write):
             r"'metadata_file' of sd-scripts is not supported; write",
         ),
         ("general = 3\n[[datasets]]" + SUBSETS, r"general: is 3 \(int\), not a table"),
-        ("[[datasets]\n", r"data\.toml is not valid TOML"),
-        ("a = ", r"data\.toml is not valid TOML"),
+        ("[[datasets]\n", r"data\.toml is not TOML"),
+        ("a = ", r"data\.toml is not TOML"),
         (
             "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nresize_interpolation = 'area'",
             r"differs from its dataset",
@@ -152,7 +152,7 @@ def test_mistakes_are_named(write, text, message):
 def test_bad_files(write, tmp_path):
     with pytest.raises(Refused, match=r"nothing\.toml cannot be read"):
         from_config(tmp_path / "nothing.toml")
-    with pytest.raises(Refused, match=r"data\.json is not valid JSON"):
+    with pytest.raises(Refused, match=r"data\.json is not JSON"):
         from_config(write("{", "data.json"))
     with pytest.raises(Refused, match="is a list at the top"):
         from_config(write("[]", "data.json"))

@@ -13,8 +13,8 @@ from lowrank.adapters import kohya
 from lowrank.adapters.method import Factor, Gate, Magnitude, Method
 from lowrank.adapters.targets import find
 from lowrank.errors import Refused
-from lowrank.files import read_tensors
 from lowrank.models.flux import flux_dev_config
+from lowrank.tensors import read_tensors
 from lowrank.train.module import create, facade_of, find_module, optimizer_groups
 
 TINY = {

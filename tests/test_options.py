@@ -53,7 +53,7 @@ KOHYA = """
     cosine --lr_warmup_steps 10% --unet_lr 1e-4 --text_encoder_lr 5e-5 1e-5 --max_train_epochs 10
     --save_every_n_epochs 2 --fp8_base --mixed_precision bf16 --full_bf16 --timestep_sampling
     flux_shift --model_prediction_type raw --sdpa --xformers --max_token_length 225
-    --min_snr_gamma=5 --noise_offset 0.05 --clip_skip 2 --lowram --persistent_data_loader_workers
+    --min_snr_gamma=5 --noise_offset 0.05 --clip_skip 2 --lowram
     --max_data_loader_n_workers 2 --wandb_api_key SECRET --log_with all
 """
 NEEDED = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "p"]
@@ -101,7 +101,7 @@ def test_training_launchers_parse(tree, script, module):
     assert parsed.network.network_dim == 64
     assert parsed.network.use_zero_init is (True if "deltaR" in script else None)
     assert (parsed.train.max_train_steps, parsed.optimizer.learning_rate) == (1000, 1e-4)
-    assert (parsed.train.gradient_accumulation_steps, parsed.train.seed) == (4, 0)
+    assert (parsed.train.gradient_accumulation_steps, parsed.train.seed) == (1, 0)
     assert parsed.flux_model.guidance_scale == 1.0 and parsed.flow.discrete_flow_shift == 1.0
     assert parsed.sampling.validation_epochs == 100 and parsed.saving.checkpointing_steps == 250
     assert parsed.logging.log_with == "tensorboard" and parsed.data.resolution == (512, 512)
@@ -302,7 +302,6 @@ def test_help_lists_every_name(capsys):
         ("--train_data_dir x", "not --train_data_dir and --instance_data_dir"),
         ("--center_crop --random_crop", "--center_crop and --random_crop are both given"),
         ("--cache_latents --color_aug", "--color_aug changes images every epoch"),
-        ("--persistent_data_loader_workers --dataloader_num_workers 0", "needs --max_data_loader_n_workers"),
         ("--min_bucket_reso 2048", "--min_bucket_reso 2048 exceeds --max_bucket_reso 1024"),
         ("--with_prior_preservation --class_prompt x", "--with_prior_preservation needs --class_data_dir"),
         ("--lora_init_method qr --network_module networks.lora", "means networks.qrlora"),
@@ -406,7 +405,7 @@ def test_config_file_is_flat_typed_and_weaker_than_the_command_line(tmp_path):
         ("rank = 0", "run.toml 0 is below 1"),
         ("in_json = 'x'", "is not supported: put the captions beside the images"),
         ("config_file = 'x'", "unknown key 'config_file'"),
-        ("rank = ", "cannot be read as TOML"),
+        ("rank = ", "is not TOML"),
     ],
 )
 def test_config_file_mistakes(tmp_path, text, said):

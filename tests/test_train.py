@@ -378,12 +378,12 @@ def test_damaged_and_foreign_checkpoints_are_refused(arguments, tmp_path):
 def test_a_full_disk_loses_nothing(arguments, tmp_path, monkeypatch):
     assert main(arguments("run", "--checkpointing_steps", "2")) == 0
     before = (tmp_path / "run" / WEIGHTS).read_bytes()
-    import lowrank.files
+    import lowrank.tensors
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lowrank.files, "save_file", full)
+    monkeypatch.setattr(lowrank.tensors, "save_file", full)
     with pytest.raises(Refused, match="No space left on device"):
         main(arguments("run", "--resume", "checkpoint-2"))
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == before

@@ -67,8 +67,9 @@ class Subspace(NamedTuple):
 def full_precision(device: torch.device) -> Iterator[None]:
     """fp32 is fp32: no TF32, no bf16 products, no autocast, no graph. The caller's settings are restored."""
     new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch >= 2.9 refuses a mix of old and new
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if new else []
-    before = [backend.fp32_precision for backend in backends] if new else torch.get_float32_matmul_precision()
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if new else ()
+    before = [backend.fp32_precision for backend in backends]
+    before_old = None if new else torch.get_float32_matmul_precision()
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
@@ -77,10 +78,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, value in zip(backends, before, strict=False):
+        for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
-        if not new:
-            torch.set_float32_matmul_precision(before)
+        if before_old:
+            torch.set_float32_matmul_precision(before_old)
 
 
 def top_subspace(

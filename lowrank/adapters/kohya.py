@@ -21,7 +21,7 @@ from lowrank.adapters.method import Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import Target, find
 from lowrank.errors import Refused, nearest
-from lowrank.files import read_tensors
+from lowrank.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from lowrank.adapters.layer import AdaptedLayer, Clock, dense_weight
 from lowrank.adapters.method import Method
 from lowrank.adapters.targets import Target
 from lowrank.errors import Refused
-from lowrank.files import read_tensors, write_tensors
+from lowrank.tensors import read_tensors, write_tensors
 
 
 class DenseWeights(Mapping[str, Tensor]):

@@ -7,7 +7,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lowrank.errors import Refused
 from lowrank.files import atomic
-from lowrank.options import option, parse
+from lowrank.surfaces import VISUALIZE_SIMILARITY
 from lowrank.weights.compare import UPDATES, LayerSimilarity, Names, common, compare, judge, statistics
 from lowrank.weights.merge import Adapter
 
@@ -46,25 +46,9 @@ _CAUTION = (
 Found = Mapping[str, list[LayerSimilarity]]  # matrix -> its layers
 
 
-@dataclass(frozen=True)
-class Similarity:
-    """The two adapters and where the results go."""
-
-    lora1_path: str | None = option(None, "first adapter file (LoRA, ΔR or QR-LoRA)", required=True)
-    lora2_path: str | None = option(None, "second adapter file", required=True)
-    lora1_name: str = option("style", "name of the first adapter in plots and summary")
-    lora2_name: str = option("content", "name of the second adapter in plots and summary")
-    output_dir: str = option("deltaR_similarity_analysis", "folder for plots, JSON and summary")
-    fixed_scale: bool = option(
-        False,
-        "accepted, without effect: line plots are always written twice, on the "
-        "fixed scale -1 to 1 and on an automatic one",
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare two adapters; 0, or `Refused` before anything is written."""
-    told = parse(argv, [Similarity], prog="visualize_similarity.py", description=__doc__).similarity
+    told = VISUALIZE_SIMILARITY.parse(argv).similarity
     names = (told.lora1_name, told.lora2_name)
     first, second = Adapter(told.lora1_path), Adapter(told.lora2_path)
     found = compare(first.layers, second.layers, names)

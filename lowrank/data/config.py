@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from lowrank.data.records import DATASET_FIELDS, SUBSET_FIELDS, Dataset, Subset, split
 from lowrank.errors import Refused, nearest
+from lowrank.files import parse_toml
 
 log = logging.getLogger(__name__)
 
@@ -105,17 +104,15 @@ def from_config(
 def _parsed(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        tree = json.loads(text) if path.suffix.lower() == ".json" else toml.loads(text)
+        tree = json.loads(text) if path.suffix.lower() == ".json" else parse_toml(text, f"dataset_config {path}")
     except OSError as error:
         raise Refused(
             f"dataset_config {path} cannot be read ({error.strerror}); give an existing file"
         ) from error
     except UnicodeDecodeError as error:
         raise Refused(f"dataset_config {path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except (toml.TomlDecodeError, json.JSONDecodeError, IndexError) as error:  # toml 0.10 leaks IndexError
-        raise Refused(
-            f"dataset_config {path} is not valid {path.suffix[1:].upper() or 'TOML'}: {error}"
-        ) from error
+    except json.JSONDecodeError as error:
+        raise Refused(f"dataset_config {path} is not JSON: {error}; correct the file") from error
     if not isinstance(tree, dict):
         raise Refused(f"dataset_config {path} is a {type(tree).__name__} at the top; it must hold 'datasets'")
     return tree

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowrank.files import read_tensors, write_tensors
+from lowrank.tensors import read_tensors, write_tensors
 
 
 class Ema:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank.data.cache import Cache, key
+from lowrank.data.images import suffixes
 from lowrank.data.loader import Batch, Loader
 from lowrank.data.records import DATASET_FIELDS, SUBSET_FIELDS, Dataset
 from lowrank.data.scan import from_config, from_folders, from_instance
 from lowrank.errors import Refused
-from lowrank.models.family import Family, Models, release
+from lowrank.models.family import Family, Models, Source, release
 from lowrank.options import Parsed
 from lowrank.train.prompts import Prompt
 from lowrank.train.watch import describe, save_png
 
 logger = logging.getLogger(__name__)
+_PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def cache_folder(name: str) -> Path:
@@ -62,8 +65,6 @@ def datasets(parsed: Parsed) -> tuple[Dataset, ...]:
             "are to be made), and what they show"
         )
     folder = parsed.value("class_data_dir") if prior else None
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
     return from_instance(
         parsed.value("instance_data_dir"),
         parsed.value("instance_prompt"),
@@ -75,42 +76,36 @@ def datasets(parsed: Parsed) -> tuple[Dataset, ...]:
 
 
 def make_class_images(
-    parsed: Parsed, family: Family, models: Models, options: Any, accelerator: Accelerator
+    parsed: Parsed, family: Family, source: Source, options: Any, accelerator: Accelerator
 ) -> None:
     """Draw the class images that are missing with the base model, one seed each; on the main process."""
     if not parsed.value("with_prior_preservation") or not parsed.value("instance_data_dir"):
         return
     folder, wanted = Path(parsed.value("class_data_dir")), parsed.value("num_class_images")
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-    have = sum(file.suffix.lower() in suffixes for file in folder.iterdir()) if folder.is_dir() else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    have = sum(file.suffix.lower() in suffixes() for file in folder.iterdir())
     if accelerator.is_main_process and have < wanted:
-        logger.info(
-            "%s has %d of %d class images; drawing %d with the base model",
-            folder,
-            have,
-            wanted,
-            wanted - have,
-        )
-        width, height = parsed.value("resolution") or (512, 512)
-        prompt = Prompt(
-            parsed.value("class_prompt"), width=width, height=height, guidance_scale=options.guidance_scale
-        )
-        family.add(models, ("text", "vae", "denoiser"))
-        with torch.no_grad():
-            text = family.stack_text(family.encode_text(models, [prompt.prompt], options))
-            for index in tqdm(range(have, wanted), desc="class images"):
-                seed = (parsed.value("seed") or 0) + index
-                image = family.sample(
-                    models,
-                    text,
-                    options,
-                    height=height,
-                    width=width,
-                    steps=prompt.sample_steps,
-                    generator=torch.Generator().manual_seed(seed),
-                )[0]
-                save_png(folder / f"class_{index:05d}_{seed}.png", image, describe(prompt, seed))
-        release(models, ("denoiser",))
+        logger.info("%s has %d of %d class images; drawing the others with the base", folder, have, wanted)
+        width, height = parsed.value("resolution")
+        prompt = Prompt(parsed.value("class_prompt"), width=width, height=height)
+        dtype = _PRECISIONS.get(parsed.value("prior_generation_precision"), source.dtype)
+        models = family.load(replace(source, dtype=dtype))
+        switches = replace(options, guidance_scale=prompt.guidance_scale)
+        text = family.stack_text(family.encode_text(models, [prompt.prompt], switches))
+        release(models, ("text",))
+        for index in tqdm(range(have, wanted), desc="class images"):
+            seed = (parsed.value("seed") or 0) + index
+            image = family.sample(
+                models,
+                text,
+                switches,
+                height=height,
+                width=width,
+                steps=prompt.sample_steps,
+                generator=torch.Generator().manual_seed(seed),
+            )[0]
+            save_png(folder / f"class_{index:05d}_{seed}.png", image, describe(prompt, seed))
+        release(models, ("vae", "denoiser"))
     accelerator.wait_for_everyone()
 
 

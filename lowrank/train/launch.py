@@ -44,8 +44,10 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
         facade.check(arguments)
 
     source = setup.source(parsed, accelerator)
+    optim.chosen(parsed.optimizer)  # a misspelt name is refused before anything is loaded
     models = family.load(source, ())
-    inputs.make_class_images(parsed, family, models, options, accelerator)
+    if not parsed.value("dry_run"):
+        inputs.make_class_images(parsed, family, source, options, accelerator)
     loader = Loader(
         inputs.datasets(parsed),
         seed=seed,
@@ -163,7 +165,8 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
         )
     if accelerator.is_main_process:
         describe_run(folder, parsed.toml(), parsed.command)
-    accelerator.init_trackers(setup.tracker_name(parsed, tracker))
+    names = {"wandb": {"name": parsed.value("wandb_run_name")}} if parsed.value("wandb_run_name") else {}
+    accelerator.init_trackers(setup.tracker_name(parsed, tracker), init_kwargs=names)
     setup.announce(loader, plan, parsed, network, accelerator)
     run = Run(
         accelerator,
@@ -192,7 +195,7 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
     )
     if parsed.value("sample_at_first") and progress.step == 0:
         keeper.draw("000000", 0)
-    with _stoppable(keeper), memory.tf32(parsed.value("allow_tf32")):
+    with _stoppable(keeper), memory.tf32(parsed.value("allow_tf32")), optim.training(optimizer):
         progress = train(run, progress)
     if keeper.stopped:
         log.close()

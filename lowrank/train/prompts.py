@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from lowrank.errors import Refused, nearest
+from lowrank.files import parse_toml
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,7 @@ def read_prompts(path: str | Path, default: Prompt) -> list[Prompt]:
             if line and not line.startswith("#")
         ]
     elif path.suffix == ".toml":
-        try:
-            table = toml.loads(text).get("prompt", {})
-        except toml.TomlDecodeError as error:
-            raise Refused(f"{path} is not TOML: {error}") from error
+        table = parse_toml(text, path).get("prompt", {})
         shared = {key: value for key, value in table.items() if key != "subset"}
         found = [
             _checked(f"{path} subset {i}", {**shared, **subset}, default)

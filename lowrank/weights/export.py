@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters import keys
-from lowrank.files import write_tensors
+from lowrank.tensors import write_tensors
 from lowrank.weights.names import Layers, read_layers, thin
 
 

@@ -17,7 +17,7 @@ from lowrank.adapters.method import Factor, Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
 from lowrank.errors import Refused
-from lowrank.files import write_tensors
+from lowrank.tensors import write_tensors
 from lowrank.weights.names import Thin, read_layers, shares_basis, thin
 
 STATIC = Method("static", Factor(lambda *_: ({}, {}), trained=()))

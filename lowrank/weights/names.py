@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank.adapters import keys
 from lowrank.errors import Refused
-from lowrank.files import read_tensors
+from lowrank.tensors import read_tensors
 
 Layers = dict[str, dict[str, Tensor]]
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lowrank.errors import Refused
-from lowrank.files import stream_tensors
+from lowrank.tensors import stream_tensors
 from lowrank.weights.basis import Basis
 
 # Relative error of W = W_res + Q·R after rounding W_res and W to the coarsest dtype either is stored in.

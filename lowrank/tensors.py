@@ -1,0 +1,99 @@
+"""Files of tensors: read whatever dialect, write whole or not at all, with the hashes that interfaces show."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank.errors import Refused
+from lowrank.files import atomic
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, or of a `.pt`/`.ckpt` dictionary of tensors (nothing else unpickled)."""
+    path = Path(path)
+    if not path.is_file():
+        raise Refused(f"{path} does not exist or is not a file; check the path")
+    if path.suffix in (".pt", ".ckpt", ".bin"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise Refused(
+                f"{path} is not a plain dictionary of tensors ({str(error).splitlines()[0]}); convert it to "
+                ".safetensors where it was made"
+            ) from error
+        return {k: v for k, v in state.items() if isinstance(v, Tensor)}, {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise Refused(
+            f"{path} is not a whole safetensors file ({error}); it may be half-written, use another"
+        ) from error
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file with kohya's two model hashes added to its metadata; whole or not at all.
+
+    `sshs_model_hash` is the SHA-256 of the bytes after the header; `sshs_legacy_hash` the first 8 hex digits of the
+    SHA-256 of bytes 0x100000–0x110000 of the file as it would be with only the `ss_*` metadata.
+    """
+    own = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    data = serialize(own, training)
+    header = 8 + int.from_bytes(data[:8], "little")
+    hashes = {
+        "sshs_model_hash": hashlib.sha256(memoryview(data)[header:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(memoryview(data)[0x100000:0x110000]).hexdigest()[:8],
+    }
+    del data
+    with atomic(path) as part:
+        save_file(own, part, {**metadata, **hashes})
+
+
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def stream_tensors(
+    path: str | os.PathLike,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file one tensor at a time: `make(name)` gives each when its turn comes.
+
+    Format: 8 bytes little-endian header length, a JSON header with dtype, shape and byte offsets, then the bytes.
+    """
+    header: dict = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            tensor = make(name).to("cpu", dtype).contiguous()
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, announced as {tuple(shape)}")
+            file.write(tensor.view(torch.uint8).numpy().data)
