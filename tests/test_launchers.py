@@ -34,7 +34,7 @@ DOCUMENTED = {
     "--resolution": "512",
     "--train_batch_size": "1",
     "--guidance_scale": "1",
-    "--gradient_accumulation_steps": "4",
+    "--gradient_accumulation_steps": "1",
     "--learning_rate": "1e-4",
     "--lr_scheduler": "constant",
     "--lr_warmup_steps": "0",

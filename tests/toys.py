@@ -57,7 +57,7 @@ def base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         return HOSTS[kind]().to(dtype).requires_grad_(False)
 
 
-def _plain(weights, ranks, scales, core: bool = False, copies: bool = False, ups: int = 0):
+def _plain(weights, ranks, scales, core: bool = False, copies: bool = False, diagonal: bool = False, ups: int = 0):
     values = {}
     for index, (name, weight) in enumerate(weights.items()):
         made = torch.Generator().manual_seed(index)
@@ -66,6 +66,9 @@ def _plain(weights, ranks, scales, core: bool = False, copies: bool = False, ups
         roles = {"down": torch.randn(ranks[name], ins, generator=made), "up": torch.zeros(shape)}
         if core:
             roles |= {"core": torch.eye(ranks[name])}
+        if diagonal:
+            roles |= {"core": torch.rand(ranks[name], generator=made)}
+            roles["core_0"] = roles["core"].clone()
         if copies:
             roles["up"] = torch.randn(shape, generator=made)
             roles |= {"q": roles["up"].clone(), "base_r": roles["down"].clone()}
@@ -88,6 +91,19 @@ def probes() -> dict[str, Method]:
     return {
         "core": Method(
             "core", Factor(partial(_plain, core=True), trained=("down", "up", "core"), core="core")
+        ),
+        "diagonal+copy+gate": Method(
+            "diagonal+copy+gate",
+            Factor(
+                partial(_plain, copies=True, diagonal=True),
+                trained=("down", "up", "core"),
+                up_0="q",
+                down_0="base_r",
+                core="core",
+                core_0="core_0",
+                diagonal=True,
+            ),
+            prefix,
         ),
         "gate": Method("gate", lora, gate=prefix),
         "gate+copy": Method(

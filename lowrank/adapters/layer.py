@@ -98,8 +98,8 @@ class AdaptedLayer(nn.Module):
         shapes = {factor.down: (R, ins, *kernel), factor.up: (*((E.count,) if E else ()), outs, R, *ones)}
         if factor.up_0:
             shapes |= {factor.down_0: (R, ins, *kernel), factor.up_0: (outs, R, *ones)}
-        if factor.core:
-            shapes[factor.core] = (R, R)
+        for core in filter(None, (factor.core, factor.core_0)):
+            shapes[core] = (R,) if factor.diagonal else (R, R)
         if E:
             shapes["router"] = (E.count, R if E.on == "h" else ins)
         if method.magnitude:
@@ -166,19 +166,33 @@ class AdaptedLayer(nn.Module):
         value, constrain = getattr(self, role), self.method.factor.constrain.get(role)
         return value if constrain is None else constrain(value.flatten(1)).reshape(value.shape)
 
-    def _pairs(self, at: Tensor | None = None) -> list[tuple[float, Tensor, Tensor]]:
-        """(sign, U (O,R), C·M·D (R, I·k·k)) of the branch and, where there is one, of its initial copy."""
-        factor, pairs = self.method.factor, []
-        for sign, up, down in ((1.0, factor.up, factor.down), (-1.0, factor.up_0, factor.down_0)):
-            if up is None:
-                continue
-            D = self._role(down).flatten(1)  # (R, I·k·k)
-            if self.method.gate is not None:
-                D = gate.prefix(self.method.gate.open(at, self.rank), self.rank).to(D).T * D
-            if factor.core and sign > 0:
-                D = self._role(factor.core) @ D
-            pairs.append((sign, self._role(up).flatten(1), D))
-        return pairs
+    def _folded(self, up: str, core: str | None) -> Tensor:
+        """U·C: (O, R[, 1, 1]), or (E, O, R) with experts."""
+        U = self._role(up)
+        if core is None:
+            return U
+        C = self._role(core)
+        return U * C.reshape(-1, *(1,) * (U.dim() - 2)) if C.dim() == 1 else (U.flatten(1) @ C).reshape(U.shape)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """One pair (U, D) of the whole branch, of rank R, or 2R where the initial copy is subtracted.
+
+        U D − U₀ D₀ = [U | U−U₀]·[D−D₀ ; D₀]: exactly zero at the start, and the small change is never the difference
+        of two large products, which half precision would lose.
+        """
+        factor = self.method.factor
+        U, D = self._folded(factor.up, factor.core), self._role(factor.down)
+        if factor.up_0 is None:
+            return U, D
+        U_0, D_0 = self._folded(factor.up_0, factor.core_0), self._role(factor.down_0)
+        return torch.cat([U, U - U_0], dim=1), torch.cat([D - D_0, D_0])
+
+    def _open(self, timestep: Tensor | None) -> Tensor | None:
+        """The gate's mask (B, R or 2R), or None without a gate."""
+        if self.method.gate is None:
+            return None
+        mask = gate.prefix(self.method.gate.open(timestep, self.rank), self.rank)
+        return mask if self.method.factor.up_0 is None else mask.repeat(1, 2)
 
     def delta_weight(self, at: Tensor | None = None) -> Tensor | None:
         """ΔW in the host's shape (O, I[, k, k]), or None when it depends on the input.
@@ -191,8 +205,9 @@ class AdaptedLayer(nn.Module):
             raise Refused(
                 f"{self.method.name} has another ΔW at every timestep; name one (--at-timestep) or keep it live"
             )
-        s = self.multiplier * self.scale
-        dW = sum(sign * s * (U @ D) for sign, U, D in self._pairs(at))
+        U, D = (factor.flatten(1) for factor in self._factors())
+        mask = self._open(at)
+        dW = self.multiplier * self.scale * (U @ (D if mask is None else mask.to(D).T * D))
         if self.method.magnitude is not None:
             g = self.magnitude.flatten(1) / self._row_norm()[:, None]
             W = dense_weight(self.host).to(dW)
@@ -201,14 +216,11 @@ class AdaptedLayer(nn.Module):
         return dW.reshape(shape)
 
     def _row_norm(self) -> Tensor:
-        signs, ups, downs = zip(*self._pairs(), strict=True)
-        U = torch.cat([sign * up for sign, up in zip(signs, ups, strict=True)], dim=1)
-        return magnitude.row_norm(
-            dense_weight(self.host).to(U), U, torch.cat(downs), self.multiplier * self.scale
-        )
+        U, D = (factor.flatten(1) for factor in self._factors())
+        return magnitude.row_norm(dense_weight(self.host).to(U), U, D, self.multiplier * self.scale)
 
     def _project(self, x: Tensor, D: Tensor) -> Tensor:
-        """h = C(t)·D x with the gate and dropouts: (B, …, R), or (B, R, h, w) for a convolution."""
+        """h = M(t)·D x with dropouts: (B, …, R'), or (B, R', h, w) for a convolution."""
         if self.conv:
             host = self.host
             h = F.conv2d(x, D, stride=host.stride, padding=host.padding, dilation=host.dilation)
@@ -220,10 +232,13 @@ class AdaptedLayer(nn.Module):
                     f"{self.method.name} needs the timestep and nobody told it; run the model through "
                     "lowrank's denoiser hook"
                 )
-            mask = gate.prefix(self.method.gate.open(self._clock.timestep, self.rank), self.rank)
-            h = h * _along_rank(gate.per_sample(mask, h.shape[0]), h, self.conv)
+            h = h * _along_rank(gate.per_sample(self._open(self._clock.timestep), h.shape[0]), h, self.conv)
         if self.training and self.dropout:
             h = F.dropout(h, self.dropout)
+        if self.training and self.rank_dropout:  # as kohya's: per sample, the kept ranks are scaled up
+            kept = (torch.rand(h.shape[0], self.rank, device=h.device) > self.rank_dropout).to(h)
+            kept = kept.repeat(1, D.shape[0] // self.rank) / (1 - self.rank_dropout)
+            h = h * _along_rank(kept, h, self.conv)
         return h
 
     def _expand(self, x: Tensor, h: Tensor, U: Tensor) -> Tensor:
@@ -235,23 +250,10 @@ class AdaptedLayer(nn.Module):
         h = h.movedim(1, -1)  # (B, h, w, R)
         return experts.mixture(h, U.flatten(2), self.method.experts.route(h, self.router)).movedim(-1, 1)
 
-    def _branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(h, U) of the trained branch, before the expansion."""
-        factor = self.method.factor
-        h = self._project(x, self._role(factor.down))
-        if factor.core:
-            C = self._role(factor.core)
-            h = F.conv2d(h, C[:, :, None, None]) if self.conv else F.linear(h, C)
-        return h, self._role(factor.up)
-
     def delta(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the branch adds to the host's output y = W x + b, in the same shape; `y` is only read by the magnitude."""
-        factor, kept = self.method.factor, self._rank_mask(x)
-        h, U = self._branch(x)
-        d = self._expand(x, h * kept if kept is not None else h, U)
-        if factor.up_0:
-            h_0 = self._project(x, self._role(factor.down_0))
-            d = d - self._expand(x, h_0 * kept if kept is not None else h_0, self._role(factor.up_0))
+        """What the branch adds to the host's output y = W x + b, in its shape; only a magnitude reads `y`."""
+        U, D = self._factors()
+        d = self._expand(x, self._project(x, D), U)
         d = d * _strength(self.multiplier, d) * self.scale
         if self.method.magnitude is None:
             return d
@@ -260,56 +262,37 @@ class AdaptedLayer(nn.Module):
         norm = self._row_norm()
         g = self.magnitude.flatten() / (norm.detach() if self.method.magnitude.detach else norm)
         g = g.reshape(-1, 1, 1) if self.conv else g
-        bias = (
-            0
-            if self.host.bias is None
-            else (self.host.bias.reshape(-1, 1, 1) if self.conv else self.host.bias)
-        )
+        bias = 0
+        if self.host.bias is not None:
+            bias = self.host.bias.reshape(-1, 1, 1) if self.conv else self.host.bias
         return (g - 1) * (y - bias) + g * d  # not g·(y−b+d)+b−y: exactly 0 while g = 1 and d = 0
-
-    def _rank_mask(self, x: Tensor) -> Tensor | None:
-        """Rank dropout as kohya's: per sample, each rank kept with probability 1 − p, the rest scaled up."""
-        if not (self.training and self.rank_dropout):
-            return None
-        kept = (torch.rand(x.shape[0], self.rank, device=x.device) > self.rank_dropout).to(x.dtype)
-        kept = kept / (1 - self.rank_dropout)
-        return (
-            kept[:, :, None, None]
-            if self.conv
-            else kept.reshape(x.shape[0], *(1,) * (x.dim() - 2), self.rank)
-        )
 
     # ------------------------------------------------------------------ the host's forward
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = self._forward_host(x, *args, **kwargs)
+        y = self._forward_host(x, *args, **kwargs)  # the base, untouched
         if isinstance(self.multiplier, float) and self.multiplier == 0:
             return y
         if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
             return y
-        x = (
-            x
-            if torch.is_autocast_enabled(x.device.type)
-            else x.to(getattr(self, self.method.factor.down).dtype)
-        )
-        if not self._fusable(y):
+        mixed = torch.is_autocast_enabled(x.device.type)
+        x = x if mixed else x.to(self._role(self.method.factor.down).dtype)
+        if not self._fusable(y, mixed):
             return y + self.delta(x, y).to(y.dtype)
-        h, U = self._branch(x)
+        U, D = self._factors()
+        h = self._project(x, D).flatten(0, -2)
         # y + s·h·Uᵀ in one call: no separate product and sum of the wide output
-        return torch.addmm(
-            y.flatten(0, -2),
-            h.flatten(0, -2).to(y.dtype),
-            U.to(y.dtype).T,
-            alpha=self.scale * self.multiplier,
-        ).view(y.shape)
+        sum_ = torch.addmm(
+            y.flatten(0, -2), h.to(y.dtype), U.to(y.dtype).T, alpha=self.scale * self.multiplier
+        )
+        return sum_.view(y.shape)
 
-    def _fusable(self, y: Tensor) -> bool:
-        method = self.method
-        if self.conv or y.dim() < 2 or method.factor.up_0 or method.experts or method.magnitude:
+    def _fusable(self, y: Tensor, mixed: bool) -> bool:
+        if self.conv or y.dim() < 2 or self.method.experts or self.method.magnitude:
             return False
-        if isinstance(self.multiplier, Tensor) or (self.training and self.rank_dropout):
+        if isinstance(self.multiplier, Tensor):
             return False
-        return torch.is_autocast_enabled(y.device.type) or y.dtype == getattr(self, method.factor.up).dtype
+        return mixed or y.dtype == self._role(self.method.factor.up).dtype
 
     def _forward_host(self, x: Tensor, *args, **kwargs) -> Tensor:
         chained = getattr(self, "_chained", None)

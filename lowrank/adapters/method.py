@@ -38,16 +38,23 @@ class Factor:
     down: str = "down"
     up_0: str | None = None  # with down_0: the initial copy, subtracted
     down_0: str | None = None
-    core: str | None = None  # R×R or R; None is the identity
+    core: str | None = None  # R×R, or R when `diagonal`; None is the identity
+    core_0: str | None = None
+    diagonal: bool = False
     record: tuple[str, ...] = ()
     constrain: Mapping[str, Callable[[Tensor], Tensor]] = field(
         default_factory=dict
     )  # role -> projection in forward
 
     @property
+    def copies(self) -> tuple[str | None, ...]:
+        """The roles of the initial copy."""
+        return (self.up_0, self.down_0, self.core_0)
+
+    @property
     def frozen(self) -> frozenset[str]:
         """The roles of the forward that are not trained."""
-        roles = (self.up, self.down, self.up_0, self.down_0, self.core)
+        roles = (self.up, self.down, self.core, *self.copies)
         return frozenset(role for role in roles if role) - set(self.trained)
 
 

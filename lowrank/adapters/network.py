@@ -109,10 +109,13 @@ class AdapterNetwork(nn.Module):
         return self.clock.at(timestep)
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Hold frozen tensors in the dtype of the forward, so that a file says what training used."""
+        """Hold frozen tensors in the dtype of the forward, so that a file says what training used.
+
+        An initial copy stays as it is: it is subtracted before anything is rounded.
+        """
         for layer in self._made.values():
             for role, value in layer.named_buffers(recurse=False):
-                if role != "alpha":
+                if role != "alpha" and role not in self.method.factor.copies:
                     setattr(layer, role, value.to(dtype))
 
     def penalties(self) -> dict[str, Tensor]:
@@ -174,7 +177,7 @@ class AdapterNetwork(nn.Module):
         norms, scaled = [], 0
         with torch.no_grad():
             for layer in self.layers():
-                ((_, U, D),) = layer._pairs(torch.zeros(1))
+                U, D = (factor.flatten(1) for factor in layer._factors())
                 norm = layer.scale * ((U.T @ U) * (D @ D.T).T).sum().clamp_min(0).sqrt()
                 ratio = norm.clamp(max=value) / norm.clamp_min(value / 2)
                 trained = [layer.roles()[role] for role in factor.trained]

@@ -1,0 +1,138 @@
+"""Training step of one FLUX transformer: ΔR, ΔR-triu, QR-LoRA, LoRA, beside PEFT's LoRA and the frozen base, in one run.
+
+    python benchmarks/step_time.py --device cpu          # or cuda
+    python benchmarks/step_time.py --quick
+
+A step is forward, mean-square loss, backward and AdamW on the same inputs, rank and 12 targets. The frozen base alone is
+forward and backward to its input. Methods take turns step by step, so that a machine that slows down slows all of them;
+figures are medians over the turns of the ratio to PEFT's LoRA in the same turn, with the quartiles.
+Writes benchmarks/results/step_time_<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig
+
+from lowrank.adapters.targets import FLUX_TARGETS
+
+METHODS = ("delta_r", "delta_r_triu", "lora", "qrlora")
+
+
+def model(hidden: int, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """A transformer of FLUX's blocks with random weights."""
+    torch.manual_seed(0)
+    heads = hidden // 128
+    made = FluxTransformer2DModel(
+        num_layers=2, num_single_layers=4, num_attention_heads=heads, attention_head_dim=128, in_channels=64,
+        joint_attention_dim=256, pooled_projection_dim=256, guidance_embeds=True,
+    )
+    return made.to(device, dtype).requires_grad_(False)
+
+
+def inputs(tokens: int, device: str, dtype: torch.dtype) -> dict:
+    """One batch of `tokens` picture and 64 text tokens, the first of which wants a gradient."""
+    torch.manual_seed(1)
+    side = int(tokens**0.5)
+    ids = torch.zeros(side * side, 3, device=device)
+    ids[:, 1], ids[:, 2] = torch.arange(side * side) // side, torch.arange(side * side) % side
+    made = {
+        "hidden_states": torch.randn(1, side * side, 64), "encoder_hidden_states": torch.randn(1, 64, 256),
+        "pooled_projections": torch.randn(1, 256),
+    }
+    made = {name: value.to(device, dtype) for name, value in made.items()}
+    more = {"timestep": torch.tensor([0.5], device=device), "guidance": torch.tensor([1.0], device=device),
+            "img_ids": ids, "txt_ids": torch.zeros(64, 3, device=device)}
+    return made | more
+
+
+def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
+    """(one training step, trained parameters) of a method; "base" trains nothing and differentiates its input."""
+    denoiser, batch = model(args.hidden, args.device, dtype), inputs(args.tokens, args.device, dtype)
+    if name == "base":
+        batch["hidden_states"].requires_grad_(True)
+        parameters = [batch["hidden_states"]]
+    elif name == "peft":
+        denoiser.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(FLUX_TARGETS)))
+        parameters = [p for p in denoiser.parameters() if p.requires_grad]
+    else:
+        module = importlib.import_module(f"networks.{name}")
+        cache = {} if name == "lora" else {"basis_cache": args.cache}
+        network = module.create_network(1.0, args.rank, args.rank, None, [], denoiser, **cache)
+        network.apply_to([], denoiser, False, True)
+        network.cast_frozen(dtype)
+        network.to(args.device)
+        parameters = list(network.parameters())
+    for parameter in parameters:
+        parameter.data = parameter.data.float() if dtype == torch.float32 or name != "base" else parameter.data
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4) if name != "base" else None
+    half = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
+
+    def step() -> None:
+        with half:
+            loss = denoiser(**batch, return_dict=False)[0].float().square().mean()
+        loss.backward()
+        if optimizer:
+            optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
+    return step, sum(p.numel() for p in parameters) if optimizer else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=576)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--bf16", action="store_true", help="base in bf16 under autocast")
+    parser.add_argument("--quick", action="store_true", help="small and few: only that it runs")
+    args = parser.parse_args()
+    if args.quick:
+        args.hidden, args.tokens, args.rank, args.turns = 256, 64, 8, 2
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as args.cache:
+        steps = {name: stepper(name, args, dtype) for name in ("base", "peft", *METHODS)}
+        for turn in range(args.turns + 2):  # two to warm up
+            for name, (step, _) in steps.items():
+                begun = time.perf_counter()
+                step()
+                if turn >= 2:
+                    times.setdefault(name, []).append(time.perf_counter() - begun)
+    rows = {}
+    for name, (_, parameters) in steps.items():
+        ratios = [own / peft for own, peft in zip(times[name], times["peft"], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        rows[name] = {"median_s": statistics.median(times[name]), "ratio_to_peft": statistics.median(ratios),
+                      "quartiles": [quartiles[0], quartiles[2]], "trained_parameters": parameters,
+                      "ratio_to_base": statistics.median(o / b for o, b in zip(times[name], times["base"], strict=True))}
+    settings = {"device": args.device, "hidden": args.hidden, "tokens": args.tokens, "rank": args.rank, "turns": args.turns,
+                "dtype": str(dtype), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(settings)
+    print("| method | step s | / PEFT LoRA | quartiles | / frozen base | trained |\n|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        print(f"| {name} | {row['median_s']:.3f} | {row['ratio_to_peft']:.3f} | {row['quartiles'][0]:.3f}–"
+              f"{row['quartiles'][1]:.3f} | {row['ratio_to_base']:.3f} | {row['trained_parameters']:,} |")
+    if not args.quick:
+        path = Path(__file__).parent / "results" / f"step_time_{args.device}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
