@@ -1,7 +1,6 @@
 """Write W − QR of every adapted layer: save_flux_residual.py --model_path FLUX.1-dev --rank 64 --output_dir flux_dir"""
 
-from lowrank.cli.residual import main
 from lowrank.cli.run import run
 
 if __name__ == "__main__":
-    run(main)
+    run("residual")

@@ -1,7 +1,6 @@
 """Compare two adapters: visualize_similarity.py --lora1_path sty.safetensors --lora2_path cnt.safetensors"""
 
 from lowrank.cli.run import run
-from lowrank.cli.similarity import main
 
 if __name__ == "__main__":
-    run(main)
+    run("similarity")

@@ -96,3 +96,8 @@ def parse_toml(text: str, where: str | os.PathLike) -> dict:
         return tomllib.loads(text)
     except (ValueError, IndexError) as error:  # both libraries' errors are ValueErrors; toml 0.10 leaks IndexError
         raise Refused(f"{where} is not TOML: {error}; correct the file") from error
+
+
+def cache_folder(name: str) -> Path:
+    """Where content-addressed caches are: `$LOWRANK_CACHE`/name, or `~/.cache/lowrank`/name."""
+    return Path(os.environ.get("LOWRANK_CACHE") or Path.home() / ".cache" / "lowrank") / name

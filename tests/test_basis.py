@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank.errors import Refused
+from lowrank.files import cache_folder
 from lowrank.weights import basis
 from lowrank.weights.basis import Basis, bases, basis_hash, decompose, start_basis, weight_key
 
@@ -146,16 +148,16 @@ def test_start_basis_takes_a_rank_for_each_layer(weights, tmp_path, monkeypatch)
     ranks = dict(zip(weights, (2, 4, 6), strict=True))
     found, facts = start_basis(weights, ranks, None, progress=False)
     assert {name: q.shape[1] for name, (q, _) in found.items()} == ranks
-    assert len(list((tmp_path / "default").glob("*.safetensors"))) == 3
+    assert len(list((tmp_path / "default" / "basis").glob("*.safetensors"))) == 3
     _, uniform = start_basis(weights, dict.fromkeys(weights, R), tmp_path, progress=False)
     assert uniform["basis_hash"] == basis_hash(weights, R) != facts["basis_hash"]
 
 
 def test_the_default_cache(monkeypatch):
     monkeypatch.setenv("LOWRANK_CACHE", "/somewhere")
-    assert basis.default_cache() == Path("/somewhere")
+    assert cache_folder("basis") == Path("/somewhere/basis")
     monkeypatch.delenv("LOWRANK_CACHE")
-    assert basis.default_cache() == Path.home() / ".cache/lowrank/basis"
+    assert cache_folder("basis") == Path.home() / ".cache/lowrank/basis"
 
 
 # ------------------------------------------------------------------ the cache
@@ -193,6 +195,13 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+def nan(file: Path) -> None:
+    """Rightly described numbers that nobody wants."""
+    own = Basis(**{name: value * math.nan for name, value in load_file(file).items()})
+    facts = json.dumps({"key": file.stem, "sha256": basis._checksum(own)})
+    save_file(own._asdict(), file, {"lowrank.basis": facts})
+
+
 def again(change, facts: dict[str, str] | None = None):
     """Write the tensors of a file anew, changed, and with these facts."""
     return lambda file: save_file(change(load_file(file)), file, facts)
@@ -208,7 +217,7 @@ DAMAGE = {
     "no r": again(lambda own: {"q": own["q"]}),
     "wrong shape": again(lambda own: {k: v[:-1] for k, v in own.items()}),
     "wrong dtype": again(lambda own: {k: v.half() for k, v in own.items()}),
-    "not finite": again(lambda own: {k: v * math.nan for k, v in own.items()}),
+    "not finite": nan,
 }
 
 

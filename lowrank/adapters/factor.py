@@ -146,22 +146,29 @@ def check_rank(weight: Tensor, rank: int, name: str) -> None:
 
 
 def _pieces(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Row blocks of W in `dtype`; W itself when nothing has to be widened."""
-    rows = len(weight) if weight.dtype == dtype else max(1, CHUNK // weight.shape[1])
+    """Row blocks of W in `dtype`, each gone when the next comes; W itself when nothing has to be widened."""
+    if weight.dtype == dtype:
+        yield slice(0, len(weight)), weight
+        return
+    rows = max(1, CHUNK // weight.shape[1])
+    wide = weight.new_empty(min(rows, len(weight)), weight.shape[1], dtype=dtype)
     for start in range(0, len(weight), rows):
-        part = slice(start, start + rows)
-        yield part, weight[part].to(dtype)
+        piece = weight[start : start + rows]
+        yield slice(start, start + len(piece)), wide[: len(piece)].copy_(piece)
 
 
 def _times(weight: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
-    return torch.cat([w @ x for _, w in _pieces(weight, dtype)])  # (O, c)
+    product = x.new_empty(weight.shape[0], x.shape[1])  # (O, c)
+    for rows, w in _pieces(weight, dtype):
+        torch.mm(w, x, out=product[rows])
+    return product
 
 
 def _back(weight: Tensor, dtype: torch.dtype, y: Tensor) -> Tensor:
-    total = y.new_zeros(weight.shape[1], y.shape[1])  # (I, c)
+    product = y.new_zeros(weight.shape[1], y.shape[1])  # (I, c)
     for rows, w in _pieces(weight, dtype):
-        total.addmm_(w.mT, y[rows])
-    return total
+        product.addmm_(w.mT, y[rows])
+    return product
 
 
 def _krylov(
@@ -175,34 +182,23 @@ def _krylov(
     limit, eps = short // 2, torch.finfo(start.dtype).eps
     scale = start.abs().max()  # about ‖W‖: the entries of G must not leave the range of fp32
     q = start.new_empty(limit, short)  # rows are the basis; a CPU gives it memory as it grows
-    columns: list[Tensor] = []  # of M, down to its diagonal blocks; M whole is only needed for a test
+    m = torch.empty(limit, limit, dtype=torch.float64)  # rows up to the diagonal, all that eigh reads
     x, _ = _orthonormal(start / scale, q[:0], generator)
     k, check = 0, FIRST_CHECK * block
     while (k := k + block) <= limit:
         q[k - block : k] = x.mT
         y = a(at(x) / scale) / scale  # G x                         (short, b)
-        columns.append((q[:k] @ y).cpu().double())  # QᵀG x         (k, b)
+        m[k - block : k, :k] = (q[:k] @ y).mT.cpu()  # xᵀG Q        (b, k)
         x, coupling = _orthonormal(y, q[:k], generator)
         if k < check:
             continue
-        vectors, sine, loss, rounding = _ritz(_symmetric(columns), coupling.cpu().double(), rank, eps)
+        vectors, sine, loss, rounding = _ritz(m[:k, :k], coupling.cpu().double(), rank, eps)
         if sine <= goal[0] or (loss <= goal[1] and k >= DEEP * block):
             return q[:k].mT @ vectors.to(q), Report("krylov", k, min(1.0, sine + rounding), loss)
         check = _next_check(k, block, sine / goal[0] if sine < math.inf else loss / max(goal[1], 1e-30))
         if check > limit:
             break
     return None
-
-
-def _symmetric(columns: list[Tensor]) -> Tensor:
-    """M (k, k) from its block columns down to the diagonal."""
-    k, block = columns[-1].shape
-    m = torch.zeros(k, k, dtype=torch.float64)
-    for end, c in zip(range(block, k + 1, block), columns, strict=True):
-        new = slice(end - block, end)
-        m[:end, new], m[new, :end] = c, c.mT
-        m[new, new] = (c[new] + c[new].mT) / 2
-    return m
 
 
 def _next_check(k: int, block: int, excess: float) -> int:
@@ -246,9 +242,9 @@ def _ritz(m: Tensor, coupling: Tensor, rank: int, eps: float) -> tuple[Tensor, f
     # energy leaks to what the space has not caught, taken to lie below the last of these values
     reach = (values[:rank] - values[-1]).clamp(min=torch.finfo(m.dtype).tiny)
     leak = torch.minimum(residual[:rank], residual[:rank] ** 2 / reach).sum() / values[:rank].sum()
-    # measured for σ_i = i^-p, p from 0.25 to 2, rank 1 to 64: rounding costs up to this angle, often a tenth
+    # measured for σ_i = i^-p, p from 0.25 to 2, rank 1 to 64: rounding costs up to this angle, often half
     sigma = values[: rank + 1].sqrt()
-    rounding = eps * (8 + 0.4 * sigma[0] / (sigma[-2] - sigma[-1]).clamp(min=1e-30))
+    rounding = eps * (40 + 0.1 * sigma[0] / (sigma[-2] - sigma[-1]).clamp(min=1e-30))
     return vectors[:, :rank], sine, leak.item(), rounding.item()
 
 

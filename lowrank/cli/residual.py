@@ -13,7 +13,6 @@ from lowrank.adapters.targets import find
 from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
 from lowrank.surfaces import SAVE_RESIDUAL
-from lowrank.train.inputs import cache_folder
 from lowrank.weights.basis import start_basis
 from lowrank.weights.residual import write_residual
 
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     bases, facts = start_basis(
         {t.name: dense_weight(t.module) for t in targets},
         {t.name: options.rank for t in targets},
-        options.basis_cache_dir or cache_folder("basis"),
+        options.basis_cache_dir,
     )
     names = {t.native.removeprefix("transformer."): t.name for t in targets}
     path = Path(options.output_dir) / FILE

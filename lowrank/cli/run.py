@@ -1,24 +1,26 @@
-"""How a script ends: an exit code, and one sentence where something is wrong."""
+"""How a script runs: its main by name, an exit code, and one sentence where something is wrong."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
 from typing import NoReturn
 
 from lowrank.errors import Refused
 
-# Said at import by libraries about what we do not use (torchvision, CPU kernels of 4-bit formats).
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+def run(name: str) -> NoReturn:
+    """Run `lowrank.cli.<name>.main`; a `Refused` becomes one sentence on stderr and exit code 1.
 
-def run(main: Callable[[list[str] | None], int]) -> NoReturn:
-    """Run a script's main: a `Refused` becomes one sentence on stderr and exit code 1; tracebacks are for our bugs."""
+    Tracebacks are for our bugs. Libraries stay silent about parts that are not used here: torchvision, and CPU kernels
+    of 4-bit formats.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        code = main(None)
+        code = importlib.import_module(f"lowrank.cli.{name}").main(None)
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
         code = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from lowrank.data.loader import Batch, Loader
 from lowrank.data.records import DATASET_FIELDS, SUBSET_FIELDS, Dataset
 from lowrank.data.scan import from_config, from_folders, from_instance
 from lowrank.errors import Refused
+from lowrank.files import cache_folder
 from lowrank.models.family import Family, Models, Source, release
 from lowrank.options import Parsed
 from lowrank.train.prompts import Prompt
@@ -27,11 +27,6 @@ from lowrank.train.watch import describe, save_png
 
 logger = logging.getLogger(__name__)
 _PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def cache_folder(name: str) -> Path:
-    """Where content-addressed caches are: `$LOWRANK_CACHE`/name or ~/.cache/lowrank/name."""
-    return Path(os.environ.get("LOWRANK_CACHE") or Path.home() / ".cache" / "lowrank") / name
 
 
 def _values(parsed: Parsed) -> dict[str, Any]:

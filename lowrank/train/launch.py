@@ -242,6 +242,7 @@ def _prepare_network(parsed: Parsed, network: Any, models: Models, accelerator: 
         raise Refused("--scale_weight_norms is not offered by this network module; leave it out")
 
 
+@contextlib.contextmanager
 def _stoppable(keeper: Keeper) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) saves a checkpoint at the next step and ends the run; the second ends it at once."""
 

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from lowrank.adapters.factor import check_rank, thin_qr, top_subspace
 from lowrank.errors import Refused
-from lowrank.files import atomic
+from lowrank.files import atomic, cache_folder
 
 VERSION = "krylov-1"  # part of every key: change it when decompose() gives other numbers
 HASHED = 2**22  # elements of a weight brought to the CPU at a time to be hashed
@@ -50,11 +49,6 @@ class _Layer(NamedTuple):
 
 class _Damaged(Exception):
     """A cache file is not what its name says."""
-
-
-def default_cache() -> Path:
-    """`$LOWRANK_CACHE`, or `~/.cache/lowrank/basis`."""
-    return Path(os.environ.get("LOWRANK_CACHE") or "~/.cache/lowrank/basis").expanduser()
 
 
 def decompose(weight: Tensor, rank: int, *, seed: int = 0, name: str = "the weight") -> Basis:
@@ -111,7 +105,7 @@ def start_basis(
     """`bases` with a rank for each layer, and {"basis_hash": …} for metadata; no `cache` means the default
     folder."""
     layers = _survey(weights, ranks)
-    found = _found(weights, layers, cache or default_cache(), progress, None)
+    found = _found(weights, layers, cache or cache_folder("basis"), progress, None)
     return found, {"basis_hash": _combined({name: layer.key for name, layer in layers.items()})}
 
 
