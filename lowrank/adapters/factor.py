@@ -67,7 +67,8 @@ class Subspace(NamedTuple):
 def full_precision(device: torch.device) -> Iterator[None]:
     """fp32 is fp32: no TF32, no bf16 products, no autocast, no graph. The caller's settings are restored."""
     new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch >= 2.9 refuses a mix of old and new
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if new else ()
+    modules = (torch.backends.cuda, torch.backends.mkldnn) if new else ()
+    backends = [getattr(module, "matmul") for module in modules]  # noqa: B009 - unknown to type checkers
     before = [backend.fp32_precision for backend in backends]
     before_old = None if new else torch.get_float32_matmul_precision()
     try:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Basis(NamedTuple):
 
 class _Layer(NamedTuple):
     key: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rank: int
     device: torch.device
 
@@ -52,8 +52,7 @@ class _Damaged(Exception):
 
 
 def decompose(weight: Tensor, rank: int, *, seed: int = 0, name: str = "the weight") -> Basis:
-    """Q and R of the top-`rank` part of W (O, I), on W's device: QR-LoRA's start, arXiv 2507.04599, without a
-    full SVD.
+    """Q and R of the top-`rank` part of W (O, I), on W's device: QR-LoRA's start without its full SVD.
 
     Raises `Refused` for a weight with NaN or infinite values and for rank > min(O, I); `name` is the layer's.
     """
@@ -87,8 +86,7 @@ def bases(
     progress: bool = True,
     device: torch.device | str | None = None,
 ) -> dict[str, Basis]:
-    """The basis of every weight (O, I), from the files in `cache` where they are whole, else computed and put
-    there.
+    """The basis of every weight (O, I): from the files in `cache` where they are whole, or computed.
 
     Of several processes with one cache, one computes; the others wait and read. A run that is killed keeps
     the layers it finished. Weights are read one at a time, so a mapping that unpacks on reading costs one
@@ -102,8 +100,7 @@ def bases(
 def start_basis(
     weights: Mapping[str, Tensor], ranks: Mapping[str, int], cache: str | Path | None, progress: bool = True
 ) -> tuple[dict[str, Basis], dict[str, str]]:
-    """`bases` with a rank for each layer, and {"basis_hash": …} for metadata; no `cache` means the default
-    folder."""
+    """`bases` with a rank for each layer, and {"basis_hash": …}; `cache=None` is the default folder."""
     layers = _survey(weights, ranks)
     found = _found(weights, layers, cache or cache_folder("basis"), progress, None)
     return found, {"basis_hash": _combined({name: layer.key for name, layer in layers.items()})}
@@ -133,18 +130,21 @@ def _found(
         weight = weights[name]
         return decompose(weight.to(device or weight.device), layers[name].rank, name=name)
 
-    bar = {"desc": "basis", "unit": "layer", "file": sys.stderr, "disable": not progress}
+    def bar(names: list[str]) -> Iterable[str]:
+        return tqdm(names, desc="basis", unit="layer", file=sys.stderr, disable=not (progress and names))
+
+    found: dict[str, Basis] = {}
     if cache is None:
-        found = {name: compute(name) for name in tqdm(layers, **bar)}
+        found = {name: compute(name) for name in bar(list(layers))}
     else:
-        found, cache = {}, Path(cache)
+        folder = Path(cache)
         for name, layer in layers.items():  # a finished cache needs no lock, and may be read-only
             with contextlib.suppress(FileNotFoundError, _Damaged):
-                found[name] = _read(cache, layer)
+                found[name] = _read(folder, layer)
         missing = [name for name in layers if name not in found]
-        with _locked(cache) if missing else contextlib.nullcontext():
-            for name in tqdm(missing, **bar | {"disable": not (progress and missing)}):
-                found[name] = _kept(cache, layers[name]) or _keep(cache, layers[name], compute(name))
+        with _locked(folder) if missing else contextlib.nullcontext():
+            for name in bar(missing):
+                found[name] = _kept(folder, layers[name]) or _keep(folder, layers[name], compute(name))
     return {name: Basis(*(x.to(layer.device) for x in found[name])) for name, layer in layers.items()}
 
 
@@ -179,8 +179,7 @@ def _path(cache: Path, layer: _Layer) -> Path:
 
 
 def _read(cache: Path, layer: _Layer) -> Basis:
-    """The basis in a layer's file. Raises FileNotFoundError, or _Damaged for anything but the whole, right
-    file."""
+    """The basis in a layer's file. Raises FileNotFoundError, or _Damaged when it is not the right one."""
     path = _path(cache, layer)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -209,8 +208,7 @@ def _kept(cache: Path, layer: _Layer) -> Basis | None:
 
 
 def _keep(cache: Path, layer: _Layer, basis: Basis) -> Basis:
-    """Write a layer's file and return the basis. One metadata entry only: safetensors does not order
-    several."""
+    """Write a layer's file, return the basis. One metadata entry only: safetensors shuffles several."""
     own = Basis(*(x.cpu().contiguous() for x in basis))
     facts = json.dumps({"key": layer.key, "sha256": _checksum(own)}, sort_keys=True)
     with atomic(_path(cache, layer)) as part:

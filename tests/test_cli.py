@@ -1,0 +1,116 @@
+"""The scripts after training, on the tiny FLUX: residual, merge, and two processes in place of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_train import ROOT, WEIGHTS, arguments, pictures  # noqa: F401 (fixtures)
+
+from lowrank.cli.flux_train import main as train
+from lowrank.cli.merge import main as merge
+from lowrank.cli.residual import main as residual
+from lowrank.errors import Refused
+
+
+@pytest.fixture
+def adapters(arguments, tmp_path):  # noqa: F811
+    """A style and a content adapter of one base."""
+    for seed, name in enumerate(("style", "content")):
+        assert train(arguments(name, "--seed", str(seed), "--learning_rate", "0.05")) == 0
+    return tmp_path / "style" / WEIGHTS, tmp_path / "content" / WEIGHTS
+
+
+@pytest.fixture
+def line(adapters, tiny_flux, tmp_path):
+    """The command line of a 2×2 grid."""
+    given = {"model_path": tiny_flux, "style_lora_path": adapters[0], "content_lora_path": adapters[1],
+             "prompt": "a <c> dog in <s> style", "num_inference_steps": 2, "style_weights": "0.0,1.0",
+             "content_weights": "0.0,1.0", "height": 64, "width": 64, "output_dir": tmp_path / "out"}
+    return lambda *more: [w for k, v in given.items() if f"--{k}" not in more for w in (f"--{k}", str(v))] + list(more)
+
+
+def pixels(path: Path):
+    return numpy.asarray(Image.open(path))
+
+
+def test_grid_sheet_and_merged_files(line, tiny_flux, tmp_path, capsys):
+    assert merge(line("--save_merged", "--seed", "3")) == 0
+    out = tmp_path / "out"
+    names = {f"inference_s{a}_c{b}.png" for a in ("0.00", "1.00") for b in ("0.00", "1.00")}
+    assert names | {"sheet.png"} <= {p.name for p in out.iterdir()}
+    told = Image.open(out / "inference_s1.00_c0.00.png").text["parameters"]
+    assert "a <c> dog in <s> style" in told and "Seed: 3" in told and "× 1," in told and "Size: 64x64" in told
+    assert "share one basis" in capsys.readouterr().out
+    cells = {name: pixels(out / name) for name in names}
+    assert len({cell.tobytes() for cell in cells.values()}) == 4
+    assert pixels(out / "sheet.png").shape[0] > 128
+
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(tiny_flux, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    base = pipe("a <c> dog in <s> style", height=64, width=64, num_inference_steps=2, guidance_scale=3.5,
+                max_sequence_length=64, generator=torch.Generator().manual_seed(3)).images[0]
+    assert numpy.array_equal(cells["inference_s0.00_c0.00.png"], numpy.asarray(base))  # α = β = 0 is the base
+
+    merged = out / "merged_s1.00_c1.00.safetensors"
+    keys = set(load_file(merged))
+    assert {key.rpartition(".lora.")[2] for key in keys if ".lora." in key} == {"q.weight", "base_r.weight", "delta_r.weight"}
+    again = ["--style_lora_path", str(merged), "--content_lora_path", str(merged), "--style_weights", "1.0",
+             "--content_weights", "0.0", "--output_dir", str(tmp_path / "again"), "--seed", "3"]
+    assert merge(line(*again)) == 0
+    live, saved = cells["inference_s1.00_c1.00.png"].astype(int), pixels(tmp_path / "again" / "inference_s1.00_c0.00.png")
+    assert numpy.abs(live - saved).max() <= 1
+
+
+def test_weights_that_differ_in_the_third_decimal_get_own_files(line, tmp_path):
+    assert merge(line("--style_weights", "0.5,0.501", "--content_weights", "1.0")) == 0
+    assert {"inference_s0.500_c1.000.png", "inference_s0.501_c1.000.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(Refused, match="listed twice"):
+        merge(line("--style_weights", "0.5,0.50"))
+
+
+def test_residual_fits_its_adapters_and_no_others(line, tiny_flux, tmp_path, capsys):
+    made = ["--model_path", str(tiny_flux), "--dtype", "fp32", "--output_dir"]
+    assert residual([*made, str(tmp_path / "r4"), "--rank", "4"]) == 0
+    assert residual([*made, str(tmp_path / "r8"), "--rank", "8"]) == 0
+    path = tmp_path / "r4" / "flux_residual_weights.safetensors"
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["lowrank.rank"] == "4" and len(file.keys()) == 30
+    assert merge(line("--residual_path", str(path), "--style_weights", "1.0")) == 0
+    assert "fits: 30 layers present" in capsys.readouterr().out
+    with pytest.raises(Refused, match="was made with"):
+        merge(line("--residual_path", str(tmp_path / "r8" / "flux_residual_weights.safetensors")))
+
+
+def test_an_adapter_of_another_base_is_refused(line, tmp_path):
+    from tools.make_tiny_flux import make
+
+    other = make(tmp_path / "other", seed=1)
+    with pytest.raises(Refused, match="was trained on tiny-flux"):
+        merge(line("--model_path", str(other)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(arguments, tmp_path):  # noqa: F811
+    """On two CPU processes under accelerate launch, as on N GPUs; also saving and resuming there."""
+    twice = ("--dataset_repeats", "2", "--checkpointing_steps", "2")  # 6 batches: an epoch that two can share evenly
+    assert train(arguments("one", "--gradient_accumulation_steps", "2", *twice)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+              str(ROOT / "flux_train_qrlora.py")]  # what `accelerate launch` runs for several GPUs
+    done = subprocess.run([*launch, *arguments("two", *twice)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = load_file(tmp_path / "one" / WEIGHTS), load_file(tmp_path / "two" / WEIGHTS)
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-6)
+    assert {p.name for p in (tmp_path / "two" / "checkpoint-2").iterdir()} >= {"random_states_0.pkl", "random_states_1.pkl"}
