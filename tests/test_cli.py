@@ -105,9 +105,9 @@ def test_two_processes_are_one_with_twice_the_accumulation(arguments, tmp_path):
     """On two CPU processes under accelerate launch, as on N GPUs; also saving and resuming there."""
     twice = ("--dataset_repeats", "2", "--checkpointing_steps", "2")  # 6 batches: an epoch that two can share evenly
     assert train(arguments("one", "--gradient_accumulation_steps", "2", *twice)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
               str(ROOT / "flux_train_qrlora.py")]  # what `accelerate launch` runs for several GPUs
-    done = subprocess.run([*launch, *arguments("two", *twice)], capture_output=True, text=True,
+    done = subprocess.run([*launch, *arguments("two", *twice)], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = load_file(tmp_path / "one" / WEIGHTS), load_file(tmp_path / "two" / WEIGHTS)

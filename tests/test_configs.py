@@ -1,0 +1,38 @@
+"""Every file in configs/ is what its first lines say: it parses, its datasets exist, and its method can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowrank.cli.flux_train import with_network
+from lowrank.data.scan import from_config, scan
+from lowrank.surfaces import FLUX_TRAIN
+from lowrank.train.module import facade_of, find_module
+from lowrank.train.optim import chosen
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_begins_with_what_it_is_and_its_command(path):
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"configs/{path.name}" in head and "Result:" in head
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.name.startswith("flux_")], ids=lambda p: p.stem)
+def test_a_flux_config_parses_and_names_a_method(path, monkeypatch):
+    monkeypatch.chdir(path.parent.parent)
+    more = ["--train_data_dir", "assets"] if "kohya" in path.name else []
+    parsed = with_network(FLUX_TRAIN.parse(["--config_file", str(path), *more]))
+    assert parsed.notes == ()
+    assert facade_of(find_module(parsed.value("network_module"))) is not None
+    chosen(parsed.optimizer)
+
+
+def test_the_dataset_config_is_scanned(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    (dataset,) = from_config("configs/dataset.toml")
+    assert [example.repeats for example in scan(dataset)] == [3, 1]
