@@ -3,10 +3,10 @@
     python benchmarks/step_time.py --device cpu          # or cuda
     python benchmarks/step_time.py --quick
 
-A step is forward, mean-square loss, backward and AdamW on the same inputs, rank and 12 targets. The frozen base alone is
-forward and backward to its input. Methods take turns step by step, so that a machine that slows down slows all of them;
-figures are medians over the turns of the ratio to PEFT's LoRA in the same turn, with the quartiles.
-Writes benchmarks/results/step_time_<device>.json.
+A step is forward, mean-square loss, backward and AdamW on the same inputs, rank and 12 targets. The frozen
+base alone is forward and backward to its input. Methods take turns step by step, so that a machine that slows
+down slows all of them; figures are medians over the turns of the ratio to PEFT's LoRA in the same turn, with
+the quartiles. Writes benchmarks/results/step_time_<device>.json.
 """
 
 from __future__ import annotations

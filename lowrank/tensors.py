@@ -48,8 +48,8 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file with kohya's two model hashes added to its metadata; whole or not at all.
 
-    `sshs_model_hash` is the SHA-256 of the bytes after the header; `sshs_legacy_hash` the first 8 hex digits of the
-    SHA-256 of bytes 0x100000–0x110000 of the file as it would be with only the `ss_*` metadata.
+    `sshs_model_hash` is the SHA-256 of the bytes after the header; `sshs_legacy_hash` the first 8 hex digits
+    of the SHA-256 of bytes 0x100000–0x110000 of the file as it would be with only the `ss_*` metadata.
     """
     own = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
@@ -76,7 +76,8 @@ def stream_tensors(
 ) -> None:
     """Write a safetensors file one tensor at a time: `make(name)` gives each when its turn comes.
 
-    Format: 8 bytes little-endian header length, a JSON header with dtype, shape and byte offsets, then the bytes.
+    Format: 8 bytes little-endian header length, a JSON header with dtype, shape and byte offsets, then the
+    bytes.
     """
     header: dict = {"__metadata__": dict(metadata)}
     offset = 0

@@ -2,11 +2,13 @@
 
     W_core = top r of W = Q·R        y = (W_res + s·Q(R + ΔR)) x = W x + s·Q·ΔR x
 
-Q (O×R) and R are frozen, ΔR (R×I) starts at zero and is all that is trained: half of LoRA's parameters over FLUX. Two
-adapters of one base share Q, so they are added by adding their ΔR, and cos(ΔR₁, ΔR₂) is exactly cos(ΔW₁, ΔW₂).
+Q (O×R) and R are frozen, ΔR (R×I) starts at zero and is all that is trained: half of LoRA's parameters over
+FLUX. Two adapters of one base share Q, so they are added by adding their ΔR, and cos(ΔR₁, ΔR₂) is exactly
+cos(ΔW₁, ΔW₂).
 
-Unlike the official code W is never edited: with Q and R frozen, W_res + sQR is W itself, so no residual is rounded into
-the base or needed again, and ΔR is not swamped by R in bf16. R is written to files for their readers and not used.
+Unlike the official code W is never edited: with Q and R frozen, W_res + sQR is W itself, so no residual is
+rounded into the base or needed again, and ΔR is not swamped by R in bf16. R is written to files for their
+readers and not used.
 """
 
 from __future__ import annotations

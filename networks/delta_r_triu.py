@@ -2,8 +2,8 @@
 
     y = W x + s·Q·triu(ΔR) x
 
-Of ΔR's R×I entries the R(R−1)/2 under the diagonal of its leading square stay exactly zero: 1 % at rank 64. The
-projection is in the forward, so gradients, momentum and weight decay never reach them.
+Of ΔR's R×I entries the R(R−1)/2 under the diagonal of its leading square stay exactly zero: 1 % at rank 64.
+The projection is in the forward, so gradients, momentum and weight decay never reach them.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     W_core = top r of W = Q₀·R₀        y = W x + s·(Q·R − Q₀·R₀) x        Q, R trained from Q₀, R₀
 
-It starts with gradients of full size in both factors, which LoRA's U = 0 denies one of them. Nothing keeps Q orthogonal
-or R triangular after step 0. The initial copy is subtracted in the forward instead of from W, as the official code does,
-so the base stays whole; Q₀ and R₀ are part of the file, and the exact plain LoRA is [Q | Q₀], [R ; −R₀] of rank 2r.
+It starts with gradients of full size in both factors, which LoRA's U = 0 denies one of them. Nothing keeps Q
+orthogonal or R triangular after step 0. The initial copy is subtracted in the forward instead of from W, as
+the official code does, so the base stays whole; Q₀ and R₀ are part of the file, and the exact plain LoRA is
+[Q | Q₀], [R ; −R₀] of rank 2r.
 """
 
 from __future__ import annotations

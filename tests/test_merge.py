@@ -13,7 +13,7 @@ from toys import shake
 from lowrank.adapters.layer import dense_weight
 from lowrank.errors import Refused
 from lowrank.weights.basis import decompose
-from lowrank.weights.export import export_lora
+from lowrank.weights.export import export_lora, worst_difference
 from lowrank.weights.merge import Adapter, Mixture
 from lowrank.weights.names import read_layers, thin
 from lowrank.weights.residual import check_residual, write_residual
@@ -153,6 +153,17 @@ def test_exports_load_in_stock_diffusers(name, alpha, flux, saved, cache, tmp_pa
     assert len({n for n, _ in flux.named_modules() if n.endswith("lora_A")}) == 15
     assert (ours - plain).norm() / plain.norm() > 1e-2  # an adapter without effect would agree as well
     assert (theirs - ours).norm() / ours.norm() <= 1e-5
+
+
+def test_the_export_tool_compares_what_it_wrote(saved, tmp_path, capsys):
+    from tools.export_lora import main
+
+    source, target = saved("qrlora", 1, alpha=2.0), tmp_path / "plain.safetensors"
+    assert main([str(source), str(target)]) == 0
+    assert "15 layers of rank 8" in capsys.readouterr().out
+    export_lora(saved("qrlora", 2, alpha=2.0), target)
+    assert worst_difference(source, target) > 0.1
+    assert main([str(tmp_path / "none.safetensors"), str(target)]) == 1
 
 
 def test_native_lora_loads_through_the_stock_pipeline_loader(flux, saved):

@@ -31,7 +31,10 @@ _REPEATED = re.compile(r"\.(to_out\.0)\.\1$")
 
 
 def role_of(key: str) -> tuple[str, str] | None:
-    """(module, role) of a key in any dialect; `module` keeps its prefix. None for keys that are not an adapter's."""
+    """(module, role) of a key in any dialect; `module` keeps its prefix.
+
+    None for keys that are not an adapter's.
+    """
     found = _SUFFIX.match(key)
     return (_REPEATED.sub(r".\1", found[1]), _READ[found[2]]) if found else None
 

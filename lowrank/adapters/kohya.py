@@ -1,7 +1,8 @@
 """The façade: a method becomes a kohya network module with two functions.
 
-kohya's trainers import a module by name and call `create_network(1.0, dim, alpha, vae, text_encoder, unet, …)` or
-`create_network_from_weights(multiplier, file, vae, text_encoder, unet, …)`; every network argument arrives as a string.
+kohya's trainers import a module by name and call `create_network(1.0, dim, alpha, vae, text_encoder, unet,
+…)` or `create_network_from_weights(multiplier, file, vae, text_encoder, unet, …)`; every network argument
+arrives as a string.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class Facade:
         for name in arguments:
             if name not in self.known:
                 raise Refused(
-                    f"unknown network argument {name!r}{nearest(name, self.known)}; known: {', '.join(self.known)}"
+                    f"unknown network argument {name!r}{nearest(name, self.known)}; known: "
+                    f"{', '.join(self.known)}"
                 )
         self._parse(arguments)
 
@@ -140,7 +142,8 @@ class Facade:
             ratio = own or layout.loraplus_lr_ratio
             if ratio and not ups:
                 raise Refused(
-                    f"LoRA+ speeds up the trained up factor, and {method.name} trains none; leave loraplus out"
+                    f"LoRA+ speeds up the trained up factor, and {method.name} trains none; leave loraplus "
+                    "out"
                 )
             network.role_rates |= {(part, role): ratio for role in ups if ratio}
         return network
@@ -149,7 +152,8 @@ class Facade:
         kinds = ("full", "q", "none")
         if layout.save_basis not in kinds:
             raise Refused(
-                f"save_basis {layout.save_basis!r} is not one of {', '.join(kinds)}{nearest(layout.save_basis, kinds)}"
+                f"save_basis {layout.save_basis!r} is not one of "
+                f"{', '.join(kinds)}{nearest(layout.save_basis, kinds)}"
             )
         table = {"full": frozenset(), "q": frozenset(method.factor.record)}
         return table.get(layout.save_basis, frozenset(method.factor.record) | method.factor.frozen)
@@ -165,7 +169,10 @@ class Facade:
         neuron_dropout: float | None = None,
         **arguments: Any,
     ) -> AdapterNetwork:
-        """A network at its start values. Unknown arguments are warned about: kohya's trainers pass what others need."""
+        """A network at its start values.
+
+        Unknown arguments are warned about: kohya's trainers pass what others need.
+        """
         unknown = [name for name in arguments if name not in self.known]
         if unknown:
             logger.warning(
@@ -184,8 +191,8 @@ class Facade:
             outs, ins = target.module.weight.shape[0], target.module.weight[0].numel()
             if not 1 <= chosen[0] <= min(outs, ins):
                 raise Refused(
-                    f"rank {chosen[0]} does not fit {target.native or target.name} (out={outs}, in={ins}); choose "
-                    f"--network_dim between 1 and {min(outs, ins)}, or leave such layers out with "
+                    f"rank {chosen[0]} does not fit {target.native or target.name} (out={outs}, in={ins}); "
+                    f"choose --network_dim between 1 and {min(outs, ins)}, or leave such layers out with "
                     "--network_args exclude=REGEX"
                 )
             return chosen
@@ -229,8 +236,8 @@ class Facade:
         ]
         if not targets:
             raise Refused(
-                f"{file or 'the given weights'} holds no {method.name} layer of this model; it was made by another "
-                "method or for another base"
+                f"{file or 'the given weights'} holds no {method.name} layer of this model; it was made by "
+                "another method or for another base"
             )
         network = self._network(
             method, layout, targets, lambda t: sizes[keys.flat(t.native or t.name)], multiplier

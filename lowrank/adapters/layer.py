@@ -1,7 +1,7 @@
 """The one host layer: a Linear or Conv2d of the base model with the branch of the one equation beside it.
 
-Shapes: O out, I in, R rank, B batch, k kernel. A convolution is the same equation: D is a k×k convolution with the
-host's stride, padding and dilation, U a 1×1 convolution.
+Shapes: O out, I in, R rank, B batch, k kernel. A convolution is the same equation: D is a k×k convolution
+with the host's stride, padding and dilation, U a 1×1 convolution.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def dense_weight(host: nn.Module) -> Tensor:
 class AdaptedLayer(nn.Module):
     """A host and its branch. Five verbs: `delta`, `delta_weight`, `roles`, `tensors`, `load`.
 
-    Trained tensors are parameters, frozen ones buffers, records (written to files, unused in the forward) plain CPU
-    tensors; each is named by its role. The host is never a child: its own module owns it.
+    Trained tensors are parameters, frozen ones buffers, records (written to files, unused in the forward)
+    plain CPU tensors; each is named by its role. The host is never a child: its own module owns it.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class AdaptedLayer(nn.Module):
             )
         if self.conv and method.experts and method.experts.on == "x":
             raise Refused(
-                f"{name} is a convolution, whose input and output differ in size, so {method.name} cannot route "
-                "on x there; route on h, or exclude it with --network_args exclude=…"
+                f"{name} is a convolution, whose input and output differ in size, so {method.name} cannot "
+                "route on x there; route on h, or exclude it with --network_args exclude=…"
             )
         outs, ins = (
             (host.out_channels, host.in_channels) if self.conv else (host.out_features, host.in_features)
@@ -132,22 +132,22 @@ class AdaptedLayer(nn.Module):
             if own is None:
                 if role not in self.method.factor.record:
                     raise Refused(
-                        f"{self.name} has no {role!r}, which {source} gives; it was made by another method than "
-                        f"{self.method.name}"
+                        f"{self.name} has no {role!r}, which {source} gives; it was made by another method "
+                        f"than {self.method.name}"
                     )
                 self.record[role] = value.detach().to("cpu", copy=True)
             elif _without_ones(own.shape) != _without_ones(value.shape):
                 raise Refused(
-                    f"{self.name}.{role} is {tuple(value.shape)} in {source} and {tuple(own.shape)} here; the "
-                    "rank or the base model differs, check --network_dim (or use --dim_from_weights)"
+                    f"{self.name}.{role} is {tuple(value.shape)} in {source} and {tuple(own.shape)} here; "
+                    "the rank or the base model differs, check --network_dim (or use --dim_from_weights)"
                 )
             else:
                 value = value.reshape(own.shape).to(own.device)
                 constrain = self.method.factor.constrain.get(role)
                 if constrain is not None and not torch.equal(constrain(value.flatten(1)), value.flatten(1)):
                     raise Refused(
-                        f"{self.name}.{role} in {source} has entries that {self.method.name} keeps at zero; it was "
-                        "made by another method"
+                        f"{self.name}.{role} in {source} has entries that {self.method.name} keeps at zero; "
+                        "it was made by another method"
                     )
                 with torch.no_grad():
                     own.copy_(value)
@@ -177,8 +177,8 @@ class AdaptedLayer(nn.Module):
     def _factors(self) -> tuple[Tensor, Tensor]:
         """One pair (U, D) of the whole branch, of rank R, or 2R where the initial copy is subtracted.
 
-        U D − U₀ D₀ = [U | U−U₀]·[D−D₀ ; D₀]: exactly zero at the start, and the small change is never the difference
-        of two large products, which half precision would lose.
+        U D − U₀ D₀ = [U | U−U₀]·[D−D₀ ; D₀]: exactly zero at the start, and the small change is never the
+        difference of two large products, which half precision would lose.
         """
         factor = self.method.factor
         U, D = self._folded(factor.up, factor.core), self._role(factor.down)
@@ -203,7 +203,8 @@ class AdaptedLayer(nn.Module):
             return None
         if self.method.gate is not None and at is None:
             raise Refused(
-                f"{self.method.name} has another ΔW at every timestep; name one (--at-timestep) or keep it live"
+                f"{self.method.name} has another ΔW at every timestep; name one (--at-timestep) or keep it "
+                "live"
             )
         U, D = (factor.flatten(1) for factor in self._factors())
         mask = self._open(at)

@@ -2,9 +2,9 @@
 
     y = g ⊙ ( W x + s·U·C(t,x)·D x − s·U₀·C₀(t)·D₀ x ) + b
 
-factor: who are D, C, U, which are frozen, is the initial copy (index 0) subtracted · gate: which ranks are open at t ·
-experts: does U depend on x · magnitude: is g free · penalty: what pulls during training · rates: which role learns how
-fast · warm-up: what happens before step 0. A slot left None is neutral.
+factor: who are D, C, U, which are frozen, is the initial copy (index 0) subtracted · gate: which ranks are
+open at t · experts: does U depend on x · magnitude: is g free · penalty: what pulls during training · rates:
+which role learns how fast · warm-up: what happens before step 0. A slot left None is neutral.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Start = tuple[
 class Factor:
     """Who are U, C and D; the names on the right are roles, which are also the names in files.
 
-    `start(weights, ranks, scales)` gives the values at step 0: `weights` maps a layer's name to its dense weight
-    (O, I·kh·kw) and is read lazily, `ranks` and `scales` map it to R and s. A role in `record` is written to files but
-    takes no part in the forward.
+    `start(weights, ranks, scales)` gives the values at step 0: `weights` maps a layer's name to its dense
+    weight (O, I·kh·kw) and is read lazily, `ranks` and `scales` map it to R and s. A role in `record` is
+    written to files but takes no part in the forward.
     """
 
     start: Callable[[Mapping[str, Tensor], Mapping[str, int], Mapping[str, float]], Start]
@@ -126,7 +126,10 @@ class Method:
                 )
 
     def __or__(self, other: Method) -> Method:
-        """Both methods at once. Raises `Refused` when both fill one slot, set one rate or one option differently."""
+        """Both methods at once.
+
+        Raises `Refused` when both fill one slot, set one rate or one option differently.
+        """
         merged: dict[str, Any] = {
             "name": f"{self.name}+{other.name}",
             "penalty": self.penalty + other.penalty,
@@ -141,8 +144,8 @@ class Method:
             for key in mine.keys() & theirs.keys():
                 if mine[key] != theirs[key]:
                     raise Refused(
-                        f"{self.name} sets {table[:-1]} {key} to {mine[key]} and {other.name} to {theirs[key]}; "
-                        "give one value"
+                        f"{self.name} sets {table[:-1]} {key} to {mine[key]} and {other.name} to "
+                        f"{theirs[key]}; give one value"
                     )
             merged[table] = {**mine, **theirs}
         return dataclasses.replace(self, **merged)

@@ -1,7 +1,8 @@
 """The network: every adapted layer of a model, under kohya's network contract.
 
-The contract (kohya sd-scripts, networks/lora.py as read by its trainers): apply_to, load_weights, save_weights,
-prepare_optimizer_params, prepare_grad_etc, on_epoch_start, get_trainable_params, set_multiplier, merge_to and their kin.
+The contract (kohya sd-scripts, networks/lora.py as read by its trainers): apply_to, load_weights,
+save_weights, prepare_optimizer_params, prepare_grad_etc, on_epoch_start, get_trainable_params,
+set_multiplier, merge_to and their kin.
 """
 
 from __future__ import annotations
@@ -133,7 +134,10 @@ class AdapterNetwork(nn.Module):
         ]
 
     def prepare_optimizer_params_with_multiple_te_lrs(self, text_encoder_lr, unet_lr, default_lr=None):
-        """Groups and their descriptions. `text_encoder_lr`: None, a number, or a list in the order of the encoders."""
+        """Groups and their descriptions.
+
+        `text_encoder_lr`: None, a number, or a list in the order of the encoders.
+        """
         given = list(text_encoder_lr) if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
         given = [default_lr if rate is None else rate for rate in given or [None]]
         part_rates = {"unet": default_lr if unet_lr is None else unet_lr, "te": given[0]}
@@ -227,7 +231,10 @@ class AdapterNetwork(nn.Module):
         return self.read_state(state, metadata, str(file))
 
     def read_state(self, state: Mapping[str, Tensor], metadata: Mapping[str, str], source: str):
-        """`load_weights` for tensors already read. Frozen tensors that a file leaves out are computed from the base."""
+        """`load_weights` for tensors already read.
+
+        Frozen tensors that a file leaves out are computed from the base.
+        """
         made_by = metadata.get("lowrank.method", self.method.name)
         if made_by != self.method.name:
             raise Refused(
@@ -245,8 +252,8 @@ class AdapterNetwork(nn.Module):
                 found.setdefault(name, {})[role] = value
         if not found:
             raise Refused(
-                f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model has "
-                f"{', '.join(list(self.targets)[:2])}; it was made for another base"
+                f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model "
+                f"has {', '.join(list(self.targets)[:2])}; it was made for another base"
             )
         for name, values in found.items():
             self._made[name].load(values, source)
@@ -269,8 +276,8 @@ class AdapterNetwork(nn.Module):
         want, have = metadata.get("lowrank.basis_hash"), self.facts.get("basis_hash")
         if want and have and want != have:
             raise Refused(
-                f"{source} leaves out its basis {want[:12]} and this base model gives {have[:12]}; load it on the "
-                "model it was trained on"
+                f"{source} leaves out its basis {want[:12]} and this base model gives {have[:12]}; load it "
+                "on the model it was trained on"
             )
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
@@ -288,7 +295,10 @@ class AdapterNetwork(nn.Module):
         return self.method.experts is None and self.method.gate is None
 
     def merge_to(self, text_encoder, unet, weights_sd=None, dtype=None, device=None) -> None:
-        """W ← W + ΔW in fp32, rounded once to W's dtype. The only place that writes base weights, on demand."""
+        """W ← W + ΔW in fp32, rounded once to W's dtype.
+
+        The only place that writes base weights, on demand.
+        """
         if weights_sd is not None:
             self.read_state(weights_sd, {}, "the weights to merge")
         with torch.no_grad():
@@ -296,8 +306,8 @@ class AdapterNetwork(nn.Module):
                 weight = layer.host.weight
                 if type(weight) is not nn.Parameter:
                     raise Refused(
-                        f"{layer.name} is quantised ({type(weight).__name__}) and cannot be merged into; keep "
-                        "the adapter live"
+                        f"{layer.name} is quantised ({type(weight).__name__}) and cannot be merged into; "
+                        "keep the adapter live"
                     )
                 layer.to(device or weight.device)
                 dW = layer.delta_weight()

@@ -21,9 +21,9 @@ def groups(
 ) -> tuple[list[dict], list[str]]:
     """Optimizer groups and their descriptions.
 
-    The rate of a parameter is part_rates[part] · role_rates.get((part, role), 1). Parameters of one part and one rate
-    share a group; a rate of 0 leaves the group out, as kohya's trainers do. Groups keep the order of first appearance,
-    because a resumed optimizer state is matched by position.
+    The rate of a parameter is part_rates[part] · role_rates.get((part, role), 1). Parameters of one part and
+    one rate share a group; a rate of 0 leaves the group out, as kohya's trainers do. Groups keep the order of
+    first appearance, because a resumed optimizer state is matched by position.
     """
     found: dict[tuple[str, float], list[Parameter]] = {}
     for part, role, parameter in tagged:

@@ -1,8 +1,8 @@
 """Where adapters go: one row per kind of model and dialect, as data.
 
-A row names a root class, the default target layers as a pattern over their dotted paths, the prefix of kohya keys and
-the prefix of native file keys (empty: kohya's keys are the native ones). FLUX targets are the twelve of QR-LoRA's
-official code: on FLUX.1-dev 342 layers, 228 in double and 114 in single blocks.
+A row names a root class, the default target layers as a pattern over their dotted paths, the prefix of kohya
+keys and the prefix of native file keys (empty: kohya's keys are the native ones). FLUX targets are the twelve
+of QR-LoRA's official code: on FLUX.1-dev 342 layers, 228 in double and 114 in single blocks.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def find(
 ) -> list[Target]:
     """The Linear and Conv2d layers of `root` to adapt, in the model's order.
 
-    `target` and `exclude` are regular expressions searched in dotted paths; without `target` the model's row in HOSTS
-    decides. Raises `Refused` for an unknown model without `target`, and for patterns that match nothing.
+    `target` and `exclude` are regular expressions searched in dotted paths; without `target` the model's row
+    in HOSTS decides. Raises `Refused` for an unknown model without `target`, and for patterns that match
+    nothing.
     """
     row = next((row for row in HOSTS if type(root).__name__ in row.classes), None)
     if row is None and target is None:

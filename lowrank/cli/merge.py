@@ -50,7 +50,8 @@ def _labels(grid: list[tuple[float, float]]) -> list[tuple[str, str]]:
         if len(set(labels)) == len(set(grid)):
             if len(set(grid)) < len(grid):
                 raise Refused(
-                    "a pair of strengths is listed twice; give each once in --style_weights, --content_weights"
+                    "a pair of strengths is listed twice; give each once in --style_weights, "
+                    "--content_weights"
                 )
             return labels
     raise AssertionError("floats differ within 16 digits")
@@ -115,8 +116,8 @@ def _check_base(mixture: Mixture, family: Family, models: Models) -> None:
         there = adapter.fact("base_hash")
         if there and there != here:
             raise Refused(
-                f"{adapter.path} was trained on {adapter.fact('base_model')} ({there[:12]}), and {models.source.path} "
-                f"is {here[:12]}; give the model it was trained on with --model_path"
+                f"{adapter.path} was trained on {adapter.fact('base_model')} ({there[:12]}), and "
+                f"{models.source.path} is {here[:12]}; give the model it was trained on with --model_path"
             )
 
 
@@ -125,8 +126,8 @@ def _settings(
 ) -> str:
     style, content = (adapter.path for adapter in mixture.adapters)
     return (
-        f"{options.prompt}\nSteps: {options.num_inference_steps}, Guidance: {options.guidance_scale:g}, Seed: {seed}, "
-        f"Size: {width}x{height}, Style: {style.parent.name}/{style.name} × {pair[0]:g}, "
+        f"{options.prompt}\nSteps: {options.num_inference_steps}, Guidance: {options.guidance_scale:g}, "
+        f"Seed: {seed}, Size: {width}x{height}, Style: {style.parent.name}/{style.name} × {pair[0]:g}, "
         f"Content: {content.parent.name}/{content.name} × {pair[1]:g}, Precision: {options.dtype}, "
         f"Model: {options.model_path}"
     )

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     size = path.stat().st_size
     print(
-        f"{path}: W - QR of {len(weights)} layers at rank {options.rank}, {size / 1e9:.3g} GB ({options.dtype})"
+        f"{path}: W - QR of {len(weights)} layers at rank {options.rank}, {size / 1e9:.3g} GB "
+        f"({options.dtype})"
     )
     return 0

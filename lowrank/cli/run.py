@@ -14,8 +14,8 @@ from lowrank.errors import Refused
 def run(name: str) -> NoReturn:
     """Run `lowrank.cli.<name>.main`; a `Refused` becomes one sentence on stderr and exit code 1.
 
-    Tracebacks are for our bugs. Libraries stay silent about parts that are not used here: torchvision, and CPU kernels
-    of 4-bit formats.
+    Tracebacks are for our bugs. Libraries stay silent about parts that are not used here: torchvision, and
+    CPU kernels of 4-bit formats.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

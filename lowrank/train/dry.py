@@ -33,7 +33,8 @@ def show(
     told = summary.summary(loader)
     for number, dataset in enumerate(told["datasets"]):
         print(
-            f"dataset {number}: {dataset['resolution'][0]}×{dataset['resolution'][1]}, batch {dataset['batch_size']}"
+            f"dataset {number}: {dataset['resolution'][0]}×{dataset['resolution'][1]}, batch "
+            f"{dataset['batch_size']}"
         )
         for place in dataset["folders"]:
             kind = "regularisation" if place["is_reg"] else "training"
@@ -66,8 +67,9 @@ def show(
         parsed.value("max_train_epochs"),
     )
     print(
-        f"steps: {steps.steps} in {steps.epochs} epochs of {len(loader)} batches, {steps.steps_per_epoch} steps each; "
-        f"{accelerator.num_processes} processes × {parsed.value('gradient_accumulation_steps')} micro-batches a step"
+        f"steps: {steps.steps} in {steps.epochs} epochs of {len(loader)} batches, {steps.steps_per_epoch} "
+        f"steps each; {accelerator.num_processes} processes × {parsed.value('gradient_accumulation_steps')} "
+        "micro-batches a step"
     )
     _show_memory(denoiser, network, parsed, dtype)
     return 0
@@ -80,7 +82,8 @@ def _show_layers(network: nn.Module, parsed: Parsed) -> None:
         for layer in network.layers():
             target = network.targets[layer.name]
             print(
-                f"  {target.native or target.name}  rank {layer.rank}  alpha {float(layer.scale * layer.rank):g}  lr {rate:g}"
+                f"  {target.native or target.name}  rank {layer.rank}  alpha "
+                f"{float(layer.scale * layer.rank):g}  lr {rate:g}"
             )
 
 
@@ -101,5 +104,6 @@ def _show_memory(denoiser: nn.Module, network: nn.Module, parsed: Parsed, dtype:
     for name, size in parts.items():
         print(f"  {name}: {size / GIB:.2f} GiB")
     print(
-        f"  together {sum(parts.values()) / GIB:.2f} GiB, and activations (least with --gradient_checkpointing)"
+        f"  together {sum(parts.values()) / GIB:.2f} GiB, and activations (least with "
+        "--gradient_checkpointing)"
     )

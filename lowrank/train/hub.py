@@ -32,6 +32,6 @@ def upload(options: Any, path: Path) -> None:
         )
     except (HfHubHTTPError, OSError) as error:
         raise Refused(
-            f"{path} could not be uploaded to {options.huggingface_repo_id}: {str(error).splitlines()[0]}; the file "
-            "is kept, check the token and the network"
+            f"{path} could not be uploaded to {options.huggingface_repo_id}: {str(error).splitlines()[0]}; "
+            "the file is kept, check the token and the network"
         ) from error

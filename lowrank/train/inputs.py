@@ -56,8 +56,8 @@ def datasets(parsed: Parsed) -> tuple[Dataset, ...]:
     prior = parsed.value("with_prior_preservation")
     if prior and not (parsed.value("class_data_dir") and parsed.value("class_prompt")):
         raise Refused(
-            "--with_prior_preservation needs --class_data_dir and --class_prompt: where the class images are (or "
-            "are to be made), and what they show"
+            "--with_prior_preservation needs --class_data_dir and --class_prompt: where the class images are "
+            "(or are to be made), and what they show"
         )
     folder = parsed.value("class_data_dir") if prior else None
     return from_instance(
@@ -159,8 +159,8 @@ class Text:
         if self.live and (to_disk or parsed.value("cache_text_encoder_outputs")):
             raise Refused(
                 "--cache_text_encoder_outputs needs captions that can be listed, and --shuffle_caption, "
-                "--caption_tag_dropout_rate, --enable_wildcard or --token_warmup_step make new ones at every step; "
-                "leave out one or the other"
+                "--caption_tag_dropout_rate, --enable_wildcard or --token_warmup_step make new ones at every "
+                "step; leave out one or the other"
             )
         self._cache = Cache(cache_folder("text") if to_disk else None)
         self._hash = f"{family.model_hash(models, 'text')} {models.source.dtype}"

@@ -50,7 +50,10 @@ class Meter:
         self._batches += 1
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """Means over the step's micro-batches and all processes, by name; bins nobody fell into are None. Resets."""
+        """Means over the step's micro-batches and all processes, by name; bins nobody fell into are None.
+
+        Resets.
+        """
         means = accelerator.reduce(self._sums, "sum") / (self._batches * accelerator.num_processes)
         values, n = means.tolist(), 1 + len(self.components)
         told: dict[str, float | None] = dict(zip(("loss", *self.components), values[:n], strict=True))

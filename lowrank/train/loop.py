@@ -1,7 +1,7 @@
 """The loop: draw noise, predict, compare, step. Everything else is around it.
 
-Randomness is stateless: the noise, timestep and dropout of a batch depend only on (seed, epoch, position), so a resumed
-run, another number of processes, or a validation in between changes nothing.
+Randomness is stateless: the noise, timestep and dropout of a batch depend only on (seed, epoch, position), so
+a resumed run, another number of processes, or a validation in between changes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from lowrank.train.watch import first_not_finite, refuse_not_finite
 
 @dataclass
 class Run:
-    """All that the loop touches. `denoise(noisy, timesteps, text) -> prediction`; `latents(batch, generator)`."""
+    """All that the loop touches.
+
+    `denoise(noisy, timesteps, text) -> prediction`; `latents(batch, generator)`.
+    """
 
     accelerator: Accelerator
     network: nn.Module
@@ -111,7 +114,10 @@ def _fit(masks: Tensor, latents: Tensor) -> Tensor:
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
-    """Mean over processes in one message. The network's own forward is never called, so DDP's hooks would not run."""
+    """Mean over processes in one message.
+
+    The network's own forward is never called, so DDP's hooks would not run.
+    """
     if accelerator.num_processes == 1:
         return
     held = [p for p in parameters if p.grad is not None]
@@ -121,7 +127,10 @@ def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) 
 
 
 def train(run: Run, progress: Progress) -> Progress:
-    """Run until `run.steps` optimizer steps are done. Raises `Refused` at the first loss or gradient that is not finite."""
+    """Run until `run.steps` optimizer steps are done.
+
+    Raises `Refused` at the first loss or gradient that is not finite.
+    """
     accelerator, network = run.accelerator, run.network
     meter = Meter(components(network), accelerator.device)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]

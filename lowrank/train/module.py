@@ -69,7 +69,10 @@ def create(
     dim_from_weights: bool,
     train_denoiser: bool = True,
 ) -> nn.Module:
-    """A network on its hosts, ready for the optimizer. Call order: kohya's trainer (kohya_ss/sd-scripts, train_network.py)."""
+    """A network on its hosts, ready for the optimizer.
+
+    Call order: kohya's trainer (kohya_ss/sd-scripts, train_network.py).
+    """
     facade = facade_of(module)
     if facade is not None:
         facade.check(arguments)
@@ -112,7 +115,10 @@ def create(
 def optimizer_groups(
     network: nn.Module, text_encoder_lr: Any, unet_lr: float | None, rate: float
 ) -> tuple[list, list[str]]:
-    """The network's parameter groups and a description for each. Raises `Refused` when nothing would be trained."""
+    """The network's parameter groups and a description for each.
+
+    Raises `Refused` when nothing would be trained.
+    """
     several = getattr(network, "prepare_optimizer_params_with_multiple_te_lrs", None)
     if several is not None:
         result = several(text_encoder_lr, unet_lr, rate)
@@ -128,6 +134,7 @@ def optimizer_groups(
     groups = [{**group, "params": list(group["params"])} for group in groups]
     if not any(group["params"] for group in groups):
         raise Refused(
-            "no parameter would be trained: every learning rate is 0; set --learning_rate or --unet_lr above 0"
+            "no parameter would be trained: every learning rate is 0; set --learning_rate or --unet_lr above "
+            "0"
         )
     return groups, [*names, *(f"group{i}" for i in range(len(names), len(groups)))]

@@ -63,8 +63,8 @@ def _checked(where: str, values: dict[str, Any], default: Prompt) -> Prompt:
     prompt = replace(default, **read)
     if min(prompt.width, prompt.height) < 16 or not 1 <= prompt.sample_steps <= 1000:
         raise Refused(
-            f"{where} asks for {prompt.width}×{prompt.height} in {prompt.sample_steps} steps; sides are at least 16 "
-            "and steps 1 to 1000"
+            f"{where} asks for {prompt.width}×{prompt.height} in {prompt.sample_steps} steps; sides are at "
+            "least 16 and steps 1 to 1000"
         )
     return replace(prompt, width=prompt.width // 16 * 16, height=prompt.height // 16 * 16)
 

@@ -179,6 +179,7 @@ class Keeper:
             self._ema.load(folder)
         self._good = folder
         self._log.say(
-            f"resumed from {folder}: step {progress.step}, epoch {progress.epoch + 1}, batch {progress.position + 1}"
+            f"resumed from {folder}: step {progress.step}, epoch {progress.epoch + 1}, batch "
+            f"{progress.position + 1}"
         )
         return progress

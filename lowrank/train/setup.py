@@ -46,7 +46,8 @@ def accelerator(parsed: Parsed, folder: Path) -> Accelerator:
     for flag, needed in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
         if parsed.value(flag) and accelerator.mixed_precision != needed:
             raise Refused(
-                f"--{flag} needs --mixed_precision {needed}, and it is {accelerator.mixed_precision}; set both or none"
+                f"--{flag} needs --mixed_precision {needed}, and it is {accelerator.mixed_precision}; set "
+                "both or none"
             )
     return accelerator
 

@@ -1,7 +1,7 @@
 """What a run leaves on disk, and how it goes on from there: file names, checkpoints, resume.
 
-A checkpoint folder is filled under a temporary name and renamed once it is whole; `train_state.json` lists every file
-with its SHA-256, so a half-written or altered folder is told apart from a good one.
+A checkpoint folder is filled under a temporary name and renamed once it is whole; `train_state.json` lists
+every file with its SHA-256, so a half-written or altered folder is told apart from a good one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ STATE = "train_state.json"
 
 @dataclass(frozen=True)
 class Names:
-    """Where things go. With an output name kohya's file names are used, without one those of diffusers' scripts."""
+    """Where things go.
+
+    With an output name kohya's file names are used, without one those of diffusers' scripts.
+    """
 
     output_dir: Path
     output_name: str | None
@@ -72,8 +75,8 @@ def save_state(
 ) -> None:
     """Write a checkpoint folder: adapter in full precision, optimizer, scheduler, RNG, progress; all or nothing.
 
-    Every process calls this; `run` says what a resumed run must agree on (module, rank, seed, data), `extra` may add
-    files.
+    Every process calls this; `run` says what a resumed run must agree on (module, rank, seed, data), `extra`
+    may add files.
     """
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
@@ -106,7 +109,8 @@ def find_state(wanted: str, output_dir: Path) -> Path:
         found = checkpoints(output_dir)
         if not found:
             raise Refused(
-                f"there is no checkpoint-N folder in {output_dir} to resume from; leave --resume out to start anew"
+                f"there is no checkpoint-N folder in {output_dir} to resume from; leave --resume out to "
+                "start anew"
             )
         return found[-1]
     for folder in (Path(wanted), output_dir / wanted):
@@ -121,14 +125,17 @@ def find_state(wanted: str, output_dir: Path) -> Path:
 def load_state(
     folder: Path, accelerator: Accelerator, network: nn.Module, run: Mapping[str, Any]
 ) -> Progress:
-    """Continue from a folder that `save_state` wrote. Raises `Refused` if it is not whole or belongs to another run."""
+    """Continue from a folder that `save_state` wrote.
+
+    Raises `Refused` if it is not whole or belongs to another run.
+    """
     try:
         told = json.loads((folder / STATE).read_text())
         files, before = told["files"], told["run"]
     except (OSError, ValueError, KeyError) as error:
         raise Refused(
-            f"{folder} is not a whole checkpoint of this program: {STATE} is missing or unreadable; resume from "
-            "an earlier one, or start from its weights with --network_weights"
+            f"{folder} is not a whole checkpoint of this program: {STATE} is missing or unreadable; resume "
+            "from an earlier one, or start from its weights with --network_weights"
         ) from error
     for name, digest in files.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
@@ -138,8 +145,8 @@ def load_state(
     for key, value in run.items():
         if before.get(key) != value:
             raise Refused(
-                f"{folder} belongs to another run: its {key} is {before.get(key)} and this run's is {value}; use "
-                "the same settings, or start from its weights with --network_weights"
+                f"{folder} belongs to another run: its {key} is {before.get(key)} and this run's is {value}; "
+                "use the same settings, or start from its weights with --network_weights"
             )
     network.load_weights(str(folder / WEIGHTS))
     accelerator.load_state(str(folder))

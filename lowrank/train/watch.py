@@ -125,6 +125,6 @@ def refuse_not_finite(what: str, step: int, images: Sequence[Path], where: str, 
     """Stop the run: one sentence with step, module and image, and what is left to go on from."""
     told = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet"
     raise Refused(
-        f"{what} is not finite at step {step}: first in {where}, with {', '.join(str(i) for i in images)}; {told}; "
-        "lower --learning_rate, use --mixed_precision bf16, or remove the image"
+        f"{what} is not finite at step {step}: first in {where}, with {', '.join(str(i) for i in images)}; "
+        f"{told}; lower --learning_rate, use --mixed_precision bf16, or remove the image"
     )

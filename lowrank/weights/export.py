@@ -40,3 +40,18 @@ def export_lora(source: str | Path, target: str | Path) -> dict[str, Tensor]:
     }
     write_tensors(target, state, {**kept, **facts})
     return state
+
+
+def worst_difference(source: str | Path, target: str | Path) -> float:
+    """The largest ‖ΔW_target − ΔW_source‖/‖ΔW_source‖ of a layer, both read from their files, in thin factors."""
+    ours, theirs = read_layers(source)[0], read_layers(target)[0]
+    worst = 0.0
+    for module, roles in ours.items():
+        up, down, scale = thin(module, roles, str(source))
+        other_up, other_down, other_scale = thin(module, theirs[module], str(target))
+        U = torch.cat([up.double(), other_up.double()], 1)
+        D = torch.cat([scale * down.double(), -other_scale * other_down.double()])
+        difference = ((U.T @ U) * (D @ D.T).T).sum().clamp_min(0).sqrt()
+        size = ((up.double().T @ up.double()) * (down.double() @ down.double().T).T).sum().clamp_min(0).sqrt()
+        worst = max(worst, float(difference / (abs(scale) * size).clamp_min(1e-30)))
+    return worst

@@ -55,7 +55,8 @@ class Mixture:
         if len(adapters) > 1 and not set.intersection(*(set(layers) for layers in own)):
             raise Refused(
                 f"{adapters[0].path} and {adapters[1].path} have no layer in common, for example "
-                f"{next(iter(adapters[0].layers))} and {next(iter(adapters[1].layers))}; are both for one model?"
+                f"{next(iter(adapters[0].layers))} and {next(iter(adapters[1].layers))}; are both for one "
+                "model?"
             )
         self.modules = modules
         self._parts = {
@@ -94,8 +95,8 @@ class Mixture:
             }
         )
         return (
-            f"{joined} of {len(self.modules)} layers have different bases, ranks or kinds: they are concatenated, exactly, "
-            f"to rank {', '.join(map(str, ranks))}"
+            f"{joined} of {len(self.modules)} layers have different bases, ranks or kinds: they are "
+            f"concatenated, exactly, to rank {', '.join(map(str, ranks))}"
         )
 
     def attach(
@@ -158,8 +159,8 @@ class AttachedMixture:
         lost = [module for name, module in mixture.modules.items() if name not in hosts]
         if lost:
             raise Refused(
-                f"{len(lost)} of {len(mixture.modules)} adapter layers are not in {type(denoiser).__name__}, for "
-                f"example {lost[0]}; the adapter is for another model"
+                f"{len(lost)} of {len(mixture.modules)} adapter layers are not in {type(denoiser).__name__}, "
+                f"for example {lost[0]}; the adapter is for another model"
             )
         self._names = {hosts[name].name: name for name in mixture.modules}
         nothing = [0.0] * len(mixture.adapters)
@@ -171,8 +172,8 @@ class AttachedMixture:
             )
             if have != want:
                 raise Refused(
-                    f"{module} is {have[0]}×{have[1]} in the adapter and {want[0]}×{want[1]} in the model; the "
-                    "adapter is for another base"
+                    f"{module} is {have[0]}×{have[1]} in the adapter and {want[0]}×{want[1]} in the model; "
+                    "the adapter is for another base"
                 )
         ranks = {t: mixture.up(name).shape[1] for t, name in self._names.items()}
         chosen = [hosts[name] for name in mixture.modules]

@@ -1,7 +1,8 @@
 """Adapter files of any dialect, read into one shape: layers by module, tensors by role.
 
-Roles: `up` (O×R), `down` (R×I), `q` (O×R, orthonormal basis), `base_r` and `delta_r` (R×I), `alpha` (0-d). ΔR files hold
-q, base_r, delta_r; QR-LoRA files up and down with their initial copies q and base_r; plain LoRA files up and down.
+Roles: `up` (O×R), `down` (R×I), `q` (O×R, orthonormal basis), `base_r` and `delta_r` (R×I), `alpha` (0-d). ΔR
+files hold q, base_r, delta_r; QR-LoRA files up and down with their initial copies q and base_r; plain LoRA
+files up and down.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Thin(NamedTuple):
 def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
     """({module: {role: tensor}}, metadata) of an adapter file; modules lose the `transformer.` prefix.
 
-    Reads native, PEFT/diffusers, kohya and official QR-LoRA keys, the latter with or without the repeated `to_out.0`.
-    Raises `Refused` when the file is not whole or holds no adapter.
+    Reads native, PEFT/diffusers, kohya and official QR-LoRA keys, the latter with or without the repeated
+    `to_out.0`. Raises `Refused` when the file is not whole or holds no adapter.
     """
     state, metadata = read_tensors(path)
     layers: Layers = {}
@@ -59,8 +60,8 @@ def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
 def thin(module: str, roles: dict[str, Tensor], source: str = "the file") -> Thin:
     """One layer's ΔW as a thin pair in the dtype it is stored in.
 
-    ΔR: [Q]·[ΔR]. QR-LoRA: [Q′ | Q₀]·[R′ ; −R₀], rank 2r. LoRA: [U]·[D]. The scale is alpha/r, and 1 without an alpha.
-    Raises `Refused` when a factor is absent.
+    ΔR: [Q]·[ΔR]. QR-LoRA: [Q′ | Q₀]·[R′ ; −R₀], rank 2r. LoRA: [U]·[D]. The scale is alpha/r, and 1 without
+    an alpha. Raises `Refused` when a factor is absent.
     """
     if "delta_r" in roles:
         pair = (roles.get("q"), roles["delta_r"])
@@ -72,8 +73,8 @@ def thin(module: str, roles: dict[str, Tensor], source: str = "the file") -> Thi
     if up is None or down is None:
         names = "q" if "delta_r" in roles else "up or down"
         raise Refused(
-            f"{module} in {source} has no {names}, only {', '.join(sorted(roles))}; a file saved without its basis "
-            "is completed by `--save_basis full` at training"
+            f"{module} in {source} has no {names}, only {', '.join(sorted(roles))}; a file saved without its "
+            "basis is completed by `--save_basis full` at training"
         )
     rank = roles["delta_r"].shape[0] if "delta_r" in roles else roles["down"].shape[0]
     scale = float(roles["alpha"]) / rank if "alpha" in roles else 1.0

@@ -57,15 +57,15 @@ def check_residual(
                 mine, theirs = own.get(f"lowrank.{fact}"), metadata.get(f"lowrank.{fact}")
                 if mine and theirs and mine != theirs:
                     raise Refused(
-                        f"{path} was made with {fact} {mine[:16]} and the adapter with {theirs[:16]}; make it again "
-                        "with save_flux_residual.py, or leave --residual_path out, it is not needed"
+                        f"{path} was made with {fact} {mine[:16]} and the adapter with {theirs[:16]}; make "
+                        "it again with save_flux_residual.py, or leave --residual_path out, it is not needed"
                     )
             usable = [m for m, roles in layers.items() if {"q", "base_r"} <= roles.keys() and m in hosts]
             absent = [module for module in usable if module not in names]
             if absent:
                 raise Refused(
-                    f"{path} lacks {len(absent)} of the adapter's layers, for example {absent[0]}; it was made for "
-                    "other targets or another model; leave --residual_path out, it is not needed"
+                    f"{path} lacks {len(absent)} of the adapter's layers, for example {absent[0]}; it was "
+                    "made for other targets or another model; leave --residual_path out, it is not needed"
                 )
             for module in usable[:: max(1, len(usable) // sample)]:
                 _check_layer(
@@ -86,8 +86,8 @@ def _check_layer(
     W = weight.detach().float().cpu().flatten(1)
     if residual.shape != W.shape:
         raise Refused(
-            f"{path}: {module} is {tuple(residual.shape)} and the model's is {tuple(W.shape)}; it belongs to another "
-            "model"
+            f"{path}: {module} is {tuple(residual.shape)} and the model's is {tuple(W.shape)}; it belongs to "
+            "another model"
         )
     q, r = roles["q"].float(), roles["base_r"].float()
     scale = float(roles["alpha"]) / q.shape[1] if "alpha" in roles else 1.0
@@ -95,6 +95,7 @@ def _check_layer(
     limit = max(_ROUNDING[t] for t in (residual.dtype, weight.dtype, roles["q"].dtype))
     if error > limit:
         raise Refused(
-            f"{path} does not belong to this adapter and base: in {module} W_res + Q·R misses W by {error:.1%} "
-            f"(limit {limit:.1%}); base model, rank or basis differ; leave --residual_path out, it is not needed"
+            f"{path} does not belong to this adapter and base: in {module} W_res + Q·R misses W by "
+            f"{error:.1%} (limit {limit:.1%}); base model, rank or basis differ; leave --residual_path out, "
+            "it is not needed"
         )
