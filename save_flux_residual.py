@@ -1,4 +1,4 @@
-"""Write W − QR of every adapted layer: save_flux_residual.py --model_path FLUX.1-dev --rank 64 --output_dir flux_dir"""
+"""Write W − QR of each layer: save_flux_residual.py --model_path FLUX.1-dev --rank 64 --output_dir out"""
 
 from lowrank.cli.run import run
 

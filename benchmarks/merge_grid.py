@@ -2,9 +2,9 @@
 
     python benchmarks/merge_grid.py
 
-Two ΔR adapters of rank 64 on a FLUX transformer of width 1024 (2 double, 4 single blocks, 576 picture tokens): the time to
-set new strengths over the time of one forward, medians over the turns with quartiles, for adapters that share their
-basis and for a ΔR and a LoRA that are concatenated.
+Two ΔR adapters of rank 64 on a FLUX transformer of width 1024 (2 double, 4 single blocks, 576 picture
+tokens): the time to set new strengths over the time of one forward, medians over the turns with quartiles,
+for adapters that share their basis and for a ΔR and a LoRA that are concatenated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from lowrank.weights.merge import Adapter, Mixture
 def adapter(denoiser: torch.nn.Module, name: str, seed: int, folder: Path) -> Adapter:
     """A file of one method with random trained values."""
     cache = {} if name == "lora" else {"basis_cache": str(folder)}
-    network = importlib.import_module(f"networks.{name}").create_network(1.0, 64, 64.0, None, [], denoiser, **cache)
+    module = importlib.import_module(f"networks.{name}")
+    network = module.create_network(1.0, 64, 64.0, None, [], denoiser, **cache)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

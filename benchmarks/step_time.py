@@ -1,4 +1,4 @@
-"""Training step of one FLUX transformer: ΔR, ΔR-triu, QR-LoRA, LoRA, beside PEFT's LoRA and the frozen base, in one run.
+"""A training step of a FLUX transformer: ΔR, ΔR-triu, QR-LoRA, LoRA, beside PEFT's LoRA and the frozen base.
 
     python benchmarks/step_time.py --device cpu          # or cuda
     python benchmarks/step_time.py --quick
@@ -57,7 +57,7 @@ def inputs(tokens: int, device: str, dtype: torch.dtype) -> dict:
 
 
 def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
-    """(one training step, trained parameters) of a method; "base" trains nothing and differentiates its input."""
+    """(training step, trained parameters) of a method; "base" trains nothing and differentiates its input."""
     denoiser, batch = model(args.hidden, args.device, dtype), inputs(args.tokens, args.device, dtype)
     if name == "base":
         batch["hidden_states"].requires_grad_(True)
@@ -74,7 +74,8 @@ def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Ca
         network.to(args.device)
         parameters = list(network.parameters())
     for parameter in parameters:
-        parameter.data = parameter.data.float() if dtype == torch.float32 or name != "base" else parameter.data
+        if dtype == torch.float32 or name != "base":
+            parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if name != "base" else None
     half = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
 
@@ -124,7 +125,8 @@ def main() -> None:
     settings = {"device": args.device, "hidden": args.hidden, "tokens": args.tokens, "rank": args.rank, "turns": args.turns,
                 "dtype": str(dtype), "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(settings)
-    print("| method | step s | / PEFT LoRA | quartiles | / frozen base | trained |\n|---|---|---|---|---|---|")
+    print("| method | step s | / PEFT LoRA | quartiles | / frozen base | trained |")
+    print("|---|---|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['median_s']:.3f} | {row['ratio_to_peft']:.3f} | {row['quartiles'][0]:.3f}–"
               f"{row['quartiles'][1]:.3f} | {row['ratio_to_base']:.3f} | {row['trained_parameters']:,} |")

@@ -63,7 +63,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """As `atomic`, for a folder of files; an older folder of that name is replaced only once the new one is whole."""
+    """As `atomic`, for a folder of files; an older one is replaced only once the new one is whole."""
     path = Path(path)
     with _replacing(path, part_of(path), lambda part: shutil.rmtree(part, ignore_errors=True)) as part:
         shutil.rmtree(part, ignore_errors=True)
@@ -94,7 +94,7 @@ def parse_toml(text: str, where: str | os.PathLike) -> dict:
     """A TOML document as a dict. Raises `Refused` naming `where` it came from."""
     try:
         return tomllib.loads(text)
-    except (ValueError, IndexError) as error:  # both libraries' errors are ValueErrors; toml 0.10 leaks IndexError
+    except (ValueError, IndexError) as error:  # both raise ValueErrors; toml 0.10 leaks IndexError
         raise Refused(f"{where} is not TOML: {error}; correct the file") from error
 
 

@@ -236,7 +236,9 @@ def _keys(path: Path) -> list[tuple[str, object]]:
             f"--config_file {path} does not exist (seen from {Path.cwd()}); correct the path"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"--config_file {path} cannot be read: {error}; correct the path or the file") from error
+        raise Refused(
+            f"--config_file {path} cannot be read: {error}; correct the path or the file"
+        ) from error
     flat: list[tuple[str, object]] = []
     for key, value in found.items():
         flat += value.items() if isinstance(value, dict) else [(key, value)]

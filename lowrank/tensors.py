@@ -1,4 +1,4 @@
-"""Files of tensors: read whatever dialect, write whole or not at all, with the hashes that interfaces show."""
+"""Files of tensors: read any dialect, write whole or not at all, with the hashes that interfaces show."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lowrank.files import atomic
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, or of a `.pt`/`.ckpt` dictionary of tensors (nothing else unpickled)."""
+    """Tensors and metadata of a safetensors file, or of a `.pt`/`.ckpt` dictionary of tensors only."""
     path = Path(path)
     if not path.is_file():
         raise Refused(f"{path} does not exist or is not a file; check the path")

@@ -26,7 +26,7 @@ from lowrank.weights.basis import start_basis
 @dataclass(frozen=True)
 class Options:
     use_zero_init: bool = True
-    """start at the base model; False starts at a random ΔR, as the official code does unless told otherwise"""
+    """start at the base model; False starts at a random ΔR, the official code's default"""
     delta_scale: float = 0.01
     """standard deviation of that random ΔR"""
     basis_cache: str | None = None

@@ -218,3 +218,27 @@ def test_merge_to_is_the_live_output_and_restores(method, kind, cache):
 def test_dense_weight_flattens(kind):
     for module in base(kind).children():
         assert dense_weight(module).shape == (module.weight.shape[0], module.weight[0].numel())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", SHIPPED)
+def test_a_quantised_base_is_adapted_and_untouched(method, bits, cache):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 64)
+    if bits == 4:
+        packed = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    else:
+        packed = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    packed.load_state_dict(plain.state_dict())
+    model = torch.nn.Sequential(packed.to("cpu")).requires_grad_(False)
+    x = torch.randn(3, 64)
+    before = model(x)
+    torch.testing.assert_close(dense_weight(packed).float(), plain.weight.detach(), rtol=0, atol=0.03)  # its rounding
+    made = network(method, model, cache)
+    assert torch.equal(model(x), before)
+    shake(made)
+    layer = made.layers()[0]
+    torch.testing.assert_close(model(x), before + F.linear(x, layer.delta_weight()), rtol=1e-4, atol=1e-4)
+    made.restore()
+    assert torch.equal(model(x), before)

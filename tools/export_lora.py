@@ -1,7 +1,8 @@
 """Write an adapter as a plain LoRA: python tools/export_lora.py in.safetensors out.safetensors
 
-ΔR keeps its rank r, QR-LoRA becomes rank 2r; both are exact. The keys are diffusers' (`transformer.….lora_A.weight`), which ComfyUI
-reads as well. The file is read back and compared layer by layer before the command ends.
+ΔR keeps its rank r, QR-LoRA becomes rank 2r; both are exact. The keys are diffusers'
+(`transformer.….lora_A.weight`), which ComfyUI reads as well. The file is read back and compared layer by
+layer before the command ends.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {refused}", file=sys.stderr)
         return 1
     ranks = sorted({value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")})
-    print(f"{args.target}: {len(state) // 3} layers of rank {', '.join(map(str, ranks))}; read back, the largest relative "
-          f"difference of a layer is {worst:.1e}")
+    print(f"{args.target}: {len(state) // 3} layers of rank {', '.join(map(str, ranks))}; "
+          f"read back, the largest relative difference of a layer is {worst:.1e}")
     return 0
 
 

@@ -15,9 +15,10 @@ import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -114,7 +115,10 @@ def without_bars() -> Iterator[None]:
 def pipeline(folder: Path):
     """The stock FluxPipeline around tiny parts; the tokenizers' files are written to `folder` first."""
     from diffusers import FluxPipeline
-    from transformers import CLIPTokenizer, T5TokenizerFast
+    from transformers import (
+        CLIPTokenizer,
+        T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  # made at import
+    )
 
     vocab, merges = clip_vocabulary(WORDS.split())
     write_clip_tokenizer(folder / "tokenizer", vocab, merges)
@@ -162,14 +166,17 @@ def vae():
     """
     from diffusers import AutoencoderKL
 
-    model = AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32),
+    blocks: dict[str, Any] = {  # diffusers declares these as tuples of one
+        "block_out_channels": (16, 16, 32, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+    model: Any = AutoencoderKL(
+        **blocks,
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=16,
         sample_size=256,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
         scaling_factor=0.3611,
         shift_factor=0.1159,
         use_quant_conv=False,
@@ -219,7 +226,7 @@ def t5(vocabulary: int):
             feed_forward_proj="gated-gelu",
             is_encoder_decoder=False,
             use_cache=False,
-            tie_word_embeddings=False,
+            tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]  # read from **kwargs
         )
     ).eval()
 
@@ -236,7 +243,7 @@ def byte_letters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def clip_vocabulary(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def clip_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Byte-pair vocabulary and merges that make each word one token (Sennrich et al., arXiv 1508.07909), ties
     by spelling.
     """
@@ -284,7 +291,7 @@ def write_clip_tokenizer(folder: Path, vocab: dict[str, int], merges: list[tuple
     )
 
 
-def t5_pieces(words: list[str]) -> list[tuple[str, float]]:
+def t5_pieces(words: Sequence[str]) -> list[tuple[str, float]]:
     """Unigram pieces with log-probabilities: the words, then every printable Latin-1 character, so that
     nothing is lost.
     """
@@ -332,7 +339,7 @@ def write_t5_tokenizer(folder: Path, pieces: list[tuple[str, float]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", choices=list(TRANSFORMERS), default="tiny")

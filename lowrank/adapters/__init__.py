@@ -1,1 +1,1 @@
-"""The adapters: pure mathematics (factor, gate, experts, magnitude, penalty, rates) and the one layer that uses it."""
+"""The adapters: pure mathematics (factor, gate, experts, magnitude, penalty, rates), one layer using it."""

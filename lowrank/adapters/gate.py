@@ -1,7 +1,4 @@
-"""Which ranks are open at a timestep: nested prefixes, never empty (T-LoRA, arXiv 2507.05964, eq.
-
-3 and 6).
-"""
+"""Which ranks are open at a timestep: nested prefixes, never empty (T-LoRA, arXiv 2507.05964, eq. 3, 6)."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ def open_ranks(timestep: Tensor, rank: int, min_rank: int, alpha: float = 1.0, h
     """r(t) = ⌊((T − t)/T)^α (R − R_min)⌋ + R_min, in integers (B,) between `min_rank` and `rank`.
 
     `timestep` is (B,) in 0..`horizon`, 0 = clean picture; values outside are clamped. For α = 1 the floor is
-    taken on integers, so that no (R, R_min, t) depends on floating-point rounding. Raises `Refused` unless 1
-    ≤ min_rank ≤ rank and alpha > 0.
+    taken on integers, so that no (R, R_min, t) depends on floating-point rounding. Raises `Refused` unless
+    1 ≤ min_rank ≤ rank and alpha > 0.
     """
     if not 1 <= min_rank <= rank:
         raise Refused(f"min_rank {min_rank} is not between 1 and rank {rank}; choose one that is")
@@ -35,7 +32,7 @@ def prefix(open_: Tensor, rank: int) -> Tensor:
 
 
 def per_sample(mask: Tensor, batch: int) -> Tensor:
-    """Mask (B, R) repeated to `batch` = n·B rows, so that guidance and several images per prompt keep their order."""
+    """Mask (B, R) repeated to `batch` = n·B rows: guidance and several images per prompt keep their order."""
     if mask.shape[0] == 1:
         return mask.expand(batch, -1)
     if batch % mask.shape[0]:

@@ -1,4 +1,4 @@
-"""Names of tensors in files: one role, one suffix per dialect (formats' owners: kohya sd-scripts, PEFT, QR-LoRA)."""
+"""Names of tensors in files: one role, one suffix per dialect (owners: kohya sd-scripts, PEFT, QR-LoRA)."""
 
 from __future__ import annotations
 
@@ -31,16 +31,13 @@ _REPEATED = re.compile(r"\.(to_out\.0)\.\1$")
 
 
 def role_of(key: str) -> tuple[str, str] | None:
-    """(module, role) of a key in any dialect; `module` keeps its prefix.
-
-    None for keys that are not an adapter's.
-    """
+    """(module, role) of a key in any dialect, `module` with its prefix; None for keys of no adapter."""
     found = _SUFFIX.match(key)
     return (_REPEATED.sub(r".\1", found[1]), _READ[found[2]]) if found else None
 
 
 def module_path(module: str) -> str:
-    """The dotted module without a model's prefix: `transformer.a.b` → `a.b`; flat kohya names stay as they are."""
+    """The dotted module without a model's prefix: `transformer.a.b` → `a.b`; flat kohya names stay."""
     return _PREFIX.sub("", module)
 
 

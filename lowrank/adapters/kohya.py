@@ -1,8 +1,9 @@
 """The façade: a method becomes a kohya network module with two functions.
 
-kohya's trainers import a module by name and call `create_network(1.0, dim, alpha, vae, text_encoder, unet,
-…)` or `create_network_from_weights(multiplier, file, vae, text_encoder, unet, …)`; every network argument
-arrives as a string.
+kohya's trainers import a module by name and call 
+`create_network(1.0, dim, alpha, vae, text_encoder, unet, …)` or
+`create_network_from_weights(multiplier, file, vae, text_encoder, unet, …)`; every network argument arrives as
+a string.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.adapters import keys
-from lowrank.adapters.method import Method
+from lowrank.adapters.layer import host_shape
+from lowrank.adapters.method import Factor, Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import Target, find
 from lowrank.errors import Refused, nearest
@@ -50,7 +52,7 @@ class Layout:
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
     save_basis: str = "full"
-    """frozen tensors in files: full (all), q (what using the file needs), none (found again from the base model)"""
+    """frozen tensors in files: full (all), q (what using the file needs), none (found again from the base)"""
 
 
 def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
@@ -134,29 +136,29 @@ class Facade:
             layer.dropout = layout.dropout or 0.0
             layer.rank_dropout = layout.rank_dropout or 0.0
             layer.module_dropout = layout.module_dropout or 0.0
-        network.leave_out = self._left_out(method, layout)
-        ups = {method.factor.up} & set(method.factor.trained)
+        network.leave_out = self._left_out(network.factor, layout)
+        ups = {network.factor.up} & set(network.factor.trained)
         parts = {target.part for target in targets}
         for part in parts:
             own = layout.loraplus_unet_lr_ratio if part == "unet" else layout.loraplus_text_encoder_lr_ratio
             ratio = own or layout.loraplus_lr_ratio
             if ratio and not ups:
                 raise Refused(
-                    f"LoRA+ speeds up the trained up factor, and {method.name} trains none; leave loraplus "
-                    "out"
+                    f"LoRA+ speeds up the trained up factor, and {method.name} trains none; "
+                    "leave loraplus out"
                 )
             network.role_rates |= {(part, role): ratio for role in ups if ratio}
         return network
 
-    def _left_out(self, method: Method, layout: Layout) -> frozenset[str]:
+    def _left_out(self, factor: Factor, layout: Layout) -> frozenset[str]:
         kinds = ("full", "q", "none")
         if layout.save_basis not in kinds:
             raise Refused(
                 f"save_basis {layout.save_basis!r} is not one of "
                 f"{', '.join(kinds)}{nearest(layout.save_basis, kinds)}"
             )
-        table = {"full": frozenset(), "q": frozenset(method.factor.record)}
-        return table.get(layout.save_basis, frozenset(method.factor.record) | method.factor.frozen)
+        table = {"full": frozenset(), "q": frozenset(factor.record)}
+        return table.get(layout.save_basis, frozenset(factor.record) | factor.frozen)
 
     def create_network(
         self,
@@ -186,9 +188,10 @@ class Facade:
 
         def size(target: Target) -> tuple[int, float]:
             kernel = target.module.kernel_size if isinstance(target.module, nn.Conv2d) else (1, 1)
-            convolves = layout.conv_dim and tuple(kernel) != (1, 1)
-            chosen = (layout.conv_dim, float(layout.conv_alpha or 1.0)) if convolves else (rank, alpha)
-            outs, ins = target.module.weight.shape[0], target.module.weight[0].numel()
+            chosen = (rank, alpha)
+            if layout.conv_dim and tuple(kernel) != (1, 1):
+                chosen = (layout.conv_dim, float(layout.conv_alpha or 1.0))
+            outs, ins = host_shape(target.module)
             if not 1 <= chosen[0] <= min(outs, ins):
                 raise Refused(
                     f"rank {chosen[0]} does not fit {target.native or target.name} (out={outs}, in={ins}); "
@@ -212,7 +215,7 @@ class Facade:
         for_inference: bool = False,
         **arguments: Any,
     ) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
-        """A network of the file's shapes (ranks, alphas, layers) without its values, and the file's tensors."""
+        """A network of the file's shapes (ranks, alphas, layers) without values, and the file's tensors."""
         metadata: Mapping[str, str] = {}
         if weights_sd is None:
             weights_sd, metadata = read_tensors(file or "")
@@ -226,9 +229,10 @@ class Facade:
             for key, value in weights_sd.items()
             if key.endswith(".alpha")
         }
+        down = method.require_factor().down
         for key, value in weights_sd.items():
             module, role = keys.role_of(key) or ("", "")
-            if role == method.factor.down:
+            if role == down:
                 sizes[keys.flat(module)] = _rank_and_alpha(value.shape[0], alphas.get(keys.flat(module)))
         wide = dataclasses.replace(layout, target=layout.target or (".*" if unet is not None else None))
         targets = [

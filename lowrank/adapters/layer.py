@@ -7,6 +7,7 @@ with the host's stride, padding and dilation, U a 1×1 convolution.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters import experts, gate, keys, magnitude
-from lowrank.adapters.method import Method
+from lowrank.adapters.method import Gate, Method
+from lowrank.adapters.targets import Layer
 from lowrank.errors import Refused
 
 
@@ -38,8 +40,15 @@ class Clock:
         return self.at(self.timestep)
 
 
-def dense_weight(host: nn.Module) -> Tensor:
-    """The host's weight as O × I·k·k, read now and without a copy where possible; quantised weights are unpacked."""
+def host_shape(host: nn.Module) -> tuple[int, int]:
+    """(O, I·k·k) of a host, also where its weight is packed."""
+    if isinstance(host, nn.Conv2d):
+        return host.out_channels, host.in_channels // host.groups * math.prod(host.kernel_size)
+    return host.out_features, host.in_features
+
+
+def dense_weight(host: Layer) -> Tensor:
+    """The host's weight as O × I·k·k, read now, if possible without a copy; quantised ones are unpacked."""
     weight = host.weight.detach()
     kind = type(host.weight).__name__
     if kind in ("Params4bit", "Int8Params"):
@@ -48,7 +57,8 @@ def dense_weight(host: nn.Module) -> Tensor:
         if kind == "Params4bit":
             weight = bnb.functional.dequantize_4bit(weight.data, host.weight.quant_state)
         else:
-            weight = host.weight.CB.float() * host.weight.SCB.float()[:, None] / 127
+            scale = host.weight.SCB if host.weight.SCB is not None else host.state.SCB  # moved by a forward
+            weight = weight.float() * scale.float()[:, None] / 127
     elif weight.dtype.itemsize == 1:  # float8 storage has no arithmetic
         weight = weight.float()
     return weight.reshape(weight.shape[0], -1)
@@ -61,13 +71,18 @@ class AdaptedLayer(nn.Module):
     plain CPU tensors; each is named by its role. The host is never a child: its own module owns it.
     """
 
+    alpha: Tensor
+    magnitude: Tensor  # where the method has one, as the router
+    router: Tensor
+    multiplier: float | Tensor
+
     def __init__(
-        self, name: str, host: nn.Module, method: Method, rank: int, alpha: float, clock: Clock
+        self, name: str, host: Layer, method: Method, rank: int, alpha: float, clock: Clock
     ) -> None:
         super().__init__()
         self.name, self.method, self.rank, self._clock, self._host = name, method, rank, clock, [host]
-        self.conv = isinstance(host, nn.Conv2d)
-        if self.conv and host.groups != 1:
+        self.factor, self.conv = method.require_factor(), isinstance(host, nn.Conv2d)
+        if isinstance(host, nn.Conv2d) and host.groups != 1:
             raise Refused(
                 f"{name} is a grouped convolution (groups={host.groups}), which no method here can adapt; "
                 "exclude it with --network_args exclude=…"
@@ -77,26 +92,26 @@ class AdaptedLayer(nn.Module):
                 f"{name} is a convolution, whose input and output differ in size, so {method.name} cannot "
                 "route on x there; route on h, or exclude it with --network_args exclude=…"
             )
-        outs, ins = (
-            (host.out_channels, host.in_channels) if self.conv else (host.out_features, host.in_features)
-        )
-        kernel = tuple(host.kernel_size) if self.conv else ()
+        if isinstance(host, nn.Conv2d):
+            outs, ins, kernel = host.out_channels, host.in_channels, tuple(host.kernel_size)
+        else:
+            outs, ins, kernel = host.out_features, host.in_features, ()
         self.scale, self.multiplier = alpha / rank, 1.0
         self.dropout = self.rank_dropout = self.module_dropout = 0.0
         self.record: dict[str, Tensor] = {}
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         for role, shape in self._shapes(outs, ins, kernel).items():
             empty = torch.empty(shape, device="meta" if host.weight.is_meta else None)
-            if role in method.factor.trained or role in ("magnitude", "router"):
+            if role in self.factor.trained or role in ("magnitude", "router"):
                 self.register_parameter(role, nn.Parameter(empty))
             else:
                 self.register_buffer(role, empty)
 
     def _shapes(self, outs: int, ins: int, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         method, ones, R = self.method, (1,) * len(kernel), self.rank
-        factor, E = method.factor, method.experts
+        factor, E = self.factor, method.experts
         shapes = {factor.down: (R, ins, *kernel), factor.up: (*((E.count,) if E else ()), outs, R, *ones)}
-        if factor.up_0:
+        if factor.up_0 and factor.down_0:
             shapes |= {factor.down_0: (R, ins, *kernel), factor.up_0: (outs, R, *ones)}
         for core in filter(None, (factor.core, factor.core_0)):
             shapes[core] = (R,) if factor.diagonal else (R, R)
@@ -109,17 +124,18 @@ class AdaptedLayer(nn.Module):
     # ------------------------------------------------------------------ values
 
     @property
-    def host(self) -> nn.Module:
+    def host(self) -> Layer:
         return self._host[0]
 
     def roles(self) -> dict[str, nn.Parameter]:
         """The trained tensors by role; together they are exactly `parameters()`."""
-        return dict(self._parameters)
+        return {role: p for role, p in self._parameters.items() if p is not None}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor a file needs, by role: trained, frozen, records and `alpha`."""
         trained = {role: self._role(role).detach() for role in self._parameters}  # as the forward sees them
-        return {**trained, **self._buffers, **self.record}
+        frozen = {role: value for role, value in self._buffers.items() if value is not None}
+        return {**trained, **frozen, **self.record}
 
     def load(self, values: dict[str, Tensor], source: str = "the file") -> None:
         """Copy values in by role; roles not given keep theirs. Raises `Refused` on a wrong shape or a NaN."""
@@ -130,7 +146,7 @@ class AdaptedLayer(nn.Module):
                     f"{self.name}.{role} in {source} holds NaN or infinite values; use an earlier file"
                 )
             if own is None:
-                if role not in self.method.factor.record:
+                if role not in self.factor.record:
                     raise Refused(
                         f"{self.name} has no {role!r}, which {source} gives; it was made by another method "
                         f"than {self.method.name}"
@@ -143,7 +159,7 @@ class AdaptedLayer(nn.Module):
                 )
             else:
                 value = value.reshape(own.shape).to(own.device)
-                constrain = self.method.factor.constrain.get(role)
+                constrain = self.factor.constrain.get(role)
                 if constrain is not None and not torch.equal(constrain(value.flatten(1)), value.flatten(1)):
                     raise Refused(
                         f"{self.name}.{role} in {source} has entries that {self.method.name} keeps at zero; "
@@ -163,7 +179,7 @@ class AdaptedLayer(nn.Module):
     # ------------------------------------------------------------------ mathematics
 
     def _role(self, role: str) -> Tensor:
-        value, constrain = getattr(self, role), self.method.factor.constrain.get(role)
+        value, constrain = getattr(self, role), self.factor.constrain.get(role)
         return value if constrain is None else constrain(value.flatten(1)).reshape(value.shape)
 
     def _folded(self, up: str, core: str | None) -> Tensor:
@@ -172,7 +188,9 @@ class AdaptedLayer(nn.Module):
         if core is None:
             return U
         C = self._role(core)
-        return U * C.reshape(-1, *(1,) * (U.dim() - 2)) if C.dim() == 1 else (U.flatten(1) @ C).reshape(U.shape)
+        if C.dim() == 1:
+            return U * C.reshape(-1, *(1,) * (U.dim() - 2))
+        return (U.flatten(1) @ C).reshape(U.shape)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """One pair (U, D) of the whole branch, of rank R, or 2R where the initial copy is subtracted.
@@ -180,19 +198,17 @@ class AdaptedLayer(nn.Module):
         U D − U₀ D₀ = [U | U−U₀]·[D−D₀ ; D₀]: exactly zero at the start, and the small change is never the
         difference of two large products, which half precision would lose.
         """
-        factor = self.method.factor
+        factor = self.factor
         U, D = self._folded(factor.up, factor.core), self._role(factor.down)
-        if factor.up_0 is None:
+        if factor.up_0 is None or factor.down_0 is None:
             return U, D
         U_0, D_0 = self._folded(factor.up_0, factor.core_0), self._role(factor.down_0)
         return torch.cat([U, U - U_0], dim=1), torch.cat([D - D_0, D_0])
 
-    def _open(self, timestep: Tensor | None) -> Tensor | None:
-        """The gate's mask (B, R or 2R), or None without a gate."""
-        if self.method.gate is None:
-            return None
-        mask = gate.prefix(self.method.gate.open(timestep, self.rank), self.rank)
-        return mask if self.method.factor.up_0 is None else mask.repeat(1, 2)
+    def _open(self, open_: Gate, timestep: Tensor) -> Tensor:
+        """The gate's mask (B, R or 2R)."""
+        mask = gate.prefix(open_.open(timestep, self.rank), self.rank)
+        return mask if self.factor.up_0 is None else mask.repeat(1, 2)
 
     def delta_weight(self, at: Tensor | None = None) -> Tensor | None:
         """ΔW in the host's shape (O, I[, k, k]), or None when it depends on the input.
@@ -201,20 +217,22 @@ class AdaptedLayer(nn.Module):
         """
         if self.method.experts is not None:
             return None
-        if self.method.gate is not None and at is None:
-            raise Refused(
-                f"{self.method.name} has another ΔW at every timestep; name one (--at-timestep) or keep it "
-                "live"
-            )
+        mask = None
+        if self.method.gate is not None:
+            if at is None:
+                raise Refused(
+                    f"{self.method.name} has another ΔW at every timestep; "
+                    "name one (--at-timestep) or keep it live"
+                )
+            mask = self._open(self.method.gate, at)
         U, D = (factor.flatten(1) for factor in self._factors())
-        mask = self._open(at)
         dW = self.multiplier * self.scale * (U @ (D if mask is None else mask.to(D).T * D))
         if self.method.magnitude is not None:
             g = self.magnitude.flatten(1) / self._row_norm()[:, None]
             W = dense_weight(self.host).to(dW)
             dW = g * (W + dW) - W
-        shape = (-1, self.host.in_channels, *self.host.kernel_size) if self.conv else dW.shape
-        return dW.reshape(shape)
+        host = self.host
+        return dW.reshape(-1, host.in_channels, *host.kernel_size) if isinstance(host, nn.Conv2d) else dW
 
     def _row_norm(self) -> Tensor:
         U, D = (factor.flatten(1) for factor in self._factors())
@@ -222,8 +240,8 @@ class AdaptedLayer(nn.Module):
 
     def _project(self, x: Tensor, D: Tensor) -> Tensor:
         """h = M(t)·D x with dropouts: (B, …, R'), or (B, R', h, w) for a convolution."""
-        if self.conv:
-            host = self.host
+        host = self.host
+        if isinstance(host, nn.Conv2d):
             h = F.conv2d(x, D, stride=host.stride, padding=host.padding, dilation=host.dilation)
         else:
             h = F.linear(x, D)
@@ -233,7 +251,8 @@ class AdaptedLayer(nn.Module):
                     f"{self.method.name} needs the timestep and nobody told it; run the model through "
                     "lowrank's denoiser hook"
                 )
-            h = h * _along_rank(gate.per_sample(self._open(self._clock.timestep), h.shape[0]), h, self.conv)
+            mask = self._open(self.method.gate, self._clock.timestep)
+            h = h * _along_rank(gate.per_sample(mask, h.shape[0]), h, self.conv)
         if self.training and self.dropout:
             h = F.dropout(h, self.dropout)
         if self.training and self.rank_dropout:  # as kohya's: per sample, the kept ranks are scaled up
@@ -277,8 +296,8 @@ class AdaptedLayer(nn.Module):
         if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
             return y
         mixed = torch.is_autocast_enabled(x.device.type)
-        x = x if mixed else x.to(self._role(self.method.factor.down).dtype)
-        if not self._fusable(y, mixed):
+        x = x if mixed else x.to(self._role(self.factor.down).dtype)
+        if isinstance(self.multiplier, Tensor) or not self._fusable(y, mixed):
             return y + self.delta(x, y).to(y.dtype)
         U, D = self._factors()
         h = self._project(x, D).flatten(0, -2)
@@ -291,9 +310,7 @@ class AdaptedLayer(nn.Module):
     def _fusable(self, y: Tensor, mixed: bool) -> bool:
         if self.conv or y.dim() < 2 or self.method.experts or self.method.magnitude:
             return False
-        if isinstance(self.multiplier, Tensor):
-            return False
-        return mixed or y.dtype == self._role(self.method.factor.up).dtype
+        return mixed or y.dtype == self._role(self.factor.up).dtype
 
     def _forward_host(self, x: Tensor, *args, **kwargs) -> Tensor:
         chained = getattr(self, "_chained", None)
@@ -328,7 +345,7 @@ class AdaptedLayer(nn.Module):
             found[role[1] if role else key[len(prefix) :]] = state[key]
         expected = {*self._parameters, *self._buffers}
         missing += [prefix + keys.KOHYA.get(role, role) for role in expected - found.keys()]
-        unknown = found.keys() - expected - set(self.method.factor.record)
+        unknown = found.keys() - expected - set(self.factor.record)
         unexpected += [prefix + keys.KOHYA.get(role, role) for role in unknown]
         try:
             self.load({role: value for role, value in found.items() if role not in unknown})

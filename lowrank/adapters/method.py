@@ -18,9 +18,8 @@ from torch import Tensor
 
 from lowrank.errors import Refused
 
-Start = tuple[
-    dict[str, dict[str, Tensor]], dict[str, str]
-]  # values by layer and role, facts for the file's metadata
+# values by layer and role, facts for the file's metadata
+Start = tuple[dict[str, dict[str, Tensor]], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,8 @@ class Factor:
     core_0: str | None = None
     diagonal: bool = False
     record: tuple[str, ...] = ()
-    constrain: Mapping[str, Callable[[Tensor], Tensor]] = field(
-        default_factory=dict
-    )  # role -> projection in forward
+    # role -> projection in forward
+    constrain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @property
     def copies(self) -> tuple[str | None, ...]:
@@ -76,7 +74,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """g = m/‖W+ΔW‖ per output row, m trained; the norm is taken out of the gradient when `detach` (the paper's §4.3)."""
+    """g = m/‖W+ΔW‖ per output row, m trained; `detach`: no gradient through the norm (the paper's §4.3)."""
 
     detach: bool = True
 
@@ -117,6 +115,12 @@ class Method:
     rates: Mapping[str, float] = field(default_factory=dict)  # role -> multiple of the part's learning rate
     warmup: Warmup | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def require_factor(self) -> Factor:
+        """The factor, without which nothing can be built. Raises `Refused` when the slot is empty."""
+        if self.factor is None:
+            raise Refused(f"{self.name} has no factor; join it with a method that has one, as in `a | b`")
+        return self.factor
 
     def __post_init__(self) -> None:
         for pair, reason in CONFLICTS.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,15 +52,14 @@ class AdapterNetwork(nn.Module):
         multiplier: float = 1.0,
     ) -> None:
         super().__init__()
-        self.method, self.clock = method, Clock()
+        self.method, self.factor, self.clock = method, method.require_factor(), Clock()
         self.targets = {target.name: target for target in targets}
         if len(self.targets) != len(targets):
             raise Refused("two target layers share one key; name fewer with --network_args target=…")
         self._made = {t.name: AdaptedLayer(t.name, t.module, method, *size(t), self.clock) for t in targets}
         self.facts: dict[str, str] = {}  # what the start values were made from, for the file's metadata
-        self.role_rates: dict[
-            tuple[str, str], float
-        ] = {}  # (part, role) -> multiple of the part's learning rate
+        # (part, role) -> multiple of the part's learning rate
+        self.role_rates: dict[tuple[str, str], float] = {}
         self.leave_out: frozenset[str] = frozenset()  # roles that files go without
         self._backup: dict[str, Tensor] = {}
         self.set_multiplier(multiplier)
@@ -72,15 +72,15 @@ class AdapterNetwork(nn.Module):
         return [layer for layer in own if part is None or self.targets[layer.name].part == part]
 
     def start(self, only: Iterable[str] | None = None, roles: Iterable[str] | None = None) -> None:
-        """Give the layers their values at step 0; `only` some layers, `roles` only some tensors (a file had the rest)."""
+        """Give the layers their values at step 0; `only` some layers, `roles` only some tensors of theirs."""
         layers = [layer for layer in self._made.values() if only is None or layer.name in set(only)]
         if not layers or layers[0].host.weight.is_meta:
             return
         ranks = {layer.name: layer.rank for layer in layers}
         scales = {layer.name: layer.scale for layer in layers}
-        values, facts = self.method.factor.start(DenseWeights(layers), ranks, scales)
+        values, facts = self.factor.start(DenseWeights(layers), ranks, scales)
         for layer in layers:
-            own, constrain = {**layer.roles(), **dict(layer.named_buffers())}, self.method.factor.constrain
+            own, constrain = {**layer.roles(), **dict(layer.named_buffers())}, self.factor.constrain
             chosen = {}
             for role, value in values[layer.name].items():
                 if roles is None or role in set(roles):
@@ -94,7 +94,7 @@ class AdapterNetwork(nn.Module):
         self.facts.update(facts)
 
     def apply_to(self, text_encoder, unet, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
-        """Put the layers of the chosen parts in front of their hosts' forwards; the base weights stay as they are."""
+        """Put the layers of the chosen parts in front of their hosts' forwards; the base weights stay."""
         for name, layer in self._made.items():
             if apply_unet if self.targets[name].part == "unet" else apply_text_encoder:
                 layer.attach()
@@ -106,7 +106,7 @@ class AdapterNetwork(nn.Module):
             layer.restore()
 
     def denoise_at(self, timestep: Tensor | None):
-        """`with network.denoise_at(t):` tells gated layers the timesteps (B,) in 0..1000 of the samples inside."""
+        """`with network.denoise_at(t):` tells gated layers the samples' timesteps (B,) in 0..1000."""
         return self.clock.at(timestep)
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
@@ -116,14 +116,14 @@ class AdapterNetwork(nn.Module):
         """
         for layer in self._made.values():
             for role, value in layer.named_buffers(recurse=False):
-                if role != "alpha" and role not in self.method.factor.copies:
+                if role != "alpha" and role not in self.factor.copies:
                     setattr(layer, role, value.to(dtype))
 
     def penalties(self) -> dict[str, Tensor]:
         """The method's penalties at the present parameters, by name."""
         return {penalty.name: penalty.value(self) for penalty in self.method.penalty}
 
-    # ------------------------------------------------------------------ training, as kohya's trainers ask for it
+    # ------------------------------------------------------------------ training, as kohya's trainers do it
 
     def tagged(self) -> list[rates.Tagged]:
         """Every trained parameter with its part and role."""
@@ -140,7 +140,7 @@ class AdapterNetwork(nn.Module):
         """
         given = list(text_encoder_lr) if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
         given = [default_lr if rate is None else rate for rate in given or [None]]
-        part_rates = {"unet": default_lr if unet_lr is None else unet_lr, "te": given[0]}
+        part_rates: dict[str, Any] = {"unet": default_lr if unet_lr is None else unet_lr, "te": given[0]}
         part_rates |= {f"te{i + 1}": given[min(i, len(given) - 1)] for i in range(3)}
         role_rates = {
             (part, role): factor for part in part_rates for role, factor in self.method.rates.items()
@@ -174,8 +174,8 @@ class AdapterNetwork(nn.Module):
         self.set_multiplier(1.0 if enabled else 0.0)
 
     def apply_max_norm_regularization(self, value: float, device) -> tuple[int, float, float]:
-        """Scale each layer's trained factors so that ‖s·U·D‖_F ≤ value; (how many were scaled, mean, max norm after)."""
-        factor = self.method.factor
+        """Scale trained factors until each ‖s·U·D‖_F ≤ value; (how many were scaled, mean, max norm)."""
+        factor = self.factor
         if factor.up_0 or self.method.experts:
             raise Refused(f"--scale_weight_norms is not defined for {self.method.name}; leave it out")
         norms, scaled = [], 0
@@ -208,7 +208,7 @@ class AdapterNetwork(nn.Module):
         return state
 
     def describe(self) -> dict[str, str]:
-        """What a reader must know to use the file: method, options, ranks, where the start values came from."""
+        """What a reader of the file must know: method, options, ranks, where the start values came from."""
         sizes = {(layer.rank, float(layer.alpha)) for layer in self.layers()}
         one = sizes.pop() if len(sizes) == 1 else (None, None)
         return {
@@ -226,7 +226,7 @@ class AdapterNetwork(nn.Module):
         write_tensors(Path(file), state, {**self.describe(), **(metadata or {})})
 
     def load_weights(self, file: str):
-        """Read values from a file of any dialect; returns torch's named tuple of missing and unexpected keys."""
+        """Read a file of any dialect; returns torch's named tuple of missing and unexpected keys."""
         state, metadata = read_tensors(Path(file))
         return self.read_state(state, metadata, str(file))
 
@@ -257,7 +257,7 @@ class AdapterNetwork(nn.Module):
             )
         for name, values in found.items():
             self._made[name].load(values, source)
-        frozen = self.method.factor.frozen
+        frozen = self.factor.frozen
         absent = [name for name, values in found.items() if not frozen <= values.keys()]
         if absent:
             self._start_frozen(absent, frozen, metadata, source)
@@ -272,7 +272,7 @@ class AdapterNetwork(nn.Module):
     def _start_frozen(
         self, names: list[str], frozen: frozenset[str], metadata: Mapping[str, str], source: str
     ) -> None:
-        self.start(names, frozen | set(self.method.factor.record))
+        self.start(names, frozen | set(self.factor.record))
         want, have = metadata.get("lowrank.basis_hash"), self.facts.get("basis_hash")
         if want and have and want != have:
             raise Refused(
@@ -289,7 +289,7 @@ class AdapterNetwork(nn.Module):
     def _native_keys(self) -> set[str]:
         return {key for key in self.native_state() if not key.startswith("lora_")}
 
-    # ------------------------------------------------------------------ merging into the base, where the contract asks
+    # ------------------------------------------------------------------ merging into the base
 
     def is_mergeable(self) -> bool:
         return self.method.experts is None and self.method.gate is None
@@ -311,6 +311,8 @@ class AdapterNetwork(nn.Module):
                     )
                 layer.to(device or weight.device)
                 dW = layer.delta_weight()
+                if dW is None:
+                    raise Refused(f"{self.method.name} has no one ΔW to merge; keep the adapter live")
                 weight.copy_((weight.float() + dW.float()).to(weight.dtype))
 
     def backup_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""Which role learns how fast: optimizer groups by part and role, never by matching names (LoRA+, arXiv 2402.12354)."""
+"""Which role learns how fast: groups by part and role, never by matching names (LoRA+, arXiv 2402.12354)."""
 
 from __future__ import annotations
 

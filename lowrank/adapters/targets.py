@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
@@ -38,6 +38,9 @@ CLIP_TARGETS = (
     "mlp.fc1",
     "mlp.fc2",
 )
+
+
+Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Target(NamedTuple):
     part: str  # "unet", "te", "te1", …
     name: str  # key inside the network: lora_unet_transformer_blocks_0_attn_to_q
     native: str  # module in native files: transformer.transformer_blocks.0.attn.to_q; "" = same as `name`
-    module: nn.Module
+    module: Layer
 
 
 def ends_with(names: Iterable[str]) -> str:
@@ -126,7 +129,7 @@ def find(
     return [_named(part, row, path, module) for path, module in chosen.items()]
 
 
-def _named(part: str, row: Host, path: str, module: nn.Module) -> Target:
+def _named(part: str, row: Host, path: str, module: Layer) -> Target:
     path = path if path.startswith(row.level) else row.level + path
     part = row.part or part
     name = ("lora_unet_" if part == "unet" else f"lora_{part}_") + path.replace(".", "_")

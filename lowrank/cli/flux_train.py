@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def record(kind: type, parsed: Parsed) -> Any:
-    """A frozen record filled from the options of the same names; an option left at None keeps the record's default."""
+    """A frozen record filled from the options of the same names; None keeps the record's default."""
     names = [field.name for field in dataclasses.fields(kind) if field.name in parsed.specs]
     return kind(**{name: parsed.value(name) for name in names if parsed.value(name) is not None})
 

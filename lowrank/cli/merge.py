@@ -44,14 +44,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _labels(grid: list[tuple[float, float]]) -> list[tuple[str, str]]:
-    """Two decimals where they tell all weights apart, else as many as are needed: no picture overwrites another."""
+    """Two decimals where they tell all weights apart, else as many as needed: no file overwrites another."""
     for digits in range(2, 17):
         labels = [(f"{a:.{digits}f}", f"{b:.{digits}f}") for a, b in grid]
         if len(set(labels)) == len(set(grid)):
             if len(set(grid)) < len(grid):
                 raise Refused(
-                    "a pair of strengths is listed twice; give each once in --style_weights, "
-                    "--content_weights"
+                    "a pair of strengths is listed twice; "
+                    "give each once in --style_weights, --content_weights"
                 )
             return labels
     raise AssertionError("floats differ within 16 digits")

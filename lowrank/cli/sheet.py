@@ -46,7 +46,7 @@ def sheet(cells: Mapping[tuple[float, float], Image.Image], title: str) -> Image
     return page
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
     while text and font.getlength(text) > room:
         text = text[:-2].rstrip("…") + "…"
     return text

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -25,7 +26,7 @@ from lowrank.weights.compare import UPDATES, LayerSimilarity, Names, common, com
 from lowrank.weights.merge import Adapter
 
 _INK, _MEAN, _UNDEFINED = "#1f5fa8", "#c0392b", "#777777"
-_BAND = MappingProxyType({"color": "#e8a33d", "alpha": 0.35, "linewidth": 0})
+_BAND: Mapping[str, Any] = MappingProxyType({"color": "#e8a33d", "alpha": 0.35, "linewidth": 0})
 _CJK = ("Noto Sans CJK JP", "IPAexGothic", "Hiragino Sans", "Yu Gothic", "Noto Sans CJK SC", "SimHei")
 _FIXED = (-1.05, 1.05)  # all a cosine can be; the official −0.1…1.1 would cut negative values off
 _REMARKS = {
@@ -125,8 +126,8 @@ def _block(matrix: str, layers: list[LayerSimilarity], names: Names) -> list[str
         )
     if of["mean"] is not None:
         add("|cos|", f"mean {of['abs_mean']:.4f}, max {of['abs_max']:.4f}")
-    if of["outside_null_band"] is not None:
-        low, high = of["null_band_min"], of["null_band_max"]
+    low, high = of["null_band_min"], of["null_band_max"]
+    if low is not None and high is not None:
         width = f"±{low:.4f}" if math.isclose(low, high) else f"±{low:.4f} to ±{high:.4f}"
         add(
             "Null band",

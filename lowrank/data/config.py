@@ -104,7 +104,8 @@ def from_config(
 def _parsed(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        tree = json.loads(text) if path.suffix.lower() == ".json" else parse_toml(text, f"dataset_config {path}")
+        is_json = path.suffix.lower() == ".json"
+        tree = json.loads(text) if is_json else parse_toml(text, f"dataset_config {path}")
     except OSError as error:
         raise Refused(
             f"dataset_config {path} cannot be read ({error.strerror}); give an existing file"

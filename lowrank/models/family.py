@@ -13,8 +13,9 @@ import gc
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,14 @@ class Models:
 
     source: Source
     root: Path  # the local folder, or the checkpoint file
+    # Any: diffusers' and transformers' own classes, whose attributes nn.Module does not declare
     scheduler: Any = None
-    denoiser: nn.Module | None = None
-    vae: nn.Module | None = None
-    text_encoders: tuple[nn.Module, ...] = ()
+    denoiser: Any = None
+    vae: Any = None
+    text_encoders: tuple[Any, ...] = ()
     tokenizers: tuple[Any, ...] = ()
-    configs: dict[str, Mapping[str, Any]] = field(
-        default_factory=dict
-    )  # "denoiser", "vae": known without their weights
+    # "denoiser", "vae": known without their weights
+    configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,16 @@ class Family:
     load: Callable[..., Models]  # (source, roles=ROLES)
     add: Callable[[Models, Iterable[str]], None]  # load parts that are missing
     encode_images: Callable[[Models, Tensor], Tensor]  # (B, 3, H, W) in [−1, 1] → moments (B, 2C, h, w)
-    latents: Callable[
-        [Models, Tensor, torch.Generator | None], Tensor
-    ]  # moments → (B, C, h, w), drawn and scaled
+    # moments → (B, C, h, w), drawn and scaled
+    latents: Callable[[Models, Tensor, torch.Generator | None], Tensor]
     decode: Callable[[Models, Tensor], Tensor]  # (B, C, h, w) → (B, 3, H, W) in [−1, 1]
-    encode_text: Callable[
-        ..., list[dict[str, Tensor]]
-    ]  # (models, captions, options) → one CPU dict per caption
-    stack_text: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
-    keep_trained_text: Callable[
-        [Models], list[nn.Module]
-    ]  # the encoders that adapters can train; the others go
-    trained_text: Callable[
-        [Models, list[str]], dict[str, Tensor]
-    ]  # their part of the conditions, with gradient
+    # (models, captions, options) → one CPU dict per caption
+    encode_text: Callable[..., list[dict[str, Tensor]]]
+    stack_text: Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
+    # the encoders that adapters can train; the others go
+    keep_trained_text: Callable[[Models], list[nn.Module]]
+    # their part of the conditions, with gradient
+    trained_text: Callable[[Models, list[str]], dict[str, Tensor]]
     empty: Callable[[Models], nn.Module]  # the denoiser without weights, on the meta device
     denoise: Callable[..., Tensor]  # (denoiser, noisy, timesteps, text, options) → prediction (B, C, h, w)
     pipeline: Callable[[Models], Any]  # the stock pipeline around the present denoiser
@@ -136,7 +133,7 @@ def _known(role: str) -> str:
 # ---------- finding and reading
 
 
-def local_folder(source: Source, download: Callable[..., str]) -> Path:
+def local_folder(source: Source, download: Callable[..., str | os.PathLike]) -> Path:
     """The local folder of a diffusers model: `source.path` itself, or a hub id's snapshot fetched by
     `download`.
 
@@ -205,9 +202,8 @@ def finite(module: nn.Module, what: str, where: str | Path) -> None:
         if value.is_floating_point() and not value.is_meta:
             if value.dtype.itemsize == 1:
                 value = value.to(torch.float16)  # float8 has no sum
-            if not torch.isfinite(
-                value.sum(dtype=torch.float32)
-            ):  # the sum is not finite if one element is not
+            # the sum is not finite if one element is not
+            if not torch.isfinite(value.sum(dtype=torch.float32)):
                 if torch.isfinite(value).all():
                     continue  # …but a sum may overflow where no element does
                 raise Refused(

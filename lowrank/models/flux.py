@@ -8,7 +8,7 @@ kohya sd-scripts' FLUX trainer, diffusers' FluxPipeline.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ def encode_text(
     return encoded
 
 
-def _pooled(clip: nn.Module, tokenizer, captions: list[str]) -> Tensor:
+def _pooled(clip: Any, tokenizer, captions: list[str]) -> Tensor:
     ids = tokenizer(
         captions,
         padding="max_length",
@@ -156,10 +156,11 @@ def trained_text(models: Models, captions: list[str]) -> dict[str, Tensor]:
 def empty(models: Models) -> FluxTransformer2DModel:
     """The denoiser on the meta device: shapes and names without weights."""
     with torch.device("meta"):
-        return FluxTransformer2DModel.from_config(models.configs["denoiser"])
+        made: Any = FluxTransformer2DModel.from_config(dict(models.configs["denoiser"]))
+        return made
 
 
-def stack_text(encoded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def stack_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Captions' dictionaries as one of (B, …) tensors."""
     return {key: torch.stack([one[key] for one in encoded]) for key in encoded[0]}
 
@@ -185,7 +186,7 @@ def image_ids(h: int, w: int, device: torch.device) -> Tensor:
     return ids.to(device, torch.float32)
 
 
-def _bare(denoiser: nn.Module) -> nn.Module:
+def _bare(denoiser: Any) -> Any:
     """The model inside a DistributedDataParallel."""
     return denoiser if hasattr(denoiser, "config") else denoiser.module
 
@@ -245,10 +246,7 @@ def pipeline(models: Models) -> FluxPipeline:
     return FluxPipeline(
         scheduler=type(models.scheduler).from_config(models.scheduler.config),
         vae=models.vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),  # text is cached
         transformer=_bare(models.denoiser),
     )
 
@@ -269,7 +267,7 @@ def sample(
     The VAE may be on another device or in another dtype than the denoiser. `generator` lives on the CPU, so
     that a seed gives the same noise on every device.
     """
-    pipe = pipeline(models)
+    pipe: Any = pipeline(models)
     pipe.set_progress_bar_config(disable=True)
     model = pipe.transformer
     step = FLUX.bucket_step
@@ -289,9 +287,8 @@ def sample(
         output_type="latent",
     ).images
     pictures = decode(models, unpack(tokens, h, w))
-    return VaeImageProcessor(vae_scale_factor=FLUX.latent_scale).postprocess(
-        pictures.cpu(), output_type="pil"
-    )
+    processor: Any = VaeImageProcessor(vae_scale_factor=FLUX.latent_scale)
+    return processor.postprocess(pictures.cpu(), output_type="pil")
 
 
 def architecture(models: Models) -> str:

@@ -19,7 +19,13 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  # an alias made at import
+)
 
 from lowrank.errors import Refused
 from lowrank.models.family import Models, Source, complete, reading
@@ -203,7 +209,7 @@ def autoencoder(path: Path, dtype: torch.dtype) -> nn.Module:
         )
 
 
-def text_encoder(kind: type, path: Path, dtype: torch.dtype) -> nn.Module:
+def text_encoder(kind: Any, path: Path, dtype: torch.dtype) -> nn.Module:
     """CLIP-L or T5-XXL from one file in transformers' names (clip_l.safetensors, t5xxl_fp16.safetensors)."""
     with reading(kind.__name__, path), safe_open(path, framework="pt") as file:
         state = {
@@ -244,7 +250,8 @@ def t5_config(shapes: dict[str, tuple[int, ...]]) -> T5Config:
     layer = "encoder.block.0.layer"
     buckets, heads = shapes[f"{layer}.0.SelfAttention.relative_attention_bias.weight"]
     inner, width = shapes[f"{layer}.0.SelfAttention.q.weight"]
-    vocabulary = shapes.get("shared.weight", shapes.get("encoder.embed_tokens.weight"))[0]
+    embedding = "shared.weight" if "shared.weight" in shapes else "encoder.embed_tokens.weight"
+    vocabulary = shapes[embedding][0]
     return T5Config(
         vocab_size=vocabulary,
         d_model=width,
@@ -256,7 +263,7 @@ def t5_config(shapes: dict[str, tuple[int, ...]]) -> T5Config:
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
         use_cache=False,
-        tie_word_embeddings=False,
+        tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]  # read from **kwargs
     )
 
 

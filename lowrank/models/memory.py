@@ -8,12 +8,16 @@ import contextlib
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.errors import Refused
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 def checkpointed(
@@ -36,13 +40,13 @@ def checkpointed(
 
 
 def checkpoint_blocks(
-    denoiser: nn.Module, around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    denoiser: ModelMixin, around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 ) -> None:
     """Recompute each block of a diffusers model in the backward instead of keeping its activations."""
     denoiser.enable_gradient_checkpointing(checkpointed(around))
 
 
-def store_in_fp8(denoiser: nn.Module, compute_dtype: torch.dtype) -> None:
+def store_in_fp8(denoiser: ModelMixin, compute_dtype: torch.dtype) -> None:
     """Keep the frozen base in float8_e4m3fn and widen each layer only while it computes (diffusers' layerwise
     casting).
 
@@ -63,7 +67,7 @@ def store_in_fp8(denoiser: nn.Module, compute_dtype: torch.dtype) -> None:
     denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute_dtype)
 
 
-def attention(denoiser: nn.Module, name: str) -> None:
+def attention(denoiser: ModelMixin, name: str) -> None:
     """Choose the attention kernels: "sdpa" (torch's own choice among its kernels), or any backend name of
     diffusers.
     """

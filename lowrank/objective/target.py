@@ -132,7 +132,7 @@ class Flow:
         x0 = latents if latents.dtype == torch.float64 else latents.float()
         levels, clean, seen = [], [], []
         for _ in range(len(x0)):
-            levels.append(self.sigmas(1, generator, tuple(x0.shape[-2:])))
+            levels.append(self.sigmas(1, generator, (x0.shape[-2], x0.shape[-1])))
             clean.append(noise.gaussian(x0.shape[1:], generator))
             gamma, random = self.ip_noise_gamma, self.ip_noise_gamma_random_strength
             seen.append(noise.perturbed(clean[-1], gamma, random, generator))

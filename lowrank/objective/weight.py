@@ -45,6 +45,8 @@ def elementwise(kind: str, prediction: Tensor, target: Tensor, width: Tensor | N
         return d.abs()
     if kind == "l2":
         return d.square()
+    if width is None:
+        raise ValueError(f"the loss {kind!r} needs a width")
     c = width.reshape(-1, *(1,) * (d.dim() - 1)).to(d)
     # d²/(√(d² + c²) + c) is √(d² + c²) − c without the cancellation
     rest = d.square() / (torch.sqrt(d.square() + c.square()) + c)

@@ -1,4 +1,4 @@
-"""`--dry_run`: what a run would do, without weights and without a GPU: data, buckets, adapter, steps, memory."""
+"""`--dry_run`: what a run would do, without weights or a GPU: data, buckets, adapter, steps, memory."""
 
 from __future__ import annotations
 

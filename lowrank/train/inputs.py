@@ -107,7 +107,7 @@ def make_class_images(
 def encode_latents(
     parsed: Parsed, loader: Loader, family: Family, models: Models, accelerator: Accelerator
 ) -> Loader:
-    """The loader with every image through the VAE once; as it was where augmentation changes the pixels each time."""
+    """The loader, every image through the VAE once; unchanged where augmentation makes new pixels."""
     fresh = any(one.subset.color_aug or one.subset.random_crop for one in loader.placed)
     asked = parsed.value("cache_latents") or parsed.value("cache_latents_to_disk")
     if fresh and not asked:
@@ -131,6 +131,7 @@ def latents_of(
     def latents(batch: Batch, generator: torch.Generator) -> Tensor:
         moments = batch.encoded
         if moments is None:
+            assert batch.pixels is not None  # a batch has one or the other
             with torch.no_grad():
                 moments = family.encode_images(models, batch.pixels)
         return family.latents(models, moments.to(device), generator)
@@ -139,7 +140,7 @@ def latents_of(
 
 
 class Text:
-    """Captions to conditions: each encoded once where the captions can be listed, at every step where they cannot."""
+    """Captions to conditions: each encoded once where captions can be listed, else at every step."""
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker: str) -> int:
-    """Train as `parsed` says; `objective` and `options` are the family's records, `tracker` names the log folder."""
+    """Train as `parsed` says; `objective` and `options` are the family's records, `tracker` a folder name."""
     if not parsed.value("output_dir"):
         raise Refused("--output_dir is missing; say where the run's folder shall be")
     folder = Path(parsed.value("output_dir"))
@@ -244,7 +244,7 @@ def _prepare_network(parsed: Parsed, network: Any, models: Models, accelerator: 
 
 @contextlib.contextmanager
 def _stoppable(keeper: Keeper) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) saves a checkpoint at the next step and ends the run; the second ends it at once."""
+    """The first Ctrl-C (or SIGTERM) ends the run at the next step, saving it; the second ends it at once."""
 
     def stop(number, _frame):
         if keeper.stop_asked:

@@ -50,10 +50,7 @@ class Meter:
         self._batches += 1
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """Means over the step's micro-batches and all processes, by name; bins nobody fell into are None.
-
-        Resets.
-        """
+        """Means over the step's micro-batches and processes, by name (None: an empty bin); starts anew."""
         means = accelerator.reduce(self._sums, "sum") / (self._batches * accelerator.num_processes)
         values, n = means.tolist(), 1 + len(self.components)
         told: dict[str, float | None] = dict(zip(("loss", *self.components), values[:n], strict=True))
@@ -76,7 +73,7 @@ class RunLog:
         self._total, self._started, self._images = total, time.monotonic(), 0
 
     def begin(self, step: int) -> None:
-        """Start at a step: rows of a continued run that lie after it are dropped, and the bar begins there."""
+        """Start at a step: a continued run's rows after it are dropped, and the bar begins there."""
         self._bar = tqdm(
             total=self._total,
             initial=step,

@@ -31,7 +31,7 @@ class Run:
     """
 
     accelerator: Accelerator
-    network: nn.Module
+    network: Any  # a module of kohya's contract
     denoiser: nn.Module
     text_encoders: list[nn.Module]
     loader: Loader
@@ -62,12 +62,12 @@ class Micro(NamedTuple):
     timesteps: Tensor  # (B,) 0..1000
 
 
-def components(network: nn.Module) -> tuple[str, ...]:
-    """Names of the loss's parts: the images' error, the regularisation images' error, the method's penalties."""
+def components(network: Any) -> tuple[str, ...]:
+    """Names of the loss's parts: error of the images, error of the regularisation images, the penalties."""
     return ("mse", "prior", *(penalty.name for penalty in _penalties(network)))
 
 
-def _penalties(network: nn.Module) -> tuple:
+def _penalties(network: Any) -> tuple:
     return getattr(getattr(network, "method", None), "penalty", ())
 
 
@@ -78,7 +78,7 @@ def stream(seed: int, epoch: int, position: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def at_timesteps(network: nn.Module, timesteps: Tensor) -> AbstractContextManager:
+def at_timesteps(network: Any, timesteps: Tensor) -> AbstractContextManager:
     """Tell a network of ours the timesteps; other modules of the contract do not ask."""
     told = getattr(network, "denoise_at", None)
     return told(timesteps) if told else nullcontext()
@@ -108,9 +108,8 @@ def micro_step(run: Run, batch: Batch) -> Micro:
 def _fit(masks: Tensor, latents: Tensor) -> Tensor:
     if masks.shape[-2:] == latents.shape[-2:]:
         return masks
-    return torch.nn.functional.adaptive_avg_pool2d(
-        masks, latents.shape[-2:]
-    )  # the area average, as in the cache
+    # the area average, as in the cache
+    return torch.nn.functional.adaptive_avg_pool2d(masks, (latents.shape[-2], latents.shape[-1]))
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
@@ -120,10 +119,10 @@ def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) 
     """
     if accelerator.num_processes == 1:
         return
-    held = [p for p in parameters if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in held]), "mean")
-    for p, part in zip(held, flat.split([p.numel() for p in held]), strict=True):
-        p.grad.copy_(part.view_as(p))
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat: Any = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def train(run: Run, progress: Progress) -> Progress:
@@ -184,16 +183,15 @@ def _batches(run: Run, progress: Progress) -> Iterator[Batch]:
 def _clip(run: Run, progress: Progress, batch: Batch, parameters: list[nn.Parameter]) -> dict[str, float]:
     if not run.max_grad_norm:
         return {}
-    norm = run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
-    scaled = (
-        run.accelerator.scaler is not None
-    )  # fp16: the scaler skips steps whose gradients overflow, and goes on
+    norm: Any = run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
+    # fp16: the scaler skips steps whose gradients overflow, and goes on
+    scaled = run.accelerator.scaler is not None
     if not scaled and not torch.isfinite(norm):
         _blame(run, progress, batch, "the gradient")
     return {"norm/gradient": float(norm)}
 
 
-def _limit_norms(network: nn.Module, limit: float, device: torch.device) -> dict[str, float]:
+def _limit_norms(network: Any, limit: float, device: torch.device) -> dict[str, float]:
     scaled, mean, largest = network.apply_max_norm_regularization(limit, device)
     return {
         "max_norm/keys_scaled": scaled,

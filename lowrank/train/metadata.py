@@ -1,4 +1,4 @@
-"""Metadata of the files a run writes: kohya's `ss_*` keys, Stability's modelspec, and our own facts; all strings."""
+"""Metadata of the files a run writes: kohya's `ss_*` keys, Stability's modelspec, our own facts."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def of_run(
     base_hash: str,
     seed: int,
 ) -> dict[str, str]:
-    """Everything that is known when training begins; `network` gives network_module, network_dim and network_alpha."""
+    """All that is known when training begins; `network` gives network_module, network_dim, network_alpha."""
     values: dict[str, Any] = {name: parsed.value(name) for name in _OPTIONS if name in parsed.specs}
     counts = summary.summary(loader)
     values |= dict(network) | {

@@ -25,7 +25,7 @@ def _own_networks() -> list[str]:
 
 
 def find_module(name: str) -> ModuleType:
-    """The module for `--network_module`: `networks.delta_r`, a bare `delta_r`, or any importable contract module.
+    """The module for `--network_module`: `networks.delta_r`, a bare `delta_r`, or any contract module.
 
     Raises `Refused` with the nearest known name when there is none, or when it lacks `create_network`.
     """
@@ -113,7 +113,7 @@ def create(
 
 
 def optimizer_groups(
-    network: nn.Module, text_encoder_lr: Any, unet_lr: float | None, rate: float
+    network: Any, text_encoder_lr: Any, unet_lr: float | None, rate: float
 ) -> tuple[list, list[str]]:
     """The network's parameter groups and a description for each.
 
@@ -134,7 +134,7 @@ def optimizer_groups(
     groups = [{**group, "params": list(group["params"])} for group in groups]
     if not any(group["params"] for group in groups):
         raise Refused(
-            "no parameter would be trained: every learning rate is 0; set --learning_rate or --unet_lr above "
-            "0"
+            "no parameter would be trained: every learning rate is 0; "
+            "set --learning_rate or --unet_lr above 0"
         )
     return groups, [*names, *(f"group{i}" for i in range(len(names), len(groups)))]

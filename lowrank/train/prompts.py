@@ -14,7 +14,7 @@ from lowrank.files import parse_toml
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture to draw; sizes in pixels, `scale` is true guidance (CFG), `guidance` FLUX's distilled one."""
+    """One picture to draw; sizes in pixels, `scale` is CFG's guidance, `guidance` FLUX's distilled one."""
 
     prompt: str
     negative_prompt: str | None = None

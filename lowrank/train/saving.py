@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
 from lowrank.options import Parsed
 from lowrank.train import hub, metadata, optim, state
@@ -25,7 +24,7 @@ class Keeper:
         self,
         parsed: Parsed,
         accelerator: Accelerator,
-        network: nn.Module,
+        network: Any,
         optimizer: Any,
         told: Mapping[str, str],
         log: RunLog,

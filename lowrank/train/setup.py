@@ -34,7 +34,7 @@ def accelerator(parsed: Parsed, folder: Path) -> Accelerator:
             (parsed.value("log_prefix") or "") + time.strftime("%Y%m%d%H%M%S")
         )
     if parsed.value("wandb_api_key"):
-        import wandb  # only when asked for
+        import wandb  # pyright: ignore[reportMissingImports]  # only when asked for
 
         wandb.login(key=parsed.value("wandb_api_key"))
     accelerator = Accelerator(

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from lowrank.errors import Refused
 from lowrank.files import atomic_folder, part_of, sha256
@@ -67,13 +66,13 @@ class Progress:
 def save_state(
     folder: Path,
     accelerator: Accelerator,
-    network: nn.Module,
+    network: Any,
     progress: Progress,
     run: Mapping[str, Any],
     metadata: Mapping[str, str],
     extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint folder: adapter in full precision, optimizer, scheduler, RNG, progress; all or nothing.
+    """Write a whole checkpoint folder: adapter in full precision, optimizer, scheduler, RNG, progress.
 
     Every process calls this; `run` says what a resumed run must agree on (module, rank, seed, data), `extra`
     may add files.
@@ -104,7 +103,7 @@ def save_state(
 
 
 def find_state(wanted: str, output_dir: Path) -> Path:
-    """The folder for `--resume`: a path, the name of a folder in `output_dir`, or "latest" whole `checkpoint-N`."""
+    """The folder for `--resume`: a path, a name in `output_dir`, or the "latest" whole `checkpoint-N`."""
     if wanted == "latest":
         found = checkpoints(output_dir)
         if not found:
@@ -123,7 +122,7 @@ def find_state(wanted: str, output_dir: Path) -> Path:
 
 
 def load_state(
-    folder: Path, accelerator: Accelerator, network: nn.Module, run: Mapping[str, Any]
+    folder: Path, accelerator: Accelerator, network: Any, run: Mapping[str, Any]
 ) -> Progress:
     """Continue from a folder that `save_state` wrote.
 
@@ -159,7 +158,7 @@ def remove(path: Path) -> None:
 
 
 def prune(folders: list[Path], keep: int | None) -> None:
-    """Delete the oldest so that `keep` remain (None: all); called when a new one is whole, so one is always there."""
+    """Delete the oldest so that `keep` remain (None: all); the newest is whole, so one is always there."""
     for path in folders[: max(0, len(folders) - keep)] if keep else []:
         remove(path)
 
@@ -178,7 +177,7 @@ def save_dtype(precision: str | None, default: torch.dtype | None) -> torch.dtyp
 
 
 def expired(step: int, every: int | None, keep: int | None, name: Callable[[int], Path]) -> Path | None:
-    """kohya's rule for step files: with `keep` steps kept, the file at (step − keep − 1) rounded down to `every` goes."""
+    """kohya's rule for step files: the one at (step − keep − 1) rounded down to `every` goes."""
     if not every or not keep:
         return None
     old = step - keep - 1

@@ -1,4 +1,4 @@
-"""What is looked at while a run goes on: pictures drawn with the adapter, and the first number that is not finite."""
+"""What is looked at during a run: pictures drawn with the adapter, the first number that is not finite."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ class Preview:
     at_first: bool = False
 
     def due(self, *, epoch: int | None = None, step: int | None = None) -> bool:
-        """Whether pictures are to be drawn after this epoch (from 1) or step; epochs win over steps, as in kohya's."""
+        """Whether to draw pictures after this epoch (from 1) or step; epochs win, as in kohya's."""
         if not self.prompts:
             return False
         if epoch is not None:
             return bool(self.every_epochs) and epoch % self.every_epochs == 0
-        return not self.every_epochs and bool(self.every_steps) and step % self.every_steps == 0
+        if self.every_epochs or not self.every_steps or step is None:
+            return False
+        return step % self.every_steps == 0
 
     def run(self, accelerator: Accelerator, network: nn.Module, tag: str, step: int) -> list[Path]:
-        """Draw everything on the main process; files `{name_}{tag}_{index:02d}_{time}_{seed}.png`, logged as "validation"."""
+        """Draw all on the main process: files `{name_}{tag}_{index:02d}_{time}_{seed}.png`."""
         if not accelerator.is_main_process or not self.prompts:
             accelerator.wait_for_everyone()
             return []

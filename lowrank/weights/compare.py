@@ -298,7 +298,8 @@ def statistics(layers: list[LayerSimilarity]) -> dict[str, float | int | None]:
     Std is that of the population. `outside_null_band` is a share of the layers that have a value and a band.
     """
     values = [layer.similarity for layer in layers if layer.similarity is not None]
-    banded = [layer for layer in layers if layer.similarity is not None and layer.null_band is not None]
+    pairs = [(layer.similarity, layer.null_band) for layer in layers]
+    banded = [(abs(value), band) for value, band in pairs if value is not None and band is not None]
     disturbed = [layer.interference for layer in layers if layer.interference is not None]
     overlaps = [layer.row_overlap for layer in layers if layer.row_overlap is not None]
 
@@ -317,9 +318,9 @@ def statistics(layers: list[LayerSimilarity]) -> dict[str, float | int | None]:
         "undefined": len(layers) - len(values),
         "undefined_zero": sum((layer.reason or "").startswith("zero") for layer in layers),
         "by_principal_angles": sum(layer.measure != "cosine" for layer in layers),
-        "null_band_min": over(min, [layer.null_band for layer in banded]),
-        "null_band_max": over(max, [layer.null_band for layer in banded]),
-        "outside_null_band": over(fmean, [abs(layer.similarity) > layer.null_band for layer in banded]),
+        "null_band_min": over(min, [band for _, band in banded]),
+        "null_band_max": over(max, [band for _, band in banded]),
+        "outside_null_band": over(fmean, [value > band for value, band in banded]),
         "lora1_norm_mean": over(fmean, [layer.lora1_norm for layer in layers]),
         "lora2_norm_mean": over(fmean, [layer.lora2_norm for layer in layers]),
         "basis_overlap_mean": over(fmean, [x.basis_overlap for x in layers if x.basis_overlap is not None]),

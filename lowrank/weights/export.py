@@ -1,4 +1,4 @@
-"""Any static adapter as a plain LoRA that other programs load: ΔR at rank r, QR-LoRA at rank 2r, both exact."""
+"""Any static adapter as a plain LoRA for other programs: ΔR at rank r, QR-LoRA at rank 2r, both exact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowrank.weights.names import Layers, read_layers, thin
 
 
 def to_lora(layers: Layers, source: str = "the file") -> dict[str, Tensor]:
-    """Diffusers/PEFT keys: `transformer.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha` (alpha/rank is the scale)."""
+    """PEFT's keys: `transformer.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha` (scale: alpha/rank)."""
     state = {}
     for module, roles in layers.items():
         up, down, scale = thin(module, roles, source)
@@ -43,7 +43,7 @@ def export_lora(source: str | Path, target: str | Path) -> dict[str, Tensor]:
 
 
 def worst_difference(source: str | Path, target: str | Path) -> float:
-    """The largest ‖ΔW_target − ΔW_source‖/‖ΔW_source‖ of a layer, both read from their files, in thin factors."""
+    """The largest ‖ΔW_target − ΔW_source‖/‖ΔW_source‖ of a layer, read from both files, in thin factors."""
     ours, theirs = read_layers(source)[0], read_layers(target)[0]
     worst = 0.0
     for module, roles in ours.items():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import keys
+from lowrank.adapters.layer import host_shape
 from lowrank.adapters.method import Factor, Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
@@ -55,8 +56,8 @@ class Mixture:
         if len(adapters) > 1 and not set.intersection(*(set(layers) for layers in own)):
             raise Refused(
                 f"{adapters[0].path} and {adapters[1].path} have no layer in common, for example "
-                f"{next(iter(adapters[0].layers))} and {next(iter(adapters[1].layers))}; are both for one "
-                "model?"
+                f"{next(iter(adapters[0].layers))} and {next(iter(adapters[1].layers))}; "
+                "are both for one model?"
             )
         self.modules = modules
         self._parts = {
@@ -165,11 +166,8 @@ class AttachedMixture:
         self._names = {hosts[name].name: name for name in mixture.modules}
         nothing = [0.0] * len(mixture.adapters)
         for name, module in mixture.modules.items():
-            weight = hosts[name].module.weight
-            have, want = (
-                (mixture.up(name).shape[0], mixture.down(name, nothing).shape[1]),
-                (weight.shape[0], weight[0].numel()),
-            )
+            have = (mixture.up(name).shape[0], mixture.down(name, nothing).shape[1])
+            want = host_shape(hosts[name].module)
             if have != want:
                 raise Refused(
                     f"{module} is {have[0]}×{have[1]} in the adapter and {want[0]}×{want[1]} in the model; "
@@ -180,9 +178,8 @@ class AttachedMixture:
         self.network = AdapterNetwork(STATIC, chosen, lambda t: (ranks[t.name], float(ranks[t.name])))
         for layer in self.network.layers():
             up = mixture.up(self._names[layer.name])
-            layer.load(
-                {"up": up.reshape(layer.up.shape), "down": torch.zeros(layer.down.shape)}, "the mixture"
-            )
+            shapes = {role: layer.get_buffer(role).shape for role in ("up", "down")}
+            layer.load({"up": up.reshape(shapes["up"]), "down": torch.zeros(shapes["down"])}, "the mixture")
         if dtype is not None:
             self.network.cast_frozen(dtype)
         self.network.to(next(denoiser.parameters()).device)
@@ -192,7 +189,8 @@ class AttachedMixture:
         """Make ΔW = Σ weights[i]·ΔWᵢ; all zero is the base, bit for bit."""
         for layer in self.network.layers():
             down = self.mixture.down(self._names[layer.name], weights)
-            layer.down.copy_(down.reshape(layer.down.shape))
+            own = layer.get_buffer("down")
+            own.copy_(down.reshape(own.shape))
 
     def restore(self) -> None:
         """Take the mixture off its model."""

@@ -1,4 +1,4 @@
-"""W_res = W − s·Q·R, the file of QR-LoRA's original workflow: written on request, checked when given, never required."""
+"""W_res = W − s·Q·R, the file of QR-LoRA's own workflow: written on request, checked if given, not needed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from lowrank.adapters.targets import Layer
 from lowrank.errors import Refused
 from lowrank.tensors import stream_tensors
 from lowrank.weights.basis import Basis
@@ -24,7 +25,7 @@ def write_residual(
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write `{module}.residual.weight` for every weight (O, I), one layer in memory at a time, rounded once to `dtype`."""
+    """Write `{module}.residual.weight` for every weight (O, I), one at a time, rounded once to `dtype`."""
 
     def residual(key: str) -> Tensor:
         module = key.removesuffix(".residual.weight")
@@ -39,7 +40,7 @@ def check_residual(
     path: str | Path,
     layers: Mapping[str, Mapping[str, Tensor]],
     metadata: Mapping[str, str],
-    hosts: Mapping[str, nn.Module],
+    hosts: Mapping[str, Layer],
     sample: int = 8,
 ) -> str:
     """Check that a residual file belongs to these adapter layers and this base; returns what was checked.
@@ -49,10 +50,8 @@ def check_residual(
     """
     try:
         with safe_open(path, framework="pt") as file:
-            own, names = (
-                dict(file.metadata() or {}),
-                {k.removesuffix(".residual.weight"): k for k in file.keys()},
-            )
+            own = dict(file.metadata() or {})
+            names = {k.removesuffix(".residual.weight"): k for k in file.keys()}  # noqa: SIM118
             for fact in ("base_hash", "basis_hash", "rank"):
                 mine, theirs = own.get(f"lowrank.{fact}"), metadata.get(f"lowrank.{fact}")
                 if mine and theirs and mine != theirs:
