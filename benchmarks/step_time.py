@@ -34,8 +34,14 @@ def model(hidden: int, device: str, dtype: torch.dtype) -> FluxTransformer2DMode
     torch.manual_seed(0)
     heads = hidden // 128
     made = FluxTransformer2DModel(
-        num_layers=2, num_single_layers=4, num_attention_heads=heads, attention_head_dim=128, in_channels=64,
-        joint_attention_dim=256, pooled_projection_dim=256, guidance_embeds=True,
+        num_layers=2,
+        num_single_layers=4,
+        num_attention_heads=heads,
+        attention_head_dim=128,
+        in_channels=64,
+        joint_attention_dim=256,
+        pooled_projection_dim=256,
+        guidance_embeds=True,
     )
     return made.to(device, dtype).requires_grad_(False)
 
@@ -47,12 +53,17 @@ def inputs(tokens: int, device: str, dtype: torch.dtype) -> dict:
     ids = torch.zeros(side * side, 3, device=device)
     ids[:, 1], ids[:, 2] = torch.arange(side * side) // side, torch.arange(side * side) % side
     made = {
-        "hidden_states": torch.randn(1, side * side, 64), "encoder_hidden_states": torch.randn(1, 64, 256),
+        "hidden_states": torch.randn(1, side * side, 64),
+        "encoder_hidden_states": torch.randn(1, 64, 256),
         "pooled_projections": torch.randn(1, 256),
     }
     made = {name: value.to(device, dtype) for name, value in made.items()}
-    more = {"timestep": torch.tensor([0.5], device=device), "guidance": torch.tensor([1.0], device=device),
-            "img_ids": ids, "txt_ids": torch.zeros(64, 3, device=device)}
+    more = {
+        "timestep": torch.tensor([0.5], device=device),
+        "guidance": torch.tensor([1.0], device=device),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(64, 3, device=device),
+    }
     return made | more
 
 
@@ -94,7 +105,9 @@ def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Ca
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=576)
@@ -119,17 +132,33 @@ def main() -> None:
     for name, (_, parameters) in steps.items():
         ratios = [own / peft for own, peft in zip(times[name], times["peft"], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4)
-        rows[name] = {"median_s": statistics.median(times[name]), "ratio_to_peft": statistics.median(ratios),
-                      "quartiles": [quartiles[0], quartiles[2]], "trained_parameters": parameters,
-                      "ratio_to_base": statistics.median(o / b for o, b in zip(times[name], times["base"], strict=True))}
-    settings = {"device": args.device, "hidden": args.hidden, "tokens": args.tokens, "rank": args.rank, "turns": args.turns,
-                "dtype": str(dtype), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        rows[name] = {
+            "median_s": statistics.median(times[name]),
+            "ratio_to_peft": statistics.median(ratios),
+            "quartiles": [quartiles[0], quartiles[2]],
+            "trained_parameters": parameters,
+            "ratio_to_base": statistics.median(
+                o / b for o, b in zip(times[name], times["base"], strict=True)
+            ),
+        }
+    settings = {
+        "device": args.device,
+        "hidden": args.hidden,
+        "tokens": args.tokens,
+        "rank": args.rank,
+        "turns": args.turns,
+        "dtype": str(dtype),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(settings)
     print("| method | step s | / PEFT LoRA | quartiles | / frozen base | trained |")
     print("|---|---|---|---|---|---|")
     for name, row in rows.items():
-        print(f"| {name} | {row['median_s']:.3f} | {row['ratio_to_peft']:.3f} | {row['quartiles'][0]:.3f}–"
-              f"{row['quartiles'][1]:.3f} | {row['ratio_to_base']:.3f} | {row['trained_parameters']:,} |")
+        print(
+            f"| {name} | {row['median_s']:.3f} | {row['ratio_to_peft']:.3f} | {row['quartiles'][0]:.3f}–"
+            f"{row['quartiles'][1]:.3f} | {row['ratio_to_base']:.3f} | {row['trained_parameters']:,} |"
+        )
     if not args.quick:
         path = Path(__file__).parent / "results" / f"step_time_{args.device}.json"
         path.parent.mkdir(exist_ok=True)

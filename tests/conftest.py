@@ -1,4 +1,4 @@
-"""What many tests share: one tiny FLUX and one basis cache for the session, and a clean accelerate for each test."""
+"""What many tests share: one tiny FLUX, one basis cache for the session, a clean accelerate for each test."""
 
 from __future__ import annotations
 

@@ -32,10 +32,21 @@ def adapters(arguments, tmp_path):  # noqa: F811
 @pytest.fixture
 def line(adapters, tiny_flux, tmp_path):
     """The command line of a 2×2 grid."""
-    given = {"model_path": tiny_flux, "style_lora_path": adapters[0], "content_lora_path": adapters[1],
-             "prompt": "a <c> dog in <s> style", "num_inference_steps": 2, "style_weights": "0.0,1.0",
-             "content_weights": "0.0,1.0", "height": 64, "width": 64, "output_dir": tmp_path / "out"}
-    return lambda *more: [w for k, v in given.items() if f"--{k}" not in more for w in (f"--{k}", str(v))] + list(more)
+    given = {
+        "model_path": tiny_flux,
+        "style_lora_path": adapters[0],
+        "content_lora_path": adapters[1],
+        "prompt": "a <c> dog in <s> style",
+        "num_inference_steps": 2,
+        "style_weights": "0.0,1.0",
+        "content_weights": "0.0,1.0",
+        "height": 64,
+        "width": 64,
+        "output_dir": tmp_path / "out",
+    }
+    return lambda *more: (
+        [w for k, v in given.items() if f"--{k}" not in more for w in (f"--{k}", str(v))] + list(more)
+    )
 
 
 def pixels(path: Path):
@@ -58,23 +69,45 @@ def test_grid_sheet_and_merged_files(line, tiny_flux, tmp_path, capsys):
 
     pipe = FluxPipeline.from_pretrained(tiny_flux, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    base = pipe("a <c> dog in <s> style", height=64, width=64, num_inference_steps=2, guidance_scale=3.5,
-                max_sequence_length=64, generator=torch.Generator().manual_seed(3)).images[0]
+    base = pipe(
+        "a <c> dog in <s> style",
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        guidance_scale=3.5,
+        max_sequence_length=64,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
     assert numpy.array_equal(cells["inference_s0.00_c0.00.png"], numpy.asarray(base))  # α = β = 0 is the base
 
     merged = out / "merged_s1.00_c1.00.safetensors"
     keys = set(load_file(merged))
-    assert {key.rpartition(".lora.")[2] for key in keys if ".lora." in key} == {"q.weight", "base_r.weight", "delta_r.weight"}
-    again = ["--style_lora_path", str(merged), "--content_lora_path", str(merged), "--style_weights", "1.0",
-             "--content_weights", "0.0", "--output_dir", str(tmp_path / "again"), "--seed", "3"]
+    saved = {key.rpartition(".lora.")[2] for key in keys if ".lora." in key}
+    assert saved == {"q.weight", "base_r.weight", "delta_r.weight"}
+    again = [
+        "--style_lora_path",
+        str(merged),
+        "--content_lora_path",
+        str(merged),
+        "--style_weights",
+        "1.0",
+        "--content_weights",
+        "0.0",
+        "--output_dir",
+        str(tmp_path / "again"),
+        "--seed",
+        "3",
+    ]
     assert merge(line(*again)) == 0
-    live, saved = cells["inference_s1.00_c1.00.png"].astype(int), pixels(tmp_path / "again" / "inference_s1.00_c0.00.png")
+    live = cells["inference_s1.00_c1.00.png"].astype(int)
+    saved = pixels(tmp_path / "again" / "inference_s1.00_c0.00.png")
     assert numpy.abs(live - saved).max() <= 1
 
 
 def test_weights_that_differ_in_the_third_decimal_get_own_files(line, tmp_path):
     assert merge(line("--style_weights", "0.5,0.501", "--content_weights", "1.0")) == 0
-    assert {"inference_s0.500_c1.000.png", "inference_s0.501_c1.000.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    drawn = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"inference_s0.500_c1.000.png", "inference_s0.501_c1.000.png"} <= drawn
     with pytest.raises(Refused, match="listed twice"):
         merge(line("--style_weights", "0.5,0.50"))
 
@@ -103,14 +136,22 @@ def test_an_adapter_of_another_base_is_refused(line, tmp_path):
 
 def test_two_processes_are_one_with_twice_the_accumulation(arguments, tmp_path):  # noqa: F811
     """On two CPU processes under accelerate launch, as on N GPUs; also saving and resuming there."""
-    twice = ("--dataset_repeats", "2", "--checkpointing_steps", "2")  # 6 batches: an epoch that two can share evenly
+    # 6 batches: an epoch that two can share evenly
+    twice = ("--dataset_repeats", "2", "--checkpointing_steps", "2")
     assert train(arguments("one", "--gradient_accumulation_steps", "2", *twice)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-              str(ROOT / "flux_train_qrlora.py")]  # what `accelerate launch` runs for several GPUs
-    done = subprocess.run([*launch, *arguments("two", *twice)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    # what `accelerate launch` runs for several GPUs
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [*run, str(ROOT / "flux_train_qrlora.py")]
+    done = subprocess.run(
+        [*launch, *arguments("two", *twice)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = load_file(tmp_path / "one" / WEIGHTS), load_file(tmp_path / "two" / WEIGHTS)
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=0, atol=1e-6)
-    assert {p.name for p in (tmp_path / "two" / "checkpoint-2").iterdir()} >= {"random_states_0.pkl", "random_states_1.pkl"}
+    saved = {p.name for p in (tmp_path / "two" / "checkpoint-2").iterdir()}
+    assert saved >= {"random_states_0.pkl", "random_states_1.pkl"}

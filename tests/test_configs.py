@@ -1,4 +1,4 @@
-"""Every file in configs/ is what its first lines say: it parses, its datasets exist, and its method can be built."""
+"""Every file in configs/ is what its first lines say: it parses, its data sets exist, its method is built."""
 
 from __future__ import annotations
 

@@ -234,7 +234,8 @@ def test_a_quantised_base_is_adapted_and_untouched(method, bits, cache):
     model = torch.nn.Sequential(packed.to("cpu")).requires_grad_(False)
     x = torch.randn(3, 64)
     before = model(x)
-    torch.testing.assert_close(dense_weight(packed).float(), plain.weight.detach(), rtol=0, atol=0.03)  # its rounding
+    # 0.03: its rounding
+    torch.testing.assert_close(dense_weight(packed).float(), plain.weight.detach(), rtol=0, atol=0.03)
     made = network(method, model, cache)
     assert torch.equal(model(x), before)
     shake(made)

@@ -51,8 +51,8 @@ KOHYA = """
     networks.lora --network_dim 16 --network_alpha 8 --network_args loraplus_lr_ratio=16 target=a=b
     --optimizer_type adamw8bit --optimizer_args weight_decay=0.01 betas=0.9,0.99 --lr_scheduler
     cosine --lr_warmup_steps 10% --unet_lr 1e-4 --text_encoder_lr 5e-5 1e-5 --max_train_epochs 10
-    --train_text_encoder --save_every_n_epochs 2 --fp8_base --mixed_precision bf16 --full_bf16 --timestep_sampling
-    flux_shift --model_prediction_type raw --sdpa --xformers --max_token_length 225
+    --train_text_encoder --save_every_n_epochs 2 --fp8_base --mixed_precision bf16 --full_bf16
+    --timestep_sampling flux_shift --model_prediction_type raw --sdpa --xformers --max_token_length 225
     --min_snr_gamma=5 --noise_offset 0.05 --clip_skip 2 --lowram
     --max_data_loader_n_workers 2 --wandb_api_key SECRET --log_with all
 """
@@ -438,7 +438,8 @@ def test_the_resolved_options_come_back(tmp_path):
             "attn.to_q,ff.net.2",
         ),
         *("--resolution", "768,512", "--lr_scheduler", "linear", "--lr_warmup_steps", "10%", "--seed", "0"),
-        *("--validation_prompt", 'a "<s>" [sks], ünïcödé 🎨\n\\ #1', "--text_encoder_lr", "1e-5", "2e-5", "--train_text_encoder"),
+        *("--validation_prompt", 'a "<s>" [sks], ünïcödé 🎨\n\\ #1', "--train_text_encoder"),
+        *("--text_encoder_lr", "1e-5", "2e-5"),
         *("--network_args", "a=[1,2]", "b=x=y", "--huggingface_repo_id", "a/b", "--hub_token", "hf_secret"),
         *("--dry_run",),
     )

@@ -57,7 +57,9 @@ def base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         return HOSTS[kind]().to(dtype).requires_grad_(False)
 
 
-def _plain(weights, ranks, scales, core: bool = False, copies: bool = False, diagonal: bool = False, ups: int = 0):
+def _plain(
+    weights, ranks, scales, core: bool = False, copies: bool = False, diagonal: bool = False, ups: int = 0
+):
     values = {}
     for index, (name, weight) in enumerate(weights.items()):
         made = torch.Generator().manual_seed(index)

@@ -32,8 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {refused}", file=sys.stderr)
         return 1
     ranks = sorted({value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")})
-    print(f"{args.target}: {len(state) // 3} layers of rank {', '.join(map(str, ranks))}; "
-          f"read back, the largest relative difference of a layer is {worst:.1e}")
+    print(
+        f"{args.target}: {len(state) // 3} layers of rank {', '.join(map(str, ranks))}; "
+        f"read back, the largest relative difference of a layer is {worst:.1e}"
+    )
     return 0
 
 

@@ -1,6 +1,6 @@
 """The façade: a method becomes a kohya network module with two functions.
 
-kohya's trainers import a module by name and call 
+kohya's trainers import a module by name and call
 `create_network(1.0, dim, alpha, vae, text_encoder, unet, …)` or
 `create_network_from_weights(multiplier, file, vae, text_encoder, unet, …)`; every network argument arrives as
 a string.

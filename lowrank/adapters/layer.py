@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class Clock:
         return self.at(self.timestep)
 
 
-def host_shape(host: nn.Module) -> tuple[int, int]:
+def host_shape(host: Layer) -> tuple[int, int]:
     """(O, I·k·k) of a host, also where its weight is packed."""
     if isinstance(host, nn.Conv2d):
         return host.out_channels, host.in_channels // host.groups * math.prod(host.kernel_size)
@@ -52,12 +53,13 @@ def dense_weight(host: Layer) -> Tensor:
     weight = host.weight.detach()
     kind = type(host.weight).__name__
     if kind in ("Params4bit", "Int8Params"):
-        import bitsandbytes as bnb  # only a quantised base needs it
-
+        packed: Any = host  # bitsandbytes' layers and weights have attributes of their own
         if kind == "Params4bit":
-            weight = bnb.functional.dequantize_4bit(weight.data, host.weight.quant_state)
+            from bitsandbytes.functional import dequantize_4bit  # only a quantised base needs it
+
+            weight = dequantize_4bit(weight.data, packed.weight.quant_state)
         else:
-            scale = host.weight.SCB if host.weight.SCB is not None else host.state.SCB  # moved by a forward
+            scale = packed.state.SCB if packed.weight.SCB is None else packed.weight.SCB  # moved by a forward
             weight = weight.float() * scale.float()[:, None] / 127
     elif weight.dtype.itemsize == 1:  # float8 storage has no arithmetic
         weight = weight.float()
@@ -76,9 +78,7 @@ class AdaptedLayer(nn.Module):
     router: Tensor
     multiplier: float | Tensor
 
-    def __init__(
-        self, name: str, host: Layer, method: Method, rank: int, alpha: float, clock: Clock
-    ) -> None:
+    def __init__(self, name: str, host: Layer, method: Method, rank: int, alpha: float, clock: Clock) -> None:
         super().__init__()
         self.name, self.method, self.rank, self._clock, self._host = name, method, rank, clock, [host]
         self.factor, self.conv = method.require_factor(), isinstance(host, nn.Conv2d)
@@ -320,7 +320,7 @@ class AdaptedLayer(nn.Module):
         """Put this layer in front of the host's forward, whatever stands there now."""
         self._before = self.host.__dict__.get("forward")
         self._chained = [self.host.forward]  # in a list: a bound method of the host must not make it a child
-        self.host.forward = self.forward
+        self.host.forward = self.forward  # pyright: ignore[reportAttributeAccessIssue]  # x for input
 
     def restore(self) -> None:
         """Give the host back the forward it had."""

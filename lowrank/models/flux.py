@@ -243,10 +243,11 @@ def denoise(
 
 def pipeline(models: Models) -> FluxPipeline:
     """The stock FluxPipeline around the present denoiser, for cached text; its scheduler is a copy."""
+    no_text: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     return FluxPipeline(
         scheduler=type(models.scheduler).from_config(models.scheduler.config),
         vae=models.vae,
-        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),  # text is cached
+        **no_text,
         transformer=_bare(models.denoiser),
     )
 

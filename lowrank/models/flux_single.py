@@ -217,9 +217,8 @@ def text_encoder(kind: Any, path: Path, dtype: torch.dtype) -> nn.Module:
             for key in file.keys()  # noqa: SIM118
             if not key.startswith(("logit_scale", "text_projection", "decoder."))
         }
-        config = (clip_config if kind is CLIPTextModel else t5_config)(
-            {k: tuple(v.shape) for k, v in state.items()}
-        )
+        configure = {CLIPTextModel: clip_config}.get(kind, t5_config)
+        config = configure({k: tuple(v.shape) for k, v in state.items()})
         model, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )

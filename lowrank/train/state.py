@@ -121,9 +121,7 @@ def find_state(wanted: str, output_dir: Path) -> Path:
     )
 
 
-def load_state(
-    folder: Path, accelerator: Accelerator, network: Any, run: Mapping[str, Any]
-) -> Progress:
+def load_state(folder: Path, accelerator: Accelerator, network: Any, run: Mapping[str, Any]) -> Progress:
     """Continue from a folder that `save_state` wrote.
 
     Raises `Refused` if it is not whole or belongs to another run.
