@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -37,8 +38,11 @@ def _replacing(path: Path, part: Path, remove: Callable[[Path], object]) -> Iter
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
     except BaseException as error:
-        remove(part)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # which wraps ENOSPC
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            remove(part)
+        # safetensors and torch.save wrap a full disk in errors of their own
+        wrapped = type(error).__name__ == "SafetensorError" or "inline_container" in str(error)
+        if isinstance(error, OSError) or wrapped:
             raise Refused(
                 f"could not write {path}: {error}; nothing was changed there, free space or "
                 "permissions and run again, or choose another folder"
@@ -79,6 +83,37 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(part, path)
         shutil.rmtree(old, ignore_errors=True)
         _sync(path.parent)
+
+
+def writable_folder(path: str | os.PathLike, option: str = "--output_dir") -> Path:
+    """The folder, made if need be, after a file could be written in it. Raises `Refused` naming `option`."""
+    folder = Path(path)
+    try:
+        if not str(path):
+            raise FileNotFoundError("the path is empty")
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise Refused(f"{option} {path} cannot be written to ({error}); name another folder") from error
+    return folder
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process. Raises `Refused` while another run holds it."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Refused(
+                f"another run is writing to {folder}; wait for it or name another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 def sha256(path: str | os.PathLike) -> str:

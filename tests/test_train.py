@@ -19,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lowrank.cli.flux_train import main
 from lowrank.errors import Refused
+from lowrank.files import only_writer
+from tools.make_tiny_flux import make
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -365,6 +367,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(arguments, tmp_path):
     folder = tmp_path / "run" / "checkpoint-2"
     with pytest.raises(Refused, match="its seed is 0 and this run's is 1"):
         main(arguments("other", "--seed", "1", "--resume", str(folder)))
+    with pytest.raises(Refused, match="its learning_rate is 0.01"):
+        main(arguments("other", "--learning_rate", "1", "--resume", str(folder)))
     with pytest.raises(Refused, match="network_dim"):
         main(arguments("other", "--rank", "2", "--resume", str(folder)))
     data = (folder / "optimizer.bin").read_bytes()
@@ -373,6 +377,81 @@ def test_damaged_and_foreign_checkpoints_are_refused(arguments, tmp_path):
         main(arguments("other", "--resume", str(folder)))
     with pytest.raises(Refused, match="raise --max_train_steps"):
         main(arguments("run", "--resume", "checkpoint-4"))
+    final = load_file(tmp_path / "run" / WEIGHTS)
+    (tmp_path / "run" / WEIGHTS).unlink()  # as after a kill between the last checkpoint and the last file
+    assert main(arguments("run", "--resume", "checkpoint-4")) == 0
+    again = load_file(tmp_path / "run" / WEIGHTS)
+    assert again.keys() == final.keys() and all(torch.equal(again[key], final[key]) for key in final)
+    for text in ("[1]", "null", '{"current_step": -3}', "{"):
+        (folder / "train_state.json").write_text(text)
+        with pytest.raises(Refused, match="not a whole checkpoint"):
+            main(arguments("other", "--resume", str(folder)))
+
+
+def test_a_run_does_not_write_into_another_ones_folder(arguments, tmp_path):
+    assert main(arguments("run", "--checkpointing_steps", "4")) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(Refused, match="holds checkpoint-4 of an earlier run"):
+        main(arguments("run", "--checkpointing_steps", "1", "--checkpoints_total_limit", "1"))
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match="--output_dir .* cannot be written to"):
+        main(arguments("file"))
+    with only_writer(tmp_path / "run"), pytest.raises(Refused, match="another run is writing"):
+        main(arguments("run", "--resume", "latest"))
+
+
+def test_an_adapter_with_the_basis_of_another_base_is_refused(arguments, tiny_flux, tmp_path, caplog):
+    other = make(tmp_path / "other", seed=1)
+    assert main(arguments("run")) == 0
+    weights = str(tmp_path / "run" / WEIGHTS)
+    with pytest.raises(Refused, match="its basis belongs to that base"):
+        main(arguments("b", "--pretrained_model_name_or_path", str(other), "--network_weights", weights))
+    assert main(arguments("lora", "--network_module", "lora")) == 0
+    weights = str(tmp_path / "lora" / WEIGHTS)
+    more = (
+        "--pretrained_model_name_or_path",
+        str(other),
+        "--network_module",
+        "lora",
+        "--network_weights",
+        weights,
+    )
+    assert main(arguments("c", *more)) == 0
+    assert "goes on from there all the same" in caplog.text
+
+
+def test_an_unset_seed_is_the_checkpoints(arguments, tmp_path):
+    line = arguments("run", "--checkpointing_steps", "2")
+    at = line.index("--seed")
+    del line[at : at + 2]
+    assert main(line) == 0
+    resumed = arguments(
+        "on", "--checkpointing_steps", "2", "--resume", str(tmp_path / "run" / "checkpoint-2")
+    )
+    at = resumed.index("--seed")
+    del resumed[at : at + 2]
+    assert main(resumed) == 0
+    assert same(tmp_path / "run" / WEIGHTS, tmp_path / "on" / WEIGHTS)
+
+
+def test_a_full_disk_in_a_checkpoint_keeps_the_earlier_ones(arguments, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 68864 vs 68756")
+
+    real = torch.save
+    calls = []
+    monkeypatch.setattr(
+        torch, "save", lambda *a, **k: full() if len(calls) > 2 else (calls.append(1), real(*a, **k))
+    )
+    with pytest.raises(Refused, match=r"could not write .*checkpoint-2"):
+        main(arguments("run", "--checkpointing_steps", "1"))
+    assert (tmp_path / "run" / "checkpoint-1" / "train_state.json").is_file()
+    assert not [p for p in (tmp_path / "run").rglob("*") if ".part" in p.name]
+
+
+def test_token_warmup_may_be_a_share(arguments, tmp_path):
+    assert main(arguments("run", "--token_warmup_step", "0.5")) == 0
 
 
 def test_a_full_disk_loses_nothing(arguments, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,24 +11,21 @@ from torch import nn
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.data import summary
 from lowrank.data.loader import Loader
-from lowrank.models.family import Family, Models
 from lowrank.options import Parsed
-from lowrank.train import module, optim
+from lowrank.train import optim
 
 GIB = 2**30
 
 
 def show(
     parsed: Parsed,
-    family: Family,
-    models: Models,
     loader: Loader,
-    networks: Any,
-    arguments: Mapping[str, str],
+    denoiser: nn.Module | None,
+    network: Any,
     accelerator: Accelerator,
     dtype: torch.dtype,
 ) -> int:
-    """Print the tables and return 0. The denoiser is built from its configuration on the meta device."""
+    """Print the tables and return 0; `denoiser` and `network` are on the meta device, None for other modules."""
     told = summary.summary(loader)
     for number, dataset in enumerate(told["datasets"]):
         print(
@@ -46,19 +42,8 @@ def show(
         f"captions: {'open-ended' if captions is None else ', '.join(map(repr, captions[:3]))}"
         f"{f' and {len(captions) - 3} more' if captions and len(captions) > 3 else ''}"
     )
-    denoiser = family.empty(models)
-    network = module.create(
-        networks,
-        denoiser,
-        (),
-        rank=parsed.value("network_dim"),
-        alpha=parsed.value("network_alpha"),
-        dropout=parsed.value("network_dropout"),
-        arguments=arguments,
-        weights=None,
-        dim_from_weights=False,
-    )
-    _show_layers(network, parsed)
+    if isinstance(network, AdapterNetwork):
+        _show_layers(network, parsed)
     steps = optim.plan(
         len(loader),
         accelerator.num_processes,
@@ -71,20 +56,17 @@ def show(
         f"steps each; {accelerator.num_processes} processes × {parsed.value('gradient_accumulation_steps')} "
         "micro-batches a step"
     )
-    _show_memory(denoiser, network, parsed, dtype)
+    if denoiser is not None:
+        _show_memory(denoiser, network, parsed, dtype)
     return 0
 
 
-def _show_layers(network: nn.Module, parsed: Parsed) -> None:
-    if isinstance(network, AdapterNetwork):
-        rate = parsed.value("unet_lr") or parsed.value("learning_rate")
-        print(f"adapter: {network.method.name}, {len(network.layers())} layers")
-        for layer in network.layers():
-            target = network.targets[layer.name]
-            print(
-                f"  {target.native or target.name}  rank {layer.rank}  alpha "
-                f"{float(layer.scale * layer.rank):g}  lr {rate:g}"
-            )
+def _show_layers(network: AdapterNetwork, parsed: Parsed) -> None:
+    rate = parsed.value("unet_lr") or parsed.value("learning_rate")
+    print(f"adapter: {network.method.name}, {len(network.layers())} layers")
+    for layer in network.layers():
+        target, alpha = network.targets[layer.name], layer.scale * layer.rank
+        print(f"  {target.native or target.name}  rank {layer.rank}  alpha {alpha:g}  lr {rate:g}")
 
 
 def _show_memory(denoiser: nn.Module, network: nn.Module, parsed: Parsed, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from lowrank.data.loader import Batch, Loader
 from lowrank.data.records import DATASET_FIELDS, SUBSET_FIELDS, Dataset
 from lowrank.data.scan import from_config, from_folders, from_instance
 from lowrank.errors import Refused
-from lowrank.files import cache_folder
+from lowrank.files import cache_folder, writable_folder
 from lowrank.models.family import Family, Models, Source, release
 from lowrank.options import Parsed
 from lowrank.train.prompts import Prompt
@@ -77,7 +77,7 @@ def make_class_images(
     if not parsed.value("with_prior_preservation") or not parsed.value("instance_data_dir"):
         return
     folder, wanted = Path(parsed.value("class_data_dir")), parsed.value("num_class_images")
-    folder.mkdir(parents=True, exist_ok=True)
+    writable_folder(folder, "--class_data_dir")
     have = sum(file.suffix.lower() in suffixes() for file in folder.iterdir())
     if accelerator.is_main_process and have < wanted:
         logger.info("%s has %d of %d class images; drawing the others with the base", folder, have, wanted)

@@ -3,212 +3,217 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import random
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
+from lowrank.files import only_writer, writable_folder
 from lowrank.models import memory
 from lowrank.models.family import Family, Models, move, release
 from lowrank.options import Parsed, pairs
-from lowrank.train import dry, inputs, metadata, module, optim, setup
+from lowrank.tensors import read_metadata
+from lowrank.train import dry, inputs, metadata, module, optim, setup, state
 from lowrank.train.log import RunLog, describe_run
 from lowrank.train.loop import Run, components, train
+from lowrank.train.prompts import Prompt
 from lowrank.train.saving import Keeper
 from lowrank.train.state import Names, Progress
 
 logger = logging.getLogger(__name__)
 
+# What a resumed run must agree on: the optimizer's state is matched by position, and the rest would go on silently as
+# it was or change the run. How long the run is, and what it saves or draws, may change.
+_RESUMED = (
+    *("network_dim", "network_alpha", "network_dropout", "train_text_encoder"),
+    *("network_train_text_encoder_only", "optimizer_type", "optimizer_args", "use_8bit_adam"),
+    *("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "train_batch_size"),
+    *("gradient_accumulation_steps", "resolution", "ema_decay"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is asked to do, once it has been checked as far as options alone allow."""
+
+    parsed: Parsed
+    family: Family
+    options: Any  # the family's switches
+    accelerator: Accelerator
+    folder: Path
+    networks: ModuleType
+    arguments: dict[str, str]
+    seed: int
+
+    def value(self, name: str) -> Any:
+        return self.parsed.value(name)
+
+    def create(self, denoiser: nn.Module, encoders: list[nn.Module], weights: str | None) -> Any:
+        """The network on a denoiser; on the meta device it has shapes and no values."""
+        return module.create(
+            self.networks,
+            denoiser,
+            encoders,
+            rank=self.value("network_dim"),
+            alpha=self.value("network_alpha"),
+            dropout=self.value("network_dropout"),
+            arguments=self.arguments,
+            weights=weights,
+            dim_from_weights=bool(weights) and self.value("dim_from_weights"),
+            train_denoiser=not self.value("network_train_text_encoder_only"),
+        )
+
 
 def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker: str) -> int:
     """Train as `parsed` says; `objective` and `options` are the family's records, `tracker` a folder name."""
-    if not parsed.value("output_dir"):
-        raise Refused("--output_dir is missing; say where the run's folder shall be")
-    folder = Path(parsed.value("output_dir"))
+    folder, dry_run = Path(parsed.value("output_dir")), parsed.value("dry_run")
+    if not dry_run:
+        writable_folder(folder)
+        _refuse_to_overwrite(parsed, folder)
     accelerator = setup.accelerator(parsed, folder)
     setup.quiet(accelerator, parsed)
-    seed = (
-        parsed.value("seed") if parsed.value("seed") is not None else random.SystemRandom().randrange(2**31)
-    )
     networks = module.find_module(parsed.value("network_module"))
     arguments = pairs("--network_args", parsed.value("network_args"))
     if (facade := module.facade_of(networks)) is not None:
         facade.check(arguments)
+    optim.chosen(parsed.optimizer)
+    job = Job(parsed, family, options, accelerator, folder, networks, arguments, _seed(parsed, folder))
+    with only_writer(folder) if accelerator.is_main_process and not dry_run else contextlib.nullcontext():
+        return _launch(job, objective, tracker)
 
+
+def _launch(job: Job, objective: Any, tracker: str) -> int:
+    parsed, family, accelerator = job.parsed, job.family, job.accelerator
     source = setup.source(parsed, accelerator)
-    optim.chosen(parsed.optimizer)  # a misspelt name is refused before anything is loaded
     models = family.load(source, ())
-    if not parsed.value("dry_run"):
-        inputs.make_class_images(parsed, family, source, options, accelerator)
+    if not job.value("dry_run"):
+        inputs.make_class_images(parsed, family, source, job.options, accelerator)
     loader = Loader(
         inputs.datasets(parsed),
-        seed=seed,
-        prior_loss_weight=parsed.value("prior_loss_weight"),
-        skip_bad_images=parsed.value("skip_bad_images"),
+        seed=job.seed,
+        prior_loss_weight=job.value("prior_loss_weight"),
+        skip_bad_images=job.value("skip_bad_images"),
         multiple=family.bucket_step,
-        workers=parsed.value("max_data_loader_n_workers"),
+        workers=job.value("max_data_loader_n_workers"),
     )
     loader = loader.shard(accelerator.process_index, accelerator.num_processes)
-    if parsed.value("dry_run"):
+    shapes = None
+    if module.facade_of(job.networks) is not None and not job.value("dim_from_weights"):
+        shapes = family.empty(
+            models
+        )  # a rank or a target that does not fit is refused before hours of caching
+        rehearsal = job.create(shapes, [], None)
+    if job.value("dry_run"):
+        network = rehearsal if shapes is not None else None
         return dry.show(
-            parsed,
-            family,
-            models,
-            loader,
-            networks,
-            arguments,
-            accelerator,
-            setup.DTYPES[accelerator.mixed_precision],
+            parsed, loader, shapes, network, accelerator, setup.DTYPES[accelerator.mixed_precision]
         )
 
     prompts = setup.prompts(parsed)
     family.add(models, ("text", "vae"))
-    text = inputs.Text(parsed, loader, family, models, options, tuple(p.prompt for p in prompts), accelerator)
+    text = inputs.Text(
+        parsed, loader, family, models, job.options, tuple(p.prompt for p in prompts), accelerator
+    )
     loader = inputs.encode_latents(parsed, loader, family, models, accelerator)
-    trains_text = parsed.value("train_text_encoder") or parsed.value("network_train_text_encoder_only")
-    if trains_text and text.live:
+    encoders = _keep_encoders(job, models, text, loader, bool(prompts))
+    family.add(models, ("denoiser",))
+    network = _adapt(job, models, encoders)
+    return _train(job, objective, tracker, models, loader, text, prompts, encoders, network)
+
+
+# ------------------------------------------------------------------ before anything is loaded
+
+
+def _refuse_to_overwrite(parsed: Parsed, folder: Path) -> None:
+    """A run's folder is its own: another run's checkpoints would be pruned or resumed by mistake.
+
+    With `--output_name` the adapter files are written over, as kohya's trainers do; without, they are kept.
+    """
+    if parsed.value("resume"):
+        return
+    final = Names(folder, parsed.value("output_name")).final()
+    there = state.checkpoints(folder) or ([] if parsed.value("output_name") else [final] * final.exists())
+    if there:
+        raise Refused(
+            f"{folder} holds {there[-1].name} of an earlier run; go on with --resume latest, or name another "
+            "--output_dir"
+        )
+    if final.exists():
+        logger.warning("%s of an earlier run will be written over", final)
+
+
+def _seed(parsed: Parsed, folder: Path) -> int:
+    if parsed.value("seed") is not None:
+        return parsed.value("seed")
+    if parsed.value("resume"):
+        return state.seed_of(state.find_state(parsed.value("resume"), folder))
+    return random.SystemRandom().randrange(2**31)
+
+
+# ------------------------------------------------------------------ the model and its network
+
+
+def _keep_encoders(
+    job: Job, models: Models, text: inputs.Text, loader: Loader, draws: bool
+) -> list[nn.Module]:
+    """Let go of what has done its work; the text encoders that are trained, if any, are returned."""
+    trains = job.value("train_text_encoder") or job.value("network_train_text_encoder_only")
+    if trains and text.live:
         raise Refused(
             "--train_text_encoder needs captions that can be listed; leave out --shuffle_caption, "
             "--caption_tag_dropout_rate, --enable_wildcard and --token_warmup_step"
         )
-    encoders = family.keep_trained_text(models) if trains_text else []
-    text.trained = trains_text
-    if not trains_text and not text.live:
+    encoders = job.family.keep_trained_text(models) if trains else []
+    text.trained = bool(trains)
+    if not trains and not text.live:
         release(models, ("text",))
-    live_pixels = next(iter(loader.epoch(0))).encoded is None
-    if not live_pixels and prompts:
-        move(models, ("vae",), "cpu")
-    elif not live_pixels:
-        release(models, ("vae",))
-
-    family.add(models, ("denoiser",))
-    _prepare_denoiser(parsed, models, accelerator)
-    torch.manual_seed(seed)
-    _merge_base_weights(parsed, networks, models)
-    network = module.create(
-        networks,
-        models.denoiser,
-        encoders,
-        rank=parsed.value("network_dim"),
-        alpha=parsed.value("network_alpha"),
-        dropout=parsed.value("network_dropout"),
-        arguments=arguments,
-        weights=parsed.value("network_weights"),
-        dim_from_weights=parsed.value("dim_from_weights"),
-        train_denoiser=not parsed.value("network_train_text_encoder_only"),
-    )
-    _prepare_network(parsed, network, models, accelerator)
-
-    plan = optim.plan(
-        len(loader),
-        accelerator.num_processes,
-        parsed.value("gradient_accumulation_steps"),
-        parsed.value("max_train_steps"),
-        parsed.value("max_train_epochs"),
-    )
-    groups, group_names = module.optimizer_groups(
-        network, parsed.value("text_encoder_lr"), parsed.value("unet_lr"), setup.rate(parsed, accelerator)
-    )
-    optimizer_name, optimizer_args, optimizer = optim.build_optimizer(groups, parsed.optimizer)
-    scheduler = optim.build_scheduler(optimizer, parsed.optimizer, plan.steps, accelerator.num_processes)
-    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
-
-    base_hash = family.model_hash(models, "denoiser")
-    told = metadata.of_run(
-        parsed,
-        family,
-        models,
-        loader,
-        optimizer=f"{optimizer_name}({optimizer_args})",
-        steps=plan.steps,
-        epochs=plan.epochs,
-        network=setup.network_facts(parsed, network),
-        arguments=arguments,
-        base_hash=base_hash,
-        seed=seed,
-    )
-    preview = setup.preview(parsed, prompts, folder, family, models, options, text, accelerator)
-    log = RunLog(accelerator, folder, components(network), plan.steps, max(plan.steps_per_epoch, 20))
-    keeper = Keeper(
-        parsed,
-        accelerator,
-        network,
-        optimizer,
-        told,
-        log,
-        preview,
-        Names(folder, parsed.value("output_name"), parsed.value("save_model_as")),
-        run_facts={
-            "network_module": networks.__name__,
-            "network_dim": parsed.value("network_dim"),
-            "seed": seed,
-            "batches_per_epoch": len(loader),
-            "processes": accelerator.num_processes,
-            "base": base_hash,
-        },
-        plan=plan,
-    )
-
-    progress = keeper.resume() if parsed.value("resume") else Progress()
-    if progress.step >= plan.steps:
-        raise Refused(
-            f"{parsed.value('resume')} is at step {progress.step} and the run ends at {plan.steps}; raise "
-            "--max_train_steps to go on from it"
-        )
-    if accelerator.is_main_process:
-        describe_run(folder, parsed.toml(), parsed.command)
-    names = {"wandb": {"name": parsed.value("wandb_run_name")}} if parsed.value("wandb_run_name") else {}
-    accelerator.init_trackers(setup.tracker_name(parsed, tracker), init_kwargs=names)
-    setup.announce(loader, plan, parsed, network, accelerator)
-    run = Run(
-        accelerator,
-        network,
-        models.denoiser,
-        encoders,
-        loader,
-        objective,
-        inputs.latents_of(family, models, accelerator.device),
-        text,
-        lambda noisy, timesteps, conditions: family.denoise(
-            models.denoiser, noisy, timesteps, conditions, options
-        ),
-        optimizer,
-        scheduler,
-        group_names,
-        plan.steps,
-        plan.epochs,
-        seed,
-        parsed.value("max_grad_norm"),
-        parsed.value("scale_weight_norms"),
-        log,
-        keeper.after_step,
-        keeper.after_epoch,
-        keeper.last_good,
-    )
-    if parsed.value("sample_at_first") and progress.step == 0:
-        keeper.draw("000000", 0)
-    with _stoppable(keeper), memory.tf32(parsed.value("allow_tf32")), optim.training(optimizer):
-        progress = train(run, progress)
-    if keeper.stopped:
-        log.close()
-        return 130
-    keeper.finish(progress)
-    log.close()
-    return 0
+    if loader.encoded:
+        if draws:
+            move(models, ("vae",), "cpu")
+        else:
+            release(models, ("vae",))
+    return encoders
 
 
-def _prepare_denoiser(parsed: Parsed, models: Models, accelerator: Accelerator) -> None:
+def _adapt(job: Job, models: Models, encoders: list[nn.Module]) -> Any:
+    """Freeze the denoiser, merge --base_weights, put the network on it."""
     models.denoiser.requires_grad_(False).eval()
-    if parsed.value("fp8_base") or parsed.value("fp8_base_unet"):
-        memory.store_in_fp8(models.denoiser, setup.DTYPES[accelerator.mixed_precision])
+    if job.value("fp8_base") or job.value("fp8_base_unet"):
+        memory.store_in_fp8(models.denoiser, setup.DTYPES[job.accelerator.mixed_precision])
+    torch.manual_seed(job.seed)
+    for path in filter(None, (*job.value("base_weights"), job.value("network_weights"))):
+        _check_base(job, models, path)
+    _merge_base_weights(job.parsed, job.networks, models)
+    network = job.create(models.denoiser, encoders, job.value("network_weights"))
+    _prepare_network(job.parsed, network, models, job.accelerator)
+    return network
+
+
+def _check_base(job: Job, models: Models, path: str) -> None:
+    """An adapter with a basis of another base is refused; a plain one of another base is said."""
+    facts = read_metadata(path)
+    there, here = facts.get("lowrank.base_hash"), job.family.model_hash(models, "denoiser")
+    if not there or there == here:
+        return
+    told = (
+        f"{path} was made on {facts.get('lowrank.base_model')} ({there[:12]}), and this base is {here[:12]}"
+    )
+    if facts.get("lowrank.basis_hash"):
+        raise Refused(f"{told}; its basis belongs to that base, so train on it, or start without the file")
+    logger.warning("%s; it goes on from there all the same", told)
 
 
 def _merge_base_weights(parsed: Parsed, networks: Any, models: Models) -> None:
@@ -240,6 +245,133 @@ def _prepare_network(parsed: Parsed, network: Any, models: Models, accelerator: 
         network.to(setup.DTYPES[accelerator.mixed_precision])
     if parsed.value("scale_weight_norms") and not hasattr(network, "apply_max_norm_regularization"):
         raise Refused("--scale_weight_norms is not offered by this network module; leave it out")
+
+
+# ------------------------------------------------------------------ the run
+
+
+def _train(
+    job: Job,
+    objective: Any,
+    tracker: str,
+    models: Models,
+    loader: Loader,
+    text: inputs.Text,
+    prompts: list[Prompt],
+    encoders: list[nn.Module],
+    network: Any,
+) -> int:
+    parsed, family, accelerator, options = job.parsed, job.family, job.accelerator, job.options
+    plan = optim.plan(
+        len(loader),
+        accelerator.num_processes,
+        job.value("gradient_accumulation_steps"),
+        job.value("max_train_steps"),
+        job.value("max_train_epochs"),
+    )
+    groups, group_names = module.optimizer_groups(
+        network, job.value("text_encoder_lr"), job.value("unet_lr"), setup.rate(parsed, accelerator)
+    )
+    optimizer_name, optimizer_args, optimizer = optim.build_optimizer(groups, parsed.optimizer)
+    scheduler = optim.build_scheduler(optimizer, parsed.optimizer, plan.steps, accelerator.num_processes)
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+
+    base_hash = family.model_hash(models, "denoiser")
+    told = metadata.of_run(
+        parsed,
+        family,
+        models,
+        loader,
+        optimizer=f"{optimizer_name}({optimizer_args})",
+        steps=plan.steps,
+        epochs=plan.epochs,
+        network=setup.network_facts(parsed, network) | {"mixed_precision": accelerator.mixed_precision},
+        arguments=job.arguments,
+        base_hash=base_hash,
+        seed=job.seed,
+    )
+    preview = setup.preview(parsed, prompts, job.folder, family, models, options, text, accelerator)
+    log = RunLog(accelerator, job.folder, components(network), plan.steps, max(plan.steps_per_epoch, 20))
+    names = Names(job.folder, job.value("output_name"), job.value("save_model_as"))
+    facts = _facts(job, loader, base_hash)
+    keeper = Keeper(parsed, accelerator, network, optimizer, told, log, preview, names, facts, plan)
+
+    progress = keeper.resume() if job.value("resume") else Progress()
+    if progress.step >= plan.steps:
+        if names.final().exists():
+            raise Refused(
+                f"{job.value('resume')} is at step {progress.step} and the run ends at {plan.steps}; raise "
+                "--max_train_steps to go on from it"
+            )
+        keeper.finish(progress)  # the run was stopped between its last checkpoint and its last file
+        return 0
+    if accelerator.is_main_process:
+        describe_run(job.folder, parsed.toml(), parsed.command)
+    setup.start_trackers(parsed, accelerator, tracker)
+    setup.announce(loader, plan, parsed, network, accelerator)
+    run = Run(
+        accelerator,
+        network,
+        models.denoiser,
+        encoders,
+        loader,
+        objective,
+        inputs.latents_of(family, models, accelerator.device),
+        text,
+        lambda noisy, t, conditions: family.denoise(models.denoiser, noisy, t, conditions, options),
+        optimizer,
+        scheduler,
+        group_names,
+        plan.steps,
+        plan.epochs,
+        job.seed,
+        job.value("max_grad_norm"),
+        job.value("scale_weight_norms"),
+        log,
+        keeper.after_step,
+        keeper.after_epoch,
+        keeper.last_good,
+    )
+    if job.value("sample_at_first") and progress.step == 0:
+        keeper.draw("000000", 0)
+    try:
+        with _stoppable(keeper), memory.tf32(job.value("allow_tf32")), optim.training(optimizer):
+            progress = train(run, progress)
+        if not keeper.stopped:
+            keeper.finish(progress)
+    finally:
+        log.close()
+    return 130 if keeper.stopped else 0
+
+
+def _facts(job: Job, loader: Loader, base_hash: str) -> dict[str, Any]:
+    """What a run that resumes from this one must agree on, as JSON keeps it."""
+    pictures = [
+        (
+            one.example.path.name,
+            one.example.captions,
+            one.example.size,
+            one.example.repeats,
+            one.example.is_reg,
+        )
+        for one in loader.placed
+    ]
+    facts = (
+        {name: job.value(name) for name in _RESUMED}
+        | {
+            "network_module": job.networks.__name__,
+            "network_args": {
+                k: v for k, v in job.arguments.items() if k != "basis_cache"
+            },  # a place, not a setting
+            "seed": job.seed,
+            "batches_per_epoch": len(loader),
+            "pictures": hashlib.sha256(json.dumps(pictures).encode()).hexdigest()[:16],
+            "processes": job.accelerator.num_processes,
+            "base": base_hash,
+            "mixed_precision": job.accelerator.mixed_precision,
+        }
+    )
+    return json.loads(json.dumps(facts))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from lowrank.errors import Refused
 from lowrank.files import atomic
 
 BINS = 4  # of the timestep range 0..1000
@@ -121,13 +122,22 @@ class RunLog:
         self._accelerator.log(scalars, step=step)
         if self._accelerator.is_main_process:
             row = {"step": step, "epoch": epoch, "lr": first, "avr_loss": average, **told}
-            with open(self._csv, "a", newline="") as file:
-                csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+            try:
+                with open(self._csv, "a", newline="") as file:
+                    csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+            except OSError as error:
+                raise Refused(
+                    f"could not write {self._csv}: {error}; free space and go on with --resume latest"
+                ) from error
 
     def say(self, text: str) -> None:
         """A line above the bar, on the main process."""
         if self._accelerator.is_main_process:
             tqdm.write(text)
+
+    def end_bar(self) -> None:
+        """End the bar's line, so that an error starts on its own."""
+        self._bar.close()
 
     def close(self) -> None:
         self._bar.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,18 @@ from torch import nn
 
 from lowrank.adapters.kohya import Facade
 from lowrank.errors import Refused, nearest
+
+# diffusers' classes by the names in Black Forest Labs' code (flux/modules/layers.py), which kohya's modules and
+# LyCORIS' presets list
+_PUBLISHED = {
+    "FluxTransformerBlock": "DoubleStreamBlock",
+    "FluxSingleTransformerBlock": "SingleStreamBlock",
+    "FluxAttention": "SelfAttention",
+    "TimestepEmbedding": "MLPEmbedder",  # LyCORIS lists the name for another model
+    "PixArtAlphaTextProjection": "MLPEmbedder",
+}
+# what a foreign module raises for arguments that it does not understand
+_COMPLAINTS = (ValueError, TypeError, LookupError, AssertionError, AttributeError, OSError, RuntimeError)
 
 
 def _own_networks() -> list[str]:
@@ -30,6 +44,11 @@ def find_module(name: str) -> ModuleType:
     Raises `Refused` with the nearest known name when there is none, or when it lacks `create_network`.
     """
     own = _own_networks()
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise Refused(
+            f"--network_module {name!r} is not the dotted name of a module; ours are {', '.join(own)}, and "
+            "others are named as lycoris.kohya"
+        )
     dotted = f"networks.{name}" if name in own else name
     try:
         module = importlib.import_module(dotted)
@@ -71,36 +90,45 @@ def create(
 ) -> nn.Module:
     """A network on its hosts, ready for the optimizer.
 
-    Call order: kohya's trainer (kohya_ss/sd-scripts, train_network.py).
+    Call order: kohya's trainer (kohya_ss/sd-scripts, train_network.py). Raises `Refused` for arguments that the
+    module does not take, and for a foreign network without a layer in the denoiser's blocks.
     """
     facade = facade_of(module)
+    foreign = facade is None
     if facade is not None:
         facade.check(arguments)
         alpha = facade.default_alpha(rank or 4) if alpha is None else alpha
-    unet = denoiser if train_denoiser or facade is None else None
+    unet = denoiser if train_denoiser or foreign else None
     extra: dict[str, Any] = dict(arguments)
-    if dropout is not None and facade is None:
+    if dropout is not None and foreign:
         extra.setdefault("dropout", str(dropout))
-    if dim_from_weights:
-        if not weights:
-            raise Refused("--dim_from_weights needs --network_weights; name the file whose ranks to take")
-        network, _ = module.create_network_from_weights(
-            1.0, weights, None, list(text_encoders), unet, **extra
-        )
-    else:
-        network = module.create_network(
-            1.0,
-            rank,
-            1.0 if alpha is None else alpha,
-            None,
-            list(text_encoders),
-            unet,
-            neuron_dropout=dropout,
-            **extra,
-        )
+    if dim_from_weights and not weights:
+        raise Refused("--dim_from_weights needs --network_weights; name the file whose ranks to take")
+    before = _block_layers(denoiser)
+    with _complaints_of(module, extra) if foreign else contextlib.nullcontext(), _published(denoiser, foreign):
+        if dim_from_weights:
+            network, _ = module.create_network_from_weights(
+                1.0, weights, None, list(text_encoders), unet, **extra
+            )
+        else:
+            network = module.create_network(
+                1.0,
+                rank,
+                1.0 if alpha is None else alpha,
+                None,
+                list(text_encoders),
+                unet,
+                neuron_dropout=dropout,
+                **extra,
+            )
     if network is None:
         raise Refused(f"{module.__name__} made no network for this model; see its messages above")
     network.apply_to(list(text_encoders), denoiser, bool(text_encoders), train_denoiser)
+    if foreign and train_denoiser and before and _block_layers(denoiser) == before:
+        raise Refused(
+            f"{module.__name__} adapts no layer in the blocks of {type(denoiser).__name__} with "
+            f"--network_args {_told(extra)}; give it another preset or other targets, or choose networks.lora"
+        )
     if weights:
         told = network.load_weights(weights)
         if facade is not None and told.missing_keys:
@@ -110,6 +138,52 @@ def create(
             )
     network.prepare_grad_etc(list(text_encoders), denoiser)
     return network
+
+
+@contextlib.contextmanager
+def _published(denoiser: nn.Module, foreign: bool) -> Iterator[None]:
+    """While a foreign module looks for its layers, the denoiser's parts bear the names that it knows."""
+    renamed = [part for part in denoiser.modules() if foreign and type(part).__name__ in _PUBLISHED]
+    kinds = {kind: type(_PUBLISHED[kind.__name__], (kind,), {}) for kind in {type(part) for part in renamed}}
+    try:
+        for part in renamed:
+            part.__class__ = kinds[type(part)]
+        yield
+    finally:
+        before = {new: kind for kind, new in kinds.items()}
+        for part in renamed:
+            part.__class__ = before.get(type(part), type(part))
+
+
+@contextlib.contextmanager
+def _complaints_of(module: ModuleType, arguments: Mapping[str, str]) -> Iterator[None]:
+    """Turn what a foreign module raises into one sentence that quotes it."""
+    try:
+        yield
+    except _COMPLAINTS as error:
+        said = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line
+        raise Refused(
+            f"{module.__name__} makes no network with --network_args {_told(arguments)} "
+            f"({type(error).__name__}: {(said or '?').splitlines()[0]}); correct them"
+        ) from error
+
+
+def _told(arguments: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in arguments.items()) or "(none)"
+
+
+def _block_layers(denoiser: nn.Module) -> dict[str, tuple]:
+    """What an adapter changes on a layer, for each layer in a list of blocks: itself, its forward, its hooks."""
+    lists = [name for name, part in denoiser.named_modules() if isinstance(part, nn.ModuleList)]
+    return {
+        name: (
+            part,
+            part.__dict__.get("forward"),
+            len(part._forward_hooks) + len(part._forward_pre_hooks),
+        )
+        for name, part in denoiser.named_modules()
+        if any(name.startswith(f"{one}.") for one in lists)
+    }
 
 
 def optimizer_groups(

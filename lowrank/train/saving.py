@@ -106,7 +106,7 @@ class Keeper:
         self._state(folder, progress)
         if self._accelerator.is_main_process:
             kept = self._options.checkpoints_total_limit
-            state.prune(state.checkpoints(self._names.output_dir), kept)
+            state.prune(state.checkpoints(self._names.output_dir), kept, folder)
 
     def _state(self, folder: Path, progress: Progress) -> None:
         self._log.say(f"saving checkpoint: {folder}")

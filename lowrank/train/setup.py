@@ -52,13 +52,22 @@ def accelerator(parsed: Parsed, folder: Path) -> Accelerator:
     return accelerator
 
 
-def tracker_name(parsed: Parsed, default: str) -> str:
-    return parsed.value("log_tracker_name") or ("network_train" if parsed.value("logging_dir") else default)
+def start_trackers(parsed: Parsed, accelerator: Accelerator, default: str) -> None:
+    """Begin TensorBoard or wandb; the folder is kohya's with --logging_dir, else `default`."""
+    name = parsed.value("log_tracker_name") or ("network_train" if parsed.value("logging_dir") else default)
+    run = parsed.value("wandb_run_name")
+    try:
+        accelerator.init_trackers(name, init_kwargs={"wandb": {"name": run}} if run else {})
+    except OSError as error:
+        raise Refused(f"the log folder cannot be written to ({error}); name another --logging_dir") from error
 
 
 def quiet(accelerator: Accelerator, parsed: Parsed) -> None:
     level = parsed.value("console_log_level") if accelerator.is_main_process else "ERROR"
-    logging.basicConfig(format="%(message)s", filename=parsed.value("console_log_file"))
+    try:
+        logging.basicConfig(format="%(message)s", filename=parsed.value("console_log_file"))
+    except OSError as error:
+        raise Refused(f"--console_log_file cannot be written ({error}); name another file") from error
     logging.getLogger().setLevel(level)
     for noisy in ("httpx", "huggingface_hub", "PIL", "matplotlib", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -121,19 +121,36 @@ def find_state(wanted: str, output_dir: Path) -> Path:
     )
 
 
+def _read_state(folder: Path) -> dict[str, Any]:
+    """`train_state.json`, checked to be of the shape that `save_state` writes."""
+    try:
+        told = json.loads((folder / STATE).read_text())
+        counts = [told[name] for name in ("current_step", "current_epoch", "position")]
+        whole = all(type(count) is int and count >= 0 for count in counts)
+        if not (
+            whole and isinstance(told["run"], dict) and {WEIGHTS, "optimizer.bin"} <= told["files"].keys()
+        ):
+            raise ValueError("its entries are not those of a checkpoint")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused(
+            f"{folder} is not a whole checkpoint of this program: {STATE} is missing or unreadable; resume "
+            "from an earlier one, or start from its weights with --network_weights"
+        ) from error
+    return told
+
+
+def seed_of(folder: Path) -> int:
+    """The seed of the run that wrote a checkpoint."""
+    return int(_read_state(folder)["run"].get("seed", 0))
+
+
 def load_state(folder: Path, accelerator: Accelerator, network: Any, run: Mapping[str, Any]) -> Progress:
     """Continue from a folder that `save_state` wrote.
 
     Raises `Refused` if it is not whole or belongs to another run.
     """
-    try:
-        told = json.loads((folder / STATE).read_text())
-        files, before = told["files"], told["run"]
-    except (OSError, ValueError, KeyError) as error:
-        raise Refused(
-            f"{folder} is not a whole checkpoint of this program: {STATE} is missing or unreadable; resume "
-            "from an earlier one, or start from its weights with --network_weights"
-        ) from error
+    told = _read_state(folder)
+    files, before = told["files"], told["run"]
     for name, digest in files.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise Refused(
@@ -155,9 +172,10 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def prune(folders: list[Path], keep: int | None) -> None:
-    """Delete the oldest so that `keep` remain (None: all); the newest is whole, so one is always there."""
-    for path in folders[: max(0, len(folders) - keep)] if keep else []:
+def prune(folders: list[Path], keep: int | None, newest: Path) -> None:
+    """Delete the oldest written so that `keep` remain (None: all); `newest`, which is whole, always does."""
+    others = sorted((f for f in folders if f != newest), key=lambda folder: folder.stat().st_mtime_ns)
+    for path in others[: max(0, len(others) + 1 - keep)] if keep else []:
         remove(path)
 
 
