@@ -72,5 +72,7 @@ cat <<END
   $SIMILARITY/             plots, JSON and summary_statistics.txt: how alike the two adapters are
   $STYLE/, $CONTENT/   the adapters (pytorch_lora_weights.safetensors), checkpoints, loss, validation pictures
   $(venv_python .venv) -m tensorboard.main --logdir $OUT   loss curves and pictures in the browser
+The tiny FLUX is untrained: its pictures are patterns, and two adapters on it learn much the same. Read the similarity
+of real adapters, not of these.
 Next, with a GPU and FLUX.1-dev:  bash flux_dir/train_deltaR_sty.sh 0 64
 END

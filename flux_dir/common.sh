@@ -118,7 +118,7 @@ script() {
 launch() {
   visible
   # --quiet: a refusal of one sentence is not followed by accelerate's own traceback.
-  local how=(--num_machines 1 --dynamo_backend no) ids
+  local how=(--num_machines 1 --dynamo_backend no --num_cpu_threads_per_process "${OMP_NUM_THREADS:-$(nproc)}") ids
   IFS=, read -r -a ids <<< "$GPU_ID"
   if [[ $GPU_ID == cpu ]]; then
     how+=(--cpu --num_processes 1 --quiet)

@@ -20,11 +20,7 @@ CONTENT_WEIGHTS="${CONTENT_WEIGHTS:-0.9,1.0}"
 DTYPE="${DTYPE:-$(on_cpu fp32 fp16)}"
 OUTPUT_DIR="${OUTPUT_DIR:-./outputs_infer_flux/$(date +%Y%m%d_%H%M%S)}"
 
-# The residual is only checked against the base, so it is passed when it is named or lies at its usual place;
-# RESIDUAL_PATH= (empty) passes none.
-if [[ -z ${RESIDUAL_PATH+set} && -f $LAUNCHERS/flux_residual_weights.safetensors ]]; then
-  RESIDUAL_PATH="$LAUNCHERS/flux_residual_weights.safetensors"
-fi
+RESIDUAL_PATH="${RESIDUAL_PATH:-}"  # not needed; a file named here is checked against base, rank and basis
 
 COPY_AS=script.sh
 script inference_merge.py --model_path "$MODEL_PATH" \

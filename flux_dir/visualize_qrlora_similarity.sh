@@ -12,7 +12,7 @@ LORA1_PATH="${LORA1_PATH:-$(newest_adapter LORA1_PATH "<s>" train_deltaR_sty.sh)
 LORA2_PATH="${LORA2_PATH:-$(newest_adapter LORA2_PATH "<c>" train_deltaR_cnt.sh)}"
 LORA1_NAME="${LORA1_NAME:-sty}"
 LORA2_NAME="${LORA2_NAME:-cnt}"
-FIXED_SCALE="${FIXED_SCALE---fixed_scale}"  # FIXED_SCALE= (empty) leaves the axis free
+FIXED_SCALE="${FIXED_SCALE---fixed_scale}"  # accepted as documented; both scales are always drawn
 OUTPUT_DIR="${OUTPUT_DIR:-./output_vis/qrlora_sim-$(date +%Y%m%d-%H%M%S)}"
 
 COPY_AS=vis_script.sh

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -36,8 +37,9 @@ class Flag:
     """What a field tells about its flag besides name, type and default.
 
     `low` and `high` are inclusive, `above` and `below` exclusive; they hold for each item of a list.
-    `convert` makes the value from one text (raising `Refused`), in place of the annotated type. A `secret`
-    is never written or logged; a flag that is not `saved` belongs to one call and is left out of configs.
+    `convert` makes the value from one text (raising `Refused`), in place of the annotated type. A flag that
+    is not `blank` refuses an empty text. A `secret` is never written or logged; a flag that is not `saved`
+    belongs to one call and is left out of configs.
     """
 
     help: str
@@ -49,6 +51,7 @@ class Flag:
     above: float | None = None
     below: float | None = None
     convert: Callable[[str], object] | None = None
+    blank: bool = True
     required: bool = False
     secret: bool = False
     saved: bool = True
@@ -57,6 +60,11 @@ class Flag:
 def option(default: object, help: str, **details: Any) -> Any:
     """A dataclass field that is a flag; `details` are the other fields of `Flag`."""
     return dataclasses.field(default=default, metadata={"flag": Flag(help, **details)})
+
+
+def path(default: object, help: str, **details: Any) -> Any:
+    """An option that names a file, a folder or a module: an empty text, as of an unset variable, is none."""
+    return option(default, help, blank=False, **details)
 
 
 def pairs(name: str, items: Iterable[str]) -> dict[str, str]:
@@ -110,16 +118,28 @@ def steps_or_share(text: str) -> float:
 
 
 def comma_floats(text: str) -> tuple[float, ...]:
-    """`0.9,1.0` as (0.9, 1.0)."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise Refused(f"{text!r} is not a list of numbers; give e.g. 0.9,1.0") from error
+    """`0.9,1.0` as (0.9, 1.0); −0.0 is 0.0."""
+    values = [_number(float, part) for part in text.split(",")]
+    if None in values:
+        raise Refused(f"{text!r} is not a list of numbers; give finite ones, e.g. 0.9,1.0")
+    return tuple(value + 0.0 for value in values if value is not None)
 
 
 def comma_words(text: str) -> tuple[str, ...]:
     """`attn.to_q,attn.to_k` as its parts."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    words = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not words:
+        raise Refused(f"{text!r} names nothing; give e.g. attn.to_q,attn.to_k, or leave the flag out")
+    return words
+
+
+def file_name(text: str) -> str:
+    """A name for files, to which endings and step numbers are added."""
+    if not text or any(mark in text for mark in "/\\\0") or text in (".", ".."):
+        raise Refused(f"{text!r} is not a plain file name; say the folder with --output_dir")
+    if (length := len(os.fsencode(text))) > 200:  # file systems take 255, and step numbers are added
+        raise Refused(f"{text[:20]!r}… is {length} bytes long; give a name of 200 or less")
+    return text
 
 
 def scheduler(text: str) -> str:
@@ -156,6 +176,8 @@ class Spec(NamedTuple):
 
     def _chosen(self, text: str) -> str:
         choices = self.flag.choices
+        if not self.flag.blank and not text.strip():
+            raise Refused("the text is empty; give a value, or leave the flag out")
         if choices and text not in choices:
             raise Refused(f"{text!r} is not one of {', '.join(choices)}{nearest(text, choices)}")
         return text
@@ -190,17 +212,25 @@ class Spec(NamedTuple):
     def check_range(self, label: str, value: object) -> None:
         """Raise `Refused` when a number of `value` is outside the limits; `label` is the flag as written."""
         flag, unit = self.flag, f" {self.flag.unit}" if self.flag.unit else ""
+
+        def told(number: float) -> str:
+            return str(number) if isinstance(number, int) else f"{number:g}"
+
         for item in value if isinstance(value, tuple) else (value,):
             if not isinstance(item, (int, float)) or isinstance(item, bool):
                 continue
             if flag.low is not None and item < flag.low:
-                raise Refused(f"{label} {item:g} is below {flag.low:g}{unit}; give {flag.low:g} or more")
+                raise Refused(
+                    f"{label} {told(item)} is below {told(flag.low)}{unit}; give {told(flag.low)} or more"
+                )
             if flag.above is not None and item <= flag.above:
-                raise Refused(f"{label} {item:g} is not above {flag.above:g}{unit}; give more")
+                raise Refused(f"{label} {told(item)} is not above {told(flag.above)}{unit}; give more")
             if flag.high is not None and item > flag.high:
-                raise Refused(f"{label} {item:g} is above {flag.high:g}{unit}; give {flag.high:g} or less")
+                raise Refused(
+                    f"{label} {told(item)} is above {told(flag.high)}{unit}; give {told(flag.high)} or less"
+                )
             if flag.below is not None and item >= flag.below:
-                raise Refused(f"{label} {item:g} is not below {flag.below:g}{unit}; give less")
+                raise Refused(f"{label} {told(item)} is not below {told(flag.below)}{unit}; give less")
 
 
 def shown(value: object) -> str:
@@ -227,9 +257,9 @@ def specs(groups: tuple[type, ...], defaults: Mapping[str, object]) -> dict[str,
 def _number(kind: type, text: str) -> int | float | None:
     try:
         value = kind(text)
+        return value if kind is int or math.isfinite(value) else None
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
 
 
 def _fields(group: type) -> list[tuple[str, type, bool, dataclasses.Field]]:

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank.fields import SCHEDULERS, comma_words, option, resolution, scheduler, steps_or_share
+from lowrank.fields import (
+    SCHEDULERS,
+    comma_words,
+    file_name,
+    option,
+    path,
+    resolution,
+    scheduler,
+    steps_or_share,
+)
 
 PRECISIONS = ("no", "fp16", "bf16")
+SEEDS = 2**63 - 2**32  # largest seed: torch's limit, with room for one per image
+STEPS = 10**9  # most steps
 
 
 @dataclass(frozen=True)
 class Logging:
     """Logs and trackers"""
 
-    logging_dir: str | None = option(None, "folder for tracker logs (unset: logs/ in --output_dir)")
+    logging_dir: str | None = path(None, "folder for tracker logs (unset: logs/ in --output_dir)")
     log_with: str | None = option(
         None, "tracker", aliases=("--report_to",), choices=("tensorboard", "wandb", "all", "none")
     )
@@ -28,17 +39,17 @@ class Logging:
     console_log_level: str = option(
         "INFO", "least level of the log", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     )
-    console_log_file: str | None = option(None, "write the log to this file instead of stderr")
+    console_log_file: str | None = path(None, "write the log to this file instead of stderr")
 
 
 @dataclass(frozen=True)
 class Model:
     """Base model"""
 
-    pretrained_model_name_or_path: str | None = option(None, "folder of a diffusers model, or its hub id")
+    pretrained_model_name_or_path: str | None = path(None, "folder of a diffusers model, or its hub id")
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     variant: str | None = option(None, "file variant of a hub model, such as fp16")
-    cache_dir: str | None = option(None, "folder where hub downloads are kept")
+    cache_dir: str | None = path(None, "folder where hub downloads are kept")
     no_half_vae: bool = option(False, "run the VAE in fp32")
 
 
@@ -46,15 +57,19 @@ class Model:
 class Data:
     """Pictures"""
 
-    train_data_dir: str | None = option(
+    train_data_dir: str | None = path(
         None, "parent of folders named <repeats>_<class>, captions beside the images"
     )
-    reg_data_dir: str | None = option(None, "as --train_data_dir, for regularisation images")
-    dataset_config: str | None = option(None, "TOML or JSON file that describes datasets and their folders")
-    instance_data_dir: str | None = option(None, "plain folder of images that all have --instance_prompt")
+    reg_data_dir: str | None = path(None, "as --train_data_dir, for regularisation images")
+    dataset_config: str | None = path(None, "TOML or JSON file that describes datasets and their folders")
+    instance_data_dir: str | None = path(None, "plain folder of images that all have --instance_prompt")
     instance_prompt: str | None = option(None, "caption of the images in --instance_data_dir")
     dataset_repeats: int = option(
-        1, "how often an epoch shows each image of --instance_data_dir", aliases=("--repeats",), low=1
+        1,
+        "how often an epoch shows each image of --instance_data_dir",
+        aliases=("--repeats",),
+        low=1,
+        high=10**6,
     )
     skip_bad_images: bool = option(
         False, "leave out images that cannot be read, and list them, instead of stopping"
@@ -138,7 +153,7 @@ class Prior:
     with_prior_preservation: bool = option(
         False, "train on class images too, so that the class is not forgotten"
     )
-    class_data_dir: str | None = option(None, "folder of class images; missing ones are generated")
+    class_data_dir: str | None = path(None, "folder of class images; missing ones are generated")
     class_prompt: str | None = option(None, "caption of the class images, and what generates them")
     num_class_images: int = option(100, "class images there shall be", low=1)
     prior_generation_precision: str | None = option(
@@ -152,9 +167,13 @@ class Train:
     """Training"""
 
     train_batch_size: int = option(1, "images per process and micro-batch", low=1)
-    max_train_steps: int = option(1600, "optimizer steps", low=1)
+    max_train_steps: int = option(1600, "optimizer steps", low=1, high=STEPS)
     max_train_epochs: int | None = option(
-        None, "passes over the data; wins over --max_train_steps", aliases=("--num_train_epochs",), low=1
+        None,
+        "passes over the data; wins over --max_train_steps",
+        aliases=("--num_train_epochs",),
+        low=1,
+        high=STEPS,
     )
     gradient_accumulation_steps: int = option(
         1, "micro-batches per optimizer step, counted on across epochs", low=1
@@ -170,13 +189,13 @@ class Train:
     fp8_base: bool = option(False, "base weights in fp8; needs --mixed_precision fp16 or bf16")
     fp8_base_unet: bool = option(False, "as --fp8_base, for the denoiser alone")
     seed: int | None = option(
-        None, "seed of everything random (unset: a random one, which is recorded)", low=0
+        None, "seed of everything random (unset: a random one, which is recorded)", low=0, high=SEEDS
     )
     allow_tf32: bool = option(False, "let matrix products on the GPU use TF32")
     ema_decay: float = option(
         0.0, "decay per step of an EMA of the adapter, which is then what is saved; 0 is off", low=0, below=1
     )
-    resume: str | None = option(
+    resume: str | None = path(
         None,
         "folder of a saved state, its name in --output_dir, or 'latest'",
         aliases=("--resume_from_checkpoint",),
@@ -264,7 +283,7 @@ class Loss:
 class Network:
     """Adapter"""
 
-    network_module: str | None = option(
+    network_module: str | None = path(
         None, "networks.delta_r, bare delta_r, or any module that makes a kohya network"
     )
     lora_init_method: str | None = option(
@@ -280,7 +299,7 @@ class Network:
     )
     network_dropout: float | None = option(None, "dropout in the adapter", low=0, below=1)
     network_args: tuple[str, ...] = option((), "key=value for the module")
-    network_weights: str | None = option(None, "adapter file to go on from")
+    network_weights: str | None = path(None, "adapter file to go on from")
     dim_from_weights: bool = option(False, "take rank and alpha from --network_weights")
     lora_layers: tuple[str, ...] | None = option(
         None, "comma list of module names to adapt instead of the usual ones", convert=comma_words
@@ -289,7 +308,7 @@ class Network:
         None, "start ΔR at zero, the base model (unset: yes); --no-use_zero_init starts at random"
     )
     delta_scale: float | None = option(None, "standard deviation of a random ΔR (unset: 0.01)", low=0)
-    basis_cache_dir: str | None = option(None, "folder where the bases of the base model's layers are kept")
+    basis_cache_dir: str | None = path(None, "folder where the bases of the base model's layers are kept")
     save_basis: str | None = option(
         None,
         "frozen factors in the adapter file (unset: full): Q and base R, Q alone, or none, which then needs "
@@ -302,7 +321,7 @@ class Network:
     scale_weight_norms: float | None = option(
         None, "largest norm of a layer's update; larger ones are scaled down", above=0
     )
-    base_weights: tuple[str, ...] = option((), "adapter files that are merged into the base before training")
+    base_weights: tuple[str, ...] = path((), "adapter files that are merged into the base before training")
     base_weights_multiplier: tuple[float, ...] = option((), "their strengths; 1 where missing")
 
 
@@ -310,8 +329,8 @@ class Network:
 class Saving:
     """Saving"""
 
-    output_dir: str | None = option(None, "folder for everything that is written")
-    output_name: str | None = option(None, "name of the adapter files, without ending")
+    output_dir: str | None = path(None, "folder for everything that is written")
+    output_name: str | None = option(None, "name of the adapter files, without ending", convert=file_name)
     save_model_as: str = option("safetensors", "file format", choices=("safetensors", "ckpt", "pt"))
     save_precision: str | None = option(
         None, "precision of adapter files (unset: that of training)", choices=("float", "fp16", "bf16")
@@ -370,7 +389,7 @@ class Sampling:
     validation_prompt: str | None = option(None, "prompt of pictures made while training and at the end")
     validation_epochs: int = option(50, "make them every n epochs", low=1)
     num_validation_images: int = option(4, "how many of them", low=1)
-    sample_prompts: str | None = option(
+    sample_prompts: str | None = path(
         None, "file of prompts (.txt, .toml, .json), a line as 'a cat --w 512 --s 20'"
     )
     sample_every_n_steps: int | None = option(None, "make them every n steps", low=1)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank.errors import Refused
-from lowrank.fields import comma_floats
+from lowrank.fields import comma_floats, path
 from lowrank.flags import (
     Buckets,
     Captions,
@@ -35,17 +35,21 @@ class FluxModel:
     """FLUX"""
 
     model_type: str = option("flux", "architecture", choices=("flux",))
-    clip_l: str | None = option(None, "CLIP-L text encoder in place of the model's own")
-    t5xxl: str | None = option(None, "T5 text encoder in place of the model's own")
-    ae: str | None = option(None, "autoencoder in place of the model's own")
+    clip_l: str | None = path(None, "CLIP-L text encoder in place of the model's own")
+    t5xxl: str | None = path(None, "T5 text encoder in place of the model's own")
+    ae: str | None = path(None, "autoencoder in place of the model's own")
     t5xxl_max_token_length: int | None = option(
-        None, "length of T5 captions (unset: 512, schnell 256)", aliases=("--max_sequence_length",), low=1
+        None,
+        "length of T5 captions (unset: 512, schnell 256)",
+        aliases=("--max_sequence_length",),
+        low=1,
+        high=512,
     )
     apply_t5_attn_mask: bool = option(False, "mask T5's padding in T5 and in the transformer")
     guidance_scale: float = option(
         3.5, "guidance told to a guidance-distilled model in training; 1.0 is usual too", low=0
     )
-    tokenizer_cache_dir: str | None = option(
+    tokenizer_cache_dir: str | None = path(
         None, "folder of tokenizers for a model in single files, each in <folder>/<hub id with / as _>"
     )
 
@@ -80,35 +84,45 @@ class Flow:
 class Residual:
     """Residual file"""
 
-    model_path: str | None = option(None, "folder of a diffusers FLUX, or its hub id", required=True)
-    output_dir: str | None = option(None, "folder of flux_residual_weights.safetensors", required=True)
+    model_path: str | None = path(None, "folder of a diffusers FLUX, or its hub id", required=True)
+    output_dir: str | None = path(None, "folder of flux_residual_weights.safetensors", required=True)
     rank: int = option(64, "rank of the adapters it is for", low=1)
     dtype: str = option("fp16", "precision of the residual", choices=("fp32", "fp16", "bf16"))
     device: str | None = option(None, "where bases are computed (unset: the GPU if there is one)")
-    basis_cache_dir: str | None = option(None, "folder where bases are kept")
+    basis_cache_dir: str | None = path(None, "folder where bases are kept")
 
 
 @dataclass(frozen=True)
 class Merge:
     """Merging and sampling"""
 
-    model_path: str | None = option(None, "folder of a diffusers FLUX, or its hub id", required=True)
-    style_lora_path: str | None = option(None, "adapter of the style", required=True)
-    content_lora_path: str | None = option(None, "adapter of the content", required=True)
-    residual_path: str | None = option(None, "residual file; not needed, but checked when given")
-    output_dir: str | None = option(None, "folder for images and merged adapters", required=True)
+    model_path: str | None = path(None, "folder of a diffusers FLUX, or its hub id", required=True)
+    style_lora_path: str | None = path(None, "adapter of the style", required=True)
+    content_lora_path: str | None = path(None, "adapter of the content", required=True)
+    residual_path: str | None = path(None, "residual file; not needed, but checked when given")
+    output_dir: str | None = path(None, "folder for images and merged adapters", required=True)
     prompt: str | None = option(None, "what to draw; needed unless --skip_images")
-    style_weights: tuple[float, ...] = option((1.0,), "comma list of style strengths", convert=comma_floats)
+    style_weights: tuple[float, ...] = option(
+        (1.0,), "comma list of style strengths", convert=comma_floats, low=-1e6, high=1e6
+    )
     content_weights: tuple[float, ...] = option(
-        (1.0,), "comma list of content strengths; every pair of both lists is drawn", convert=comma_floats
+        (1.0,),
+        "comma list of content strengths; every pair of both lists is drawn",
+        convert=comma_floats,
+        low=-1e6,
+        high=1e6,
     )
     num_inference_steps: int = option(50, "denoising steps", low=1)
     guidance_scale: float = option(3.5, "guidance told to the model", low=0)
     height: int | None = option(None, "height of the images (unset: the model's own)", unit="pixels", low=16)
     width: int | None = option(None, "width of the images (unset: the model's own)", unit="pixels", low=16)
-    num_images: int = option(1, "images for each pair of strengths", low=1)
-    max_sequence_length: int | None = option(None, "length of T5 prompts (unset: 512, schnell 256)", low=1)
-    seed: int = option(0, "seed of the first image, the same for every pair of strengths", low=0)
+    num_images: int = option(1, "images for each pair of strengths", low=1, high=10_000)
+    max_sequence_length: int | None = option(
+        None, "length of T5 prompts (unset: 512, schnell 256)", low=1, high=512
+    )
+    seed: int = option(
+        0, "seed of the first image, the same for every pair of strengths", low=0, high=2**63 - 1
+    )
     dtype: str = option("fp32", "precision of the model", choices=("fp32", "fp16", "bf16"))
     device: str | None = option(None, "where to draw (unset: the GPU if there is one)")
     save_merged: bool = option(False, "write the merged adapter of each pair too")
@@ -119,11 +133,11 @@ class Merge:
 class Similarity:
     """Adapters to compare"""
 
-    lora1_path: str | None = option(None, "first adapter file", required=True)
-    lora2_path: str | None = option(None, "second adapter file", required=True)
+    lora1_path: str | None = path(None, "first adapter file", required=True)
+    lora2_path: str | None = path(None, "second adapter file", required=True)
     lora1_name: str = option("style", "name of the first in plots and summary")
     lora2_name: str = option("content", "name of the second in plots and summary")
-    output_dir: str = option("deltaR_similarity_analysis", "folder for plots, JSON and summary")
+    output_dir: str = path("deltaR_similarity_analysis", "folder for plots, JSON and summary")
     fixed_scale: bool = option(
         False, "without effect: plots of fixed and of automatic scale are both written"
     )

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,28 +20,64 @@ from torch import Tensor
 from lowrank.errors import Refused
 from lowrank.files import atomic
 
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+# What torch's restricted unpickler raises over code, and over bytes that are no checkpoint at all.
+_NOT_A_PICKLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def existing_file(path: str | os.PathLike, way_out: str = "check the path") -> Path:
+    """The path, if a file is there. Raises `Refused`."""
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long or a folder closed
+        raise Refused(f"{path} does not exist or is not a file; {way_out}")
+    return Path(path)
+
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, or of a `.pt`/`.ckpt` dictionary of tensors only."""
-    path = Path(path)
-    if not path.is_file():
-        raise Refused(f"{path} does not exist or is not a file; check the path")
-    if path.suffix in (".pt", ".ckpt", ".bin"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise Refused(
-                f"{path} is not a plain dictionary of tensors ({str(error).splitlines()[0]}); convert it to "
-                ".safetensors where it was made"
-            ) from error
-        return {k: v for k, v in state.items() if isinstance(v, Tensor)}, {}
+    """Tensors and metadata of a safetensors file, or of a `.pt`/`.pth`/`.ckpt`/`.bin` dictionary of tensors.
+
+    Of such a dictionary what is no tensor is left out, and one under `state_dict` is taken instead of it.
+    """
+    path = existing_file(path)
+    if path.suffix.lower() in _PICKLES:
+        return _unpickled(path), {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise Refused(
             f"{path} is not a whole safetensors file ({error}); it may be half-written, use another"
         ) from error
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except _NOT_A_PICKLE as error:  # its text advises to run the file's code
+        raise Refused(
+            f"{path} is damaged or holds more than tensors, and code in it is not run; convert it to "
+            ".safetensors where it was made"
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    items = state.items() if isinstance(state, Mapping) else ()
+    tensors = {key: value.detach() for key, value in items if isinstance(value, Tensor)}
+    if not tensors or not all(isinstance(key, str) for key in tensors):
+        raise Refused(
+            f"{path} holds no dictionary of named tensors but a {type(state).__name__}; save the adapter's "
+            "state dict as .safetensors"
+        )
+    return tensors
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
     y = W x + s·U·D x        D kaiming-uniform, U = 0, s = alpha/rank
 
-Keys, argument names and start values are those of kohya sd-scripts' networks.lora.
+Argument names and start values are those of kohya sd-scripts' networks.lora, and so are keys in kohya's hosts.
+On a diffusers FLUX, whose q, k and v are separate layers, files have PEFT's keys.
 """
 
 from __future__ import annotations

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train import ROOT, WEIGHTS, arguments, pictures  # noqa: F401 (fixtures)
 
 from lowrank.cli.flux_train import main as train
+from lowrank.cli.merge import _names
 from lowrank.cli.merge import main as merge
 from lowrank.cli.residual import main as residual
+from lowrank.cli.sheet import _shortened, sheet
 from lowrank.errors import Refused
 
 
@@ -131,7 +134,96 @@ def test_an_adapter_of_another_base_is_refused(line, tmp_path):
     other = make(tmp_path / "other", seed=1)
     with pytest.raises(Refused, match="was trained on tiny-flux"):
         merge(line("--model_path", str(other)))
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(Refused, match="was trained on tiny-flux"):
+        merge(line("--model_path", str(other), "--save_merged", "--skip_images"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_trained_text_encoder_speaks_at_its_strength(arguments, line, tmp_path):  # noqa: F811
+    more = ("--network_train_text_encoder_only", "--text_encoder_lr", "0.5")
+    assert train(arguments("text", *more, "--learning_rate", "0.5")) == 0
+    adapter = str(tmp_path / "text" / WEIGHTS)
+    assert merge(line("--style_weights", "0.0", "--content_weights", "0.0")) == 0
+    base = pixels(tmp_path / "out" / "inference_s0.00_c0.00.png")
+    both = ("--style_lora_path", adapter, "--content_lora_path", adapter, "--content_weights", "0.0")
+    assert merge(line(*both, "--style_weights", "1.0,0.0", "--output_dir", str(tmp_path / "spoken"))) == 0
+    zero, one = (pixels(tmp_path / "spoken" / f"inference_s{s}_c0.00.png") for s in ("0.00", "1.00"))
+    assert numpy.array_equal(zero, base)  # drawn after strength 1: nothing stays
+    assert not numpy.array_equal(one, base)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--height", "77"), "--height 77 is not a multiple of 16"),
+        (("--device", "foo"), "--device foo is not on this machine; give one of cpu"),
+        (("--device", "meta"), "--device meta is not"),
+        (("--device", "cuda:99"), "--device cuda:99 is not"),
+        (("--model_path", "flux.safetensors"), "--model_path flux.safetensors is a single file"),
+        (("--residual_path", "absent"), "absent does not exist or is not a file; .*leave it out"),
+        (("--residual_path", "."), "is not a file"),
+        (("--output_dir", "/dev/null"), "--output_dir /dev/null cannot be written to"),
+        (("--output_dir", "/dev/null/below"), "--output_dir"),
+        (("--seed", str(2**63)), "--seed"),
+        (("--num_images", "10001"), "--num_images 10001 is above 10000"),
+        (("--style_weights", "0.5,1e308"), "--style_weights 1e[+]308 is above 1e[+]06"),
+        (("--style_weights", "0.5,0.50"), "listed twice"),
+        (("--style_weights", "-0.0,0"), "listed twice"),
+        ((), "here/style does not exist"),
+        (("--style_lora_path", "x" * 5000), "does not exist"),
+    ],
+)
+def test_merging_refuses_before_anything_is_loaded(flags, words, tmp_path):
+    given = {
+        "--model_path": "here/model",
+        "--style_lora_path": "here/style",
+        "--content_lora_path": "here/content",
+        "--prompt": "a dog",
+        "--output_dir": str(tmp_path / "out"),
+    }
+    given |= dict(zip(flags[::2], flags[1::2], strict=True))
+    with pytest.raises(Refused, match=words) as told:
+        merge([word for pair in given.items() for word in pair])
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("value", ["nan", "0.5,inf", "-inf", "0.5,,1"])
+def test_strengths_are_finite(value, capsys):
+    with pytest.raises(SystemExit):
+        merge([f"--content_weights={value}"])
+    assert "give finite ones" in capsys.readouterr().err
+
+
+def test_strengths_as_close_as_floats_get_names_of_their_own():
+    names = _names(Namespace(style_weights=(0.0, 1e-17, 1.0, 1.0000000000000002), content_weights=(1e6,)))
+    assert len(set(names.values())) == 4 and max(map(len, names.values())) < 60
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--device", "foo"), "--device foo is not on this machine"),
+        (("--output_dir", "/dev/null"), "--output_dir /dev/null cannot be written to"),
+        (("--model_path", "no/such/model"), "'no/such/model' is neither a folder nor a hub id"),
+        (("--rank", "65000"), r"--rank 65000 exceeds the \d+ of transformer\..*; give \d+ or less"),
+    ],
+)
+def test_residual_refuses_by_its_own_flags(flags, words, tiny_flux, tmp_path):
+    given = {"--model_path": str(tiny_flux), "--output_dir": str(tmp_path / "r"), "--rank": "4"}
+    given |= dict(zip(flags[::2], flags[1::2], strict=True))
+    with pytest.raises(Refused, match=words) as told:
+        residual([word for pair in given.items() for word in pair])
+    assert "--pretrained" not in str(told.value) and "--network" not in str(told.value)
+
+
+def test_a_long_prompt_is_cut_to_the_sheet():
+    cells = {(0.0, 1.0): Image.new("RGB", (64, 64)), (1.0, 1.0): Image.new("RGB", (64, 64))}
+    font = ImageFont.load_default(13)
+    for text in ("a dog", "a dog\n" * 200_000, "W" * 2_000_000):
+        cut = _shortened(text, font, 200)
+        assert font.getlength(cut) <= 200 and "\n" not in cut
+        assert cut == text or (cut.endswith("…") and font.getlength(cut[:-1] + "WW…") > 200)
+    sheet(cells, "W" * 2_000_000)
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(arguments, tmp_path):  # noqa: F811

@@ -72,7 +72,7 @@ def test_counted_folders(tmp_path, caplog):
 def test_loose_images_in_a_train_data_dir(tmp_path):
     save(tmp_path / "a.png")
     with pytest.raises(
-        Refused, match=r"train_data_dir .*<repeats>_<class>, only 1 images directly in it; move .*10_"
+        Refused, match=r"train_data_dir .*<repeats>_<class>: only 1 images directly in it; move .*10_"
     ):
         from_folders(tmp_path)
 
@@ -97,11 +97,34 @@ def test_a_missing_folder_is_named(tmp_path, make):
 
 def test_an_empty_folder_says_what_it_found_instead(tmp_path):
     (dataset,) = from_instance(tmp_path, "x")
-    with pytest.raises(Refused, match=r"no image .*only nothing"):
+    with pytest.raises(Refused, match=r"no image .*it is empty"):
         scan(dataset)
     (tmp_path / "a.txt").write_text("x"), (tmp_path / "b.txt").write_text("x"), (tmp_path / "sub").mkdir()
     with pytest.raises(Refused, match=r"no image .*only 2 \.txt files, 1 folder"):
         scan(dataset)
+
+
+@pytest.mark.parametrize("goal", ["nowhere.png", "b.png"])  # a link to nothing, a link to itself
+def test_a_broken_link_is_a_bad_image(tmp_path, goal):
+    save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / goal)
+    (dataset,) = from_instance(tmp_path, "x")
+    with pytest.raises(Refused, match=r"image .*b\.png cannot be read"):
+        scan(dataset)
+    assert len(scan(dataset, skip_bad_images=True)) == 1
+
+
+def test_a_loop_of_links_is_no_folder(tmp_path):
+    (tmp_path / "10_loop").symlink_to(tmp_path / "10_loop")
+    (tmp_path / "0_cat").mkdir()
+    with pytest.raises(Refused, match="has no subfolder named"):
+        from_folders(tmp_path)
+
+
+def test_too_many_repeats_are_refused(tmp_path):
+    (tmp_path / "99999999999999999999_cat").mkdir()
+    with pytest.raises(Refused, match=r"num_repeats 9{20} .* is above 1000000"):
+        from_folders(tmp_path)
 
 
 def test_a_bad_image_is_refused_or_skipped_and_listed(tmp_path, caplog):

@@ -71,6 +71,38 @@ def test_missing_component_is_named(broken, name):
         FLUX.load(Source(str(broken)))
 
 
+@pytest.mark.parametrize("text", ["[]", "{}"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "transformer/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer_2/tokenizer.json",
+    ],
+)
+def test_json_of_another_kind_is_refused_or_harmless(broken, file, text):
+    assert (broken / file).exists()
+    (broken / file).write_text(text)
+    try:
+        FLUX.load(Source(str(broken)))
+    except Refused as refused:
+        assert file.split("/")[0] in str(refused)
+    else:
+        assert text == "{}" and file.split("/")[0] in ("tokenizer",)
+
+
+@pytest.mark.parametrize("name", ["clip_l", "t5xxl", "ae"])
+def test_a_companion_that_is_not_there_is_refused(folder, tmp_path, name):
+    with pytest.raises(Refused, match=f"--{name} .* does not exist"):
+        FLUX.load(Source(str(folder), **{name: str(tmp_path / "nothing")}), roles=())
+    if name != "ae":
+        with pytest.raises(Refused, match=f"--{name} .* is a folder"):
+            FLUX.load(Source(str(folder), **{name: str(tmp_path)}), roles=())
+
+
 def weights_of(root, name):
     return next((root / name).glob("*.safetensors"))
 
@@ -372,3 +404,12 @@ def test_absent_tokenizer_is_refused(single, monkeypatch, tmp_path):
     source = Source(**{**single.__dict__, "tokenizer_cache_dir": str(tmp_path)})
     with pytest.raises(Refused, match=r"put its files into .*openai_clip-vit-large-patch14"):
         flux_single.tokenizers(source)
+
+
+def test_a_tokenizer_without_words_is_refused(tiny_flux, tmp_path):
+    shutil.copytree(tiny_flux, tmp_path / "model")
+    for file in (tmp_path / "model" / "tokenizer").glob("[vmt]*"):  # vocab.json, merges.txt, tokenizer.json
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    with pytest.raises(Refused, match="tokenizer"):
+        FLUX.load(Source(str(tmp_path / "model"), dtype=torch.float32), ("text",))

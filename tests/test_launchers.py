@@ -287,15 +287,23 @@ def test_merge_without_adapters_says_how_to_get_one(tree):
     assert not (tree / "outputs_infer_flux").exists()
 
 
-def test_residual_is_passed_when_named_or_there(tree):
+def test_residual_is_passed_only_when_named(tree):
     given = {"STYLE_LORA_PATH": "s", "CONTENT_LORA_PATH": "c"}
     arguments, _ = call(tree, "flux_dir/inference_merge.sh", "0", RESIDUAL_PATH="r", **given)
     assert value(arguments, "--residual_path") == "r"
-    (tree / "flux_dir" / "flux_residual_weights.safetensors").touch()
+    (tree / "flux_dir" / "flux_residual_weights.safetensors").touch()  # of another rank, perhaps
     arguments, _ = call(tree, "flux_dir/inference_merge.sh", "0", **given)
-    assert value(arguments, "--residual_path") == "flux_dir/flux_residual_weights.safetensors"
-    arguments, _ = call(tree, "flux_dir/inference_merge.sh", "0", RESIDUAL_PATH="", **given)
     assert "--residual_path" not in arguments
+
+
+def test_the_documented_path_of_the_comparison_may_be_edited(tree):
+    script = tree / "test" / "visualize_qrlora_similarity.sh"
+    text = script.read_text(encoding="utf-8")
+    text = text.replace('LORA1_PATH="${LORA1_PATH:-}"', 'LORA1_PATH="mine.safetensors"')
+    script.write_text(text, encoding="utf-8")
+    arguments, _ = call(tree, "test/visualize_qrlora_similarity.sh", "0", LORA2_PATH="other.safetensors")
+    assert value(arguments, "--lora1_path") == "mine.safetensors"
+    assert value(arguments, "--lora2_path") == "other.safetensors"
 
 
 def test_merge_from_outside(tree):

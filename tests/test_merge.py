@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors.torch import save_file
 from test_networks import TINY, base_of, made
 from toys import shake
 
@@ -199,10 +201,128 @@ def test_mixtures_refuse_what_does_not_belong_together(flux, saved, cache, tmp_p
         Mixture([Adapter(style)]).attach(FluxTransformer2DModel(**{**TINY, "num_layers": 0}))
     with pytest.raises(Refused, match="holds no adapter"):
         torch_file = tmp_path / "none.safetensors"
-        from safetensors.torch import save_file
-
         save_file({"x": torch.zeros(1)}, torch_file)
         Adapter(torch_file)
+
+
+def test_qr_without_its_initial_copy_is_not_merged_as_a_lora(saved, tmp_path):
+    path = saved("qrlora", 1, save_basis="none")
+    for use in (lambda: Mixture([Adapter(path)]), lambda: export_lora(path, tmp_path / "plain.safetensors")):
+        with pytest.raises(Refused, match=r"has no q, base_r, only .*; train with --save_basis full"):
+            use()
+    assert not (tmp_path / "plain.safetensors").exists()
+
+
+def test_official_keys_without_a_basis_are_read_with_a_note(tmp_path, caplog):
+    layer = {"m.lora.up.weight": torch.ones(6, 2), "m.lora.down.weight": torch.ones(2, 8)}
+    save_file(layer, tmp_path / "a.safetensors")
+    read_layers(tmp_path / "a.safetensors")
+    assert "is read as a plain LoRA; if it is an official QR-LoRA file" in caplog.text
+    caplog.clear()
+    save_file({**layer, "m.lora.q.weight": torch.ones(6, 2)}, tmp_path / "b.safetensors")
+    read_layers(tmp_path / "b.safetensors")
+    assert not caplog.text
+
+
+PAIR = {"up": torch.ones(6, 2), "down": torch.ones(2, 8)}
+DELTA = {"q": torch.ones(6, 2), "delta_r": torch.ones(2, 8)}
+
+
+@pytest.mark.parametrize(
+    ("roles", "words"),
+    [
+        ({**PAIR, "up": torch.ones(6, 3)}, r"a: m has rank 2, 3 in 'up' \(6, 3\)"),
+        ({**DELTA, "delta_r": torch.ones(3, 8)}, "has rank 2, 3 in 'delta_r'"),
+        ({**DELTA, "base_r": torch.ones(2, 9)}, "has inputs 8, 9 in 'base_r'"),
+        ({**PAIR, "q": torch.ones(5, 2), "base_r": torch.ones(2, 8)}, "has outputs 5, 6 in 'up'"),
+        ({**PAIR, "up": torch.ones(6, 0), "down": torch.ones(0, 8)}, r"m\.down is \(0, 8\)"),
+        ({**PAIR, "up": torch.ones(12)}, r"m\.up is \(12,\), which is neither"),
+        ({**PAIR, "up": torch.ones(3, 6, 2)}, r"m\.up is \(3, 6, 2\)"),
+        ({**PAIR, "up": torch.ones(6, 2, 3, 3)}, "has rank 2, 18 in 'up'"),
+        ({**PAIR, "alpha": torch.ones(2)}, r"m\.alpha is \(2,\) and must be one number"),
+        ({**PAIR, "q": torch.ones(6, 2)}, "has no base_r, only .*--save_basis full"),
+        ({"delta_r": torch.ones(2, 8)}, "has no q, only delta_r; .*--save_basis full"),
+        ({"up": torch.ones(6, 2)}, "has no down, only up; the file is not whole"),
+        ({"alpha": torch.ones(1)}, "has no up, down, only alpha"),
+    ],
+)
+def test_factors_that_do_not_fit_are_named(roles, words):
+    with pytest.raises(Refused, match=words) as told:
+        thin("m", roles, "a")
+    assert "\n" not in str(told.value)
+
+
+def test_convolutions_fit():
+    up, down, scale = thin("m", {"up": torch.ones(6, 2, 1, 1), "down": torch.ones(2, 3, 5, 5)})
+    assert up.shape == (6, 2) and down.shape == (2, 75) and scale == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_read_as_fp32_and_integers_are_refused(dtype, tmp_path):
+    file = tmp_path / "a.safetensors"
+    state = {"m.lora_A.weight": torch.ones(2, 8), "m.lora_B.weight": torch.ones(6, 2)}
+    save_file({key: value.to(dtype) for key, value in state.items()}, file)
+    assert {value.dtype for value in read_layers(file)[0]["m"].values()} == {torch.float32}
+    save_file({**state, "m.lora_A.weight": torch.ones(2, 8, dtype=torch.int8)}, file)
+    with pytest.raises(Refused, match=r"m\.lora_A\.weight in .* is int8"):
+        read_layers(file)
+
+
+def test_layers_of_two_models_are_not_added(tmp_path):
+    for name, inputs in (("a", 8), ("b", 9)):
+        state = {"m.lora_A.weight": torch.ones(2, inputs), "m.lora_B.weight": torch.ones(6, 2)}
+        save_file(state, tmp_path / name)
+    with pytest.raises(Refused, match=r"m is 6×8 in .*a and 6×9 in .*b; merge adapters of one base"):
+        Mixture([Adapter(tmp_path / "a"), Adapter(tmp_path / "b")])
+
+
+class Code:
+    """A pickle of it would run a program."""
+
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "bin"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is damaged or holds more than tensors"),
+        (b"hello world\nthis is text\n", "is damaged or holds"),
+        (b"PK\x03\x04", "is damaged or holds"),
+        ({"a": Code()}, "code in it is not run"),
+        ([torch.ones(1)], "holds no dictionary of named tensors but a list"),
+        (torch.ones(1), "but a Tensor"),
+        ({1: torch.ones(1)}, "but a dict"),
+        ({"epoch": 3}, "but a dict"),
+    ],
+)
+def test_pickles_are_dictionaries_of_tensors_or_one_sentence(suffix, content, words, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(Refused, match=words) as told:
+        read_layers(path)
+    assert "\n" not in str(told.value) and "weights_only" not in str(told.value)
+
+
+def test_a_state_dict_is_unwrapped(tmp_path):
+    state = {"m.lora_A.weight": torch.ones(2, 8), "m.lora_B.weight": torch.ones(6, 2)}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "a.ckpt")
+    assert read_layers(tmp_path / "a.ckpt")[0]["m"].keys() == {"up", "down"}
+
+
+def test_a_residual_that_nothing_can_be_compared_with_is_refused(flux, saved, tmp_path):
+    module = "transformer_blocks.0.attn.to_q"
+    hosts = {module: flux.get_submodule(module)}
+    file = tmp_path / "residual.safetensors"
+    save_file({f"{module}.residual.weight": dense_weight(hosts[module])}, file)
+    for path in (saved("lora", 1), saved("delta_r", 1, save_basis="q")):
+        with pytest.raises(Refused, match=r"nothing in .* can be compared.*leave --residual_path out"):
+            check_residual(file, *read_layers(path), hosts)
+    layers, metadata = read_layers(saved("delta_r", 1))
+    with pytest.raises(Refused, match="32×8 in the adapter and 32×32 in the model"):
+        cut = {role: value[:, :8] if "r" in role else value for role, value in layers[module].items()}
+        check_residual(file, {module: {k: v for k, v in cut.items() if k != "alpha"}}, metadata, hosts)
 
 
 @pytest.mark.parametrize(

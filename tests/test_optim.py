@@ -113,6 +113,9 @@ def test_diffusers_flags_are_arguments():
         ({"optimizer_args": ("weight_decay=abc",)}, "weight_decay=abc: the value is not a Python literal"),
         ({"optimizer_args": ("weight_decay",)}, "is not of the form key=value"),
         ({"optimizer_args": ("eps=-1.0",)}, "rejects lr=0.1,eps=-1.0 (Invalid epsilon value: -1.0)"),
+        ({"optimizer_args": ("foreach=True", "fused=True")}, "correct --learning_rate or --optimizer_args"),
+        ({"optimizer_type": "LBFGS"}, "LBFGS computes the loss several times per step"),
+        ({"optimizer_type": "SparseAdam"}, "SparseAdam needs sparse gradients"),
         ({"adam_weight_decay": 0.1, "optimizer_args": ("weight_decay=0.2",)}, "differ; give one of them"),
         ({"prodigy_decouple": True}, "--prodigy_decouple has no meaning for AdamW"),
         (
@@ -402,6 +405,11 @@ def test_custom_schedules():
         ({"lr_scheduler_type": "ReduceLROnPlateau"}, "is not a schedule of the step alone"),
         ({"lr_scheduler_type": "torch.nn.Linear"}, "is not a schedule of the step alone"),
         ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("T_max=1",)}, "StepLR rejects {'T_max': 1}"),
+        ({"lr_scheduler_type": "CosineAnnealingLR", "lr_scheduler_args": ("T_max=0",)}, "rejects T_max=0 ("),
+        (
+            {"lr_scheduler_type": "CosineAnnealingLR", "lr_scheduler_args": ("T_max='a'",)},
+            "rejects T_max='a'",
+        ),
         ({"lr_scheduler": "piecewise_constant"}, 'needs --lr_scheduler_args "step_rules='),
         (
             {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ("step_rules='1;2'",)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -272,6 +273,39 @@ def test_small_scripts_name_what_is_missing(capsys):
     )
     assert refused(*MERGE, surface=INFERENCE_MERGE).startswith("no prompt; give --prompt")
     assert "leaves nothing to do" in refused(*MERGE, "--skip_images", surface=INFERENCE_MERGE)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--output_dir=", "the text is empty"),
+        ("--resume=", "the text is empty"),
+        ("--network_module=", "the text is empty"),
+        ("--base_weights a ''", "the text is empty"),
+        ("--lora_layers=", "names nothing"),
+        ("--lora_layers ,,", "names nothing"),
+        ("--output_name a/b", "'a/b' is not a plain file name"),
+        ("--output_name ..", "'..' is not a plain file name"),
+        ("--output_name=", "is not a plain file name"),
+        (f"--output_name {'ä' * 101}", "is 202 bytes long"),
+    ],
+)
+def test_texts_that_name_nothing_are_refused(capsys, argv, said):
+    assert said in exits(capsys, *shlex.split(argv))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "high"),
+    [
+        ("seed", 2**63 - 1, 2**63 - 2**32),
+        ("dataset_repeats", 10**20, 10**6),
+        ("max_train_steps", 10**400, 10**9),
+        ("max_sequence_length", 513, 512),
+    ],
+)
+def test_numbers_have_an_upper_limit(flag, value, high):
+    assert refused(f"--{flag}", str(value)) == f"--{flag} {value} is above {high}; give {high} or less"
+    assert flux(f"--{flag}", str(high))
 
 
 def test_help_lists_every_name(capsys):

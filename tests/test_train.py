@@ -367,7 +367,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(arguments, tmp_path):
     folder = tmp_path / "run" / "checkpoint-2"
     with pytest.raises(Refused, match="its seed is 0 and this run's is 1"):
         main(arguments("other", "--seed", "1", "--resume", str(folder)))
-    with pytest.raises(Refused, match="its learning_rate is 0.01"):
+    with pytest.raises(Refused, match=r"its learning_rate is 0\.01"):
         main(arguments("other", "--learning_rate", "1", "--resume", str(folder)))
     with pytest.raises(Refused, match="network_dim"):
         main(arguments("other", "--rank", "2", "--resume", str(folder)))
@@ -395,7 +395,7 @@ def test_a_run_does_not_write_into_another_ones_folder(arguments, tmp_path):
         main(arguments("run", "--checkpointing_steps", "1", "--checkpoints_total_limit", "1"))
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(Refused, match="--output_dir .* cannot be written to"):
+    with pytest.raises(Refused, match=r"--output_dir .* cannot be written to"):
         main(arguments("file"))
     with only_writer(tmp_path / "run"), pytest.raises(Refused, match="another run is writing"):
         main(arguments("run", "--resume", "latest"))
@@ -448,6 +448,14 @@ def test_a_full_disk_in_a_checkpoint_keeps_the_earlier_ones(arguments, tmp_path,
         main(arguments("run", "--checkpointing_steps", "1"))
     assert (tmp_path / "run" / "checkpoint-1" / "train_state.json").is_file()
     assert not [p for p in (tmp_path / "run").rglob("*") if ".part" in p.name]
+
+
+def test_a_gpu_that_is_not_there_is_refused(arguments, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(Refused, match="names a GPU"):
+        main(arguments("run"))
 
 
 def test_token_warmup_may_be_a_share(arguments, tmp_path):

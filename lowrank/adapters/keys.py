@@ -15,9 +15,10 @@ KOHYA = {
     "delta_r": "lora.delta_r.weight",
 }
 PEFT = {**KOHYA, "down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+OLD_UP = "lora.up.weight"  # official QR-LoRA, and diffusers before PEFT
 _READ = {suffix: role for table in (KOHYA, PEFT) for role, suffix in table.items()} | {
-    "lora.down.weight": "down",  # official QR-LoRA, diffusers before PEFT
-    "lora.up.weight": "up",
+    "lora.down.weight": "down",
+    OLD_UP: "up",
     "lora_A.default.weight": "down",
     "lora_B.default.weight": "up",
 }

@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from lowrank.adapters.targets import find
+from lowrank.cli.base import base
 from lowrank.cli.sheet import sheet
 from lowrank.errors import Refused
-from lowrank.models.family import Family, Models, Source, release
+from lowrank.files import writable_folder
+from lowrank.models.family import Family, Models, release
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.surfaces import INFERENCE_MERGE
 from lowrank.train.watch import save_png
 from lowrank.weights.merge import Adapter, Mixture
-from lowrank.weights.residual import check_residual
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from lowrank.weights.residual import check_residual, residual_file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,13 +29,22 @@ def main(argv: list[str] | None = None) -> int:
     parsed = INFERENCE_MERGE.parse(argv)
     options = parsed.merge
     logging.basicConfig(level="INFO", format="%(message)s")
-    folder = Path(options.output_dir)
-    grid = [(a, b) for a in options.style_weights for b in options.content_weights]
-    names = {pair: "s{}_c{}".format(*labels) for pair, labels in zip(grid, _labels(grid), strict=True)}
+    names = _names(options)
+    _check_sides(options)
+    source = base(options.model_path, options.dtype, options.device)
+    if options.residual_path:
+        residual_file(options.residual_path)
+    folder = writable_folder(options.output_dir)
     mixture = Mixture([Adapter(options.style_lora_path), Adapter(options.content_lora_path)])
     print(mixture.describe())
-    if not options.skip_images or options.residual_path:
-        _draw(options, mixture, folder, names)
+    models = FLUX.load(source, ())
+    _check_base(mixture, FLUX, models)
+    # text first, and gone before the denoiser comes: the peak is the denoiser, not the sum
+    text = None if options.skip_images else _encode(options, mixture, FLUX, models)
+    if options.residual_path:
+        _check_residual(options.residual_path, mixture, FLUX, models)
+    if text is not None:
+        _draw(options, mixture, FLUX, models, text, folder, names)
     if options.save_merged:
         for pair, name in names.items():
             path = folder / f"merged_{name}.safetensors"
@@ -43,54 +53,78 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _labels(grid: list[tuple[float, float]]) -> list[tuple[str, str]]:
-    """Two decimals where they tell all weights apart, else as many as needed: no file overwrites another."""
-    for digits in range(2, 17):
-        labels = [(f"{a:.{digits}f}", f"{b:.{digits}f}") for a, b in grid]
-        if len(set(labels)) == len(set(grid)):
-            if len(set(grid)) < len(grid):
-                raise Refused(
-                    "a pair of strengths is listed twice; "
-                    "give each once in --style_weights, --content_weights"
-                )
-            return labels
-    raise AssertionError("floats differ within 16 digits")
+def _names(options: Any) -> dict[tuple[float, float], str]:
+    """Every pair of strengths and the part of file names that tells it from the others."""
+    grid = [(a, b) for a in options.style_weights for b in options.content_weights]
+    if len(set(grid)) < len(grid):
+        raise Refused(
+            "a pair of strengths is listed twice; give each once in --style_weights, --content_weights"
+        )
+    # two decimals where they do, else as many as are needed; 17 digits tell any two numbers apart
+    for spec in [*(f".{decimals}f" for decimals in range(2, 17)), ".17g"]:
+        names = [f"s{a:{spec}}_c{b:{spec}}" for a, b in grid]
+        if len(set(names)) == len(grid):
+            break
+    return dict(zip(grid, names, strict=True))
 
 
-def _draw(options: Any, mixture: Mixture, folder: Path, names: dict[tuple[float, float], str]) -> None:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    family, dtype = FLUX, DTYPES[options.dtype]
-    models = family.load(Source(options.model_path, dtype=dtype, device=device), ())
-    _check_base(mixture, family, models)
-    switches = FluxOptions(
+def _check_sides(options: Any) -> None:
+    step = FLUX.bucket_step
+    for side in ("height", "width"):
+        if (getattr(options, side) or 0) % step:
+            raise Refused(f"--{side} {getattr(options, side)} is not a multiple of {step}; give one that is")
+
+
+def _check_residual(path: str, mixture: Mixture, family: Family, models: Models) -> None:
+    family.add(models, ("denoiser",))
+    hosts = {t.native.removeprefix("transformer."): t.module for t in find("unet", models.denoiser)}
+    for adapter in mixture.adapters:
+        print(check_residual(path, adapter.layers, adapter.metadata, hosts))
+
+
+def _switches(options: Any) -> FluxOptions:
+    return FluxOptions(
         guidance_scale=options.guidance_scale, t5xxl_max_token_length=options.max_sequence_length
     )
-    text = None
-    if not options.skip_images:
-        family.add(models, ("text",))
-        with torch.no_grad():
-            text = family.stack_text(family.encode_text(models, [options.prompt], switches))
+
+
+def _encode(options: Any, mixture: Mixture, family: Family, models: Models) -> dict[str, Tensor]:
+    """The prompt as the base encodes it; of the text encoders, those that are adapted stay in memory."""
+    family.add(models, ("text",))
+    text = family.stack_text(family.encode_text(models, [options.prompt], _switches(options)))
+    if mixture.adapts_text:
+        family.keep_trained_text(models)
+    else:
         release(models, ("text",))
+    return text
+
+
+def _draw(
+    options: Any,
+    mixture: Mixture,
+    family: Family,
+    models: Models,
+    text: dict[str, Tensor],
+    folder: Path,
+    names: dict[tuple[float, float], str],
+) -> None:
     family.add(models, ("denoiser",))
-    if options.residual_path:
-        hosts = {t.native.removeprefix("transformer."): t.module for t in find("unet", models.denoiser)}
-        for adapter in mixture.adapters:
-            print(check_residual(options.residual_path, adapter.layers, adapter.metadata, hosts))
-    attached = mixture.attach(models.denoiser, dtype=dtype)
-    if text is None:
-        return
+    attached = mixture.attach(models.denoiser, models.text_encoders, models.source.dtype)
     family.add(models, ("vae",))
     own = models.configs["vae"].get("sample_size", 1024)
     height, width = options.height or own, options.width or own
     cells: dict[tuple[float, float], Image.Image] = {}
     for pair, name in tqdm(names.items(), desc="images"):
         attached.set(pair)
+        if models.text_encoders:  # adapted too: what they say depends on the strengths
+            with torch.no_grad():
+                text |= family.trained_text(models, [options.prompt])
         for copy in range(options.num_images):
             seed = options.seed + copy
             image = family.sample(
                 models,
                 text,
-                switches,
+                _switches(options),
                 height=height,
                 width=width,
                 steps=options.num_inference_steps,

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-
-import torch
 
 from lowrank import __version__
-from lowrank.adapters.layer import dense_weight
+from lowrank.adapters.layer import dense_weight, host_shape
 from lowrank.adapters.targets import find
-from lowrank.models.family import Source
+from lowrank.cli.base import DTYPES, base
+from lowrank.errors import Refused
+from lowrank.files import writable_folder
 from lowrank.models.flux import FLUX
 from lowrank.surfaces import SAVE_RESIDUAL
 from lowrank.weights.basis import start_basis
 from lowrank.weights.residual import write_residual
 
 FILE = "flux_residual_weights.safetensors"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write `flux_residual_weights.safetensors`; only the transformer is loaded. Raises `Refused`."""
     options = SAVE_RESIDUAL.parse(argv).residual
     logging.basicConfig(level="INFO", format="%(message)s")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    models = FLUX.load(Source(options.model_path, dtype=DTYPES[options.dtype], device=device), ("denoiser",))
+    path = writable_folder(options.output_dir) / FILE
+    models = FLUX.load(base(options.model_path, options.dtype, options.device), ("denoiser",))
     targets = find("unet", models.denoiser)
+    smallest = min(targets, key=lambda t: min(host_shape(t.module)))
+    if options.rank > (limit := min(host_shape(smallest.module))):
+        raise Refused(f"--rank {options.rank} exceeds the {limit} of {smallest.native}; give {limit} or less")
     modules = {t.native.removeprefix("transformer."): t.module for t in targets}
     weights = {module: dense_weight(host) for module, host in modules.items()}
     bases, facts = start_basis(
@@ -35,7 +36,6 @@ def main(argv: list[str] | None = None) -> int:
         options.basis_cache_dir,
     )
     names = {t.native.removeprefix("transformer."): t.name for t in targets}
-    path = Path(options.output_dir) / FILE
     write_residual(
         path,
         weights,

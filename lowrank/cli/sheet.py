@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
+LONGEST = 10_000  # characters of a title that are looked at: no sheet is wider
 GAP, INK, PAPER = 6, "#222222", "#ffffff"
 
 
@@ -47,6 +49,9 @@ def sheet(cells: Mapping[tuple[float, float], Image.Image], title: str) -> Image
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
-    while text and font.getlength(text) > room:
-        text = text[:-2].rstrip("…") + "…"
-    return text
+    """As much of a text as `room` pixels hold, on one line."""
+    text = " ".join(text[:LONGEST].split())
+    if font.getlength(text) <= room:
+        return text
+    fits = bisect_right(range(1, len(text)), room, key=lambda n: font.getlength(text[:n] + "…"))
+    return text[:fits] + "…"

@@ -19,11 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lowrank.errors import Refused
-from lowrank.files import atomic
+from lowrank.files import atomic, writable_folder
 from lowrank.surfaces import VISUALIZE_SIMILARITY
 from lowrank.weights.compare import UPDATES, LayerSimilarity, Names, common, compare, judge, statistics
 from lowrank.weights.merge import Adapter
+from lowrank.weights.names import missing
 
 _INK, _MEAN, _UNDEFINED = "#1f5fa8", "#c0392b", "#777777"
 _BAND: Mapping[str, Any] = MappingProxyType({"color": "#e8a33d", "alpha": 0.35, "linewidth": 0})
@@ -48,12 +48,12 @@ Found = Mapping[str, list[LayerSimilarity]]  # matrix -> its layers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare two adapters; 0, or `Refused` before anything is written."""
+    """Compare two adapters; 0, or `Refused` before any file is written."""
     told = VISUALIZE_SIMILARITY.parse(argv).similarity
     names = (told.lora1_name, told.lora2_name)
+    folder = writable_folder(told.output_dir)
     first, second = Adapter(told.lora1_path), Adapter(told.lora2_path)
     found = compare(first.layers, second.layers, names)
-    folder = _folder(told.output_dir)
     about = [*_files(first, second, names), *_notes((first, second), names)]
     text = summary(found, names) + "\n" + "\n".join(about) + "\n"
     written = write(folder, found, names, text)
@@ -190,6 +190,11 @@ def _notes(adapters: Sequence[Adapter], names: Names) -> list[str]:
     for adapter, name in zip(adapters, names, strict=True):
         if any("delta_r" in roles and "q" not in roles for roles in adapter.layers.values()):
             notes.append(f"Note: {name} was saved without its basis, so there is no Q and no deltaW.")
+        elif any(missing(roles, adapter.fact("method")) for roles in adapter.layers.values()):
+            notes.append(
+                f"Note: {name} was saved without its initial copy, so its deltaW, where it has one, is that "
+                "of Q′R′ and not of the update."
+            )
         if any("magnitude" in roles for roles in adapter.layers.values()):
             notes.append(f"Note: {name} also scales output rows (DoRA); deltaW is its low-rank part alone.")
     return notes
@@ -206,15 +211,6 @@ def _details(layer: LayerSimilarity) -> dict:
 
 def _json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _folder(name: str) -> Path:
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"--output_dir {name}: {error.strerror}; choose another folder") from error
-    return folder
 
 
 def _print(text: str) -> None:

@@ -103,11 +103,6 @@ class Loader:
         return -(-self._count // self.world)
 
     @property
-    def encoded(self) -> bool:
-        """True when batches hold `encoded`, False when they hold `pixels`."""
-        return self._encoded is not None
-
-    @property
     def placed(self) -> tuple[Placed, ...]:
         """The images in use, over all datasets."""
         return tuple(one for group in self.groups for one in group)

@@ -10,6 +10,7 @@ from typing import Any
 from lowrank.errors import Refused, nearest
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
+MAX_REPEATS = 10**6  # an epoch lists every repeat
 _SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate")
 _COUNTS = ("keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step")
 
@@ -51,6 +52,11 @@ class Subset:
             raise Refused(
                 f"num_repeats {self.num_repeats} of {self.image_dir} is below 1; "
                 "give 1 or more, or leave the folder out"
+            )
+        if self.num_repeats > MAX_REPEATS:
+            raise Refused(
+                f"num_repeats {self.num_repeats} of {self.image_dir} is above {MAX_REPEATS}; give fewer, and "
+                "more --max_train_steps"
             )
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:

@@ -96,7 +96,7 @@ def _subset(folder: Path, values: Mapping[str, Any]) -> Subset:
 
 
 def _counted(parent: Path, option: str, values: Mapping[str, Any]) -> list[Subset]:
-    found = sorted(entry.name for entry in os.scandir(_folder(parent, option)) if entry.is_dir())
+    found = sorted(entry.name for entry in os.scandir(_folder(parent, option)) if os.path.isdir(entry))
     subsets = []
     for name in found:
         match = _REPEATS.fullmatch(name)
@@ -105,31 +105,34 @@ def _counted(parent: Path, option: str, values: Mapping[str, Any]) -> list[Subse
             subsets.append(_subset(parent / name, dict(values) | own))
         else:
             log.warning(
-                "%s: folder %r is skipped: its name does not begin with a number of repeats, as in 10_%s",
+                "%s: folder %r is skipped: a name begins with the number of repeats, 1 or more, as in 10_%s",
                 option,
                 name,
-                name,
+                match[2] if match else name,
             )
     if not subsets:
         loose = sum(1 for entry in os.scandir(parent) if Path(entry.name).suffix.lower() in images.suffixes())
-        has = f"{loose} images directly in it" if loose else _contents(parent)
+        has = f"only {loose} images directly in it" if loose else _contents(parent)
         raise Refused(
-            f"{option} {parent} has no subfolder named <repeats>_<class>, only {has}; "
+            f"{option} {parent} has no subfolder named <repeats>_<class>: {has}; "
             f"move the images into e.g. {parent / '10_name'}"
         )
     return subsets
 
 
 def _contents(folder: Path) -> str:
-    """What a folder without images holds, in words."""
+    """What a folder without images holds, in words: `only 3 .txt files`, or `it is empty`."""
     kinds = Counter(
-        "folder" if entry.is_dir() else f"{Path(entry.name).suffix or 'plain'} file"
+        "folder" if os.path.isdir(entry) else f"{Path(entry.name).suffix or 'plain'} file"
         for entry in os.scandir(folder)
     )
-    return (
-        ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in kinds.most_common(6))
-        or "nothing"
-    )
+    told = ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in kinds.most_common(6))
+    return f"only {told}" if told else "it is empty"
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    """True for a broken link too (it may be a loop), so that it is named when it is opened."""
+    return (entry.is_symlink() and not os.path.exists(entry)) or entry.is_file()
 
 
 def scan(dataset: Dataset, *, skip_bad_images: bool = False) -> list[Example]:
@@ -186,14 +189,14 @@ def _scan_subset(dataset: Dataset, index: int, bad: list[str]) -> list[Example]:
 
 def _listed(folder: Path) -> tuple[set[str], list[str]]:
     """All names of a folder, and its images sorted; hidden files (macOS' `._x.png`) are no images."""
-    entries = [entry.name for entry in os.scandir(_folder(folder, "image_dir")) if entry.is_file()]
+    entries = [entry.name for entry in os.scandir(_folder(folder, "image_dir")) if _is_file(entry)]
     known = images.suffixes()
     found = sorted(
         name for name in entries if not name.startswith(".") and os.path.splitext(name)[1].lower() in known
     )
     if not found:
         raise Refused(
-            f"image_dir {folder} holds no image ({' '.join(sorted(known))}), only {_contents(folder)}; "
+            f"image_dir {folder} holds no image ({' '.join(sorted(known))}): {_contents(folder)}; "
             "put images there or give another folder"
         )
     first: dict[str, str] = {}

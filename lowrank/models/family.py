@@ -144,7 +144,7 @@ def local_folder(source: Source, download: Callable[..., str | os.PathLike]) -> 
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) or source.path.startswith("."):
         raise Refused(
-            f"--pretrained_model_name_or_path {source.path!r} is neither a folder nor a hub id like "
+            f"the base model {source.path!r} is neither a folder nor a hub id like "
             "'black-forest-labs/FLUX.1-dev'; check the path"
         )
     try:
@@ -178,7 +178,15 @@ def reading(what: str, where: str | Path) -> Iterator[None]:
         yield
     except (Refused, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,  # this and the next: JSON that is a list where an object belongs
+        AttributeError,
+        SafetensorError,
+    ) as error:
         raise Refused(
             f"the {what} in {where} cannot be read: {_first_line(error)}; it may be half-downloaded or of "
             "another model, fetch it again"

@@ -18,6 +18,7 @@ from transformers import (
     T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  # an alias made at import
 )
 
+from lowrank.errors import Refused
 from lowrank.models import flux_single
 from lowrank.models.family import (
     ROLES,
@@ -45,14 +46,16 @@ def load(source: Source, roles: Iterable[str] = ROLES) -> Models:
     Text encoders and VAE first, cached and released, then the denoiser: the peak is the denoiser, not the
     sum. Raises `Refused` naming the component that is missing, unreadable, incomplete or not finite.
     """
+    flux_single.check_companions(source)
     if flux_single.is_file(source.path):
         models = flux_single.open_models(source)
     else:
         models = Models(source, local_folder(source, FluxPipeline.download))
-        folder = component(models.root, "scheduler", "noise schedule")
-        with reading("scheduler", folder):
-            models.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True)
-        models.configs["denoiser"] = _config(FluxTransformer2DModel, models.root, "transformer")
+        schedule: Any = _config(FlowMatchEulerDiscreteScheduler, models.root, "scheduler", "shift")
+        models.scheduler = FlowMatchEulerDiscreteScheduler.from_config(schedule)
+        models.configs["denoiser"] = _config(
+            FluxTransformer2DModel, models.root, "transformer", "guidance_embeds"
+        )
     models.configs["vae"] = _vae_config(models)
     add(models, roles)
     return models
@@ -62,7 +65,8 @@ def add(models: Models, roles: Iterable[str]) -> None:
     """Load the named parts that are not there, on `source.device`, frozen and in evaluation mode."""
     for role in roles:
         if role == "text" and not models.text_encoders:
-            models.text_encoders, models.tokenizers = _text_encoders(models), _tokenizers(models)
+            models.tokenizers = tuple(_speaking(one) for one in _tokenizers(models))
+            models.text_encoders = _text_encoders(models)
         elif role == "vae" and models.vae is None:
             models.vae = _vae(models)
         elif role == "denoiser" and models.denoiser is None:
@@ -71,10 +75,15 @@ def add(models: Models, roles: Iterable[str]) -> None:
             raise ValueError(f"{role!r} is not one of {ROLES}")
 
 
-def _config(kind: type, root: Path, name: str) -> Mapping[str, Any]:
+def _config(kind: Any, root: Path, name: str, needed: str) -> Mapping[str, Any]:
     folder = component(root, name, kind.__name__)
     with reading(f"configuration of {name}", folder):
-        return kind.load_config(folder, local_files_only=True)
+        facts = dict(kind.load_config(folder, local_files_only=True))
+    if needed not in facts:
+        raise Refused(
+            f"the configuration in {folder} has no {needed}, so it is not FLUX's; fetch the model again"
+        )
+    return facts
 
 
 def _vae_place(source: Source, root: Path) -> tuple[Path, str]:
@@ -90,7 +99,7 @@ def _vae_place(source: Source, root: Path) -> tuple[Path, str]:
 
 def _vae_config(models: Models) -> Mapping[str, Any]:
     root, name = _vae_place(models.source, models.root)
-    return _config(AutoencoderKL, root, name) if name else flux_single.VAE_FACTS
+    return _config(AutoencoderKL, root, name, "scaling_factor") if name else flux_single.VAE_FACTS
 
 
 def _vae(models: Models) -> nn.Module:
@@ -130,6 +139,17 @@ def _tokenizers(models: Models) -> tuple[Any, ...]:
         with reading(name, folder):
             found.append(kind.from_pretrained(folder, local_files_only=True))
     return tuple(found)
+
+
+def _speaking(tokenizer: Any) -> Any:
+    """The tokenizer, after it told words apart: transformers makes an empty one where files are missing."""
+    ids = tokenizer("a cat on the beach", add_special_tokens=False).input_ids
+    if len(set(ids)) < 2:
+        raise Refused(
+            f"the {type(tokenizer).__name__} of {tokenizer.name_or_path} knows no words (vocabulary of "
+            f"{len(tokenizer)}): its files are missing; give a whole model folder, or --tokenizer_cache_dir"
+        )
+    return tokenizer
 
 
 def _part(kind: type, source: Source, root: Path, name: str, **dtype: torch.dtype) -> nn.Module:

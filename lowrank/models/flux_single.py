@@ -82,6 +82,26 @@ def is_file(path: str | Path | None) -> bool:
     )
 
 
+def check_file(option: str, path: str) -> None:
+    """Refuse a path that is not there, and a checkpoint file that is a pickle."""
+    if not Path(path).exists():
+        raise Refused(f"--{option} {path!r} does not exist; check the path")
+    if is_file(path) and Path(path).suffix not in SUFFIXES:
+        raise Refused(
+            f"--{option} {path!r} is no .safetensors file, and pickled checkpoints are not opened; convert it"
+        )
+
+
+def check_companions(source: Source) -> None:
+    """Refuse --clip_l, --t5xxl, --ae and --vae that are not there; only a VAE may be a folder."""
+    for option in ("clip_l", "t5xxl", "ae", "vae"):
+        if (path := getattr(source, option)) is None:
+            continue
+        check_file(option, path)
+        if option in ("clip_l", "t5xxl") and Path(path).is_dir():
+            raise Refused(f"--{option} {path!r} is a folder; give the .safetensors file of the text encoder")
+
+
 def open_models(source: Source) -> Models:
     """The `Models` of a single-file source, nothing loaded yet; `Refused` when a companion is not named."""
     for option, path in (
@@ -95,13 +115,7 @@ def open_models(source: Source) -> Models:
                 f"{source.path} is a single file and holds only the transformer; name its companion with "
                 f"--{option}, or give a diffusers folder"
             )
-        if not Path(path).exists():
-            raise Refused(f"--{option} {path!r} does not exist; check the path")
-        if is_file(path) and Path(path).suffix not in SUFFIXES:
-            raise Refused(
-                f"--{option} {path!r} is no .safetensors file, and pickled checkpoints are not opened; "
-                "convert it"
-            )
+        check_file(option, path)
     with reading("transformer", source.path), safe_open(source.path, framework="pt") as file:
         shapes = {_plain(key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     config = transformer_config(shapes, source.path)

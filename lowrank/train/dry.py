@@ -25,7 +25,7 @@ def show(
     accelerator: Accelerator,
     dtype: torch.dtype,
 ) -> int:
-    """Print the tables and return 0; `denoiser` and `network` are on the meta device, None for other modules."""
+    """Print the tables and return 0; `denoiser` and `network` have no values, or are None (other modules)."""
     told = summary.summary(loader)
     for number, dataset in enumerate(told["datasets"]):
         print(

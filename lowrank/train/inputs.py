@@ -164,7 +164,8 @@ class Text:
                 "step; leave out one or the other"
             )
         self._cache = Cache(cache_folder("text") if to_disk else None)
-        self._hash = f"{family.model_hash(models, 'text')} {models.source.dtype}"
+        spelling = [tokenizer("a <c> dog in <s> style, ünïcode").input_ids for tokenizer in models.tokenizers]
+        self._hash = f"{family.model_hash(models, 'text')} {models.source.dtype} {spelling}"
         texts = list(dict.fromkeys([*(captions or ()), *extra]))
         with torch.no_grad():
             self._cache.fill(

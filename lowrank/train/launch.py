@@ -35,8 +35,8 @@ from lowrank.train.state import Names, Progress
 
 logger = logging.getLogger(__name__)
 
-# What a resumed run must agree on: the optimizer's state is matched by position, and the rest would go on silently as
-# it was or change the run. How long the run is, and what it saves or draws, may change.
+# What a resumed run must agree on: the optimizer's state is matched by position, and the rest would go on
+# silently as it was or change the run. How long it is, and what it saves or draws, may change.
 _RESUMED = (
     *("network_dim", "network_alpha", "network_dropout", "train_text_encoder"),
     *("network_train_text_encoder_only", "optimizer_type", "optimizer_args", "use_8bit_adam"),
@@ -86,10 +86,12 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
     accelerator = setup.accelerator(parsed, folder)
     setup.quiet(accelerator, parsed)
     networks = module.find_module(parsed.value("network_module"))
+    logger.info("import network module: %s", networks.__name__)
     arguments = pairs("--network_args", parsed.value("network_args"))
     if (facade := module.facade_of(networks)) is not None:
         facade.check(arguments)
     optim.chosen(parsed.optimizer)
+    optim.check_schedule(parsed.optimizer)
     job = Job(parsed, family, options, accelerator, folder, networks, arguments, _seed(parsed, folder))
     with only_writer(folder) if accelerator.is_main_process and not dry_run else contextlib.nullcontext():
         return _launch(job, objective, tracker)
@@ -291,7 +293,9 @@ def _train(
         seed=job.seed,
     )
     preview = setup.preview(parsed, prompts, job.folder, family, models, options, text, accelerator)
-    log = RunLog(accelerator, job.folder, components(network), plan.steps, max(plan.steps_per_epoch, 20))
+    # kohya averages over one epoch; an epoch of one step would average nothing
+    window = plan.steps_per_epoch if plan.steps_per_epoch > 1 else 20
+    log = RunLog(accelerator, job.folder, components(network), plan.steps, window)
     names = Names(job.folder, job.value("output_name"), job.value("save_model_as"))
     facts = _facts(job, loader, base_hash)
     keeper = Keeper(parsed, accelerator, network, optimizer, told, log, preview, names, facts, plan)

@@ -71,6 +71,7 @@ class RunLog:
         self._accelerator, self._csv = accelerator, folder / "loss.csv"
         self._columns = ("step", "epoch", "lr", "loss", "avr_loss", *components, *BIN_NAMES)
         self._recent: deque[float] = deque(maxlen=max(1, window))
+        self._of_epoch: list[float] = []
         self._total, self._started, self._images = total, time.monotonic(), 0
 
     def begin(self, step: int) -> None:
@@ -106,6 +107,7 @@ class RunLog:
         """One optimizer step: losses, learning rates by group description, pictures seen, further scalars."""
         loss = told["loss"] or 0.0
         self._recent.append(loss)
+        self._of_epoch.append(loss)
         average = sum(self._recent) / len(self._recent)
         self._images += images
         speed = self._images / (time.monotonic() - self._started)
@@ -129,6 +131,14 @@ class RunLog:
                 raise Refused(
                     f"could not write {self._csv}: {error}; free space and go on with --resume latest"
                 ) from error
+
+    def epoch(self, epoch: int) -> None:
+        """The mean loss of the steps since the last call, as kohya logs it at the end of an epoch."""
+        if self._of_epoch:
+            self._accelerator.log(
+                {"loss/epoch_average": sum(self._of_epoch) / len(self._of_epoch)}, step=epoch
+            )
+            self._of_epoch.clear()
 
     def say(self, text: str) -> None:
         """A line above the bar, on the main process."""

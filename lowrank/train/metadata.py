@@ -74,6 +74,22 @@ _FOLDER_OPTIONS = (
     "max_bucket_reso",
     "keep_tokens",
 )
+# What kohya's list has and this trainer does not do: told as kohya tells it when it is off.
+_OFF = {
+    **dict.fromkeys(
+        ("clip_skip", "max_token_length", "noise_offset", "multires_noise_iterations", "min_snr_gamma")
+    ),
+    **dict.fromkeys(("adaptive_noise_scale", "face_crop_aug_range", "vae_name", "vae_hash", "new_vae_hash")),
+    **dict.fromkeys(
+        ("validation_seed", "max_validation_steps", "validate_every_n_epochs", "validate_every_n_steps")
+    ),
+    **dict.fromkeys(
+        ("lowram", "noise_offset_random_strength", "zero_terminal_snr", "debiased_estimation"), False
+    ),
+    "multires_noise_discount": 0.3,
+    "validation_split": 0.0,
+    "num_validation_images": 0,
+}
 MINIMUM = (
     "ss_v2",
     "ss_base_model_version",
@@ -99,7 +115,9 @@ def of_run(
     seed: int,
 ) -> dict[str, str]:
     """All that is known when training begins; `network` gives network_module, network_dim, network_alpha."""
-    values: dict[str, Any] = {name: parsed.value(name) for name in _OPTIONS if name in parsed.specs}
+    values: dict[str, Any] = _OFF | {name: parsed.value(name) for name in _OPTIONS if name in parsed.specs}
+    values["cache_latents"] = parsed.value("cache_latents") or parsed.value("cache_latents_to_disk")
+    values["text_encoder_lr"] = list(parsed.value("text_encoder_lr") or ()) or None
     counts = summary.summary(loader)
     values |= dict(network) | {
         "session_id": uuid.uuid4().int % 2**31,
@@ -129,6 +147,8 @@ def of_run(
         values["datasets"] = json.dumps(summary.metadata_datasets(loader))
     else:
         values |= {name: parsed.value(name) for name in _FOLDER_OPTIONS}
+        together = parsed.value("gradient_accumulation_steps") * loader.world
+        values["total_batch_size"] = parsed.value("train_batch_size") * together
         values |= {
             "resolution": str(loader.datasets[0].resolution),
             "bucket_info": json.dumps(summary.bucket_info(loader)),

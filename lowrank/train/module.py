@@ -17,8 +17,8 @@ from torch import nn
 from lowrank.adapters.kohya import Facade
 from lowrank.errors import Refused, nearest
 
-# diffusers' classes by the names in Black Forest Labs' code (flux/modules/layers.py), which kohya's modules and
-# LyCORIS' presets list
+# diffusers' classes by the names in Black Forest Labs' code (flux/modules/layers.py), which kohya's modules
+# and LyCORIS' presets list
 _PUBLISHED = {
     "FluxTransformerBlock": "DoubleStreamBlock",
     "FluxSingleTransformerBlock": "SingleStreamBlock",
@@ -90,8 +90,8 @@ def create(
 ) -> nn.Module:
     """A network on its hosts, ready for the optimizer.
 
-    Call order: kohya's trainer (kohya_ss/sd-scripts, train_network.py). Raises `Refused` for arguments that the
-    module does not take, and for a foreign network without a layer in the denoiser's blocks.
+    Call order: kohya's trainer (kohya_ss/sd-scripts, train_network.py). Raises `Refused` for arguments that
+    the module does not take, and for a foreign network without a layer in the denoiser's blocks.
     """
     facade = facade_of(module)
     foreign = facade is None
@@ -105,7 +105,10 @@ def create(
     if dim_from_weights and not weights:
         raise Refused("--dim_from_weights needs --network_weights; name the file whose ranks to take")
     before = _block_layers(denoiser)
-    with _complaints_of(module, extra) if foreign else contextlib.nullcontext(), _published(denoiser, foreign):
+    with (
+        _complaints_of(module, extra) if foreign else contextlib.nullcontext(),
+        _published(denoiser, foreign),
+    ):
         if dim_from_weights:
             network, _ = module.create_network_from_weights(
                 1.0, weights, None, list(text_encoders), unet, **extra
@@ -143,16 +146,16 @@ def create(
 @contextlib.contextmanager
 def _published(denoiser: nn.Module, foreign: bool) -> Iterator[None]:
     """While a foreign module looks for its layers, the denoiser's parts bear the names that it knows."""
-    renamed = [part for part in denoiser.modules() if foreign and type(part).__name__ in _PUBLISHED]
-    kinds = {kind: type(_PUBLISHED[kind.__name__], (kind,), {}) for kind in {type(part) for part in renamed}}
+    renamed: list[tuple[nn.Module, Any]] = [
+        (part, type(part)) for part in denoiser.modules() if foreign and type(part).__name__ in _PUBLISHED
+    ]
     try:
-        for part in renamed:
-            part.__class__ = kinds[type(part)]
+        for part, kind in renamed:
+            part.__class__ = type(_PUBLISHED[kind.__name__], (kind,), {})
         yield
     finally:
-        before = {new: kind for kind, new in kinds.items()}
-        for part in renamed:
-            part.__class__ = before.get(type(part), type(part))
+        for part, kind in renamed:
+            part.__class__ = kind
 
 
 @contextlib.contextmanager
@@ -173,7 +176,7 @@ def _told(arguments: Mapping[str, str]) -> str:
 
 
 def _block_layers(denoiser: nn.Module) -> dict[str, tuple]:
-    """What an adapter changes on a layer, for each layer in a list of blocks: itself, its forward, its hooks."""
+    """For each layer in a list of blocks what an adapter changes on it: itself, its forward, its hooks."""
     lists = [name for name, part in denoiser.named_modules() if isinstance(part, nn.ModuleList)]
     return {
         name: (

@@ -115,13 +115,20 @@ class Chosen(NamedTuple):
 def chosen(options: Options) -> Chosen:
     """What --optimizer_type, --optimizer_args and diffusers' names for some of them ask for.
 
-    Raises `Refused` for an unknown name, a package that is not installed, and an argument that is malformed
-    or that the optimizer does not take.
+    Raises `Refused` for an unknown name, a package that is not installed, an argument that is malformed or
+    that the optimizer does not take, and for an optimizer that needs another kind of loop.
     """
     name = _name(options)
     make = load(KNOWN.get(name, name), "--optimizer_type", "torch.optim", KNOWN)
     if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
         raise Refused(f"--optimizer_type {name} is no optimizer; choose one of {', '.join(KNOWN)}")
+    closure = inspect.signature(make.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise Refused(f"--optimizer_type {name} computes the loss several times per step; use e.g. AdamW")
+    if make is torch.optim.SparseAdam:
+        raise Refused(
+            f"--optimizer_type {name} needs sparse gradients, and an adapter's are dense; use AdamW"
+        )
     arguments: dict[str, Any] = {"nesterov": True, "momentum": 0.9} if "SGDNesterov" in name else {}
     arguments |= literals("--optimizer_args", options.optimizer_args)
     for key in arguments:
@@ -164,8 +171,10 @@ def build_optimizer(
         _check_one_rate(make.__name__, rates)
     try:
         optimizer = make(parts, lr=rate, **arguments)  # pyright: ignore[reportCallIssue]
-    except (TypeError, ValueError) as error:
-        raise Refused(f"{name} rejects lr={rate},{text} ({error}); correct --optimizer_args") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Refused(
+            f"{name} rejects lr={rate},{text} ({error}); correct --learning_rate or --optimizer_args"
+        ) from error
     if schedule_free(optimizer):
         optimizer.train()  # pyright: ignore[reportAttributeAccessIssue]
     return name, text, optimizer
@@ -300,6 +309,7 @@ def build_scheduler(
             log.warning("%s has its own schedule; --lr_scheduler has no effect", type(optimizer).__name__)
         return _adafactor(optimizer, options) if own else LambdaLR(optimizer, lambda step: 1.0)
     if options.lr_scheduler_type:
+        check_schedule(options)
         return _custom(optimizer, options, processes)
     if name.startswith("adafactor:"):
         raise Refused(f"--lr_scheduler {name} is only for --optimizer_type Adafactor; use constant")
@@ -339,7 +349,23 @@ def _curve(optimizer: torch.optim.Optimizer, options: Options, total_steps: int)
     )
 
 
-def _custom(optimizer: torch.optim.Optimizer, options: Options, processes: int) -> LRScheduler:
+def check_schedule(options: Options) -> None:
+    """Refuse a --lr_scheduler_type or arguments that do not fit; before anything is loaded."""
+    if not options.lr_scheduler_type:
+        return
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
+    schedule = _custom(optimizer, options)
+    optimizer.step()
+    try:
+        schedule.step()  # where some look at their arguments for the first time
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise Refused(
+            f"{type(schedule).__name__} rejects {' '.join(options.lr_scheduler_args)} ({error}); correct "
+            "--lr_scheduler_args"
+        ) from error
+
+
+def _custom(optimizer: torch.optim.Optimizer, options: Options, processes: int = 1) -> LRScheduler:
     make = load(options.lr_scheduler_type, "--lr_scheduler_type", "torch.optim.lr_scheduler")
     if not (isinstance(make, type) and issubclass(make, LRScheduler)) or make.__name__ == "ReduceLROnPlateau":
         raise Refused(

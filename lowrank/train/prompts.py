@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from lowrank.errors import Refused, nearest
 from lowrank.files import parse_toml
+from lowrank.flags import SEEDS
 
 
 @dataclass(frozen=True)
@@ -47,25 +50,39 @@ _KINDS = {
     "prompt": str,
     "negative_prompt": str,
 }
+_WORDS = {int: "a whole number", float: "a finite number", str: "a text"}
+_LIMITS = {
+    "width": (16, 16384),
+    "height": (16, 16384),
+    "sample_steps": (1, 1000),
+    "seed": (0, SEEDS),
+    "scale": (0, 1e6),
+    "guidance_scale": (0, 1e6),
+}
+
+
+def _value(where: str, key: str, value: Any) -> Any:
+    """A value of a line (a text), of TOML or of JSON as the kind that `key` has, within its limits."""
+    kind, read = _KINDS[key], None
+    if isinstance(value, str) or (kind is not str and type(value) in (int, float)):
+        with contextlib.suppress(ValueError, OverflowError):
+            read = kind(value)
+    cut = kind is int and isinstance(value, float) and read != value
+    if read is None or cut or (kind is float and not math.isfinite(read)):
+        raise Refused(f"{where}: {key} {value!r} is not {_WORDS[kind]}")
+    low, high = _LIMITS.get(key, (None, None))
+    if low is not None and not low <= read <= high:
+        raise Refused(f"{where}: {key} {value} is not between {low} and {high}")
+    return read
 
 
 def _checked(where: str, values: dict[str, Any], default: Prompt) -> Prompt:
-    read = {}
-    for key, value in values.items():
+    for key in values:
         if key not in _KINDS:
             raise Refused(
                 f"{where} has the unknown key {key!r}{nearest(key, _KINDS)}; known: {', '.join(_KINDS)}"
             )
-        try:
-            read[key] = _KINDS[key](value)
-        except (TypeError, ValueError) as error:
-            raise Refused(f"{where}: {key} {value!r} is not a {_KINDS[key].__name__}") from error
-    prompt = replace(default, **read)
-    if min(prompt.width, prompt.height) < 16 or not 1 <= prompt.sample_steps <= 1000:
-        raise Refused(
-            f"{where} asks for {prompt.width}×{prompt.height} in {prompt.sample_steps} steps; sides are at "
-            "least 16 and steps 1 to 1000"
-        )
+    prompt = replace(default, **{key: _value(where, key, value) for key, value in values.items()})
     return replace(prompt, width=prompt.width // 16 * 16, height=prompt.height // 16 * 16)
 
 
@@ -93,32 +110,40 @@ def read_prompts(path: str | Path, default: Prompt) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"--sample_prompts {path} cannot be read: {error}") from error
     if path.suffix == ".txt":
-        lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1)]
-        found = [
-            parse_line(line, default, f"{path} line {i}")
-            for i, line in lines
-            if line and not line.startswith("#")
-        ]
+        lines = [(f"{path} line {i}", line.strip()) for i, line in enumerate(text.splitlines(), 1)]
+        entries: list[tuple[str, Any]] = [(where, line) for where, line in lines if line and line[0] != "#"]
     elif path.suffix == ".toml":
-        table = parse_toml(text, path).get("prompt", {})
-        shared = {key: value for key, value in table.items() if key != "subset"}
-        found = [
-            _checked(f"{path} subset {i}", {**shared, **subset}, default)
-            for i, subset in enumerate(table.get("subset", [{}]))
-        ]
+        entries = _toml_entries(path, text)
     elif path.suffix == ".json":
-        try:
-            entries = json.loads(text)
-        except ValueError as error:
-            raise Refused(f"{path} is not JSON: {error}") from error
-        found = [
-            parse_line(entry, default, f"{path} entry {i}")
-            if isinstance(entry, str)
-            else _checked(f"{path} entry {i}", {k: v for k, v in entry.items() if k != "enum"}, default)
-            for i, entry in enumerate(entries)
-        ]
+        entries = _json_entries(path, text)
     else:
         raise Refused(f"--sample_prompts {path} is neither .txt, .toml nor .json; save it as one of them")
+    found = [
+        parse_line(entry, default, where) if isinstance(entry, str) else _checked(where, entry, default)
+        for where, entry in entries
+    ]
     if not found or not all(prompt.prompt for prompt in found):
         raise Refused(f"--sample_prompts {path} holds an empty prompt or none; write a prompt per line")
     return found
+
+
+def _toml_entries(path: Path, text: str) -> list[tuple[str, Any]]:
+    table = parse_toml(text, path).get("prompt", {})
+    subsets = table.get("subset", [{}]) if isinstance(table, dict) else None
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise Refused(f"{path} is not of the form [prompt] with a [[prompt.subset]] table for each prompt")
+    shared = {key: value for key, value in table.items() if key != "subset"}
+    return [(f"{path} subset {i}", {**shared, **subset}) for i, subset in enumerate(subsets)]
+
+
+def _json_entries(path: Path, text: str) -> list[tuple[str, Any]]:
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{path} is not JSON: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
+        raise Refused(f'{path} is not a list of prompt lines, or of objects like {{"prompt": "a cat"}}')
+    for entry in entries:
+        if isinstance(entry, dict):
+            entry.pop("enum", None)  # kohya's own numbering
+    return [(f"{path} entry {i}", entry) for i, entry in enumerate(entries)]

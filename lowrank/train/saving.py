@@ -74,6 +74,7 @@ class Keeper:
     def after_epoch(self, progress: Progress) -> None:
         """Save and draw what the epoch that just ended owes; `progress.epoch` counts the ended ones."""
         epoch = progress.epoch
+        self._log.epoch(epoch)
         if self._every_epochs and epoch % self._every_epochs == 0:
             path = self._names.epoch(epoch)
             self._write(path, progress, self._options.save_state)

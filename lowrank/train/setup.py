@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,12 @@ def accelerator(parsed: Parsed, folder: Path) -> Accelerator:
         gradient_accumulation_steps=parsed.value("gradient_accumulation_steps"),
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(logs)),
     )
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if named and accelerator.device.type == "cpu" and not os.environ.get("ACCELERATE_USE_CPU") == "true":
+        raise Refused(
+            f"CUDA_VISIBLE_DEVICES={named} names a GPU, and torch finds none to use here; give `cpu` for the "
+            "GPU_ID, or check the driver and torch's CUDA build"
+        )
     for flag, needed in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
         if parsed.value(flag) and accelerator.mixed_precision != needed:
             raise Refused(
@@ -157,6 +164,7 @@ def announce(loader: Loader, plan: Any, parsed: Parsed, network: Any, accelerato
         f"\n  num batches per epoch: {len(loader)}\n  num epochs: {plan.epochs}"
         f"\n  batch size per device: {parsed.value('train_batch_size')}"
         f"\n  gradient accumulation steps = {parsed.value('gradient_accumulation_steps')}"
+        f"\n  device: {accelerator.device}, precision: {accelerator.mixed_precision}"
         f"\n  total optimization steps: {plan.steps}\n  trained parameters: {trained:,}",
         flush=True,
     )

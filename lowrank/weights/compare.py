@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank.adapters import keys
 from lowrank.errors import Refused
-from lowrank.weights.names import thin
+from lowrank.weights.names import missing, sizes, thin
 
 MATRICES = ("Q", "deltaR", "baseR", "A", "B", "deltaW")  # order of every report
 UPDATES = ("deltaR", "deltaW")  # what a merge adds up
@@ -82,9 +82,9 @@ def update(module: str, roles: Roles) -> Update | None:
 
     QR-LoRA's Q′R′ − QR is written (Q′−Q)·R′ + Q·(R′−R): no cancellation, exactly 0 for an untrained layer.
     """
-    if not ({"q", "delta_r"} <= roles.keys() or {"up", "down"} <= roles.keys()):
+    if missing(roles):
         return None
-    pair = thin(module, dict(roles))
+    pair = thin(module, roles)
     up, down = pair.up.double(), pair.down.double() * pair.scale
     if {"up", "q", "base_r"} <= roles.keys():
         trained_up, q = up.chunk(2, dim=1)  # Q′, Q
@@ -256,28 +256,14 @@ def _zero(first: float, second: float, names: Names) -> str | None:
 
 
 def _refuse_other_model(module: str, one: Roles, two: Roles, names: Names) -> None:
-    ours, theirs = (_sizes(module, roles, name) for roles, name in zip((one, two), names, strict=True))
+    full = layer_name(module)
+    ours, theirs = (sizes(full, roles, name) for roles, name in zip((one, two), names, strict=True))
     for side in ("outputs", "inputs"):
         if ours.get(side) and theirs.get(side) and ours[side] != theirs[side]:
             raise Refused(
-                f"{layer_name(module)} has {ours[side]} {side} in {names[0]} and {theirs[side]} in "
+                f"{full} has {ours[side]} {side} in {names[0]} and {theirs[side]} in "
                 f"{names[1]}; they adapt different models and cannot be compared"
             )
-
-
-def _sizes(module: str, roles: Roles, name: str) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for matrix, role in ROLE_OF.items():
-        if role not in roles:
-            continue
-        sides = ("outputs", "rank") if matrix in ("Q", "B") else ("rank", "inputs")
-        for side, size in zip(sides, roles[role].flatten(1).shape, strict=True):
-            if sizes.setdefault(side, size) != size:
-                raise Refused(
-                    f"{name}: {layer_name(module)} has {side} {sizes[side]}, {size} in {role!r}; "
-                    "its factors do not belong together, export the adapter again"
-                )
-    return sizes
 
 
 def _examples(layers: Mapping[str, Roles]) -> str:

@@ -12,11 +12,11 @@ from lowrank.tensors import write_tensors
 from lowrank.weights.names import Layers, read_layers, thin
 
 
-def to_lora(layers: Layers, source: str = "the file") -> dict[str, Tensor]:
+def to_lora(layers: Layers, source: str = "the file", method: str | None = None) -> dict[str, Tensor]:
     """PEFT's keys: `transformer.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha` (scale: alpha/rank)."""
     state = {}
     for module, roles in layers.items():
-        up, down, scale = thin(module, roles, source)
+        up, down, scale = thin(module, roles, source, method)
         prefix = module if keys.is_text_encoder(module) else f"transformer.{module}"
         state[f"{prefix}.lora_A.weight"] = down
         state[f"{prefix}.lora_B.weight"] = up
@@ -27,7 +27,7 @@ def to_lora(layers: Layers, source: str = "the file") -> dict[str, Tensor]:
 def export_lora(source: str | Path, target: str | Path) -> dict[str, Tensor]:
     """Write `source` as a plain LoRA to `target`; returns what was written."""
     layers, metadata = read_layers(source)
-    state = to_lora(layers, str(source))
+    state = to_lora(layers, str(source), metadata.get("lowrank.method"))
     ranks = {value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")}
     kept = {
         key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec.", "lowrank.base"))

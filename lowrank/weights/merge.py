@@ -64,14 +64,27 @@ class Mixture:
             name: [(i, layers[name]) for i, layers in enumerate(own) if name in layers] for name in modules
         }
         self._thin: dict[str, list[tuple[int, Thin]]] = {
-            name: [(i, thin(modules[name], roles, str(adapters[i].path))) for i, roles in parts]
+            name: [
+                (i, thin(modules[name], roles, str(adapters[i].path), adapters[i].fact("method")))
+                for i, roles in parts
+            ]
             for name, parts in self._parts.items()
         }
+        for name, parts in self._thin.items():
+            shapes = {i: (pair.up.shape[0], pair.down.shape[1]) for i, pair in parts}
+            if len(set(shapes.values())) > 1:
+                told = " and ".join(f"{o}×{n} in {adapters[i].path}" for i, (o, n) in shapes.items())
+                raise Refused(f"{modules[name]} is {told}; merge adapters of one base")
         self.shared = {
             name
             for name, parts in self._parts.items()
             if all(shares_basis(parts[0][1], other) for _, other in parts) and "delta_r" in parts[0][1]
         }
+
+    @property
+    def adapts_text(self) -> bool:
+        """Whether a text encoder has layers in the sum."""
+        return any(map(keys.is_text_encoder, self.modules.values()))
 
     def up(self, name: str) -> Tensor:
         """(O, R'), the same for all weights."""
@@ -150,7 +163,7 @@ class AttachedMixture:
     ) -> None:
         self.mixture = mixture
         roots = [("unet", denoiser), *((f"te{i + 1}", encoder) for i, encoder in enumerate(text_encoders))]
-        wanted = {part: [m for m in mixture.modules if _part(m) == part] for part, _ in roots}
+        wanted = {part: [m for m in mixture.modules.values() if _part(m) == part] for part, _ in roots}
         hosts = {
             keys.flat(t.native or t.name): t
             for part, root in roots
@@ -159,9 +172,10 @@ class AttachedMixture:
         }
         lost = [module for name, module in mixture.modules.items() if name not in hosts]
         if lost:
+            models = " or ".join(type(root).__name__ for _, root in roots)
             raise Refused(
-                f"{len(lost)} of {len(mixture.modules)} adapter layers are not in {type(denoiser).__name__}, "
-                f"for example {lost[0]}; the adapter is for another model"
+                f"{len(lost)} of {len(mixture.modules)} adapter layers are not in {models}, for example "
+                f"{lost[0]}; the adapter is for another model"
             )
         self._names = {hosts[name].name: name for name in mixture.modules}
         nothing = [0.0] * len(mixture.adapters)

@@ -7,6 +7,8 @@ files up and down.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,16 @@ from lowrank.errors import Refused
 from lowrank.tensors import read_tensors
 
 Layers = dict[str, dict[str, Tensor]]
+_SIDES = {
+    "q": ("outputs", "rank"),
+    "delta_r": ("rank", "inputs"),
+    "base_r": ("rank", "inputs"),
+    "down": ("rank", "inputs"),
+    "up": ("outputs", "rank"),
+}
+_BASIS = ("q", "base_r")  # what files may be saved without
+
+logger = logging.getLogger(__name__)
 
 
 class Thin(NamedTuple):
@@ -32,7 +44,8 @@ def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
     """({module: {role: tensor}}, metadata) of an adapter file; modules lose the `transformer.` prefix.
 
     Reads native, PEFT/diffusers, kohya and official QR-LoRA keys, the latter with or without the repeated
-    `to_out.0`. Raises `Refused` when the file is not whole or holds no adapter.
+    `to_out.0`; float8 becomes fp32. Raises `Refused` when the file is not whole, holds no adapter, or values
+    that are no finite numbers.
     """
     state, metadata = read_tensors(path)
     layers: Layers = {}
@@ -42,45 +55,100 @@ def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
         if found is None:
             strange.append(key)
         else:
-            layers.setdefault(keys.module_path(found[0]), {})[found[1]] = value
+            layers.setdefault(keys.module_path(found[0]), {})[found[1]] = _number(value, key, path)
     if not layers:
         raise Refused(
             f"{path} holds no adapter this program knows: its tensors are named like "
             f"{', '.join(strange[:3]) or 'nothing at all'}; give a LoRA, ΔR or QR-LoRA file"
         )
-    for module, roles in layers.items():
-        for role, value in roles.items():
-            if not torch.isfinite(value).all():
-                raise Refused(
-                    f"{path} holds NaN or infinite values in {module}.{role}; use an earlier checkpoint"
-                )
+    if any(key.endswith(f".{keys.OLD_UP}") for key in state) and not any("q" in r for r in layers.values()):
+        logger.warning(
+            "%s is read as a plain LoRA; if it is an official QR-LoRA file, which has the same keys and no "
+            "initial copy, it needs the residual it was trained on and is not what it adds",
+            path,
+        )
     return layers, metadata
 
 
-def thin(module: str, roles: dict[str, Tensor], source: str = "the file") -> Thin:
+def _number(value: Tensor, key: str, path: str | Path) -> Tensor:
+    if str(value.dtype).startswith("torch.float8"):
+        value = value.float()  # float8 has no arithmetic
+    usable = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    if value.layout != torch.strided or (value.dtype not in usable and not key.endswith(".alpha")):
+        raise Refused(
+            f"{key} in {path} is {str(value.dtype).removeprefix('torch.')}, which is no plain floating-point "
+            "tensor; save the adapter in fp32, fp16 or bf16"
+        )
+    if not torch.isfinite(value).all():
+        raise Refused(f"{path} holds NaN or infinite values in {key}; use an earlier checkpoint")
+    return value
+
+
+def sizes(module: str, roles: Mapping[str, Tensor], source: str = "the file") -> dict[str, int]:
+    """`outputs` O, `rank` R and `inputs` I of a layer, as far as its factors tell; kernels are part of I.
+
+    Raises `Refused`, naming module, role and shapes, for a factor that is no matrix, for factors that do not
+    belong together, and for an alpha that is not one number.
+    """
+    found: dict[str, int] = {}
+    for role, sides in _SIDES.items():
+        if role not in roles:
+            continue
+        shape = tuple(roles[role].shape)
+        if len(shape) not in (2, 4) or 0 in shape:
+            raise Refused(
+                f"{source}: {module}.{role} is {shape}, which is neither a matrix nor a convolution's kernel "
+                "(4 sizes) of rank 1 or more; export the adapter again"
+            )
+        for side, size in zip(sides, roles[role].flatten(1).shape, strict=True):
+            if found.setdefault(side, size) != size:
+                raise Refused(
+                    f"{source}: {module} has {side} {found[side]}, {size} in {role!r} {shape}; "
+                    "its factors do not belong together, export the adapter again"
+                )
+    if "alpha" in roles and roles["alpha"].numel() != 1:
+        raise Refused(
+            f"{source}: {module}.alpha is {tuple(roles['alpha'].shape)} and must be one number; export the "
+            "adapter again"
+        )
+    return found
+
+
+def missing(roles: Mapping[str, Tensor], method: str | None = None) -> list[str]:
+    """The factors that a layer lacks for its ΔW; `method` is what the file says it was made by."""
+    if "delta_r" in roles:
+        needed = ("q", "delta_r")
+    elif "qrlora" in (method or "").split("+") or roles.keys() & set(_BASIS):
+        needed = ("up", "down", *_BASIS)
+    else:
+        needed = ("up", "down")
+    return [role for role in needed if role not in roles]
+
+
+def thin(
+    module: str, roles: Mapping[str, Tensor], source: str = "the file", method: str | None = None
+) -> Thin:
     """One layer's ΔW as a thin pair in the dtype it is stored in.
 
     ΔR: [Q]·[ΔR]. QR-LoRA: [Q′ | Q₀]·[R′ ; −R₀], rank 2r. LoRA: [U]·[D]. The scale is alpha/r, and 1 without
-    an alpha. Raises `Refused` when a factor is absent.
+    an alpha. Raises `Refused` when a factor is absent (see `missing`) or does not fit (see `sizes`).
     """
-    if "delta_r" in roles:
-        pair = (roles.get("q"), roles["delta_r"])
-    elif "q" in roles and "up" in roles:
-        pair = (torch.cat([roles["up"], roles["q"]], 1), torch.cat([roles["down"], -roles["base_r"]]))
-    else:
-        pair = (roles.get("up"), roles.get("down"))
-    up, down = pair
-    if up is None or down is None:
-        names = "q" if "delta_r" in roles else "up or down"
+    rank = sizes(module, roles, source).get("rank", 1)
+    if absent := missing(roles, method):
+        kept = set(absent) <= set(_BASIS)
+        way_out = "train with --save_basis full to keep it" if kept else "the file is not whole, use another"
         raise Refused(
-            f"{module} in {source} has no {names}, only {', '.join(sorted(roles))}; a file saved without its "
-            "basis is completed by `--save_basis full` at training"
+            f"{module} in {source} has no {', '.join(absent)}, only {', '.join(sorted(roles))}; {way_out}"
         )
-    rank = roles["delta_r"].shape[0] if "delta_r" in roles else roles["down"].shape[0]
     scale = float(roles["alpha"]) / rank if "alpha" in roles else 1.0
-    return Thin(up.flatten(1), down.flatten(1), scale)
+    flat = {role: roles[role].flatten(1) for role in _SIDES if role in roles}
+    if "delta_r" in flat:
+        return Thin(flat["q"], flat["delta_r"], scale)
+    if "q" in flat:
+        return Thin(torch.cat([flat["up"], flat["q"]], 1), torch.cat([flat["down"], -flat["base_r"]]), scale)
+    return Thin(flat["up"], flat["down"], scale)
 
 
-def shares_basis(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def shares_basis(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether two layers are ΔR adapters on one and the same Q, so that adding their ΔR adds them exactly."""
     return "delta_r" in a and "delta_r" in b and "q" in a and "q" in b and torch.equal(a["q"], b["q"])

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lowrank.adapters.targets import Layer
 from lowrank.errors import Refused
-from lowrank.tensors import stream_tensors
+from lowrank.tensors import existing_file, stream_tensors
 from lowrank.weights.basis import Basis
+from lowrank.weights.names import sizes
 
 # Relative error of W = W_res + Q·R after rounding W_res and W to the coarsest dtype either is stored in.
-_ROUNDING = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def write_residual(
@@ -36,6 +37,11 @@ def write_residual(
     stream_tensors(path, shapes, dtype, residual, metadata)
 
 
+def residual_file(path: str | Path) -> Path:
+    """The path, if a file is there. Raises `Refused`."""
+    return existing_file(path, "correct --residual_path or leave it out, it is not needed")
+
+
 def check_residual(
     path: str | Path,
     layers: Mapping[str, Mapping[str, Tensor]],
@@ -46,8 +52,9 @@ def check_residual(
     """Check that a residual file belongs to these adapter layers and this base; returns what was checked.
 
     Compares the facts both files state (base, basis, rank) and, on `sample` layers spread over the model,
-    W_res + s·Q·R against W. Raises `Refused` on any mismatch.
+    W_res + s·Q·R against W. Raises `Refused` on any mismatch, and where nothing can be compared.
     """
+    path = residual_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             own = dict(file.metadata() or {})
@@ -60,23 +67,28 @@ def check_residual(
                         "it again with save_flux_residual.py, or leave --residual_path out, it is not needed"
                     )
             usable = [m for m, roles in layers.items() if {"q", "base_r"} <= roles.keys() and m in hosts]
+            if not usable:
+                raise Refused(
+                    f"nothing in {path} can be compared: no layer of the adapter has both q and base_r, "
+                    "it is a LoRA or was saved with --save_basis q; leave --residual_path out, it is not "
+                    "needed"
+                )
             absent = [module for module in usable if module not in names]
             if absent:
                 raise Refused(
                     f"{path} lacks {len(absent)} of the adapter's layers, for example {absent[0]}; it was "
                     "made for other targets or another model; leave --residual_path out, it is not needed"
                 )
-            for module in usable[:: max(1, len(usable) // sample)]:
+            compared = usable[:: max(1, len(usable) // sample)]
+            for module in compared:
                 _check_layer(
                     str(path), module, file.get_tensor(names[module]), layers[module], hosts[module].weight
                 )
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise Refused(
             f"{path} is not a whole safetensors file ({error}); make it again or leave --residual_path out"
         ) from error
-    return (
-        f"{path} fits: {len(usable)} layers present, {len(usable[:: max(1, len(usable) // sample)])} compared"
-    )
+    return f"{path} fits: {len(usable)} layers present, {len(compared)} compared"
 
 
 def _check_layer(
@@ -88,7 +100,18 @@ def _check_layer(
             f"{path}: {module} is {tuple(residual.shape)} and the model's is {tuple(W.shape)}; it belongs to "
             "another model"
         )
-    q, r = roles["q"].float(), roles["base_r"].float()
+    have = sizes(module, roles, "the adapter")
+    if (have["outputs"], have["inputs"]) != W.shape:
+        raise Refused(
+            f"{module} is {have['outputs']}×{have['inputs']} in the adapter and {W.shape[0]}×{W.shape[1]} in "
+            "the model; the adapter is for another base"
+        )
+    if residual.dtype not in _ROUNDING:
+        raise Refused(
+            f"{path} holds {str(residual.dtype).removeprefix('torch.')}, and a residual is fp32, fp16 or "
+            "bf16; make it again with save_flux_residual.py"
+        )
+    q, r = roles["q"].float().flatten(1), roles["base_r"].float().flatten(1)
     scale = float(roles["alpha"]) / q.shape[1] if "alpha" in roles else 1.0
     error = float(torch.linalg.norm(residual.float() + scale * (q @ r) - W) / torch.linalg.norm(W))
     limit = max(_ROUNDING[t] for t in (residual.dtype, weight.dtype, roles["q"].dtype))
