@@ -321,8 +321,16 @@ class _Ignore(argparse.Action):
         namespace.ignored.append(option_string[2:])
 
 
+def off(value: object) -> bool:
+    """Whether a value says that a feature is off: false, 0, none or nothing."""
+    return str(value).strip().lower() in ("false", "0", "0.0", "none", "no", "")
+
+
 class _Refuse(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if values and all(map(off, values)):
+            namespace.ignored.append(option_string.lstrip("-"))
+            return
         parser.error(f"{option_string} is not supported: {self.const}")
 
 

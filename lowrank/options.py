@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lowrank.errors import Refused, nearest
-from lowrank.fields import Parser, Said, Spec, option, pairs, specs
+from lowrank.fields import Parser, Said, Spec, off, option, pairs, specs
 from lowrank.files import atomic, parse_toml
 
 __all__ = ["ConfigFile", "Parsed", "Surface", "option", "pairs", "parse"]
@@ -110,6 +110,7 @@ class Surface:
     ignored: tuple[str, ...] = ()
     ignored_by: str = "this script"
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    off_at_zero: tuple[str, ...] = ()
     check: Callable[[Parsed], Iterable[str]] | None = None
 
     @property
@@ -154,6 +155,9 @@ class Surface:
         said, unknown = [], []
         for key, value in _keys(path):
             label = f"{key} in {path}"
+            if key in self.refused and off(value):  # GUIs write every setting, also those that are off
+                ignored.append(key)
+                continue
             if key in self.refused:
                 raise Refused(f"{label} is not supported: {self.refused[key]}")
             if key in known:
@@ -203,6 +207,7 @@ def _grouped(
 ) -> Parsed:
     values = {name: said[name].value if name in said else spec.default for name, spec in known.items()}
     given = {name: one.label for name, one in said.items()}
+    values |= {name: None for name in surface.off_at_zero if values[name] == 0}
     for name, spec in known.items():
         spec.check_range(given.get(name, f"--{name}"), values[name])
     groups = {}

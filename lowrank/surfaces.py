@@ -357,6 +357,11 @@ FLUX_TRAIN = Surface(
         "huber_schedule": "constant",  # kohya's snr has no meaning for a flow
     },
     ignored_by="FLUX",
+    off_at_zero=(
+        *("max_train_epochs", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio"),
+        *("save_last_n_epochs", "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state"),
+        *("sample_every_n_steps", "sample_every_n_epochs", "scale_weight_norms"),
+    ),
     ignored=tuple(_IGNORED.split()),
     refused=_ways_out(_REFUSED),
     check=check_flux,

@@ -2,7 +2,7 @@
 
     y = W x + s·U·D x        D kaiming-uniform, U = 0, s = alpha/rank
 
-Argument names and start values are those of kohya sd-scripts' networks.lora, and so are keys in kohya's hosts.
+Argument names and start values are those of kohya sd-scripts' networks.lora, and so are keys in its hosts.
 On a diffusers FLUX, whose q, k and v are separate layers, files have PEFT's keys.
 """
 

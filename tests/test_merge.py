@@ -350,3 +350,16 @@ def test_residual_is_written_and_checked(dtype, flux, saved, tmp_path):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(Refused, match="not a whole"):
         check_residual(file, layers, metadata, hosts)
+
+
+def test_a_magnitude_is_not_left_out_silently(saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(saved("lora", 1))
+    first = next(key for key in state if key.endswith("lora_B.weight"))
+    state[first.replace("lora_B.weight", "lora_magnitude_vector")] = torch.ones(state[first].shape[0])
+    save_file(state, tmp_path / "dora.safetensors")
+    with pytest.raises(Refused, match="DoRA magnitude"):
+        Mixture([Adapter(tmp_path / "dora.safetensors")])
+    with pytest.raises(Refused, match="DoRA magnitude"):
+        export_lora(tmp_path / "dora.safetensors", tmp_path / "out.safetensors")

@@ -570,3 +570,13 @@ def test_nothing_is_both_a_flag_and_not():
     everything = [*known, *FLUX_TRAIN.ignored, *FLUX_TRAIN.refused]
     assert len(everything) == len(set(everything))
     assert all(json.dumps(way_out) for way_out in FLUX_TRAIN.refused.values())
+
+
+def test_what_is_off_is_accepted(tmp_path):
+    parsed = flux("--blocks_to_swap", "0", "--validation_split", "0.0", "--save_every_n_steps", "0")
+    assert parsed.saving.save_every_n_steps is None
+    assert parsed.notes == ("ignored for FLUX: blocks_to_swap, validation_split",)
+    text = "split_mode = false\nin_json = ''\nscale_weight_norms = 0\nmax_train_epochs = 0"
+    parsed = flux("--config_file", config(tmp_path, text))
+    assert parsed.network.scale_weight_norms is None and parsed.train.max_train_epochs is None
+    assert refused("--rank", "0")

@@ -30,6 +30,10 @@ _PUBLISHED = {
 _COMPLAINTS = (ValueError, TypeError, LookupError, AssertionError, AttributeError, OSError, RuntimeError)
 
 
+# Names that kohya's launchers and interfaces have written into them; ours decide by the model's class.
+ALIASES = {"networks.lora_flux": "networks.lora", "lora_flux": "networks.lora"}
+
+
 def _own_networks() -> list[str]:
     spec = importlib.util.find_spec("networks")
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -49,7 +53,7 @@ def find_module(name: str) -> ModuleType:
             f"--network_module {name!r} is not the dotted name of a module; ours are {', '.join(own)}, and "
             "others are named as lycoris.kohya"
         )
-    dotted = f"networks.{name}" if name in own else name
+    dotted = f"networks.{name}" if name in own else ALIASES.get(name, name)
     try:
         module = importlib.import_module(dotted)
     except ModuleNotFoundError as error:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from lowrank.adapters import keys
 from lowrank.tensors import write_tensors
-from lowrank.weights.names import Layers, read_layers, thin
+from lowrank.weights.names import Layers, read_layers, refuse_magnitudes, thin
 
 
 def to_lora(layers: Layers, source: str = "the file", method: str | None = None) -> dict[str, Tensor]:
     """PEFT's keys: `transformer.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha` (scale: alpha/rank)."""
+    refuse_magnitudes(layers, source)
     state = {}
     for module, roles in layers.items():
         up, down, scale = thin(module, roles, source, method)

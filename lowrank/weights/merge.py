@@ -19,7 +19,7 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
 from lowrank.errors import Refused
 from lowrank.tensors import write_tensors
-from lowrank.weights.names import Thin, read_layers, shares_basis, thin
+from lowrank.weights.names import Thin, read_layers, refuse_magnitudes, shares_basis, thin
 
 STATIC = Method("static", Factor(lambda *_: ({}, {}), trained=()))
 
@@ -42,6 +42,8 @@ class Mixture:
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = list(adapters)
+        for adapter in adapters:
+            refuse_magnitudes(adapter.layers, str(adapter.path))
         bases = {adapter.fact("base_hash") for adapter in adapters} - {None}
         if len(bases) > 1:
             told = "; ".join(f"{a.path} on {a.fact('base_model') or a.fact('base_hash')}" for a in adapters)

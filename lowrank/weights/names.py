@@ -149,6 +149,16 @@ def thin(
     return Thin(flat["up"], flat["down"], scale)
 
 
+def refuse_magnitudes(layers: Layers, source: str) -> None:
+    """Raise `Refused` for DoRA layers: their ΔW is no thin pair, and without the magnitude another one."""
+    for module, roles in layers.items():
+        if "magnitude" in roles:
+            raise Refused(
+                f"{module} in {source} has a DoRA magnitude, which a sum of low-rank pairs cannot hold; use "
+                "the adapter alone, where it was made"
+            )
+
+
 def shares_basis(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether two layers are ΔR adapters on one and the same Q, so that adding their ΔR adds them exactly."""
     return "delta_r" in a and "delta_r" in b and "q" in a and "q" in b and torch.equal(a["q"], b["q"])
