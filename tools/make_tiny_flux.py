@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -344,6 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", choices=list(TRANSFORMERS), default="tiny")
     options = parser.parse_args(argv)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses CPU kernels that nothing here uses
     try:
         print(make(options.folder, seed=options.seed, size=options.size))
     except Refused as refused:

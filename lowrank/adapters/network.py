@@ -170,6 +170,15 @@ class AdapterNetwork(nn.Module):
         for layer in self._made.values():
             layer.multiplier = multiplier if isinstance(multiplier, Tensor) else float(multiplier)
 
+    def prepare_network(self, args: Any) -> None:
+        """Nothing to do: arguments came through `create_network`."""
+
+    def set_current_generation(self, *_: Any) -> None:
+        """Nothing to do: kohya's gen_img tells the batch that regional masks would need."""
+
+    def set_region(self, *_: Any) -> None:
+        raise Refused("regional masks are not offered by this network; generate without a mask image")
+
     def set_enabled(self, enabled: bool) -> None:
         self.set_multiplier(1.0 if enabled else 0.0)
 

@@ -9,24 +9,19 @@ import logging
 import random
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from torch import nn
 
-from lowrank.adapters.network import AdapterNetwork
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import only_writer, writable_folder
 from lowrank.models import memory
-from lowrank.models.family import Family, Models, move, release
+from lowrank.models.family import Family, Models
 from lowrank.options import Parsed, pairs
-from lowrank.tensors import read_metadata
 from lowrank.train import dry, inputs, metadata, module, optim, setup, state
+from lowrank.train.adapt import Job, adapt, keep_encoders
 from lowrank.train.log import RunLog, describe_run
 from lowrank.train.loop import Run, components, train
 from lowrank.train.prompts import Prompt
@@ -43,38 +38,6 @@ _RESUMED = (
     *("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "train_batch_size"),
     *("gradient_accumulation_steps", "resolution", "ema_decay"),
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run is asked to do, once it has been checked as far as options alone allow."""
-
-    parsed: Parsed
-    family: Family
-    options: Any  # the family's switches
-    accelerator: Accelerator
-    folder: Path
-    networks: ModuleType
-    arguments: dict[str, str]
-    seed: int
-
-    def value(self, name: str) -> Any:
-        return self.parsed.value(name)
-
-    def create(self, denoiser: nn.Module, encoders: list[nn.Module], weights: str | None) -> Any:
-        """The network on a denoiser; on the meta device it has shapes and no values."""
-        return module.create(
-            self.networks,
-            denoiser,
-            encoders,
-            rank=self.value("network_dim"),
-            alpha=self.value("network_alpha"),
-            dropout=self.value("network_dropout"),
-            arguments=self.arguments,
-            weights=weights,
-            dim_from_weights=bool(weights) and self.value("dim_from_weights"),
-            train_denoiser=not self.value("network_train_text_encoder_only"),
-        )
 
 
 def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker: str) -> int:
@@ -130,9 +93,9 @@ def _launch(job: Job, objective: Any, tracker: str) -> int:
         parsed, loader, family, models, job.options, tuple(p.prompt for p in prompts), accelerator
     )
     loader = inputs.encode_latents(parsed, loader, family, models, accelerator)
-    encoders = _keep_encoders(job, models, text, loader, bool(prompts))
+    encoders = keep_encoders(job, models, text, loader, bool(prompts))
     family.add(models, ("denoiser",))
-    network = _adapt(job, models, encoders)
+    network = adapt(job, models, encoders)
     return _train(job, objective, tracker, models, loader, text, prompts, encoders, network)
 
 
@@ -163,90 +126,6 @@ def _seed(parsed: Parsed, folder: Path) -> int:
     if parsed.value("resume"):
         return state.seed_of(state.find_state(parsed.value("resume"), folder))
     return random.SystemRandom().randrange(2**31)
-
-
-# ------------------------------------------------------------------ the model and its network
-
-
-def _keep_encoders(
-    job: Job, models: Models, text: inputs.Text, loader: Loader, draws: bool
-) -> list[nn.Module]:
-    """Let go of what has done its work; the text encoders that are trained, if any, are returned."""
-    trains = job.value("train_text_encoder") or job.value("network_train_text_encoder_only")
-    if trains and text.live:
-        raise Refused(
-            "--train_text_encoder needs captions that can be listed; leave out --shuffle_caption, "
-            "--caption_tag_dropout_rate, --enable_wildcard and --token_warmup_step"
-        )
-    encoders = job.family.keep_trained_text(models) if trains else []
-    text.trained = bool(trains)
-    if not trains and not text.live:
-        release(models, ("text",))
-    if loader.encoded:
-        if draws:
-            move(models, ("vae",), "cpu")
-        else:
-            release(models, ("vae",))
-    return encoders
-
-
-def _adapt(job: Job, models: Models, encoders: list[nn.Module]) -> Any:
-    """Freeze the denoiser, merge --base_weights, put the network on it."""
-    models.denoiser.requires_grad_(False).eval()
-    if job.value("fp8_base") or job.value("fp8_base_unet"):
-        memory.store_in_fp8(models.denoiser, setup.DTYPES[job.accelerator.mixed_precision])
-    torch.manual_seed(job.seed)
-    for path in filter(None, (*job.value("base_weights"), job.value("network_weights"))):
-        _check_base(job, models, path)
-    _merge_base_weights(job.parsed, job.networks, models)
-    network = job.create(models.denoiser, encoders, job.value("network_weights"))
-    _prepare_network(job.parsed, network, models, job.accelerator)
-    return network
-
-
-def _check_base(job: Job, models: Models, path: str) -> None:
-    """An adapter with a basis of another base is refused; a plain one of another base is said."""
-    facts = read_metadata(path)
-    there, here = facts.get("lowrank.base_hash"), job.family.model_hash(models, "denoiser")
-    if not there or there == here:
-        return
-    told = (
-        f"{path} was made on {facts.get('lowrank.base_model')} ({there[:12]}), and this base is {here[:12]}"
-    )
-    if facts.get("lowrank.basis_hash"):
-        raise Refused(f"{told}; its basis belongs to that base, so train on it, or start without the file")
-    logger.warning("%s; it goes on from there all the same", told)
-
-
-def _merge_base_weights(parsed: Parsed, networks: Any, models: Models) -> None:
-    strengths = parsed.value("base_weights_multiplier")
-    for index, path in enumerate(parsed.value("base_weights")):
-        strength = strengths[index] if index < len(strengths) else 1.0
-        other, state = networks.create_network_from_weights(
-            strength, path, None, [], models.denoiser, for_inference=True
-        )
-        logger.info("merging module: %s with multiplier %s", path, strength)
-        other.merge_to(
-            [],
-            models.denoiser,
-            state,
-            None,
-            "cpu" if next(models.denoiser.parameters()).device.type == "cpu" else None,
-        )
-
-
-def _prepare_network(parsed: Parsed, network: Any, models: Models, accelerator: Accelerator) -> None:
-    own = isinstance(network, AdapterNetwork)
-    if parsed.value("gradient_checkpointing"):
-        memory.checkpoint_blocks(models.denoiser, network.clock.now if own else contextlib.nullcontext)
-        network.enable_gradient_checkpointing()
-    if own:
-        network.cast_frozen(setup.DTYPES[accelerator.mixed_precision])
-    network.to(accelerator.device)
-    if parsed.value("full_fp16") or parsed.value("full_bf16"):
-        network.to(setup.DTYPES[accelerator.mixed_precision])
-    if parsed.value("scale_weight_norms") and not hasattr(network, "apply_max_norm_regularization"):
-        raise Refused("--scale_weight_norms is not offered by this network module; leave it out")
 
 
 # ------------------------------------------------------------------ the run
