@@ -1,4 +1,4 @@
-"""A job, and what it does to the model: freeze it, merge into it, put the network on it, let go of the rest."""
+"""A job and what it does to the model: freeze it, merge into it, put the network on it, free the rest."""
 
 from __future__ import annotations
 
