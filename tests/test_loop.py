@@ -1,0 +1,54 @@
+"""The loop's own pieces: randomness without state, means over a step, which components a loss has."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from accelerate import Accelerator
+from toys import base, network, probes
+
+from lowrank.train.log import BIN_NAMES, Meter
+from lowrank.train.loop import components, stream
+
+
+def test_a_stream_depends_on_seed_epoch_and_position_and_on_nothing_else():
+    places = list(itertools.product((0, 1), repeat=3))
+    drawn, dropped = {}, {}
+    for place in places:
+        drawn[place] = torch.randn(4, generator=stream(*place))
+        dropped[place] = torch.rand(4)  # what dropout would see
+        torch.rand(7)  # somebody else draws in between
+    for table in (drawn, dropped):
+        for a, b in itertools.combinations(places, 2):
+            assert not torch.equal(table[a], table[b])
+    for place in reversed(places):
+        assert torch.equal(drawn[place], torch.randn(4, generator=stream(*place)))
+        assert torch.equal(dropped[place], torch.rand(4))
+
+
+def test_a_meter_gives_means_over_micro_batches_and_timestep_bins():
+    meter = Meter(("mse", "prior"), torch.device("cpu"))
+    for mse, prior, losses, times in (
+        (1.0, 0.0, [1.0, 3.0], [0.0, 260.0]),
+        (3.0, 1.0, [5.0, 7.0], [249.9, 1000.0]),
+    ):
+        parts = {"mse": torch.tensor(mse), "prior": torch.tensor(prior)}
+        meter.add(parts, torch.tensor(losses), torch.tensor(times))
+    told = meter.read(Accelerator(cpu=True))
+    assert (told["loss"], told["mse"], told["prior"]) == (2.5, 2.0, 0.5)
+    assert [told[name] for name in BIN_NAMES] == [3.0, 3.0, None, 7.0]
+    meter.add(
+        {"mse": torch.tensor(1.0), "prior": torch.tensor(0.0)}, torch.tensor([1.0]), torch.tensor([0.0])
+    )
+    assert meter.read(Accelerator(cpu=True))["loss"] == 1.0  # reading resets
+
+
+def test_a_penalty_is_a_component_of_the_loss(bases):
+    made = network("penalty+rates", base("linear"), bases)
+    assert components(made) == ("mse", "prior", "pull")
+    assert made.penalties()["pull"].item() == pytest.approx(
+        0.5 * sum(p.square().sum().item() for p in made.parameters()), rel=1e-5
+    )
+    assert probes()["penalty+rates"].rates == {"up": 4.0}
