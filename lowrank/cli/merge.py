@@ -78,8 +78,8 @@ def _check_sides(options: Any) -> None:
 def _check_residual(path: str, mixture: Mixture, family: Family, models: Models) -> None:
     family.add(models, ("denoiser",))
     hosts = {t.native.removeprefix("transformer."): t.module for t in find("unet", models.denoiser)}
-    for adapter in mixture.adapters:
-        print(check_residual(path, adapter.layers, adapter.metadata, hosts))
+    checked = [check_residual(path, a.layers, a.metadata, hosts) for a in mixture.adapters]
+    print("\n".join(dict.fromkeys(checked)))
 
 
 def _switches(options: Any) -> FluxOptions:
