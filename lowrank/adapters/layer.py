@@ -174,7 +174,7 @@ class AdaptedLayer(nn.Module):
         """m = ‖W + ΔW‖ per row, by the same function as in the forward, so that g is exactly 1 at step 0."""
         if self.method.magnitude and not self.host.weight.is_meta:
             with torch.no_grad():
-                self.magnitude.copy_(self._row_norm().reshape(self.magnitude.shape))
+                self.magnitude.copy_(self._row_norm(*self._factors()).reshape(self.magnitude.shape))
 
     # ------------------------------------------------------------------ mathematics
 
@@ -228,14 +228,14 @@ class AdaptedLayer(nn.Module):
         U, D = (factor.flatten(1) for factor in self._factors())
         dW = self.multiplier * self.scale * (U @ (D if mask is None else mask.to(D).T * D))
         if self.method.magnitude is not None:
-            g = self.magnitude.flatten(1) / self._row_norm()[:, None]
+            g = self.magnitude.flatten(1) / self._row_norm(U, D)[:, None]
             W = dense_weight(self.host).to(dW)
             dW = g * (W + dW) - W
         host = self.host
         return dW.reshape(-1, host.in_channels, *host.kernel_size) if isinstance(host, nn.Conv2d) else dW
 
-    def _row_norm(self) -> Tensor:
-        U, D = (factor.flatten(1) for factor in self._factors())
+    def _row_norm(self, U: Tensor, D: Tensor) -> Tensor:
+        U, D = U.flatten(1), D.flatten(1)
         return magnitude.row_norm(dense_weight(self.host).to(U), U, D, self.multiplier * self.scale)
 
     def _project(self, x: Tensor, D: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ class AdaptedLayer(nn.Module):
             return d
         if y is None:
             y = self._forward_host(x)
-        norm = self._row_norm()
+        norm = self._row_norm(U, D)
         g = self.magnitude.flatten() / (norm.detach() if self.method.magnitude.detach else norm)
         g = g.reshape(-1, 1, 1) if self.conv else g
         bias = 0
@@ -296,7 +296,7 @@ class AdaptedLayer(nn.Module):
         if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
             return y
         mixed = torch.is_autocast_enabled(x.device.type)
-        x = x if mixed else x.to(self._role(self.factor.down).dtype)
+        x = x if mixed else x.to(getattr(self, self.factor.down).dtype)
         if isinstance(self.multiplier, Tensor) or not self._fusable(y, mixed):
             return y + self.delta(x, y).to(y.dtype)
         U, D = self._factors()
@@ -310,7 +310,7 @@ class AdaptedLayer(nn.Module):
     def _fusable(self, y: Tensor, mixed: bool) -> bool:
         if self.conv or y.dim() < 2 or self.method.experts or self.method.magnitude:
             return False
-        return mixed or y.dtype == self._role(self.factor.up).dtype
+        return mixed or y.dtype == getattr(self, self.factor.up).dtype
 
     def _forward_host(self, x: Tensor, *args, **kwargs) -> Tensor:
         chained = getattr(self, "_chained", None)

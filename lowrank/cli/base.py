@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from lowrank.errors import Refused
-from lowrank.models.family import Source
+from lowrank.models.family import DTYPES, Source
 from lowrank.models.flux_single import is_file
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def base(path: str, dtype: str, device: str | None) -> Source:

@@ -7,9 +7,10 @@ import logging
 from lowrank import __version__
 from lowrank.adapters.layer import dense_weight, host_shape
 from lowrank.adapters.targets import find
-from lowrank.cli.base import DTYPES, base
+from lowrank.cli.base import base
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
+from lowrank.models.family import DTYPES
 from lowrank.models.flux import FLUX
 from lowrank.surfaces import SAVE_RESIDUAL
 from lowrank.weights.basis import start_basis

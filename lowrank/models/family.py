@@ -28,6 +28,8 @@ from lowrank.errors import Refused
 
 log = logging.getLogger(__name__)
 
+# Precisions by every name that an option gives them; "no" is accelerate's word for fp32.
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ROLES = ("text", "vae", "denoiser")  # in the order a run needs them
 _WHOLE = 64 << 20  # files up to this size are hashed byte for byte
 _PIECE = 4096

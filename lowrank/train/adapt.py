@@ -17,10 +17,10 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.models import memory
-from lowrank.models.family import Family, Models, move, release
+from lowrank.models.family import DTYPES, Family, Models, move, release
 from lowrank.options import Parsed
 from lowrank.tensors import read_metadata
-from lowrank.train import inputs, module, setup
+from lowrank.train import inputs, module
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def adapt(job: Job, models: Models, encoders: list[nn.Module]) -> Any:
     """Freeze the denoiser, merge --base_weights, put the network on it."""
     models.denoiser.requires_grad_(False).eval()
     if job.value("fp8_base") or job.value("fp8_base_unet"):
-        memory.store_in_fp8(models.denoiser, setup.DTYPES[job.accelerator.mixed_precision])
+        memory.store_in_fp8(models.denoiser, DTYPES[job.accelerator.mixed_precision])
     torch.manual_seed(job.seed)
     for path in filter(None, (*job.value("base_weights"), job.value("network_weights"))):
         _check_base(job, models, path)
@@ -96,8 +96,8 @@ def adapt(job: Job, models: Models, encoders: list[nn.Module]) -> Any:
 def _check_base(job: Job, models: Models, path: str) -> None:
     """An adapter with a basis of another base is refused; a plain one of another base is said."""
     facts = read_metadata(path)
-    there, here = facts.get("lowrank.base_hash"), job.family.model_hash(models, "denoiser")
-    if not there or there == here:
+    there = facts.get("lowrank.base_hash")
+    if not there or there == (here := job.family.model_hash(models, "denoiser")):
         return
     told = (
         f"{path} was made on {facts.get('lowrank.base_model')} ({there[:12]}), and this base is {here[:12]}"
@@ -115,13 +115,7 @@ def _merge_base_weights(parsed: Parsed, networks: Any, models: Models) -> None:
             strength, path, None, [], models.denoiser, for_inference=True
         )
         logger.info("merging module: %s with multiplier %s", path, strength)
-        other.merge_to(
-            [],
-            models.denoiser,
-            state,
-            None,
-            "cpu" if next(models.denoiser.parameters()).device.type == "cpu" else None,
-        )
+        other.merge_to([], models.denoiser, state, None, next(models.denoiser.parameters()).device)
 
 
 def _prepare_network(parsed: Parsed, network: Any, models: Models, accelerator: Accelerator) -> None:
@@ -130,9 +124,9 @@ def _prepare_network(parsed: Parsed, network: Any, models: Models, accelerator: 
         memory.checkpoint_blocks(models.denoiser, network.clock.now if own else contextlib.nullcontext)
         network.enable_gradient_checkpointing()
     if own:
-        network.cast_frozen(setup.DTYPES[accelerator.mixed_precision])
+        network.cast_frozen(DTYPES[accelerator.mixed_precision])
     network.to(accelerator.device)
     if parsed.value("full_fp16") or parsed.value("full_bf16"):
-        network.to(setup.DTYPES[accelerator.mixed_precision])
+        network.to(DTYPES[accelerator.mixed_precision])
     if parsed.value("scale_weight_norms") and not hasattr(network, "apply_max_norm_regularization"):
         raise Refused("--scale_weight_norms is not offered by this network module; leave it out")

@@ -20,13 +20,12 @@ from lowrank.data.records import DATASET_FIELDS, SUBSET_FIELDS, Dataset
 from lowrank.data.scan import from_config, from_folders, from_instance
 from lowrank.errors import Refused
 from lowrank.files import cache_folder, writable_folder
-from lowrank.models.family import Family, Models, Source, release
+from lowrank.models.family import DTYPES, Family, Models, Source, release
 from lowrank.options import Parsed
 from lowrank.train.prompts import Prompt
 from lowrank.train.watch import describe, save_png
 
 logger = logging.getLogger(__name__)
-_PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def _values(parsed: Parsed) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def make_class_images(
         logger.info("%s has %d of %d class images; drawing the others with the base", folder, have, wanted)
         width, height = parsed.value("resolution")
         prompt = Prompt(parsed.value("class_prompt"), width=width, height=height)
-        dtype = _PRECISIONS.get(parsed.value("prior_generation_precision"), source.dtype)
+        dtype = DTYPES.get(parsed.value("prior_generation_precision"), source.dtype)
         models = family.load(replace(source, dtype=dtype))
         switches = replace(options, guidance_scale=prompt.guidance_scale)
         text = family.stack_text(family.encode_text(models, [prompt.prompt], switches))

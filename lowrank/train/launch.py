@@ -18,7 +18,7 @@ from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import only_writer, writable_folder
 from lowrank.models import memory
-from lowrank.models.family import Family, Models
+from lowrank.models.family import DTYPES, Family, Models
 from lowrank.options import Parsed, pairs
 from lowrank.train import dry, inputs, metadata, module, optim, setup, state
 from lowrank.train.adapt import Job, adapt, keep_encoders
@@ -75,17 +75,13 @@ def _launch(job: Job, objective: Any, tracker: str) -> int:
         workers=job.value("max_data_loader_n_workers"),
     )
     loader = loader.shard(accelerator.process_index, accelerator.num_processes)
-    shapes = None
+    shapes = rehearsal = None
     if module.facade_of(job.networks) is not None and not job.value("dim_from_weights"):
-        shapes = family.empty(
-            models
-        )  # a rank or a target that does not fit is refused before hours of caching
+        # on the meta device: a rank or a target that does not fit is refused before hours of caching
+        shapes = family.empty(models)
         rehearsal = job.create(shapes, [], None)
     if job.value("dry_run"):
-        network = rehearsal if shapes is not None else None
-        return dry.show(
-            parsed, loader, shapes, network, accelerator, setup.DTYPES[accelerator.mixed_precision]
-        )
+        return dry.show(parsed, loader, shapes, rehearsal, accelerator, DTYPES[accelerator.mixed_precision])
 
     prompts = setup.prompts(parsed)
     family.add(models, ("text", "vae"))
@@ -229,31 +225,19 @@ def _train(
 
 def _facts(job: Job, loader: Loader, base_hash: str) -> dict[str, Any]:
     """What a run that resumes from this one must agree on, as JSON keeps it."""
-    pictures = [
-        (
-            one.example.path.name,
-            one.example.captions,
-            one.example.size,
-            one.example.repeats,
-            one.example.is_reg,
-        )
-        for one in loader.placed
-    ]
-    facts = (
-        {name: job.value(name) for name in _RESUMED}
-        | {
-            "network_module": job.networks.__name__,
-            "network_args": {
-                k: v for k, v in job.arguments.items() if k != "basis_cache"
-            },  # a place, not a setting
-            "seed": job.seed,
-            "batches_per_epoch": len(loader),
-            "pictures": hashlib.sha256(json.dumps(pictures).encode()).hexdigest()[:16],
-            "processes": job.accelerator.num_processes,
-            "base": base_hash,
-            "mixed_precision": job.accelerator.mixed_precision,
-        }
-    )
+    examples = [one.example for one in loader.placed]
+    pictures = [(e.path.name, e.captions, e.size, e.repeats, e.is_reg) for e in examples]
+    arguments = {k: v for k, v in job.arguments.items() if k != "basis_cache"}  # a place, not a setting
+    facts = {name: job.value(name) for name in _RESUMED} | {
+        "network_module": job.networks.__name__,
+        "network_args": arguments,
+        "seed": job.seed,
+        "batches_per_epoch": len(loader),
+        "pictures": hashlib.sha256(json.dumps(pictures).encode()).hexdigest()[:16],
+        "processes": job.accelerator.num_processes,
+        "base": base_hash,
+        "mixed_precision": job.accelerator.mixed_precision,
+    }
     return json.loads(json.dumps(facts))
 
 

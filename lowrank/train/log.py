@@ -145,10 +145,6 @@ class RunLog:
         if self._accelerator.is_main_process:
             tqdm.write(text)
 
-    def end_bar(self) -> None:
-        """End the bar's line, so that an error starts on its own."""
-        self._bar.close()
-
     def close(self) -> None:
         self._bar.close()
         self._accelerator.end_training()

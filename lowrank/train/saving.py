@@ -120,14 +120,11 @@ class Keeper:
     def _write(self, path: Path, progress: Progress, with_state: bool) -> None:
         options = self._options
         precision = "float" if options.upcast_before_saving else options.save_precision
-        default = None
         if self._accelerator.is_main_process:
             self._log.say(f"saving checkpoint: {path}")
             with self._shown():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._network.save_weights(
-                    str(path), state.save_dtype(precision, default), self._metadata(progress)
-                )
+                self._network.save_weights(str(path), state.save_dtype(precision), self._metadata(progress))
             hub.upload(self._parsed.hub, path)
         self._accelerator.wait_for_everyone()
         if with_state:

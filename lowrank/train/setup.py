@@ -17,14 +17,13 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.data.loader import Loader
 from lowrank.data.summary import summary
 from lowrank.errors import Refused
-from lowrank.models.family import Family, Models, Source, move
+from lowrank.models.family import DTYPES, Family, Models, Source, move
 from lowrank.options import Parsed
 from lowrank.train.inputs import Text
 from lowrank.train.prompts import Prompt, read_prompts
 from lowrank.train.watch import Preview
 
 logger = logging.getLogger(__name__)
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def accelerator(parsed: Parsed, folder: Path) -> Accelerator:
@@ -124,7 +123,7 @@ def preview(
         sampled = replace(options, guidance_scale=prompt.guidance_scale)
         if models.vae is not None:
             move(models, ("vae",), accelerator.device)
-        image = family.sample(
+        return family.sample(
             models,
             text((prompt.prompt,)),
             sampled,
@@ -133,7 +132,6 @@ def preview(
             steps=prompt.sample_steps,
             generator=torch.Generator().manual_seed(seed),
         )[0]
-        return image
 
     by_file = bool(parsed.value("sample_prompts"))
     epochs = parsed.value("sample_every_n_epochs") or (
@@ -148,7 +146,6 @@ def preview(
         seed=parsed.value("seed"),
         every_epochs=epochs,
         every_steps=parsed.value("sample_every_n_steps"),
-        at_first=parsed.value("sample_at_first"),
     )
 
 

@@ -186,9 +186,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
     )
 
 
-def save_dtype(precision: str | None, default: torch.dtype | None) -> torch.dtype | None:
+def save_dtype(precision: str | None) -> torch.dtype | None:
     """`--save_precision`: None keeps the training dtype."""
-    table = {None: default, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    table = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     return table[precision]
 
 

@@ -32,7 +32,6 @@ class Preview:
     seed: int | None = None
     every_epochs: int | None = None
     every_steps: int | None = None
-    at_first: bool = False
 
     def due(self, *, epoch: int | None = None, step: int | None = None) -> bool:
         """Whether to draw pictures after this epoch (from 1) or step; epochs win, as in kohya's."""
