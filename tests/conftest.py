@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from lowrank.models.family import Source
+from lowrank.models.flux import FLUX
 from tools.make_tiny_flux import make
 
 
@@ -18,6 +21,24 @@ def tiny_flux(tmp_path_factory):
 def bases(tmp_path_factory):
     """A basis cache: the toys' and the tiny model's weights are always the same."""
     return tmp_path_factory.mktemp("bases")
+
+
+@pytest.fixture(scope="session")
+def folder(tiny_flux):
+    """The tiny FLUX under the name of what `Source` takes."""
+    return tiny_flux
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    """The tiny FLUX with all its parts, in fp32."""
+    return FLUX.load(Source(str(folder), dtype=torch.float32))
+
+
+@pytest.fixture
+def cache(bases):
+    """The basis cache under the name that the networks give it."""
+    return bases
 
 
 @pytest.fixture(autouse=True)

@@ -23,20 +23,10 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("flux") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def stock(folder):
     pipe = FluxPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(scope="module")
-def models(folder):
-    return FLUX.load(Source(str(folder), dtype=torch.float32))
 
 
 def text_of(models: Models, *captions: str, **options) -> dict:

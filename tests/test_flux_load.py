@@ -14,21 +14,10 @@ from lowrank.errors import Refused
 from lowrank.models import family, flux_load, flux_single
 from lowrank.models.family import Models, Source
 from lowrank.models.flux import FLUX, FluxOptions, flux_dev_config
-from tools.make_tiny_flux import make
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("flux") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def models(folder):
-    return FLUX.load(Source(str(folder), dtype=torch.float32))
 
 
 @pytest.fixture

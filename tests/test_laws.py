@@ -20,11 +20,6 @@ laws = pytest.mark.parametrize(("method", "kind"), CASES, ids=[f"{m}-{k}" for m,
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@pytest.fixture
-def cache(bases):
-    return bases
-
-
 def digest(model) -> str:
     return hashlib.sha256(
         b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())

@@ -10,23 +10,12 @@ import torch
 
 from lowrank.errors import Refused
 from lowrank.models import memory
-from lowrank.models.family import Models, Source
+from lowrank.models.family import Models
 from lowrank.models.flux import FLUX, FluxOptions
-from tools.make_tiny_flux import make
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("flux") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def models(folder):
-    return FLUX.load(Source(str(folder), dtype=torch.float32))
 
 
 def text_of(models: Models, *captions: str, **options) -> dict:

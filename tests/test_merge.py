@@ -22,11 +22,6 @@ from lowrank.weights.residual import check_residual, write_residual
 
 
 @pytest.fixture
-def cache(bases):
-    return bases
-
-
-@pytest.fixture
 def flux():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)

@@ -31,11 +31,6 @@ TINY = {
 
 
 @pytest.fixture
-def cache(bases):
-    return bases
-
-
-@pytest.fixture
 def flux():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
