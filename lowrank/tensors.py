@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # mapped, not read, where the format allows: a part of a checkpoint then costs that part
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _NOT_A_PICKLE as error:  # its text advises to run the file's code
         raise Refused(
             f"{path} is damaged or holds more than tensors, and code in it is not run; convert it to "

@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
+from tools import make_tiny_sd
 from tools.make_tiny_flux import make
 
 
@@ -15,6 +16,24 @@ from tools.make_tiny_flux import make
 def tiny_flux(tmp_path_factory):
     """A folder with a tiny FLUX; not to be written to."""
     return make(tmp_path_factory.mktemp("models") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    """A folder with a tiny SD 1.5, also as one file in `single`; not to be written to."""
+    return make_tiny_sd.make(tmp_path_factory.mktemp("models") / "tiny-sd", "sd15", single=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory):
+    """A folder with a tiny SD 2 that predicts v, also as one file in `single`; not to be written to."""
+    return make_tiny_sd.make(tmp_path_factory.mktemp("models") / "tiny-sd2", "sd2", single=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """A folder with a tiny SDXL, also as one file in `single`; not to be written to."""
+    return make_tiny_sd.make(tmp_path_factory.mktemp("models") / "tiny-sdxl", "sdxl", single=True)
 
 
 @pytest.fixture(scope="session")

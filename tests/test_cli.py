@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_train import ROOT, WEIGHTS, arguments, pictures  # noqa: F401 (fixtures)
 
 from lowrank.cli.flux_train import main as train
-from lowrank.cli.merge import _names
+from lowrank.cli.merge import _check_sides, _names
 from lowrank.cli.merge import main as merge
 from lowrank.cli.residual import main as residual
 from lowrank.cli.sheet import _shortened, sheet
@@ -155,11 +155,10 @@ def test_a_trained_text_encoder_speaks_at_its_strength(arguments, line, tmp_path
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--height", "77"), "--height 77 is not a multiple of 16"),
         (("--device", "foo"), "--device foo is not on this machine; give one of cpu"),
         (("--device", "meta"), "--device meta is not"),
         (("--device", "cuda:99"), "--device cuda:99 is not"),
-        (("--model_path", "flux.safetensors"), "--model_path flux.safetensors is a single file"),
+        (("--model_path", "flux.safetensors"), "--model_path 'flux.safetensors' does not exist"),
         (("--residual_path", "absent"), "absent does not exist or is not a file; .*leave it out"),
         (("--residual_path", "."), "is not a file"),
         (("--output_dir", "/dev/null"), "--output_dir /dev/null cannot be written to"),
@@ -185,6 +184,12 @@ def test_merging_refuses_before_anything_is_loaded(flags, words, tmp_path):
     with pytest.raises(Refused, match=words) as told:
         merge([word for pair in given.items() for word in pair])
     assert "\n" not in str(told.value)
+
+
+def test_sides_fit_the_model():
+    _check_sides(Namespace(height=80, width=None), 16)
+    with pytest.raises(Refused, match="--height 77 is not a multiple of 16"):
+        _check_sides(Namespace(height=77, width=64), 16)
 
 
 @pytest.mark.parametrize("value", ["nan", "0.5,inf", "-inf", "0.5,,1"])

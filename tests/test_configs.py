@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lowrank.cli.flux_train import with_network
+from lowrank.cli.options import record, with_network
 from lowrank.data.scan import from_config, scan
-from lowrank.surfaces import FLUX_TRAIN
+from lowrank.objective.ddpm import Diffusion
+from lowrank.surfaces.flux import FLUX_TRAIN
+from lowrank.surfaces.sd import SD_TRAIN, SDXL_TRAIN
 from lowrank.train.module import facade_of, find_module
 from lowrank.train.optim import chosen
 
@@ -26,10 +28,20 @@ def test_a_config_begins_with_what_it_is_and_its_command(path):
 def test_a_flux_config_parses_and_names_a_method(path, monkeypatch):
     monkeypatch.chdir(path.parent.parent)
     more = ["--train_data_dir", "assets"] if "kohya" in path.name else []
-    parsed = with_network(FLUX_TRAIN.parse(["--config_file", str(path), *more]))
+    parsed = with_network(FLUX_TRAIN.parse(["--config_file", str(path), *more]), "networks.delta_r_triu")
     assert parsed.notes == ()
     assert facade_of(find_module(parsed.value("network_module"))) is not None
     chosen(parsed.optimizer)
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.name.startswith("sd")], ids=lambda p: p.stem)
+def test_an_sd_config_parses_and_names_a_method(path):
+    surface = SDXL_TRAIN if path.name.startswith("sdxl") else SD_TRAIN
+    argv = ["--config_file", str(path), "--train_data_dir", "assets"]
+    parsed = with_network(surface.parse(argv), "networks.lora")
+    assert parsed.notes == ()
+    assert facade_of(find_module(parsed.value("network_module"))) is not None
+    record(Diffusion, parsed)
 
 
 def test_the_dataset_config_is_scanned(monkeypatch):

@@ -43,6 +43,37 @@ def test_entries_come_back_bit_for_bit(cache):
         cache.get("x-2")
 
 
+def test_conditions_of_two_text_encoders_notice_a_change_of_either(cache):
+    """What SDXL keeps for a caption: both encoders' hidden states and the pooled one, in half precision."""
+    calls = []
+
+    def fill(captions, models):
+        def encode(texts):
+            calls.extend(texts)
+            return [
+                {
+                    "one": torch.ones(77, 8).half(),
+                    "two": torch.ones(77, 12).bfloat16(),
+                    "pooled": torch.ones(12),
+                }
+                for _ in texts
+            ]
+
+        return cache.fill({key("text", text, models): text for text in captions}, encode, batch_size=2)
+
+    assert fill(["a cat", ""], "te1 te2") == 2
+    assert fill(["a cat", ""], "te1 te2") == 0
+    assert fill(["a cat", "a dog"], "te1 te2") == 1 and calls[-1] == "a dog"  # one caption was rewritten
+    assert fill(["a cat"], "te1 other") == 1
+    assert fill(["a cat"], "other te2") == 1
+    entry = cache.get(key("text", "a cat", "te1 te2"))
+    assert {name: (value.shape[-1], value.dtype) for name, value in entry.items()} == {
+        "one": (8, torch.float16),
+        "two": (12, torch.bfloat16),
+        "pooled": (12, torch.float32),
+    }
+
+
 def test_fill_computes_only_what_is_missing_in_batches(cache):
     calls = []
 

@@ -132,21 +132,109 @@ def test_json_reads_the_same(write):
             r"subsets\[0\]: image_dir c is not a folder \(seen from",
         ),
         (
-            "[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'c'",
-            r"'metadata_file' of sd-scripts is not supported; write",
+            "[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'c'\nclass_tokens = 'cat'",
+            r"subsets\[0\]: class_tokens has no meaning beside metadata_file c; remove one",
+        ),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'c'" + SUBSETS.replace("[[datasets]]", ""),
+            r"datasets\[0\]: has subsets with and without metadata_file",
+        ),
+        (
+            "[[datasets]]\nconditioning_data_dir = 'b'" + SUBSETS,
+            r"datasets\[0\]: unknown key 'conditioning_data_dir' at this level; move it",
+        ),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nface_crop_aug_range = [1.0, 2.0]",
+            r"'face_crop_aug_range' of sd-scripts is not supported; crop",
+        ),
+        ("[[datasets]]\nvalidation_split = '0.1'" + SUBSETS, r"validation_split .* must be a number"),
+        ("[[datasets]]\nvalidation_split = 1.5" + SUBSETS, r"datasets\[0\]: validation_split 1.5"),
+        (
+            "[general]\nskip_image_resolution = 'x'\n[[datasets]]" + SUBSETS,
+            r"general: skip_image_resolution is 'x'",
         ),
         ("general = 3\n[[datasets]]" + SUBSETS, r"general: is 3 \(int\), not a table"),
         ("[[datasets]\n", r"data\.toml is not TOML"),
         ("a = ", r"data\.toml is not TOML"),
         (
-            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nresize_interpolation = 'area'",
-            r"differs from its dataset",
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nresize_interpolation = 'aera'",
+            r"datasets\[0\]\.subsets\[0\]: resize_interpolation 'aera' is unknown \(did you mean 'area'\?\)",
         ),
     ],
 )
 def test_mistakes_are_named(write, text, message):
     with pytest.raises(Refused, match=message):
         from_config(write(text))
+
+
+def test_every_key_of_sd_scripts_is_known(write, caplog):
+    """§ the tables of its config schema: each key is read, or said to change nothing, or refused by name."""
+    general = """
+[general]
+enable_bucket = true
+min_bucket_reso = 128
+max_bucket_reso = 1024
+bucket_reso_steps = 32
+bucket_no_upscale = false
+network_multiplier = 1.0
+validation_seed = 3
+validation_split = 0.25
+skip_image_resolution = [16, 8]
+resize_interpolation = "bicubic"
+num_repeats = 2
+shuffle_caption = true
+keep_tokens = 1
+keep_tokens_separator = "|||"
+secondary_separator = ";"
+caption_separator = ","
+enable_wildcard = true
+caption_prefix = "p"
+caption_suffix = "s"
+token_warmup_min = 1
+token_warmup_step = 2
+color_aug = false
+flip_aug = true
+random_crop = false
+caption_dropout_rate = 0
+caption_dropout_every_n_epochs = 2
+caption_tag_dropout_rate = 0.1
+caption_extension = ".txt"
+class_tokens = "cat"
+alpha_mask = true
+cache_info = true
+custom_attributes = { a = 1 }
+"""
+    first, second = from_config(
+        write(
+            general
+            + """
+[[datasets]]
+resolution = 512
+batch_size = 2
+[[datasets.subsets]]
+image_dir = "a"
+resize_interpolation = "area"
+conditioning_data_dir = "b"
+is_reg = false
+[[datasets]]
+resolution = [640, 512]
+[[datasets.subsets]]
+metadata_file = "b/meta.json"
+"""
+        )
+    )
+    assert (first.validation_split, first.validation_seed, first.skip_image_resolution) == (0.25, 3, (16, 8))
+    (one,), (two,) = first.subsets, second.subsets
+    assert (one.resize_interpolation, two.resize_interpolation) == ("area", "bicubic")
+    assert (one.conditioning_data_dir, two.metadata_file) == ("b", "b/meta.json")
+    assert str(two.image_dir) == "b" and one.alpha_mask and two.flip_aug
+    for key in ("network_multiplier", "cache_info", "custom_attributes"):
+        assert f"{key} is ignored" in caplog.text
+
+
+def test_the_command_line_s_masks_are_for_training_images(write):
+    (dataset,) = from_config(write("[[datasets]]" + SUBSETS), {"conditioning_data_dir": "b"})
+    assert [subset.conditioning_data_dir for subset in dataset.subsets] == ["b", None]
 
 
 def test_bad_files(write, tmp_path):

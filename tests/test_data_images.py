@@ -96,7 +96,9 @@ def test_a_file_without_its_end_is_named_when_decoded(tmp_path, suffix):
     path.write_bytes(good.read_bytes()[: -len(good.read_bytes()) // 3])
     with pytest.raises(Refused, match=rf"cut\{suffix} cannot be read .*--skip_bad_images"):
         images.read(path)
-    assert list(images.undecodable([good, path])) == [path]
+    assert list(images.undecodable([(good, None), (path, None)])) == [path]
+    found = images.undecodable([(good, good), (good, path)])
+    assert list(found) == [good] and f"cut{suffix}" in found[good]  # the image goes with its mask
 
 
 def test_what_is_no_image_is_named(tmp_path):
@@ -152,6 +154,20 @@ def test_pixels_range_flip_and_mask(tmp_path):
     flipped, flipped_mask = images.load(path, where, (0, 0, 8, 8), alpha=True, flip=True)
     assert torch.equal(flipped, pixels.flip(-1)) and torch.equal(flipped_mask, mask.flip(-1))
     assert images.load(path, where, (0, 0, 8, 8))[1] is None
+
+
+def test_a_mask_file_is_laid_over_the_whole_image_and_goes_with_its_crop(tmp_path):
+    path, mask_file = tmp_path / "x.png", tmp_path / "mask.png"
+    Image.new("RGBA", (32, 16), (9, 9, 9, 0)).save(path)
+    red = np.zeros((8, 16, 3), np.uint8)  # half the image's size: its left quarter counts, by red alone
+    red[:, :4, 0], red[..., 1] = 255, 77
+    Image.fromarray(red).save(mask_file)
+    where, box = Place((16, 16), (32, 16)), (4, 0, 20, 16)
+    pixels, mask = images.load(path, where, box, alpha=True, mask_file=mask_file, interpolation="nearest")
+    assert pixels.shape == (3, 16, 16) and mask.shape == (1, 16, 16)
+    assert mask[0].tolist() == [[1.0] * 4 + [0.0] * 12] * 16
+    flipped = images.load(path, where, box, mask_file=mask_file, flip=True, interpolation="nearest")
+    assert torch.equal(flipped[1], mask.flip(-1))
 
 
 def test_transparent_pixels_keep_their_colour_when_scaled(tmp_path):

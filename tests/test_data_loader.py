@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from lowrank.data.cache import Cache
+from lowrank.data.images import header, read
 from lowrank.data.loader import Loader
 from lowrank.data.scan import from_folders, from_instance
 from lowrank.data.summary import bucket_info, dataset_dirs, metadata_datasets, summary, tag_frequency
@@ -272,6 +273,68 @@ def test_alpha_masks(tmp_path):
     assert torch.allclose(cached.masks, torch.nn.functional.avg_pool2d(batch.masks, 8), atol=1e-6)
 
 
+def test_mask_files_go_with_the_image_into_the_cache_flipped_and_cropped(folder):
+    """A mask that is the image itself, in grey, must follow it through bucket, crop, flip and cache."""
+    for path in (folder / "img" / "3_sks dog").glob("*.png"):
+        mask = folder / "masks" / "3_sks dog" / path.name
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        read(path).getchannel("R").save(mask)
+    values = {"flip_aug": True, "conditioning_data_dir": folder / "masks"}
+    made = loader(folder, **values)
+    assert [one.mask is None for one in made.examples[0]] == [False] * 5 + [True] * 2  # not the class images
+    cached = made.encode_all(average, model_hash="m", cache=Cache())
+    for one, two in zip(made.epoch(0), cached.epoch(0), strict=True):
+        if one.masks is None:
+            assert all(example.is_reg for example in one.examples) and two.masks is None
+            continue
+        red = (one.pixels[:, :1] + 1) / 2
+        expected = torch.stack(
+            [torch.ones_like(r) if e.is_reg else r for r, e in zip(red, one.examples, strict=True)]
+        )
+        assert torch.allclose(one.masks, expected, atol=1e-6)
+        assert two.masks.shape == (len(two.examples), 1, *two.encoded.shape[-2:])
+        assert torch.allclose(two.masks, torch.nn.functional.avg_pool2d(expected, 8), atol=1e-6)
+
+
+def test_a_changed_mask_is_noticed(folder):
+    cache, calls = Cache(folder / "cache"), []
+    for path in (folder / "img" / "3_sks dog").glob("*.png"):
+        draw(folder / "masks" / path.name, header(path).size)
+
+    def count():
+        calls.clear()
+        made = loader(folder, reg=False, conditioning_data_dir=folder / "masks")
+        made.encode_all(
+            lambda pixels: calls.append(len(pixels)) or average(pixels), model_hash="m", cache=cache
+        )
+        return sum(calls)
+
+    assert (count(), count()) == (5, 0)
+    draw(folder / "masks" / "1.png", (24, 40), seed=5)
+    assert (count(), count()) == (1, 0)
+
+
+def test_held_out_images_are_not_trained_on_and_never_vary(folder):
+    values = {"flip_aug": True, "color_aug": True, "random_crop": True, "token_warmup_step": 4}
+    made = loader(folder, validation_split=0.4, validation_seed=7, **values)
+    held = made.held_out()
+    trained = {one.path for batch in made.epoch(0) for one in batch.examples if not one.is_reg}
+    kept = {one.path for batch in held.epoch(0) for one in batch.examples}
+    assert (len(trained), len(kept)) == (3, 2) and not trained & kept
+    assert summary(made)["num_train_images"] == 9 == summary(made)["num_reg_images"]
+    assert summary(held)["num_train_images"] == 2 and summary(held)["num_reg_images"] == 0
+    assert all(same(one, two) for one, two in zip(held.epoch(0), held.epoch(0), strict=True))
+    assert all(
+        text.count(",") == 2 for batch in held.epoch(0) for text in batch.captions
+    )  # not dropped, whole
+    elsewhere = loader(folder, validation_split=0.4, validation_seed=7, workers=3).shard(1, 2).held_out()
+    assert all(same(one, two) for one, two in zip(held.epoch(0), elsewhere.epoch(0), strict=True))
+    plain = loader(folder, seed=8, validation_split=0.4, validation_seed=7, reg=False).held_out()
+    assert {one.example.path for one in plain.placed} == kept  # by validation_seed, not by the run's
+    assert held.encode_all(average, model_hash="m", cache=Cache()).encoded and held.held_out() is None
+    assert loader(folder).held_out() is None
+
+
 def test_several_datasets_are_concatenated_not_mixed(folder):
     (small,) = from_folders(folder / "img", **VARIED)
     (large,) = from_folders(
@@ -346,5 +409,8 @@ def test_metadata(folder):
         (one["image_dir"], one["img_count"], one["is_reg"], one["class_tokens"])
         for one in described["subsets"]
     ] == [("3_sks dog", 5, False, "sks dog"), ("1_dog", 2, True, "dog")]
+    twice = Loader([*made.datasets, *made.datasets], seed=0)
+    assert tag_frequency(twice) == tag_frequency(made)  # once, as in sd-scripts
+    assert list(dataset_dirs(twice)) == ["3_sks dog", "3_sks dog (2)"]
     counts = json.loads(json.dumps(summary(made)))
     assert counts["batches_per_epoch"] == len(made) and sum(counts["datasets"][0]["buckets"].values()) == 30

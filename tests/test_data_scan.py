@@ -121,6 +121,12 @@ def test_a_loop_of_links_is_no_folder(tmp_path):
         from_folders(tmp_path)
 
 
+def test_small_images_are_left_out_by_area(tmp_path):
+    save(tmp_path / "a.png", (16, 16)), save(tmp_path / "b.png", (8, 32)), save(tmp_path / "c.png", (17, 16))
+    (dataset,) = from_instance(tmp_path, "x", skip_image_resolution="16")
+    assert [one.path.name for one in scan(dataset)] == ["c.png"]  # at most 256 pixels: kohya's ≤
+
+
 def test_too_many_repeats_are_refused(tmp_path):
     (tmp_path / "99999999999999999999_cat").mkdir()
     with pytest.raises(Refused, match=r"num_repeats 9{20} .* is above 1000000"):

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from lowrank.errors import Refused
-from lowrank.models.family import Models, Source
+from lowrank.models.family import Models, Source, latent_scale
 from lowrank.models.flux import FLUX, FluxOptions, flux_dev_config, image_ids, pack, unpack
 from tools.make_tiny_flux import make
 
@@ -88,10 +88,8 @@ def test_tokenizers_tell_captions_apart(stock):
 
 def test_tiny_has_flux_dev_geometry(models):
     assert models.denoiser.config.guidance_embeds and models.scheduler.config.use_dynamic_shifting
-    assert (
-        models.vae.config.latent_channels == FLUX.latent_channels == models.denoiser.config.in_channels // 4
-    )
-    assert 2 ** (len(models.vae.config.block_out_channels) - 1) == FLUX.latent_scale
+    assert models.vae.config.latent_channels == 16 == models.denoiser.config.in_channels // 4
+    assert (latent_scale(models), FLUX.bucket_step(models)) == (8, 16)
 
 
 def test_wide(tmp_path):
@@ -137,12 +135,12 @@ def test_latents_are_drawn_per_sample(models):
 
 
 def test_side_not_divisible_is_refused(models):
-    with pytest.raises(Refused, match="40×32 does not fit FLUX: both sides must be multiples of 16"):
-        FLUX.encode_images(models, torch.zeros(1, 3, 32, 40))
+    with pytest.raises(Refused, match="36×32 does not fit this model: both sides must be multiples of 8"):
+        FLUX.encode_images(models, torch.zeros(1, 3, 32, 36))
 
 
 def test_overflowing_vae_is_refused(models):
-    odd = Models(models.source, models.root, vae=copy.deepcopy(models.vae))
+    odd = Models(models.source, models.root, vae=copy.deepcopy(models.vae), configs=models.configs)
     with torch.no_grad():
         odd.vae.encoder.conv_in.weight.fill_(float("inf"))
     with pytest.raises(Refused, match="--no_half_vae"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from lowrank.errors import Refused
 from lowrank.models import family, flux_load, flux_single
@@ -389,10 +390,10 @@ def test_absent_tokenizer_is_refused(single, monkeypatch, tmp_path):
     def offline(*_args, **_kwargs):
         raise OSError("offline")
 
-    monkeypatch.setattr(flux_single.CLIPTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr(CLIPTokenizer, "from_pretrained", offline)
     source = Source(**{**single.__dict__, "tokenizer_cache_dir": str(tmp_path)})
     with pytest.raises(Refused, match=r"put its files into .*openai_clip-vit-large-patch14"):
-        flux_single.tokenizers(source)
+        FLUX.load(source, ("text",))
 
 
 def test_a_tokenizer_without_words_is_refused(tiny_flux, tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from toys import SHIPPED, base, network, shake
+from toys import PLAIN, SHIPPED, base, network, shake
 
 from lowrank.adapters import kohya
 from lowrank.adapters.method import Factor, Gate, Magnitude, Method
@@ -38,7 +38,7 @@ def flux():
 
 
 def made(name: str, model, cache, rank: int = 4, alpha=None, **arguments):
-    arguments |= {} if name == "lora" else {"basis_cache": str(cache)}
+    arguments |= {} if name in PLAIN else {"basis_cache": str(cache)}
     return create(
         find_module(name),
         model,
@@ -57,6 +57,8 @@ COUNTS = {
     64: {"lora": 179_306_496, "delta_r": 89_653_248, "delta_r_triu": 88_963_776, "qrlora": 179_306_496},
     16: {"lora": 44_826_624, "delta_r": 22_413_312, "delta_r_triu": 22_372_272, "qrlora": 44_826_624},
 }
+OUTPUTS = 19 * (8 * 3072 + 2 * (12288 + 3072)) + 38 * 3 * 3072  # DoRA has one length more for each
+COUNTS = {rank: {**counts, "dora": counts["lora"] + OUTPUTS} for rank, counts in COUNTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,8 @@ def test_parameter_counts_of_flux_dev(name, rank, flux_dev, cache):
         )
     assert counted == COUNTS[rank][name]
     frozen = {b for layer in net.layers() for b in dict(layer.named_buffers()) if b != "alpha"}
-    assert frozen == {"lora": set(), "delta_r": {"q"}, "delta_r_triu": {"q"}, "qrlora": {"q", "base_r"}}[name]
+    basis = {"delta_r": {"q"}, "delta_r_triu": {"q"}, "qrlora": {"q", "base_r"}}
+    assert frozen == basis.get(name, set())
     net.restore()
 
 
@@ -93,6 +96,7 @@ def test_every_tensor_owns_exactly_its_bytes(flux, cache):
 
 NATIVE = {
     "lora": {"lora_A.weight", "lora_B.weight"},
+    "dora": {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"},
     "delta_r": {"lora.q.weight", "lora.base_r.weight", "lora.delta_r.weight"},
     "delta_r_triu": {"lora.q.weight", "lora.base_r.weight", "lora.delta_r.weight"},
     "qrlora": {"lora_A.weight", "lora_B.weight", "lora.q.weight", "lora.base_r.weight"},

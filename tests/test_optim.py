@@ -20,7 +20,7 @@ from torch import nn
 
 from lowrank.errors import Refused
 from lowrank.fields import SCHEDULERS
-from lowrank.flags import Optimizer as Options
+from lowrank.flags.training import Optimizer as Options
 from lowrank.train import curves
 from lowrank.train.optim import (
     KNOWN,

@@ -16,16 +16,13 @@ from recorder import ROOT, call, tree
 
 from lowrank.errors import Refused
 from lowrank.fields import literals, pairs
-from lowrank.flags import Optimizer
+from lowrank.flags.training import Optimizer
 from lowrank.objective.target import Flow as FlowObjective
 from lowrank.options import ConfigFile, Surface, option, parse
-from lowrank.surfaces import (
-    FLUX_TRAIN,
-    INFERENCE_MERGE,
-    SAVE_RESIDUAL,
-    VISUALIZE_SIMILARITY,
-    adapter_module,
-)
+from lowrank.surfaces.checks import adapter_module
+from lowrank.surfaces.flux import FLUX_TRAIN
+from lowrank.surfaces.sd import SD_TRAIN, SDXL_TRAIN
+from lowrank.surfaces.tools import INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY
 
 __all__ = ["tree"]  # a fixture
 
@@ -257,7 +254,7 @@ def test_warmup(text, expected):
         ("--model_type chroma", "'chroma' is not one of flux"),
         ("--dataset_name lambdalabs/x", "--dataset_name is not supported: pictures come from a folder"),
         ("--torch_compile", "--torch_compile is not supported: start with `accelerate launch"),
-        ("--validation_split 0.1", "is not supported: there is no held-out loss"),
+        ("--in_json", "expected one argument"),
     ],
 )
 def test_usage_errors(capsys, argv, said):
@@ -342,8 +339,8 @@ def test_help_lists_every_name(capsys):
         ("--dim_from_weights", "--dim_from_weights needs --network_weights"),
         ("--base_weights a --base_weights_multiplier 1 2", "has 2 numbers for 1 --base_weights"),
         ("--train_text_encoder --network_train_unet_only", "exclude each other"),
-        ("--full_fp16 --mixed_precision bf16", "--full_fp16 needs --mixed_precision fp16, not bf16"),
-        ("--fp8_base --mixed_precision no", "--fp8_base needs --mixed_precision"),
+        ("--validation_split 1", "--validation_split 1 is not below 1"),
+        ("--masked_loss", "--masked_loss has no masks; give --conditioning_data_dir FOLDER or --alpha_mask"),
         ("--upcast_before_saving --save_precision bf16", "exclude each other"),
         ("--save_model_as ckpt", "would be a pickle"),
         ("--num_train_epochs 2 --max_train_steps 10", "scripts disagree which wins"),
@@ -438,7 +435,7 @@ def test_config_file_is_flat_typed_and_weaker_than_the_command_line(tmp_path):
         ("rank = 4\nnetwork_dim = 8", "name one setting and differ"),
         ("[a]\nrank = 4\n[b]\nnetwork_dim = 8", "name one setting and differ"),
         ("rank = 0", "run.toml 0 is below 1"),
-        ("in_json = 'x'", "is not supported: put the captions beside the images"),
+        ("cache_info = true", "is not supported: image sizes are read from file heads"),
         ("config_file = 'x'", "unknown key 'config_file'"),
         ("rank = ", "is not TOML"),
     ],
@@ -565,18 +562,19 @@ def test_the_command_line_is_frozen():
         )
 
 
-def test_nothing_is_both_a_flag_and_not():
-    known = [name[2:] for spec in FLUX_TRAIN.specs.values() for name in spec.names]
-    everything = [*known, *FLUX_TRAIN.ignored, *FLUX_TRAIN.refused]
+@pytest.mark.parametrize("surface", [FLUX_TRAIN, SD_TRAIN, SDXL_TRAIN], ids=lambda s: s.prog)
+def test_nothing_is_both_a_flag_and_not(surface):
+    known = [name[2:] for spec in surface.specs.values() for name in spec.names]
+    everything = [*known, *surface.ignored, *surface.refused]
     assert len(everything) == len(set(everything))
-    assert all(json.dumps(way_out) for way_out in FLUX_TRAIN.refused.values())
+    assert all(json.dumps(way_out) for way_out in surface.refused.values())
 
 
 def test_what_is_off_is_accepted(tmp_path):
-    parsed = flux("--blocks_to_swap", "0", "--validation_split", "0.0", "--save_every_n_steps", "0")
+    parsed = flux("--blocks_to_swap", "0", "--debug_dataset", "false", "--save_every_n_steps", "0")
     assert parsed.saving.save_every_n_steps is None
-    assert parsed.notes == ("ignored for FLUX: blocks_to_swap, validation_split",)
-    text = "split_mode = false\nin_json = ''\nscale_weight_norms = 0\nmax_train_epochs = 0"
+    assert parsed.notes == ("ignored for FLUX: blocks_to_swap, debug_dataset",)
+    text = "split_mode = false\ncache_info = ''\nscale_weight_norms = 0\nmax_train_epochs = 0"
     parsed = flux("--config_file", config(tmp_path, text))
     assert parsed.network.scale_weight_norms is None and parsed.train.max_train_epochs is None
     assert refused("--rank", "0")

@@ -48,7 +48,7 @@ def test_a_line_a_table_and_an_object_mean_the_same(tmp_path):
             "seed 9223372036854775807 is not between 0 and 9223372032559808512",
         ),
         ("p.txt", "x --w 8", "width 8 is not between 16 and"),
-        ("p.txt", "x --ss euler", "option --ss is not for FLUX"),
+        ("p.txt", "x --cn edges.png", "option --cn is for other models"),
         ("p.txt", "# nothing", "holds an empty prompt or none"),
         ("p.yaml", "x", "is neither .txt, .toml nor .json"),
     ],
@@ -62,3 +62,8 @@ def test_what_means_nothing_is_refused(tmp_path, name, text, said):
 
 def test_sides_are_rounded_down_to_tokens():
     assert parse_line("x --w 527 --h 31", DEFAULT).width == 512
+    assert parse_line("x --w 527 --h 31", DEFAULT, step=8).width == 520
+
+
+def test_a_line_may_name_its_sampler():
+    assert parse_line("x --ss euler_a --L 2", DEFAULT).sample_sampler == "euler_a"

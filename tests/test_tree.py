@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOUNDATION = {"errors", "files", "tensors"}  # anybody may import these
+FOUNDATION = {"errors", "files", "ldm", "tensors"}  # anybody may import these
 OPTIONS = {
     "options",
     "fields",
@@ -21,6 +21,7 @@ OPTIONS = {
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "ldm": set(),
     "tensors": set(),
     "options": set(),
     "data": set(),

@@ -12,6 +12,7 @@ from lowrank.adapters import experts, gate, penalty
 from lowrank.adapters.method import Experts, Factor, Gate, Magnitude, Method, Penalty
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
+from networks import delta_r, dora
 
 RANK = 4
 
@@ -123,7 +124,7 @@ def probes() -> dict[str, Method]:
             Factor(partial(_plain, ups=2), ("down", "up")),
             experts=Experts(2, experts.softmax_router, on="x"),
         ),
-        "magnitude": Method("magnitude", lora, magnitude=Magnitude()),
+        "delta_r | dora": delta_r.method(delta_r.Options()) | dora.LENGTHS,
         "magnitude+copy": Method(
             "magnitude+copy",
             Factor(partial(_plain, copies=True), ("down", "up"), up_0="q", down_0="base_r"),
@@ -133,7 +134,8 @@ def probes() -> dict[str, Method]:
     }
 
 
-SHIPPED = ("lora", "delta_r", "delta_r_triu", "qrlora")
+SHIPPED = ("lora", "dora", "delta_r", "delta_r_triu", "qrlora")
+PLAIN = ("lora", "dora")  # start without a basis
 METHODS = (*SHIPPED, *probes())
 
 
@@ -143,7 +145,7 @@ def network(
     """The method on every layer of the model, at its start values, attached."""
     if method in SHIPPED:
         module = importlib.import_module(f"networks.{method}")
-        arguments = {"target": "."} | ({} if method == "lora" else {"basis_cache": str(cache)})
+        arguments = {"target": "."} | ({} if method in PLAIN else {"basis_cache": str(cache)})
         made = module.create_network(1.0, rank, alpha, None, [], model, **arguments)
     else:
         made = AdapterNetwork(probes()[method], find("unet", model, target="."), lambda _: (rank, alpha))

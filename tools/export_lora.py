@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lowrank.errors import Refused
-from lowrank.weights.export import export_lora, worst_difference
+from lowrank.weights.export import export_lora, ranks_of, worst_difference
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 1
-    ranks = sorted({value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")})
+    ranks = sorted(ranks_of(state))
     print(
         f"{args.target}: {len(state) // 3} layers of rank {', '.join(map(str, ranks))}; "
         f"read back, the largest relative difference of a layer is {worst:.1e}"

@@ -1,6 +1,6 @@
-"""Write docs/flags.md (every flag of every script) and tests/golden/flux_flags.txt (the frozen command line).
+"""Write docs/flags.md (every flag of every script) and tests/golden/*_flags.txt (the frozen command lines).
 
-python tools/make_flags.py           write both
+python tools/make_flags.py           write them
 python tools/make_flags.py --check   exit 1 when one of them is not what it would write
 """
 
@@ -14,9 +14,11 @@ sys.path.insert(0, str(ROOT))
 
 from lowrank.fields import Spec, shown  # noqa: E402
 from lowrank.options import Surface  # noqa: E402
-from lowrank.surfaces import FLUX_TRAIN, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
+from lowrank.surfaces.flux import FLUX_TRAIN  # noqa: E402
+from lowrank.surfaces.sd import SD_TRAIN, SDXL_TRAIN  # noqa: E402
+from lowrank.surfaces.tools import INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
 
-SURFACES = (FLUX_TRAIN, SAVE_RESIDUAL, INFERENCE_MERGE, VISUALIZE_SIMILARITY)
+SURFACES = (SD_TRAIN, SDXL_TRAIN, FLUX_TRAIN, SAVE_RESIDUAL, INFERENCE_MERGE, VISUALIZE_SIMILARITY)
 INTRODUCTION = """# Flags
 
 Written by `tools/make_flags.py`; a test compares it with the code.
@@ -81,7 +83,10 @@ def files() -> dict[Path, str]:
     """What this script writes."""
     return {
         ROOT / "docs" / "flags.md": INTRODUCTION + "".join(table(surface) for surface in SURFACES),
-        ROOT / "tests" / "golden" / "flux_flags.txt": golden(FLUX_TRAIN),
+        **{
+            ROOT / "tests" / "golden" / f"{name}_flags.txt": golden(surface)
+            for name, surface in (("flux", FLUX_TRAIN), ("sd", SD_TRAIN), ("sdxl", SDXL_TRAIN))
+        },
     }
 
 

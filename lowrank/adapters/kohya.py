@@ -13,46 +13,19 @@ import logging
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lowrank.adapters import keys
-from lowrank.adapters.layer import host_shape
+from lowrank.adapters.layout import Layout, sizes, speeds
 from lowrank.adapters.method import Factor, Method
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.adapters.targets import Target, find
+from lowrank.adapters.targets import Target, find_all
 from lowrank.errors import Refused, nearest
 from lowrank.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Network arguments that every method understands."""
-
-    target: str | None = None
-    """regular expression over layer paths, replaces the default targets"""
-    exclude: str | None = None
-    """regular expression over layer paths, taken away from the targets"""
-    conv_dim: int | None = None
-    """rank of k×k convolutions"""
-    conv_alpha: float | None = None
-    """alpha of k×k convolutions (1 when conv_dim is given)"""
-    dropout: float | None = None
-    """dropout on the r-wide projection"""
-    rank_dropout: float | None = None
-    """per sample, the share of ranks left out"""
-    module_dropout: float | None = None
-    """the share of steps in which a layer is left out"""
-    loraplus_lr_ratio: float | None = None
-    """LoRA+: learning rate of the up factor, as a multiple"""
-    loraplus_unet_lr_ratio: float | None = None
-    loraplus_text_encoder_lr_ratio: float | None = None
-    save_basis: str = "full"
-    """frozen tensors in files: full (all), q (what using the file needs), none (found again from the base)"""
 
 
 def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
@@ -116,27 +89,21 @@ class Facade:
         method = self._method(read[0])
         return dataclasses.replace(method, options={**dataclasses.asdict(read[0]), **method.options}), read[1]
 
-    def _targets(self, text_encoder: Any, unet: nn.Module | None, layout: Layout) -> list[Target]:
-        encoders = text_encoder if isinstance(text_encoder, (list, tuple)) else [text_encoder]
-        several = isinstance(text_encoder, (list, tuple))
-        chosen = []
-        for index, encoder in enumerate(encoders):
-            if encoder is not None:
-                part = f"te{index + 1}" if several else "te"
-                chosen += find(part, encoder, target=None, exclude=None)
-        if unet is not None:
-            chosen += find("unet", unet, target=layout.target, exclude=layout.exclude)
-        return chosen
-
     def _network(
-        self, method: Method, layout: Layout, targets: list[Target], size, multiplier: float
+        self,
+        method: Method,
+        layout: Layout,
+        targets: list[Target],
+        size: Mapping[str, tuple[int, float]],
+        multiplier: float,
     ) -> AdapterNetwork:
-        network = AdapterNetwork(method, targets, size, multiplier)
+        network = AdapterNetwork(method, targets, lambda target: size[target.name], multiplier)
         for layer in network.layers():
             layer.dropout = layout.dropout or 0.0
             layer.rank_dropout = layout.rank_dropout or 0.0
             layer.module_dropout = layout.module_dropout or 0.0
         network.leave_out = self._left_out(network.factor, layout)
+        network.speeds = speeds(layout, targets)
         ups = {network.factor.up} & set(network.factor.trained)
         parts = {target.part for target in targets}
         for part in parts:
@@ -184,23 +151,13 @@ class Facade:
         if neuron_dropout is not None:
             layout = dataclasses.replace(layout, dropout=neuron_dropout)
         rank = 4 if network_dim is None else int(network_dim)
-        alpha = float(network_alpha) if network_alpha else float(rank)
-
-        def size(target: Target) -> tuple[int, float]:
-            kernel = target.module.kernel_size if isinstance(target.module, nn.Conv2d) else (1, 1)
-            chosen = (rank, alpha)
-            if layout.conv_dim and tuple(kernel) != (1, 1):
-                chosen = (layout.conv_dim, float(layout.conv_alpha or 1.0))
-            outs, ins = host_shape(target.module)
-            if not 1 <= chosen[0] <= min(outs, ins):
-                raise Refused(
-                    f"rank {chosen[0]} does not fit {target.native or target.name} (out={outs}, in={ins}); "
-                    f"choose --network_dim between 1 and {min(outs, ins)}, or leave such layers out with "
-                    "--network_args exclude=REGEX"
-                )
-            return chosen
-
-        network = self._network(method, layout, self._targets(text_encoder, unet, layout), size, multiplier)
+        alpha = self.default_alpha(rank) if network_alpha is None else float(network_alpha)
+        targets = find_all(
+            text_encoder, unet, target=layout.target, exclude=layout.exclude, conv=layout.convolutional
+        )
+        size = sizes(layout, targets, rank, alpha)
+        kept = [target for target in targets if target.name in size]
+        network = self._network(method, layout, kept, size, multiplier)
         network.start()
         return network
 
@@ -223,7 +180,7 @@ class Facade:
         made_by = metadata.get("lowrank.method", method.name)
         if made_by != method.name:
             raise Refused(f"{file} was made by {made_by}, not {method.name}; use --network_module {made_by}")
-        sizes: dict[str, tuple[int, float]] = {}
+        told: dict[str, tuple[int, float]] = {}
         alphas = {
             keys.flat(key[: -len(".alpha")]): value
             for key, value in weights_sd.items()
@@ -233,20 +190,18 @@ class Facade:
         for key, value in weights_sd.items():
             module, role = keys.role_of(key) or ("", "")
             if role == down:
-                sizes[keys.flat(module)] = _rank_and_alpha(value.shape[0], alphas.get(keys.flat(module)))
-        wide = dataclasses.replace(layout, target=layout.target or (".*" if unet is not None else None))
-        targets = [
-            t for t in self._targets(text_encoder, unet, wide) if keys.flat(t.native or t.name) in sizes
-        ]
-        if not targets:
+                told[keys.flat(module)] = _rank_and_alpha(value.shape[0], alphas.get(keys.flat(module)))
+        everything = layout.target or (".*" if unet is not None else None)
+        targets = find_all(text_encoder, unet, target=everything, exclude=layout.exclude)
+        spelled = {target: next((s for s in target.spellings if s in told), None) for target in targets}
+        size = {target.name: told[name] for target, name in spelled.items() if name is not None}
+        if not size:
             raise Refused(
                 f"{file or 'the given weights'} holds no {method.name} layer of this model; it was made by "
                 "another method or for another base"
             )
-        network = self._network(
-            method, layout, targets, lambda t: sizes[keys.flat(t.native or t.name)], multiplier
-        )
-        return network, weights_sd
+        kept = [target for target in targets if target.name in size]
+        return self._network(method, layout, kept, size, multiplier), weights_sd
 
 
 def bind(

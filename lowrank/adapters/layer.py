@@ -152,6 +152,11 @@ class AdaptedLayer(nn.Module):
                         f"than {self.method.name}"
                     )
                 self.record[role] = value.detach().to("cpu", copy=True)
+            elif role == "magnitude" and len(own) != len(value) == 1:
+                raise Refused(
+                    f"{self.name}.dora_scale in {source} is {tuple(value.shape)}, a length for each input; "
+                    "here each output has one; LyCORIS' wd_on_output=False made it, use it there"
+                )
             elif _without_ones(own.shape) != _without_ones(value.shape):
                 raise Refused(
                     f"{self.name}.{role} is {tuple(value.shape)} in {source} and {tuple(own.shape)} here; "
@@ -213,6 +218,9 @@ class AdaptedLayer(nn.Module):
     def delta_weight(self, at: Tensor | None = None) -> Tensor | None:
         """ΔW in the host's shape (O, I[, k, k]), or None when it depends on the input.
 
+        With a magnitude it is m·(W + ΔW)/‖W + ΔW‖ − W, and the multiplier is a share of that whole change, as
+        in the programs that load DoRA files.
+
         A gated method is a different ΔW at each timestep: `at` (1,) names one, and leaving it out is refused.
         """
         if self.method.experts is not None:
@@ -226,17 +234,32 @@ class AdaptedLayer(nn.Module):
                 )
             mask = self._open(self.method.gate, at)
         U, D = (factor.flatten(1) for factor in self._factors())
-        dW = self.multiplier * self.scale * (U @ (D if mask is None else mask.to(D).T * D))
+        dW = self.scale * (U @ (D if mask is None else mask.to(D).T * D))
         if self.method.magnitude is not None:
-            g = self.magnitude.flatten(1) / self._row_norm(U, D)[:, None]
-            W = dense_weight(self.host).to(dW)
-            dW = g * (W + dW) - W
-        host = self.host
+            g, W = self._gain(U, D)[:, None], dense_weight(self.host).to(dW)
+            dW = (g - 1) * W + g * dW
+        dW, host = self.multiplier * dW, self.host
         return dW.reshape(-1, host.in_channels, *host.kernel_size) if isinstance(host, nn.Conv2d) else dW
 
     def _row_norm(self, U: Tensor, D: Tensor) -> Tensor:
-        U, D = U.flatten(1), D.flatten(1)
-        return magnitude.row_norm(dense_weight(self.host).to(U), U, D, self.multiplier * self.scale)
+        """‖W + ΔW‖ per row, in fp32 at least: half precision is off by more than training moves it."""
+        wide = torch.promote_types(U.dtype, torch.float32)
+        with torch.autocast(U.device.type, enabled=False):
+            W, U, D = dense_weight(self.host).to(U.device, wide), U.flatten(1).to(wide), D.flatten(1).to(wide)
+            return magnitude.row_norm(W, U, D, self.scale)
+
+    def _gain(self, U: Tensor, D: Tensor) -> Tensor:
+        """g = m/‖W + ΔW‖ (O,), exactly 1 at the start: both are rounded to the magnitude's dtype."""
+        detach = self.method.magnitude is None or self.method.magnitude.detach
+        with torch.no_grad() if detach else contextlib.nullcontext():
+            norm = self._row_norm(U, D).to(self.magnitude.dtype)
+        return self.magnitude.flatten() / norm.masked_fill(norm == 0, 1)  # a dead row stays 0 until it moves
+
+    def _stretched(self, out: Tensor, y: Tensor, g: Tensor, share: float = 1.0) -> Tensor:
+        """out + share·(g − 1) ⊙ W x, from the host's output y = W x + b; exactly `out` while g = 1."""
+        column, bias = (-1, 1, 1) if self.conv else (-1,), self.host.bias
+        Wx = y if bias is None else y - bias.to(y).reshape(column)
+        return torch.addcmul(out, Wx, (g - 1).to(y).reshape(column), value=share)
 
     def _project(self, x: Tensor, D: Tensor) -> Tensor:
         """h = M(t)·D x with dropouts: (B, …, R'), or (B, R', h, w) for a convolution."""
@@ -273,19 +296,12 @@ class AdaptedLayer(nn.Module):
     def delta(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the branch adds to the host's output y = W x + b, in its shape; only a magnitude reads `y`."""
         U, D = self._factors()
-        d = self._expand(x, self._project(x, D), U)
-        d = d * _strength(self.multiplier, d) * self.scale
-        if self.method.magnitude is None:
-            return d
-        if y is None:
-            y = self._forward_host(x)
-        norm = self._row_norm(U, D)
-        g = self.magnitude.flatten() / (norm.detach() if self.method.magnitude.detach else norm)
-        g = g.reshape(-1, 1, 1) if self.conv else g
-        bias = 0
-        if self.host.bias is not None:
-            bias = self.host.bias.reshape(-1, 1, 1) if self.conv else self.host.bias
-        return (g - 1) * (y - bias) + g * d  # not g·(y−b+d)+b−y: exactly 0 while g = 1 and d = 0
+        d = self._expand(x, self._project(x, D), U) * self.scale
+        if self.method.magnitude is not None:
+            g = self._gain(U, D)
+            d = d * (g.reshape(-1, 1, 1) if self.conv else g)
+            d = self._stretched(d, self._forward_host(x) if y is None else y, g)
+        return d * _strength(self.multiplier, d)
 
     # ------------------------------------------------------------------ the host's forward
 
@@ -301,6 +317,9 @@ class AdaptedLayer(nn.Module):
             return y + self.delta(x, y).to(y.dtype)
         U, D = self._factors()
         h = self._project(x, D).flatten(0, -2)
+        if self.method.magnitude is not None:
+            g = self._gain(U, D)
+            y, U = self._stretched(y, y, g, self.multiplier), g[:, None] * U
         # y + s·h·Uᵀ in one call: no separate product and sum of the wide output
         sum_ = torch.addmm(
             y.flatten(0, -2), h.to(y.dtype), U.to(y.dtype).T, alpha=self.scale * self.multiplier
@@ -308,7 +327,7 @@ class AdaptedLayer(nn.Module):
         return sum_.view(y.shape)
 
     def _fusable(self, y: Tensor, mixed: bool) -> bool:
-        if self.conv or y.dim() < 2 or self.method.experts or self.method.magnitude:
+        if self.conv or y.dim() < 2 or self.method.experts:
             return False
         return mixed or y.dtype == getattr(self, self.factor.up).dtype
 

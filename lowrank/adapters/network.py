@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import keys, rates
+from lowrank.adapters import keys, magnitude, rates
 from lowrank.adapters.layer import AdaptedLayer, Clock, dense_weight
 from lowrank.adapters.method import Method
 from lowrank.adapters.targets import Target
@@ -60,6 +60,7 @@ class AdapterNetwork(nn.Module):
         self.facts: dict[str, str] = {}  # what the start values were made from, for the file's metadata
         # (part, role) -> multiple of the part's learning rate
         self.role_rates: dict[tuple[str, str], float] = {}
+        self.speeds: Mapping[str, rates.Speed] = {}  # by layer name, where a layer does not follow its part
         self.leave_out: frozenset[str] = frozenset()  # roles that files go without
         self._backup: dict[str, Tensor] = {}
         self.set_multiplier(multiplier)
@@ -126,10 +127,11 @@ class AdapterNetwork(nn.Module):
     # ------------------------------------------------------------------ training, as kohya's trainers do it
 
     def tagged(self) -> list[rates.Tagged]:
-        """Every trained parameter with its part and role."""
+        """Every trained parameter with its part, its role and how fast it learns."""
         return [
-            rates.Tagged(self.targets[layer.name].part, role, parameter)
+            rates.Tagged(part, role, parameter, self.speeds.get(layer.name, rates.Speed()))
             for layer in self.layers()
+            for part in (self.targets[layer.name].part,)
             for role, parameter in layer.roles().items()
         ]
 
@@ -213,6 +215,8 @@ class AdapterNetwork(nn.Module):
             for role, value in layer.tensors().items():
                 if role in self.leave_out:
                     continue
+                if role == "magnitude" and native:
+                    value = magnitude.in_peft_shape(value)
                 state[f"{native or layer.name}.{table.get(role, role)}"] = value
         return state
 
@@ -249,7 +253,7 @@ class AdapterNetwork(nn.Module):
             raise Refused(
                 f"{source} was made by {made_by}, not {self.method.name}; use --network_module {made_by}"
             )
-        own = {keys.flat(target.native or name): name for name, target in self.targets.items()}
+        own = {spelled: name for name, target in self.targets.items() for spelled in target.spellings}
         found: dict[str, dict[str, Tensor]] = {}
         unexpected = []
         for key, value in state.items():
@@ -258,6 +262,8 @@ class AdapterNetwork(nn.Module):
             if name is None:
                 unexpected.append(key)
             else:
+                if key.endswith(keys.PEFT["magnitude"]):
+                    value = value.flatten()  # PEFT's has an axis in front for a convolution
                 found.setdefault(name, {})[role] = value
         if not found:
             raise Refused(
@@ -322,7 +328,7 @@ class AdapterNetwork(nn.Module):
                 dW = layer.delta_weight()
                 if dW is None:
                     raise Refused(f"{self.method.name} has no one ΔW to merge; keep the adapter live")
-                weight.copy_((weight.float() + dW.float()).to(weight.dtype))
+                weight.copy_((weight.to(dW.device, torch.float32) + dW.float()).to(weight.dtype))
 
     def backup_weights(self) -> None:
         self._backup = {layer.name: layer.host.weight.detach().clone() for layer in self.layers()}

@@ -8,12 +8,21 @@ from typing import NamedTuple
 from torch.nn import Parameter
 
 
+class Speed(NamedTuple):
+    """How fast a layer learns, where it does not simply follow its part."""
+
+    group: str = ""  # the name of its optimizer group
+    factor: float = 1.0  # multiple of the part's learning rate
+    rate: float | None = None  # its own learning rate, in place of that
+
+
 class Tagged(NamedTuple):
     """A trainable parameter with the tags it was born with."""
 
     part: str  # "unet", "te1", …
     role: str  # "down", "up", "delta_r", …
     parameter: Parameter
+    speed: Speed = Speed()
 
 
 def groups(
@@ -21,16 +30,20 @@ def groups(
 ) -> tuple[list[dict], list[str]]:
     """Optimizer groups and their descriptions.
 
-    The rate of a parameter is part_rates[part] · role_rates.get((part, role), 1). Parameters of one part and
-    one rate share a group; a rate of 0 leaves the group out, as kohya's trainers do. Groups keep the order of
-    first appearance, because a resumed optimizer state is matched by position.
+    The rate of a parameter is that of its layer (part_rates[part] · speed.factor, or speed.rate) times
+    role_rates.get((part, role), 1). Parameters of one group and one rate are together; a rate of 0 leaves
+    them out, as kohya's trainers do. Groups keep the order of first appearance, because a resumed optimizer
+    state is matched by position.
     """
-    found: dict[tuple[str, float], list[Parameter]] = {}
-    for part, role, parameter in tagged:
+    found: dict[tuple[str, Speed, float], list[Parameter]] = {}
+    for part, role, parameter, speed in tagged:
         factor = role_rates.get((part, role), 1.0)
-        found.setdefault((part, factor), []).append(parameter)
-    rated = [(part, factor, part_rates[part] * factor, params) for (part, factor), params in found.items()]
-    kept = [(part, factor, rate, params) for part, factor, rate, params in rated if rate != 0]
+        found.setdefault((part, speed, factor), []).append(parameter)
+    rated = [
+        (speed.group or part, factor, factor * _rate(part_rates[part], speed), params)
+        for (part, speed, factor), params in found.items()
+    ]
+    kept = [(name, factor, rate, params) for name, factor, rate, params in rated if rate != 0]
     names = {
         "unet": "unet",
         "te": "textencoder",
@@ -40,5 +53,9 @@ def groups(
     }
     return (
         [{"params": params, "lr": rate} for _, _, rate, params in kept],
-        [names.get(part, part) + ("" if factor == 1 else " plus") for part, factor, _, _ in kept],
+        [names.get(name, name) + ("" if factor == 1 else " plus") for name, factor, _, _ in kept],
     )
+
+
+def _rate(part_rate: float, speed: Speed) -> float:
+    return part_rate * speed.factor if speed.rate is None else speed.rate

@@ -1,19 +1,22 @@
 """Where adapters go: one row per kind of model and dialect, as data.
 
-A row names a root class, the default target layers as a pattern over their dotted paths, the prefix of kohya
-keys and the prefix of native file keys (empty: kohya's keys are the native ones). FLUX targets are the twelve
-of QR-LoRA's official code: on FLUX.1-dev 342 layers, 228 in double and 114 in single blocks.
+A row names a root class, its default target layers (by the end of their paths, or by the class of the block
+around them) and the prefix of native file keys (empty: kohya's keys are the native ones). FLUX targets are
+the twelve of QR-LoRA's official code: on FLUX.1-dev 342 layers, 228 in double and 114 in single blocks. U-Net
+targets are kohya's networks.lora: 192 layers on SD 1.5 and 722 on SDXL, with convolutions 278 and 788.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
+from lowrank import ldm
+from lowrank.adapters import keys
 from lowrank.errors import Refused, nearest
 
 FLUX_TARGETS = (
@@ -48,7 +51,9 @@ class Host:
     """One kind of root model."""
 
     classes: tuple[str, ...]
-    targets: tuple[str, ...]  # path suffixes
+    targets: tuple[str, ...] = ()  # path suffixes
+    blocks: tuple[str, ...] = ()  # classes of blocks, all of whose layers are targets
+    convolutional: tuple[str, ...] = ()  # the same, once k×k convolutions are asked for
     native: str = ""  # prefix of native keys
     level: str = ""  # a leading path level that files have and the model may lack
     part: str = ""  # the part's name in keys, where it is not the position among the text encoders
@@ -62,7 +67,13 @@ HOSTS = (
         native="text_encoder.",
         level="text_model.",
     ),
-    Host(("T5EncoderModel",), (), part="te3"),  # kohya's name; never adapted unless targets are named
+    Host(("T5EncoderModel",), part="te3"),  # kohya's name; never adapted unless targets are named
+    # diffusers' and kohya's own classes, of one name or nearly, with blocks of the same names
+    Host(
+        ("UNet2DConditionModel", "SdxlUNet2DConditionModel"),
+        blocks=("Transformer2DModel",),
+        convolutional=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
+    ),
 )
 
 
@@ -73,6 +84,15 @@ class Target(NamedTuple):
     name: str  # key inside the network: lora_unet_transformer_blocks_0_attn_to_q
     native: str  # module in native files: transformer.transformer_blocks.0.attn.to_q; "" = same as `name`
     module: Layer
+    path: str = ""  # of the layer in its model
+
+    @property
+    def spellings(self) -> set[str]:
+        """Every name that a file of some dialect gives this layer, as `keys.flat` spells it."""
+        # transformers 5 has no level text_model
+        paths = {path.replace(".", "_") for path in (self.path, self.path.removeprefix("text_model."))}
+        told = (f"lora_{self.part}_{path}" for path in paths)
+        return {keys.flat(one) for one in (self.name, self.native or self.name, *told)}
 
 
 def ends_with(names: Iterable[str]) -> str:
@@ -89,25 +109,72 @@ def _compiled(option: str, pattern: str) -> re.Pattern:
         ) from error
 
 
+def as_passed(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> Any:
+    """The text encoders in the form that kohya's trainers hand them to a network module: of SD 1 and 2 the
+    encoder itself, else a list."""
+    if len(text_encoders) == 1 and _row(denoiser).blocks and not _takes_sizes(denoiser):
+        return text_encoders[0]
+    return list(text_encoders)
+
+
+def find_all(
+    text_encoder: Any,
+    unet: nn.Module | None,
+    *,
+    target: str | None = None,
+    exclude: str | None = None,
+    conv: bool = False,
+) -> list[Target]:
+    """The layers to adapt of a whole model, text encoders first, named as its own trainers name them.
+
+    `text_encoder` is one encoder, or a list with None for those left alone; `unet` None leaves the denoiser
+    alone. The patterns are for the denoiser. One encoder of a U-Net is `te`, several are `te1`, `te2`; FLUX's
+    are always numbered, and their native keys are diffusers' paths. Where the denoiser is None, a bare
+    encoder is SD's, and a list with a projecting encoder SDXL's.
+    """
+    several = isinstance(text_encoder, (list, tuple))
+    encoders = list(text_encoder) if several else [text_encoder]
+    if unet is None:
+        kinds = {type(encoder).__name__ for encoder in encoders}
+        kohya = not several or "CLIPTextModelWithProjection" in kinds
+    else:
+        kohya = bool(_row(unet).blocks)
+    chosen = []
+    for index, encoder in enumerate(encoders):
+        if encoder is not None:
+            part = "te" if kohya and len(encoders) == 1 else f"te{index + 1}"
+            found = find(part, encoder)
+            chosen += [one._replace(native="") for one in found] if kohya else found
+    if unet is not None:
+        chosen += find("unet", unet, target=target, exclude=exclude, conv=conv)
+    return chosen
+
+
 def find(
-    part: str, root: nn.Module, *, target: str | None = None, exclude: str | None = None
+    part: str,
+    root: nn.Module,
+    *,
+    target: str | None = None,
+    exclude: str | None = None,
+    conv: bool = False,
 ) -> list[Target]:
     """The Linear and Conv2d layers of `root` to adapt, in the model's order.
 
     `target` and `exclude` are regular expressions searched in dotted paths; without `target` the model's row
-    in HOSTS decides. Raises `Refused` for an unknown model without `target`, and for patterns that match
-    nothing.
+    in HOSTS decides, with `conv` also for its convolutional blocks. Raises `Refused` for an unknown model
+    without `target`, and for patterns that match nothing.
     """
-    row = next((row for row in HOSTS if type(root).__name__ in row.classes), None)
-    if row is None and target is None:
+    row = _row(root)
+    if not row.classes and target is None:
         known = ", ".join(name for host in HOSTS for name in host.classes)
         raise Refused(
             f"{type(root).__name__} has no default targets (known: {known}); name the layers with "
             "--network_args target=REGEX"
         )
-    row = row or Host((), ())
-    if target is None and not row.targets:
+    if target is None and not (row.targets or row.blocks):
         return []
+    if target is None and row.blocks:
+        target = _inside(root, row.blocks + (row.convolutional if conv else ()))
     wanted = _compiled("target", target if target is not None else ends_with(row.targets))
     unwanted = _compiled("exclude", exclude) if exclude else None
     layers = {
@@ -126,14 +193,32 @@ def find(
                 f"{', '.join(list(chosen)[:3])}"
             )
         chosen = kept
-    return [_named(part, row, path, module) for path, module in chosen.items()]
+    renamed = _takes_sizes(root) and hasattr(root, "down_blocks")  # kohya's own class has the names
+    original = ldm.Blocks.of(root) if renamed else None
+    return [_named(part, row, path, module, original) for path, module in chosen.items()]
 
 
-def _named(part: str, row: Host, path: str, module: Layer) -> Target:
+def _row(root: nn.Module) -> Host:
+    return next((row for row in HOSTS if type(root).__name__ in row.classes), Host(()))
+
+
+def _inside(root: nn.Module, classes: tuple[str, ...]) -> str:
+    """A pattern that matches what lies in blocks of these classes."""
+    blocks = [re.escape(path) for path, block in root.named_modules() if type(block).__name__ in classes]
+    return r"^(?:" + "|".join(blocks) + r")\."
+
+
+def _takes_sizes(unet: nn.Module) -> bool:
+    """Whether a U-Net has SDXL's added conditions, in diffusers' class or in kohya's."""
+    return getattr(unet, "add_embedding", None) is not None or hasattr(unet, "label_emb")
+
+
+def _named(part: str, row: Host, path: str, module: Layer, original: ldm.Blocks | None) -> Target:
     path = path if path.startswith(row.level) else row.level + path
     part = row.part or part
-    name = ("lora_unet_" if part == "unet" else f"lora_{part}_") + path.replace(".", "_")
+    told = ldm.unet_name(path, original) if original else path  # kohya's SDXL keys have the original names
+    name = ("lora_unet_" if part == "unet" else f"lora_{part}_") + told.replace(".", "_")
     native = row.native
     if native.startswith("text_encoder") and part == "te2":
         native = "text_encoder_2."
-    return Target(part, name, native and native + path, module)
+    return Target(part, name, native and native + path, module, path)

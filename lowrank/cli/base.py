@@ -1,22 +1,57 @@
-"""The base model that a script works beside: where it is, in which precision, on which device."""
+"""The base model that a script works beside: which family it is of, where it is, in which precision."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from huggingface_hub import hf_hub_download
 
 from lowrank.errors import Refused
-from lowrank.models.family import DTYPES, Source
-from lowrank.models.flux_single import is_file
+from lowrank.models.family import DTYPES, Family, Source, local_folder, reading
+from lowrank.models.flux import FLUX
+from lowrank.models.sd import SD15
+from lowrank.models.sd_single import kind_of
+from lowrank.models.sdxl import SDXL
+from lowrank.models.single import Checkpoint, check_file, is_file
+
+INDEX = "model_index.json"
+# the pipelines that a model folder may name
+FAMILIES = {"FluxPipeline": FLUX, "StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
 
 
-def base(path: str, dtype: str, device: str | None) -> Source:
+def base(path: str, dtype: str, device: str | None, tokenizer_cache_dir: str | None = None) -> Source:
     """What --model_path, --dtype and --device name. Raises `Refused` before anything is loaded."""
+    if is_file(path):
+        check_file("model_path", path, pickles=True)
+    return Source(path, dtype=DTYPES[dtype], device=_device(device), tokenizer_cache_dir=tokenizer_cache_dir)
+
+
+def check_folder(path: str) -> None:
+    """Raise `Refused` for a single file, where more than the transformer is needed."""
     if is_file(path):
         raise Refused(
             f"--model_path {path} is a single file, and text encoders and VAE are needed beside the "
             "transformer; give the folder of a diffusers model"
         )
-    return Source(path, dtype=DTYPES[dtype], device=_device(device))
+
+
+def family_of(source: Source) -> Family:
+    """The family that a model folder, a hub id or an SD checkpoint file is of. Raises `Refused`."""
+    if is_file(source.path):
+        file = Checkpoint(source.path)
+        if any("double_blocks." in key for key in file.shapes):
+            check_folder(source.path)
+        return SDXL if kind_of(file) == "sdxl" else SD15
+    path = local_folder(source, lambda name, **_: Path(hf_hub_download(name, INDEX)).parent) / INDEX
+    with reading("list of parts", path):
+        kind = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+    if kind not in FAMILIES:
+        raise Refused(
+            f"{source.path} is a model for {kind}, which is none of {', '.join(FAMILIES)}; give one of these"
+        )
+    return FAMILIES[kind]
 
 
 def _device(asked: str | None) -> str:

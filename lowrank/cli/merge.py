@@ -12,16 +12,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank.adapters.targets import find
-from lowrank.cli.base import base
+from lowrank.cli.base import base, family_of
 from lowrank.cli.sheet import sheet
+from lowrank.data import images
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
-from lowrank.models.family import Family, Models, release
+from lowrank.models.family import Family, Models, latent_scale, release
 from lowrank.models.flux import FLUX, FluxOptions
-from lowrank.surfaces import INFERENCE_MERGE
+from lowrank.models.sd import SdOptions
+from lowrank.options import Parsed
+from lowrank.surfaces.tools import INFERENCE_MERGE
 from lowrank.train.watch import save_png
 from lowrank.weights.merge import Adapter, Mixture
 from lowrank.weights.residual import check_residual, residual_file
+
+logger = logging.getLogger(__name__)
+
+_CFG = 7.5  # strength of the prompt for SD, as in the stock pipeline
+_ONLY_SD = ("negative_prompt", "sample_sampler", "clip_skip", "tokenizer_cache_dir")
+_ONLY_FLUX = ("max_sequence_length", "residual_path")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,21 +39,28 @@ def main(argv: list[str] | None = None) -> int:
     options = parsed.merge
     logging.basicConfig(level="INFO", format="%(message)s")
     names = _names(options)
-    _check_sides(options)
-    source = base(options.model_path, options.dtype, options.device)
+    source = base(options.model_path, options.dtype, options.device, options.tokenizer_cache_dir)
     if options.residual_path:
         residual_file(options.residual_path)
+    references = {
+        what: images.read(picture)
+        for what in ("style", "content")
+        if (picture := getattr(options, f"{what}_reference"))
+    }
     folder = writable_folder(options.output_dir)
     mixture = Mixture([Adapter(options.style_lora_path), Adapter(options.content_lora_path)])
+    family = family_of(source)
+    switches = _switches(parsed, family)
     print(mixture.describe())
-    models = FLUX.load(source, ())
-    _check_base(mixture, FLUX, models)
+    models = family.load(source, ())
+    _check_sides(options, family.bucket_step(models))
+    _check_base(mixture, family, models)
     # text first, and gone before the denoiser comes: the peak is the denoiser, not the sum
-    text = None if options.skip_images else _encode(options, mixture, FLUX, models)
+    text = None if options.skip_images else _Said(options, mixture, family, models, switches)
     if options.residual_path:
-        _check_residual(options.residual_path, mixture, FLUX, models)
+        _check_residual(options.residual_path, mixture, family, models)
     if text is not None:
-        _draw(options, mixture, FLUX, models, text, folder, names)
+        _draw(options, mixture, family, models, switches, text, folder, names, references)
     if options.save_merged:
         for pair, name in names.items():
             path = folder / f"merged_{name}.safetensors"
@@ -68,8 +84,7 @@ def _names(options: Any) -> dict[tuple[float, float], str]:
     return dict(zip(grid, names, strict=True))
 
 
-def _check_sides(options: Any) -> None:
-    step = FLUX.bucket_step
+def _check_sides(options: Any, step: int) -> None:
     for side in ("height", "width"):
         if (getattr(options, side) or 0) % step:
             raise Refused(f"--{side} {getattr(options, side)} is not a multiple of {step}; give one that is")
@@ -82,21 +97,44 @@ def _check_residual(path: str, mixture: Mixture, family: Family, models: Models)
     print("\n".join(dict.fromkeys(checked)))
 
 
-def _switches(options: Any) -> FluxOptions:
-    return FluxOptions(
-        guidance_scale=options.guidance_scale, t5xxl_max_token_length=options.max_sequence_length
-    )
+def _switches(parsed: Parsed, family: Family) -> Any:
+    """The family's options; a flag that is another family's is refused."""
+    options = parsed.merge
+    foreign = _ONLY_SD if family is FLUX else _ONLY_FLUX
+    for name in foreign:
+        if parsed.value(name) is not None:
+            raise Refused(f"{parsed.flag(name)} is not for {family.name}; leave it out")
+    if family is not FLUX:
+        return SdOptions(clip_skip=options.clip_skip)
+    strength = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
+    return FluxOptions(t5xxl_max_token_length=options.max_sequence_length, **strength)
 
 
-def _encode(options: Any, mixture: Mixture, family: Family, models: Models) -> dict[str, Tensor]:
-    """The prompt as the base encodes it; of the text encoders, those that are adapted stay in memory."""
-    family.add(models, ("text",))
-    text = family.stack_text(family.encode_text(models, [options.prompt], _switches(options)))
-    if mixture.adapts_text:
-        family.keep_trained_text(models)
-    else:
-        release(models, ("text",))
-    return text
+class _Said:
+    """What the prompts say to the model: as the base encodes them, or as its adapted encoders do."""
+
+    def __init__(self, options: Any, mixture: Mixture, family: Family, models: Models, switches: Any) -> None:
+        self._family, self._models, self._switches = family, models, switches
+        self._prompts = [options.prompt] + ([] if family is FLUX else [options.negative_prompt or ""])
+        family.add(models, ("text",))
+        with torch.no_grad():
+            encoded = family.encode_text(models, self._prompts, switches)
+        self._base = [family.stack_text([one]) for one in encoded]
+        if mixture.adapts_text:  # of the text encoders, those that are adapted stay in memory
+            family.keep_trained_text(models)
+        else:
+            release(models, ("text",))
+
+    def now(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """The conditions of the prompt and of the negative one, at the present strengths."""
+        said = self._base
+        if self._models.text_encoders:
+            with torch.no_grad():
+                said = [
+                    base | self._family.trained_text(self._models, [prompt], self._switches)
+                    for base, prompt in zip(said, self._prompts, strict=True)
+                ]
+        return said[0], said[1] if len(said) > 1 else None
 
 
 def _draw(
@@ -104,63 +142,91 @@ def _draw(
     mixture: Mixture,
     family: Family,
     models: Models,
-    text: dict[str, Tensor],
+    switches: Any,
+    text: _Said,
     folder: Path,
     names: dict[tuple[float, float], str],
+    references: dict[str, Image.Image],
 ) -> None:
     family.add(models, ("denoiser",))
     attached = mixture.attach(models.denoiser, models.text_encoders, models.source.dtype)
     family.add(models, ("vae",))
-    own = models.configs["vae"].get("sample_size", 1024)
+    own = _side(models)
     height, width = options.height or own, options.width or own
+    strength = _CFG if options.guidance_scale is None else options.guidance_scale
     cells: dict[tuple[float, float], Image.Image] = {}
     for pair, name in tqdm(names.items(), desc="images"):
         attached.set(pair)
-        if models.text_encoders:  # adapted too: what they say depends on the strengths
-            with torch.no_grad():
-                text |= family.trained_text(models, [options.prompt])
+        said, negative = text.now()
         for copy in range(options.num_images):
             seed = options.seed + copy
             image = family.sample(
                 models,
-                text,
-                _switches(options),
+                said,
+                switches,
                 height=height,
                 width=width,
                 steps=options.num_inference_steps,
                 generator=torch.Generator().manual_seed(seed),
+                negative=negative,
+                scale=strength if negative is not None else 1.0,
+                sampler=options.sample_sampler,
             )[0]
             path = folder / (f"inference_{name}.png" if copy == 0 else f"inference_{name}_{copy}.png")
-            save_png(path, image, _settings(options, mixture, pair, seed, width, height))
+            save_png(path, image, _settings(options, mixture, pair, seed, width, height, switches))
             cells.setdefault(pair, image)
     path = folder / "sheet.png"
     title = f"{options.prompt}    (seed {options.seed}, {options.num_inference_steps} steps)"
     save_png(
         path,
-        sheet(cells, title),
+        sheet(cells, title, references),
         f"{options.prompt}\nrows: style {options.style_weights}, columns: content {options.content_weights}",
     )
     print(f"{len(cells)} pairs of strengths; the sheet of all is {path}")
 
 
+def _side(models: Models) -> int:
+    """The side of the model's own pictures, in pixels: a U-Net's latents tell, or the VAE of FLUX."""
+    own = models.configs["denoiser"].get("sample_size")
+    if own:
+        return own * latent_scale(models)
+    return models.configs["vae"].get("sample_size", 1024)
+
+
 def _check_base(mixture: Mixture, family: Family, models: Models) -> None:
-    """Adapters that name their base must name this one."""
+    """Adapters with a basis of their base must be of this one; of others that name another, it is said."""
     here = family.model_hash(models, "denoiser")
     for adapter in mixture.adapters:
         there = adapter.fact("base_hash")
-        if there and there != here:
-            raise Refused(
-                f"{adapter.path} was trained on {adapter.fact('base_model')} ({there[:12]}), and "
-                f"{models.source.path} is {here[:12]}; give the model it was trained on with --model_path"
-            )
+        if not there or there == here:
+            continue
+        told = (
+            f"{adapter.path} was trained on {adapter.fact('base_model')} ({there[:12]}), and "
+            f"{models.source.path} is {here[:12]}"
+        )
+        if adapter.fact("basis_hash"):
+            raise Refused(f"{told}; give the model it was trained on with --model_path")
+        logger.warning("%s; it is drawn all the same", told)
 
 
 def _settings(
-    options: Any, mixture: Mixture, pair: tuple[float, float], seed: int, width: int, height: int
+    options: Any,
+    mixture: Mixture,
+    pair: tuple[float, float],
+    seed: int,
+    width: int,
+    height: int,
+    switches: Any,
 ) -> str:
     style, content = (adapter.path for adapter in mixture.adapters)
+    if isinstance(switches, FluxOptions):
+        strength = f"Guidance: {switches.guidance_scale:g}"
+    else:
+        scale = _CFG if options.guidance_scale is None else options.guidance_scale
+        strength = f"Sampler: {options.sample_sampler or 'ddim'}, CFG scale: {scale:g}"
+    against = f"\nNegative prompt: {options.negative_prompt}" if options.negative_prompt else ""
     return (
-        f"{options.prompt}\nSteps: {options.num_inference_steps}, Guidance: {options.guidance_scale:g}, "
+        f"{options.prompt}{against}\nSteps: {options.num_inference_steps}, {strength}, "
         f"Seed: {seed}, Size: {width}x{height}, Style: {style.parent.name}/{style.name} × {pair[0]:g}, "
         f"Content: {content.parent.name}/{content.name} × {pair[1]:g}, Precision: {options.dtype}, "
         f"Model: {options.model_path}"

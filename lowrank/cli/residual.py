@@ -7,12 +7,12 @@ import logging
 from lowrank import __version__
 from lowrank.adapters.layer import dense_weight, host_shape
 from lowrank.adapters.targets import find
-from lowrank.cli.base import base
+from lowrank.cli.base import base, check_folder
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
 from lowrank.models.family import DTYPES
 from lowrank.models.flux import FLUX
-from lowrank.surfaces import SAVE_RESIDUAL
+from lowrank.surfaces.tools import SAVE_RESIDUAL
 from lowrank.weights.basis import start_basis
 from lowrank.weights.residual import write_residual
 
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write `flux_residual_weights.safetensors`; only the transformer is loaded. Raises `Refused`."""
     options = SAVE_RESIDUAL.parse(argv).residual
     logging.basicConfig(level="INFO", format="%(message)s")
+    check_folder(options.model_path)
     path = writable_folder(options.output_dir) / FILE
     models = FLUX.load(base(options.model_path, options.dtype, options.device), ("denoiser",))
     targets = find("unet", models.denoiser)

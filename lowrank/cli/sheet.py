@@ -1,51 +1,66 @@
-"""A labelled sheet of pictures: style strengths down, content strengths across."""
+"""A labelled sheet of pictures: style strengths down, content strengths across, references beside."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 LONGEST = 10_000  # characters of a title that are looked at: no sheet is wider
 GAP, INK, PAPER = 6, "#222222", "#ffffff"
 
 
-def sheet(cells: Mapping[tuple[float, float], Image.Image], title: str) -> Image.Image:
-    """One picture of all cells; keys are (style strength, content strength), in the order given."""
+def sheet(
+    cells: Mapping[tuple[float, float], Image.Image],
+    title: str,
+    references: Mapping[str, Image.Image] | None = None,
+) -> Image.Image:
+    """One picture of all cells; keys are (style strength, content strength), in the order given.
+
+    `references` are the pictures that the adapters learned from, by their names; they stand left of the grid.
+    """
     rows = list(dict.fromkeys(a for a, _ in cells))
     columns = list(dict.fromkeys(b for _, b in cells))
     width = max(128, max(image.width for image in cells.values()))
     height = max(128, max(image.height for image in cells.values()))
     size = max(13, width // 22)
     font = ImageFont.load_default(size)
-    left, top = int(size * 6.5), int(size * 4.2)
-    page = Image.new("RGB", (left + len(columns) * (width + GAP), top + len(rows) * (height + GAP)), PAPER)
+    margin = size // 2 + width + GAP if references else 0
+    left, top, below = margin + int(size * 6.5), int(size * 4.2), height + int(size * 1.8)
+    page = Image.new(
+        "RGB",
+        (
+            left + len(columns) * (width + GAP),
+            top + max(len(rows) * (height + GAP), len(references or ()) * below),
+        ),
+        PAPER,
+    )
     draw = ImageDraw.Draw(page)
     draw.text((size // 2, size // 3), _shortened(title, font, page.width - size), fill=INK, font=font)
+    for i, (name, image) in enumerate((references or {}).items()):
+        page.paste(_fitted(image, width, height), (size // 2, top + i * below))
+        middle = size // 2 + width // 2
+        draw.text((middle, top + i * below + height + size), name, fill=INK, font=font, anchor="ms")
     for j, b in enumerate(columns):
-        draw.text(
-            (left + j * (width + GAP) + width // 2, top - size // 2),
-            f"content {b:g}",
-            fill=INK,
-            font=font,
-            anchor="ms",
-        )
+        middle = left + j * (width + GAP) + width // 2
+        draw.text((middle, top - size // 2), f"content {b:g}", fill=INK, font=font, anchor="ms")
     for i, a in enumerate(rows):
-        draw.text(
-            (left - size // 2, top + i * (height + GAP) + height // 2),
-            f"style {a:g}",
-            fill=INK,
-            font=font,
-            anchor="rm",
-        )
+        middle = top + i * (height + GAP) + height // 2
+        draw.text((left - size // 2, middle), f"style {a:g}", fill=INK, font=font, anchor="rm")
         for j, b in enumerate(columns):
             if (a, b) in cells:
-                image = cells[a, b]
-                if image.size != (width, height):
-                    image = image.resize((width, height), Image.Resampling.NEAREST)
-                page.paste(image, (left + j * (width + GAP), top + i * (height + GAP)))
+                place = (left + j * (width + GAP), top + i * (height + GAP))
+                page.paste(_fitted(cells[a, b], width, height), place)
     return page
+
+
+def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture at a cell's size: small ones in whole pixels, larger ones smoothly, proportions kept."""
+    if image.size == (width, height):
+        return image
+    how = Image.Resampling.NEAREST if image.width < width else Image.Resampling.LANCZOS
+    return ImageOps.pad(image.convert("RGB"), (width, height), how, PAPER)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:

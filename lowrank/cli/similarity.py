@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lowrank.files import atomic, writable_folder
-from lowrank.surfaces import VISUALIZE_SIMILARITY
+from lowrank.surfaces.tools import VISUALIZE_SIMILARITY
 from lowrank.weights.compare import UPDATES, LayerSimilarity, Names, common, compare, judge, statistics
 from lowrank.weights.merge import Adapter
 from lowrank.weights.names import missing

@@ -31,10 +31,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
             "min_bucket_reso",
             "max_bucket_reso",
             "bucket_reso_steps",
+            "validation_seed",
         ),
         (int,),
     ),
-    **dict.fromkeys(("caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step"), _NUMBER),
+    **dict.fromkeys(
+        ("caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step", "validation_split"), _NUMBER
+    ),
     **dict.fromkeys(
         (
             "is_reg",
@@ -52,6 +55,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         (
             "image_dir",
+            "metadata_file",
+            "conditioning_data_dir",
             "class_tokens",
             "caption_extension",
             "keep_tokens_separator",
@@ -64,19 +69,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
         (str,),
     ),
 }
-_ONLY_IN_SUBSETS = ("image_dir", "is_reg")
+_ONLY_IN_SUBSETS = ("image_dir", "is_reg", "metadata_file", "conditioning_data_dir")
+_OF_FOLDERS = ("is_reg", "class_tokens", "caption_extension")  # keys that a metadata file answers itself
 _WITHOUT_EFFECT = {  # keys of sd-scripts that change nothing here
     "network_multiplier": "it has no effect in sd-scripts either",
     "cache_info": "scanning reads only the heads of files",
-    "skip_image_resolution": "scanning reads only the heads of files",
     "custom_attributes": "nothing here reads them",
 }
 _NOT_HERE = {  # keys of sd-scripts that would change the training
-    "metadata_file": "write each caption into a file beside its image instead",
-    "conditioning_data_dir": "put the mask into the image's alpha channel and set alpha_mask",
     "face_crop_aug_range": "crop the images beforehand, or set random_crop",
-    "validation_split": "remove it",
-    "validation_seed": "remove it",
 }
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
 
@@ -167,17 +168,17 @@ class _Reader:
         return {key: self._value(where, key, value) for key, value in kept.items() if key != "subsets"}
 
     def _value(self, where: str, key: str, value: Any) -> Any:
-        if key == "resolution":
-            return self._resolution(where, value)
+        if key in ("resolution", "skip_image_resolution"):
+            return self._resolution(where, key, value)
         types = _TYPES[key]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise self._refused(where, f"{key} is {_shown(value)}; it must be {_WORDS[types[-1]]}")
         return value
 
-    def _resolution(self, where: str, value: Any) -> tuple[int, int]:
+    def _resolution(self, where: str, key: str, value: Any) -> tuple[int, int]:
         sides = value if isinstance(value, list) else [value, value]
         if len(sides) != 2 or any(type(side) is not int for side in sides):
-            raise self._refused(where, f"resolution is {_shown(value)}; it must be 512 or [768, 512]")
+            raise self._refused(where, f"{key} is {_shown(value)}; it must be 512 or [768, 512]")
         return sides[0], sides[1]
 
     def dataset(self, where: str, table: object, given: Mapping[str, Any]) -> Dataset:
@@ -187,25 +188,28 @@ class _Reader:
         given = dict(given) | self.values(where, table, (*DATASET_FIELDS, *SUBSET_FIELDS, "subsets"))
         tables = self.tables(f"{where}.subsets", table.get("subsets"))
         subsets = tuple(self._subset(f"{where}.subsets[{i}]", item, given) for i, item in enumerate(tables))
+        if len({subset.metadata_file is None for subset in subsets}) > 1:
+            raise self._refused(
+                where, "has subsets with and without metadata_file; give each kind a [[datasets]] of its own"
+            )
         return self._made(where, lambda: Dataset(subsets, **split(given)[0]))
 
     def _subset(self, where: str, table: object, given: Mapping[str, Any]) -> Subset:
-        known = self.check_table(where, table, (*SUBSET_FIELDS, "resize_interpolation"))
+        known = self.check_table(where, table, SUBSET_FIELDS)
         own = {key: self._value(where, key, value) for key, value in known.items()}
-        if "image_dir" not in own:
+        listed = own.get("metadata_file")
+        if listed and (odd := [key for key in _OF_FOLDERS if key in own]):
+            raise self._refused(where, f"{odd[0]} has no meaning beside metadata_file {listed}; remove one")
+        if not listed and "image_dir" not in own:
             raise self._refused(where, "image_dir is missing; give the folder of this subset's images")
-        if own.pop("resize_interpolation", given.get("resize_interpolation")) != given.get(
-            "resize_interpolation"
-        ):
-            raise self._refused(
-                where, "resize_interpolation differs from its dataset's; set it for the whole dataset"
-            )
-        folder = Path(own.pop("image_dir"))
+        folder = Path(own.pop("image_dir", Path(listed or "").parent))
         if not folder.is_dir():
             raise self._refused(
                 where, f"image_dir {folder} is not a folder (seen from {Path.cwd()}); correct the path"
             )
         values = split(given)[1] | own
+        if own.get("is_reg") and "conditioning_data_dir" not in own:
+            values.pop("conditioning_data_dir", None)  # the command line's is for training images
         return self._made(where, lambda: Subset(folder, **values))
 
     def _made(self, where: str, make):

@@ -29,7 +29,7 @@ Item = tuple[Placed, bool]  # an image and whether it is flipped
 
 @dataclass(frozen=True)
 class Encoded:
-    """Where the encoded images are: `digests` is path to SHA-256 of the file's bytes."""
+    """Where the encoded images are: `digests` is path, of image or mask, to SHA-256 of the file's bytes."""
 
     cache: Cache
     model_hash: str
@@ -38,18 +38,19 @@ class Encoded:
     def key(self, item: Item) -> str:
         """The cache key of an image: all that its encoding depends on."""
         placed, flip = item
+        mask = placed.example.mask
         return key(
             "latents",
             self.model_hash,
             self.digests[placed.example.path],
             placed.where,
             flip,
-            placed.dataset.resize_interpolation,
-            placed.subset.alpha_mask,
+            placed.interpolation,
+            self.digests[mask] if mask else placed.subset.alpha_mask,
         )
 
     def get(self, item: Item) -> dict[str, Tensor]:
-        """`latents`, and `mask` (1, h, w) of the latents' size where the subset has `alpha_mask`."""
+        """`latents`, and `mask` (1, h, w) of the latents' size where the image has one."""
         return self.cache.get(self.key(item))
 
 
@@ -71,13 +72,14 @@ def encode_all(
     first makes every n-th entry, calls `wait`, and then finds the others'. Raises `Refused` when an encoding
     is not finite.
     """
-    paths = sorted({one.example.path for one in placed})
+    paths = sorted({path for one in placed for path in _files(one)})
     digests: dict[Path, str] = {}
-    bad: dict[Path, str] = {}
+    gone: dict[Path, str] = {}
     for path, (digest, problem) in zip(paths, ahead(_digest, paths, workers=workers), strict=True):
-        (bad if problem else digests)[path] = problem or digest
+        (gone if problem else digests)[path] = problem or digest
+    bad = {one.example.path: gone[path] for one in placed for path in _files(one) if path in gone}
     encoded = Encoded(cache, model_hash, digests)
-    readable = sorted((one for one in placed if one.example.path in digests), key=lambda one: one.where)
+    readable = sorted((one for one in placed if one.example.path not in bad), key=lambda one: one.where)
     items = {encoded.key(item): item for one in readable for item in _variants(one)}
     fill = functools.partial(_fill, encode=encode, cache=cache, batch_size=batch_size, workers=workers)
     rank, world = share
@@ -85,6 +87,10 @@ def encode_all(
         fill(dict(itertools.islice(items.items(), rank, None, world)), progress=progress)
         wait()  # what cannot be decoded is found again below, by every process
     return encoded, bad | fill(items, progress=progress)
+
+
+def _files(one: Placed) -> list[Path]:
+    return [one.example.path, *filter(None, [one.example.mask])]
 
 
 def _digest(path: Path) -> tuple[str, str | None]:
@@ -144,7 +150,8 @@ def _decoded(item: Item) -> tuple[Tensor, Tensor | None] | Refused:
             crop_box(one.where),
             flip=flip,
             alpha=one.subset.alpha_mask,
-            interpolation=one.dataset.resize_interpolation,
+            mask_file=one.example.mask,
+            interpolation=one.interpolation,
         )
     except Refused as refused:
         return refused

@@ -176,15 +176,18 @@ def load(
     flip: bool = False,
     color: random.Random | None = None,
     alpha: bool = False,
+    mask_file: Path | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One placed image as pixels (3, H, W) in [-1, 1], and with `alpha` its mask (1, H, W) in [0, 1].
 
-    `color` switches the colour jitter on; an image without alpha has a mask of ones. Raises `Refused` naming
-    the file.
+    `color` switches the colour jitter on; an image without alpha has a mask of ones. A `mask_file` comes
+    before the alpha channel: its red channel, laid over the whole image whatever its size. Raises `Refused`
+    naming the file.
     """
-    whole = read(path, alpha=alpha)
+    whole = read(path, alpha=alpha and mask_file is None)
     # colour and alpha are scaled apart: Pillow would blacken what is transparent
-    mask = to_tensor(render(whole.getchannel("A"), where, box, interpolation)) if alpha else None
+    channel = read(mask_file).getchannel("R") if mask_file else whole.getchannel("A") if alpha else None
+    mask = None if channel is None else to_tensor(render(channel, where, box, interpolation))
     image = render(whole.convert("RGB"), where, box, interpolation)
     pixels = to_tensor(jitter(image, color) if color else image)
     if flip:
@@ -192,14 +195,18 @@ def load(
     return pixels, mask
 
 
-def undecodable(paths: Iterable[Path], *, workers: int = 2) -> dict[Path, str]:
-    """Every path whose pixels cannot be decoded to the end, with the reason: decodes all of them."""
+def undecodable(files: Iterable[tuple[Path, Path | None]], *, workers: int = 2) -> dict[Path, str]:
+    """Every image whose pixels, or those of its mask, cannot be decoded to the end, with the reason.
 
-    def problem(path: Path) -> tuple[Path, str | None]:
+    `files` are pairs of image and mask; all are decoded.
+    """
+
+    def problem(pair: tuple[Path, Path | None]) -> tuple[Path, str | None]:
         try:
-            read(path)
+            for path in filter(None, pair):
+                read(path)
         except Refused as error:
-            return path, str(error)
-        return path, None
+            return pair[0], str(error)
+        return pair[0], None
 
-    return {path: reason for path, reason in ahead(problem, paths, workers=workers) if reason}
+    return {path: reason for path, reason in ahead(problem, files, workers=workers) if reason}

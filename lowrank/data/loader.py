@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,8 @@ class Batch:
 
     `position` is the batch's index in its epoch over all processes: noise seeded with (seed, epoch, position)
     is the same however the batches are shared out. `masks` is None unless a subset in the batch has
-    `alpha_mask`; it has the size of the pixels, or in the cached case of the latents.
+    `alpha_mask` or `conditioning_data_dir`; it has the size of the pixels, or in the cached case of the
+    latents.
     """
 
     epoch: int
@@ -53,9 +54,9 @@ class Batch:
 class Loader:
     """All batches of several datasets; immutable, so `shard` and `encode_all` return another loader.
 
-    Raises `Refused` for what `scan` refuses, and for a bucket side that is not a multiple of `multiple` (what
-    one latent, or one patch of latents, covers). `examples` are the datasets' own where they have been
-    scanned before.
+    What `validation_split` holds out is not in it but in `held_out()`. Raises `Refused` for what `scan`
+    refuses, and for a bucket side that is not a multiple of `multiple` (what one latent, or one patch of
+    latents, covers). `examples` are the datasets' own where they have been scanned before.
     """
 
     def __init__(
@@ -74,10 +75,21 @@ class Loader:
         self.workers, self.rank, self.world = workers, 0, 1
         self._encoded: Encoded | None = None
         found = examples or [scan(dataset, skip_bad_images=skip_bad_images) for dataset in self.datasets]
+        found, self._held = plan.split(self.datasets, found, seed)
         self._plan(found)
         for dataset, all_of_it, placed in zip(self.datasets, self.examples, self.groups, strict=True):
             plan.tell(dataset, all_of_it, placed)
         self._check_sides(multiple)
+
+    def held_out(self) -> Loader | None:
+        """What `validation_split` keeps from training, as an unshared loader; None where that is nothing.
+
+        Each image comes once, as it is, with the caption that the seed draws: epoch 0 is always the same.
+        """
+        plain = [plan.unvaried(dataset) for dataset in self.datasets]
+        once = [[replace(one, repeats=1) for one in held] for held in self._held]
+        how = {"seed": self.seed, "skip_bad_images": self.skip_bad_images, "workers": self.workers}
+        return Loader(plain, examples=once, **how) if any(once) else None
 
     def _plan(self, examples: Sequence[Sequence[Example]]) -> None:
         self.examples: tuple[tuple[Example, ...], ...] = tuple(map(tuple, examples))
@@ -139,9 +151,8 @@ class Loader:
 
         For runs without cached latents; `encode_all` does the same on its way.
         """
-        return self._without(
-            images.undecodable(dict.fromkeys(one.example.path for one in self.placed), workers=self.workers)
-        )
+        files = dict.fromkeys((one.example.path, one.example.mask) for one in self.placed)
+        return self._without(images.undecodable(files, workers=self.workers))
 
     def _without(self, bad: dict[Path, str]) -> Loader:
         if not bad:
@@ -273,10 +284,11 @@ def _pixels(one: Placed, flip: bool, crop, color) -> tuple[Tensor, Tensor | None
         one.example.path,
         one.where,
         box,
-        interpolation=one.dataset.resize_interpolation,
+        interpolation=one.interpolation,
         flip=flip,
         color=color if one.subset.color_aug else None,
         alpha=one.subset.alpha_mask,
+        mask_file=one.example.mask,
     )
 
 

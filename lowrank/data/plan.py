@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from lowrank.data import buckets
 from lowrank.data.records import Dataset, Example, Subset
+from lowrank.errors import Refused
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +28,76 @@ class Placed:
         """The subset the example was found in."""
         return self.dataset.subsets[self.example.subset]
 
+    @property
+    def interpolation(self) -> str | None:
+        """How the image is scaled: its subset's word, or its dataset's."""
+        return self.subset.resize_interpolation or self.dataset.resize_interpolation
+
 
 def stream(*parts: object) -> random.Random:
     """An own random stream for that name; the same on every machine and Python version."""
     return random.Random("/".join(map(str, parts)))
+
+
+def hold_out(dataset: Dataset, examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """(the examples that are trained on, those held out for validation), each in its order.
+
+    Each folder is shuffled by `validation_seed` (else `seed`), and the last round(n · validation_split)
+    images are held out: those that sd-scripts validates with. It trains on the first
+    ⌈n (1 − validation_split)⌉, so that one may be on both sides; here it is not trained on. Regularisation
+    images are never held out.
+    """
+    if not dataset.validation_split:
+        return list(examples), []
+    seed = seed if dataset.validation_seed is None else dataset.validation_seed
+    trained: set[int] = set()
+    for index, subset in enumerate(dataset.subsets):
+        own = [number for number, one in enumerate(examples) if one.subset == index]
+        if not subset.is_reg:
+            random.Random(seed).shuffle(own)
+            own = own[: len(own) - round(len(own) * dataset.validation_split)]
+        trained.update(own)
+    return (
+        [one for number, one in enumerate(examples) if number in trained],
+        [one for number, one in enumerate(examples) if number not in trained],
+    )
+
+
+def split(
+    datasets: Sequence[Dataset], found: Sequence[Sequence[Example]], seed: int
+) -> tuple[list[list[Example]], list[list[Example]]]:
+    """`hold_out` for each dataset; an image that another dataset trains on is not held out.
+
+    Raises `Refused` when nothing is left to train on.
+    """
+    parts = [hold_out(*pair, seed) for pair in zip(datasets, found, strict=True)]
+    trained = {one.path for train, _ in parts for one in train if not one.is_reg}
+    held = [[one for one in rest if one.path not in trained] for _, rest in parts]
+    if any(held) and not trained:
+        raise Refused("validation_split holds out every image; lower it, or add images")
+    if not any(held) and any(dataset.validation_split for dataset in datasets):
+        log.warning("validation_split holds out no image, the folders have too few; raise it or add images")
+    return [train for train, _ in parts], held
+
+
+def unvaried(dataset: Dataset) -> Dataset:
+    """The dataset for validation: nothing is drawn at random but the order of tags, which a seed fixes."""
+    subsets = (
+        replace(
+            subset,
+            shuffle_caption=subset.varies_tags,  # the tags are still taken apart, so that separators go
+            num_repeats=1,
+            color_aug=False,
+            flip_aug=False,
+            random_crop=False,
+            caption_dropout_rate=0.0,
+            caption_dropout_every_n_epochs=0,
+            caption_tag_dropout_rate=0.0,
+            token_warmup_step=0.0,
+        )
+        for subset in dataset.subsets
+    )
+    return replace(dataset, subsets=tuple(subsets), validation_split=0.0)
 
 
 def place(dataset: Dataset, examples: Sequence[Example]) -> tuple[Placed, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,8 +21,9 @@ class Subset:
     """One folder of images and how its captions and pixels are varied.
 
     `class_tokens` is the caption of every image without a caption file. `caption_extension` None: caption
-    files are not looked for at all, so every image gets `class_tokens`. Raises `Refused` for a value out of
-    range.
+    files are not looked for at all, so every image gets `class_tokens`. With `metadata_file` that file lists
+    the images and their captions. With `conditioning_data_dir` every image has a mask of its stem there, in
+    place of its alpha channel. Raises `Refused` for a value out of range.
     """
 
     image_dir: Path
@@ -46,6 +48,9 @@ class Subset:
     flip_aug: bool = False
     random_crop: bool = False
     alpha_mask: bool = False
+    conditioning_data_dir: str | os.PathLike | None = None
+    metadata_file: str | os.PathLike | None = None
+    resize_interpolation: str | None = None  # None: the dataset's
 
     def __post_init__(self) -> None:
         if self.num_repeats < 1:
@@ -72,18 +77,26 @@ class Subset:
             raise Refused(
                 f"caption_separator of {self.image_dir} is empty; give the character between tags, e.g. ','"
             )
+        _check_interpolation(self.resize_interpolation)
 
     @property
     def varies_tags(self) -> bool:
         """True when tags are shuffled, dropped or warmed up, so that a caption is taken apart at all."""
         return self.shuffle_caption or self.caption_tag_dropout_rate > 0 or self.token_warmup_step > 0
 
+    @property
+    def label(self) -> str:
+        """The name kohya's metadata gives it: that of the folder, or of the metadata file."""
+        return Path(self.metadata_file).name if self.metadata_file else self.image_dir.name
+
 
 @dataclass(frozen=True)
 class Dataset:
     """Subsets that share one resolution (w, h), one batch size and one set of buckets.
 
-    Raises `Refused` for values out of range; the bucket limits must enclose both sides of the resolution.
+    Images of at most the area of `skip_image_resolution` (w, h) are left out. The share `validation_split` of
+    each folder is held out of training, chosen by `validation_seed` (None: the run's seed). Raises `Refused`
+    for values out of range; the bucket limits must enclose both sides of the resolution.
     """
 
     subsets: tuple[Subset, ...]
@@ -95,6 +108,9 @@ class Dataset:
     bucket_reso_steps: int = 64
     bucket_no_upscale: bool = False
     resize_interpolation: str | None = None
+    skip_image_resolution: tuple[int, int] | None = None
+    validation_split: float = 0.0
+    validation_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "bucket_reso_steps", "min_bucket_reso"):
@@ -102,10 +118,10 @@ class Dataset:
                 raise Refused(f"{name} {getattr(self, name)} is below 1; give 1 or more")
         if min(self.resolution) < 1:
             raise Refused(f"resolution {self.resolution} has a side below 1; give e.g. 512 or 768,512")
-        if self.resize_interpolation not in (None, *INTERPOLATIONS):
+        _check_interpolation(self.resize_interpolation)
+        if not 0 <= self.validation_split < 1:
             raise Refused(
-                f"resize_interpolation {self.resize_interpolation!r} is unknown"
-                f"{nearest(str(self.resize_interpolation), INTERPOLATIONS)}; give {', '.join(INTERPOLATIONS)}"
+                f"validation_split {self.validation_split} is not a share of at least 0 and below 1; give 0.1"
             )
         if self.enable_bucket:
             self._check_buckets()
@@ -134,12 +150,21 @@ class Dataset:
             raise Refused(f"bucket_reso_steps {step} exceeds the resolution's side {smallest}; lower it")
 
 
+def _check_interpolation(name: str | None) -> None:
+    if name not in (None, *INTERPOLATIONS):
+        raise Refused(
+            f"resize_interpolation {name!r} is unknown{nearest(str(name), INTERPOLATIONS)}; give "
+            f"{', '.join(INTERPOLATIONS)}"
+        )
+
+
 @dataclass(frozen=True)
 class Example:
     """One image of a dataset before it is placed in a bucket.
 
     `captions` is one line, or with `enable_wildcard` every line of the caption file; `size` is (w, h) as
-    seen, that is after the EXIF orientation; `subset` is the index in `Dataset.subsets`.
+    seen, that is after the EXIF orientation; `subset` is the index in `Dataset.subsets`; `mask` is a file of
+    `conditioning_data_dir`.
     """
 
     path: Path
@@ -148,6 +173,7 @@ class Example:
     repeats: int
     is_reg: bool
     subset: int
+    mask: Path | None = None
 
 
 SUBSET_FIELDS = tuple(field.name for field in fields(Subset))
@@ -173,7 +199,8 @@ def parse_resolution(value: int | str | tuple[int, int] | list[int]) -> tuple[in
 def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keyword values as (those of `Dataset`, those of `Subset`); another name is a `TypeError`.
 
-    None counts as not given, so that a command line's unset options can be passed on.
+    None counts as not given, so that a command line's unset options can be passed on; what both records know
+    goes to both.
     """
     unknown = set(values) - set(DATASET_FIELDS) - set(SUBSET_FIELDS)
     if unknown:
@@ -181,6 +208,6 @@ def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         raise TypeError(f"unknown dataset value {name!r}{nearest(name, DATASET_FIELDS + SUBSET_FIELDS)}")
     given = {name: value for name, value in values.items() if value is not None}
     dataset = {name: value for name, value in given.items() if name in DATASET_FIELDS}
-    if "resolution" in dataset:
-        dataset["resolution"] = parse_resolution(dataset["resolution"])
+    for name in {"resolution", "skip_image_resolution"} & set(dataset):
+        dataset[name] = parse_resolution(dataset[name])
     return dataset, {name: value for name, value in given.items() if name in SUBSET_FIELDS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -22,6 +23,7 @@ _OF_SUBSET = (
     "enable_wildcard",
     "caption_prefix",
     "caption_suffix",
+    "resize_interpolation",
 )
 _OF_DATASET = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "resize_interpolation")
 
@@ -56,28 +58,36 @@ def summary(loader: Loader) -> dict[str, Any]:
 
 
 def tag_frequency(loader: Loader, index: int | None = None) -> dict[str, dict[str, int]]:
-    """`ss_tag_frequency` of one dataset or all: folder name to lower-case tag to number of images."""
-    counts: dict[str, Counter[str]] = {}
+    """`ss_tag_frequency` of one dataset or all: folder name to lower-case tag to number of images.
+
+    A folder that several datasets have counts once, in the first of them.
+    """
+    counts: dict[str, dict[str, int]] = {}
     for dataset, examples in _chosen(loader, index):
+        own: dict[str, Counter[str]] = {}
         for one in examples:
-            folder = counts.setdefault(dataset.subsets[one.subset].image_dir.name, Counter())
-            folder.update(
+            own.setdefault(dataset.subsets[one.subset].label, Counter()).update(
                 tag.strip().lower() for line in one.captions for tag in line.split(",") if tag.strip()
             )
-    return {folder: dict(tags) for folder, tags in counts.items()}
+        counts = {folder: dict(tags) for folder, tags in own.items()} | counts
+    return counts
 
 
 def dataset_dirs(loader: Loader, *, reg: bool = False) -> dict[str, dict[str, int]]:
-    """`ss_dataset_dirs`, or `ss_reg_dataset_dirs` with `reg`: folder name to n_repeats and img_count."""
-    return {
-        subset.image_dir.name: {
-            "n_repeats": subset.num_repeats,
-            "img_count": sum(one.subset == number for one in examples),
-        }
-        for dataset, examples in _chosen(loader, None)
-        for number, subset in enumerate(dataset.subsets)
-        if subset.is_reg == reg
-    }
+    """`ss_dataset_dirs`, or `ss_reg_dataset_dirs` with `reg`: folder name to n_repeats and img_count.
+
+    The second folder of one name is `name (2)`, as in sd-scripts.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for dataset, examples in _chosen(loader, None):
+        for number, subset in enumerate(dataset.subsets):
+            if subset.is_reg == reg:
+                names = itertools.chain([subset.label], (f"{subset.label} ({i})" for i in itertools.count(2)))
+                found[next(name for name in names if name not in found)] = {
+                    "n_repeats": subset.num_repeats,
+                    "img_count": sum(one.subset == number for one in examples),
+                }
+    return found
 
 
 def bucket_info(loader: Loader, index: int = 0) -> dict[str, Any] | None:
@@ -102,7 +112,7 @@ def metadata_datasets(loader: Loader) -> list[dict[str, Any]]:
 def _described(loader: Loader, index: int, dataset: Dataset) -> dict[str, Any]:
     group, examples = loader.groups[index], loader.examples[index]
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": all(subset.metadata_file is None for subset in dataset.subsets),
         "batch_size_per_device": dataset.batch_size,
         "num_train_images": _total(group, reg=False),
         "num_reg_images": _total(group, reg=True),
@@ -115,8 +125,11 @@ def _described(loader: Loader, index: int, dataset: Dataset) -> dict[str, Any]:
                 "img_count": sum(one.subset == number for one in examples),
                 **{name: getattr(subset, name) for name in _OF_SUBSET},
                 "image_dir": subset.image_dir.name,
-                "class_tokens": subset.class_tokens,
-                "is_reg": subset.is_reg,
+                **(
+                    {"metadata_file": subset.label}
+                    if subset.metadata_file
+                    else {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+                ),
             }
             for number, subset in enumerate(dataset.subsets)
         ],

@@ -52,6 +52,8 @@ class Source:
     t5xxl: str | None = None
     ae: str | None = None
     tokenizer_cache_dir: str | None = None
+    v2: bool = False  # SD 2.x is expected; whether it is one is read off the model
+    v_parameterization: bool = False  # predicts v, where no scheduler configuration says so
 
 
 @dataclass
@@ -66,8 +68,9 @@ class Models:
     vae: Any = None
     text_encoders: tuple[Any, ...] = ()
     tokenizers: tuple[Any, ...] = ()
-    # "denoiser", "vae": known without their weights
+    # "denoiser", "vae", and of some families "scheduler": known without their weights
     configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    held: dict[str, Any] = field(default_factory=dict)  # what loading remembers: a single file's table
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,11 @@ class Family:
     """Facts and functions of one model family. `options` is the family's frozen dataclass of switches."""
 
     name: str
-    objective: str  # "flow": lowrank.objective.target.Flow
-    latent_scale: int  # picture pixels per latent pixel
-    bucket_step: int  # picture sides must be multiples of it
-    latent_channels: int
-    base_model_version: str  # ss_base_model_version
     implementation: str  # modelspec.implementation
     options: type
+    prediction: Callable[[Models], str]  # "flow", "epsilon" or "v_prediction"
+    bucket_step: Callable[[Models], int]  # picture sides must be multiples of it
+    base_model_version: Callable[[Models], str]  # ss_base_model_version
     architecture: Callable[[Models], str]  # modelspec.architecture without "/lora"
     load: Callable[..., Models]  # (source, roles=ROLES)
     add: Callable[[Models, Iterable[str]], None]  # load parts that are missing
@@ -94,13 +95,22 @@ class Family:
     stack_text: Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
     # the encoders that adapters can train; the others go
     keep_trained_text: Callable[[Models], list[nn.Module]]
-    # their part of the conditions, with gradient
-    trained_text: Callable[[Models, list[str]], dict[str, Tensor]]
+    # (models, captions, options) → their part of the conditions, with gradient
+    trained_text: Callable[..., dict[str, Tensor]]
+    # (original sizes, crops' top left corners, target sizes), each (B, 2) of y, x → more conditions, or none
+    size_conditions: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
     empty: Callable[[Models], nn.Module]  # the denoiser without weights, on the meta device
     denoise: Callable[..., Tensor]  # (denoiser, noisy, timesteps, text, options) → prediction (B, C, h, w)
     pipeline: Callable[[Models], Any]  # the stock pipeline around the present denoiser
-    sample: Callable[..., list]  # (models, text, options, *, height, width, steps, generator) → PIL images
+    # (models, text, options, *, height, width, steps, generator, negative=None, scale=1.0, guidance=None,
+    # sampler=None) → PIL images
+    sample: Callable[..., list]
     model_hash: Callable[[Models | Source | str, str], str]  # (…, role) → 64 hex digits
+
+
+def latent_scale(models: Models) -> int:
+    """Picture pixels per latent pixel: the VAE halves the sides between its levels."""
+    return 2 ** (len(models.configs["vae"]["block_out_channels"]) - 1)
 
 
 # ---------- parts in memory

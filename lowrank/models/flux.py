@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
 from lowrank.errors import Refused
-from lowrank.models.family import Family, Models
+from lowrank.models.family import Family, Models, latent_scale
 from lowrank.models.flux_load import add, load, model_hash
+from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 
 log = logging.getLogger(__name__)
 
@@ -47,50 +47,6 @@ def flux_dev_config() -> dict[str, Any]:
         "guidance_embeds": True,
         "axes_dims_rope": (16, 56, 56),
     }
-
-
-# ---------- pictures
-
-
-@torch.no_grad()
-def encode_images(models: Models, pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) in [−1, 1] → the VAE's moments (B, 2C, h, w), mean and log-variance, fp32 on its device.
-
-    Raises `Refused` when a side is no multiple of 16, or when the VAE overflows (half precision).
-    """
-    height, width = pixels.shape[-2:]
-    if height % FLUX.bucket_step or width % FLUX.bucket_step:
-        raise Refused(
-            f"a picture of {width}×{height} does not fit FLUX: both sides must be multiples of "
-            f"{FLUX.bucket_step}; use --enable_bucket, or another --resolution"
-        )
-    moments = models.vae.encode(pixels.to(models.vae.device, models.vae.dtype)).latent_dist.parameters.float()
-    if not torch.isfinite(moments).all():
-        raise Refused(
-            f"the VAE gives NaN or infinite latents in {models.vae.dtype}; run it with --no_half_vae"
-        )
-    return moments
-
-
-def latents(models: Models, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Moments (B, 2C, h, w) → latents (B, C, h, w) = (mean + e^{logvar/2} ξ − shift) · scale, ξ per sample.
-
-    `generator` lives on the CPU; None takes the mean. Only configurations are read: the VAE may be released.
-    """
-    facts = models.configs["vae"]
-    mean, logvar = moments.float().chunk(2, dim=1)
-    if generator is not None:
-        xi = torch.stack([torch.randn(mean.shape[1:], generator=generator) for _ in mean]).to(mean)
-        mean = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * xi
-    return (mean - (facts.get("shift_factor") or 0)) * facts["scaling_factor"]
-
-
-@torch.no_grad()
-def decode(models: Models, z: Tensor) -> Tensor:
-    """Latents (B, C, h, w) → pictures (B, 3, H, W) about [−1, 1] in fp32, on the VAE's device."""
-    facts = models.configs["vae"]
-    z = z.float() / facts["scaling_factor"] + (facts.get("shift_factor") or 0)
-    return models.vae.decode(z.to(models.vae.device, models.vae.dtype)).sample.float()
 
 
 # ---------- text
@@ -148,7 +104,9 @@ def keep_trained_text(models: Models) -> list[nn.Module]:
     return list(models.text_encoders)
 
 
-def trained_text(models: Models, captions: list[str]) -> dict[str, Tensor]:
+def trained_text(
+    models: Models, captions: list[str], options: FluxOptions = FluxOptions()
+) -> dict[str, Tensor]:
     """The conditions that come from the trained encoders, with gradient: `pooled` (B, D)."""
     return {"pooled": _pooled(models.text_encoders[0], models.tokenizers[0], captions)}
 
@@ -216,7 +174,7 @@ def denoise(
     B, _, h, w = noisy.shape
     if h % 2 or w % 2:
         raise Refused(
-            f"latents of {h}×{w} cannot be packed 2×2; picture sides must be multiples of {FLUX.bucket_step}"
+            f"latents of {h}×{w} cannot be packed 2×2; their sides must be even, so give another --resolution"
         )
     model, device = _bare(denoiser), noisy.device
     guidance = None
@@ -262,34 +220,45 @@ def sample(
     width: int,
     steps: int,
     generator: torch.Generator,
+    negative: Mapping[str, Tensor] | None = None,
+    scale: float = 1.0,
+    guidance: float | None = None,
+    sampler: str | None = None,
 ) -> list:
     """One PIL image per caption of `text`, through the stock pipeline.
 
-    The VAE may be on another device or in another dtype than the denoiser. `generator` lives on the CPU, so
-    that a seed gives the same noise on every device.
+    `guidance` replaces the options' distilled guidance; `scale` above 1 with a `negative` text is CFG besides
+    it. The VAE may be on another device or in another dtype than the denoiser. `generator` lives on the CPU,
+    so that a seed gives the same noise on every device. Raises `Refused` for a `sampler`: flows have one.
     """
+    if sampler is not None:
+        raise Refused(f"sampler {sampler!r} is not for FLUX, which has one of its own; leave it out")
+    check_sides(height, width, bucket_step(models), "a sample")
     pipe: Any = pipeline(models)
     pipe.set_progress_bar_config(disable=True)
     model = pipe.transformer
-    step = FLUX.bucket_step
-    if height % step or width % step:
-        raise Refused(f"a sample of {width}×{height} does not fit FLUX; sides must be multiples of {step}")
-    h, w = height // FLUX.latent_scale, width // FLUX.latent_scale
+    h, w = height // latent_scale(models), width // latent_scale(models)
     B = len(text["t5"])
+    against = {}
+    if negative is not None and scale > 1:
+        against = {
+            "true_cfg_scale": scale,
+            "negative_prompt_embeds": negative["t5"].to(model.device, model.dtype),
+            "negative_pooled_prompt_embeds": negative["pooled"].to(model.device, model.dtype),
+        }
     tokens = pipe(
         prompt_embeds=text["t5"].to(model.device, model.dtype),
         pooled_prompt_embeds=text["pooled"].to(model.device, model.dtype),
+        **against,
         height=height,
         width=width,
         num_inference_steps=steps,
-        guidance_scale=options.guidance_scale,
+        guidance_scale=options.guidance_scale if guidance is None else guidance,
         generator=generator,
         joint_attention_kwargs=_attention(text, B, h * w // 4, options, model.device),
         output_type="latent",
     ).images
-    pictures = decode(models, unpack(tokens, h, w))
-    processor: Any = VaeImageProcessor(vae_scale_factor=FLUX.latent_scale)
-    return processor.postprocess(pictures.cpu(), output_type="pil")
+    return to_pil(models, unpack(tokens, h, w))
 
 
 def architecture(models: Models) -> str:
@@ -297,15 +266,18 @@ def architecture(models: Models) -> str:
     return "flux-1-dev" if models.configs["denoiser"]["guidance_embeds"] else "flux-1-schnell"
 
 
+def bucket_step(models: Models) -> int:
+    """Picture pixels per token: the VAE's scale, twice, as latents are packed 2×2."""
+    return 2 * latent_scale(models)
+
+
 FLUX = Family(
     name="flux",
-    objective="flow",
-    latent_scale=8,
-    bucket_step=16,
-    latent_channels=16,
-    base_model_version="flux1",
     implementation="https://github.com/black-forest-labs/flux",
     options=FluxOptions,
+    prediction=lambda models: "flow",
+    bucket_step=bucket_step,
+    base_model_version=lambda models: "flux1",
     architecture=architecture,
     load=load,
     add=add,
@@ -316,6 +288,7 @@ FLUX = Family(
     stack_text=stack_text,
     keep_trained_text=keep_trained_text,
     trained_text=trained_text,
+    size_conditions=lambda originals, crops, targets: {},
     empty=empty,
     denoise=denoise,
     pipeline=pipeline,

@@ -8,19 +8,16 @@ shapes.
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     T5Config,
@@ -29,9 +26,10 @@ from transformers import (
 
 from lowrank.errors import Refused
 from lowrank.models.family import Models, Source, complete, reading
+from lowrank.models.parts import without_bars
+from lowrank.models.single import check_file, clip_config
 
-SUFFIXES = (".safetensors", ".sft")
-VAE_FACTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # FLUX.1's autoencoder
+VAE_FACTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}  # FLUX.1's autoencoder
 TOKENIZERS = {CLIPTokenizer: "openai/clip-vit-large-patch14", T5TokenizerFast: "google/t5-v1_1-xxl"}
 
 # diffusers' name of a module ← BFL's name; `*` is the block's number
@@ -73,23 +71,6 @@ JOINED = {
     "linear1": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1), ("proj_mlp", 4)),
 }
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)\.(weight|bias|scale)$")
-
-
-def is_file(path: str | Path | None) -> bool:
-    """Whether `path` names a checkpoint file rather than a folder or a hub id."""
-    return path is not None and (
-        Path(path).is_file() or Path(path).suffix in (*SUFFIXES, ".ckpt", ".pt", ".pth")
-    )
-
-
-def check_file(option: str, path: str) -> None:
-    """Refuse a path that is not there, and a checkpoint file that is a pickle."""
-    if not Path(path).exists():
-        raise Refused(f"--{option} {path!r} does not exist; check the path")
-    if is_file(path) and Path(path).suffix not in SUFFIXES:
-        raise Refused(
-            f"--{option} {path!r} is no .safetensors file, and pickled checkpoints are not opened; convert it"
-        )
 
 
 def check_companions(source: Source) -> None:
@@ -195,37 +176,9 @@ def transformer(path: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def autoencoder(path: Path, dtype: torch.dtype) -> nn.Module:
-    """The autoencoder file (BFL's ae.safetensors) as diffusers' AutoencoderKL."""
-    with reading("vae", path), safe_open(path, framework="pt") as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        levels = 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.down."))
-        widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
-        layers = len({key.split(".")[4] for key in shapes if key.startswith("encoder.down.0.block.")})
-        channels = shapes["encoder.conv_out.weight"][0] // 2
-    quant = "quant_conv.weight" in shapes
-    config = {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": widths,
-        "layers_per_block": layers,
-        "latent_channels": channels,
-        "norm_num_groups": min(32, widths[0]),
-        "use_quant_conv": quant,
-        "use_post_quant_conv": quant,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        **VAE_FACTS,
-    }
-    with reading("vae", path), tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))  # diffusers reads it from a folder
-        return AutoencoderKL.from_single_file(
-            str(path), config=folder, torch_dtype=dtype, local_files_only=True
-        )
-
-
 def text_encoder(kind: Any, path: Path, dtype: torch.dtype) -> nn.Module:
     """CLIP-L or T5-XXL from one file in transformers' names (clip_l.safetensors, t5xxl_fp16.safetensors)."""
-    with reading(kind.__name__, path), safe_open(path, framework="pt") as file:
+    with reading(kind.__name__, path), without_bars(), safe_open(path, framework="pt") as file:
         state = {
             key: file.get_tensor(key).to(dtype)
             for key in file.keys()  # noqa: SIM118
@@ -238,24 +191,6 @@ def text_encoder(kind: Any, path: Path, dtype: torch.dtype) -> nn.Module:
         )
     complete(kind.__name__, path, info)
     return model
-
-
-def clip_config(shapes: dict[str, tuple[int, ...]]) -> CLIPTextConfig:
-    """CLIP's configuration; heads are 64 wide in every CLIP text model that FLUX and SDXL use."""
-    root = "text_model." if any(key.startswith("text_model.") for key in shapes) else ""
-    vocabulary, width = shapes[f"{root}embeddings.token_embedding.weight"]
-    return CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        projection_dim=width,
-        num_attention_heads=width // 64,
-        intermediate_size=shapes[f"{root}encoder.layers.0.mlp.fc1.weight"][0],
-        max_position_embeddings=shapes[f"{root}embeddings.position_embedding.weight"][0],
-        num_hidden_layers=len({k.split(".layers.")[1].split(".")[0] for k in shapes if ".layers." in k}),
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
-    )
 
 
 def t5_config(shapes: dict[str, tuple[int, ...]]) -> T5Config:
@@ -278,24 +213,3 @@ def t5_config(shapes: dict[str, tuple[int, ...]]) -> T5Config:
         use_cache=False,
         tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]  # read from **kwargs
     )
-
-
-def tokenizers(source: Source) -> tuple[Any, ...]:
-    """CLIP's and T5's tokenizers: from `--tokenizer_cache_dir`/<id with / as _>, fetched if absent."""
-    found = []
-    for kind, name in TOKENIZERS.items():
-        place = name.replace("/", "_")
-        kept = Path(source.tokenizer_cache_dir) / place if source.tokenizer_cache_dir else None
-        there = kept is not None and kept.is_dir()
-        try:
-            given = kept if there else name
-            tokenizer = kind.from_pretrained(given, local_files_only=there, cache_dir=source.cache_dir)
-        except (OSError, ValueError) as error:
-            raise Refused(
-                f"the tokenizer {name} is not here and cannot be fetched; put its files into "
-                f"{kept or '--tokenizer_cache_dir/' + place}"
-            ) from error
-        if kept is not None and not there:
-            tokenizer.save_pretrained(kept)
-        found.append(tokenizer)
-    return tuple(found)

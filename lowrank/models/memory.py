@@ -5,13 +5,14 @@ used.
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.errors import Refused
@@ -46,6 +47,13 @@ def checkpoint_blocks(
     denoiser.enable_gradient_checkpointing(checkpointed(around))
 
 
+def checkpoint_text(encoder: Any) -> None:
+    """Recompute each layer of a text encoder of transformers in the backward; it is in training mode then."""
+    enable = getattr(encoder, "activation_checkpointing_enable", None)  # its name since transformers 5
+    (enable or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
+    encoder.train()
+
+
 def store_in_fp8(denoiser: ModelMixin, compute_dtype: torch.dtype) -> None:
     """Keep the frozen base in float8_e4m3fn and widen each layer only while it computes (diffusers' layerwise
     casting).
@@ -64,15 +72,41 @@ def store_in_fp8(denoiser: ModelMixin, compute_dtype: torch.dtype) -> None:
         raise Refused(
             f"--fp8_base needs an ordinary base, but {odd} is already quantised; leave one of the two out"
         )
-    denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute_dtype)
+    outermost = ("conv_in", "conv_out")
+    convolutions = [
+        module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Conv2d) and name not in outermost
+    ]
+    denoiser.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=compute_dtype, skip_modules_classes=(nn.Conv2d,)
+    )
+    for module in convolutions:
+        module.to(torch.float8_e4m3fn)
+        module.forward = functools.partial(_convolve, module, compute_dtype)
+
+
+def _convolve(module: nn.Conv2d, dtype: torch.dtype, input: Tensor) -> Tensor:
+    """A convolution with its weight widened for this call.
+
+    Layerwise casting changes the weight in place, and a convolution's backward keeps that very weight.
+    """
+    bias = None if module.bias is None else module.bias.to(dtype)
+    return module._conv_forward(input.to(dtype), module.weight.to(dtype), bias)
 
 
 def attention(denoiser: ModelMixin, name: str) -> None:
-    """Choose the attention kernels: "sdpa" (torch's own choice among its kernels), or any backend name of
-    diffusers.
+    """Choose the attention kernels: "sdpa" (torch's own choice among its kernels), "xformers", or where the
+    model's processors ask for one (FLUX's do, U-Nets' do not) any backend name of diffusers.
     """
+    processors = (getattr(module, "processor", None) for module in denoiser.modules())
     try:
-        denoiser.set_attention_backend("native" if name == "sdpa" else name)
+        if any(hasattr(processor, "_attention_backend") for processor in processors):
+            denoiser.set_attention_backend("native" if name == "sdpa" else name)
+        elif name == "xformers":
+            denoiser.enable_xformers_memory_efficient_attention()
+        elif name != "sdpa":
+            raise ValueError("a U-Net has torch's kernels and xformers'")
     except (ValueError, RuntimeError, ImportError) as error:
         raise Refused(
             f"attention {name!r} is not available here ({str(error).splitlines()[0]}); use sdpa"

@@ -1,8 +1,9 @@
-"""Everything random in the flow objective: the noise level σ of a training sample, and the noise itself.
+"""Everything random in an objective: the noise level σ or timestep of a sample, and the noise itself.
 
-Sources: kohya sd-scripts' FLUX trainer (`timestep_sampling`), Stable Diffusion 3 (arXiv 2403.03206, §3.1:
-logit-normal, mode and cosmap densities; §5.3.2: the shift) and FLUX's sampling code (the shift that grows
-with the picture).
+Sources: kohya sd-scripts' trainers (`timestep_sampling`, the kinds of noise), Stable Diffusion 3 (arXiv
+2403.03206, §3.1: logit-normal, mode and cosmap densities; §5.3.2: the shift), FLUX's sampling code (the shift
+that grows with the picture), noise offset (N. Guttenberg, "Diffusion with Offset Noise") and pyramid noise
+(J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training").
 
 Randomness comes only from the generator passed in. It lives on the CPU, so that one seed gives the same
 numbers on every device; the caller moves the results.
@@ -118,3 +119,51 @@ def perturbed(noise: Tensor, gamma: float, random_strength: bool, generator: tor
     if random_strength:
         gamma = gamma * torch.rand((), generator=generator).item()
     return noise + gamma * gaussian(noise.shape, generator)
+
+
+def offset(
+    noise: Tensor,
+    x0: Tensor,
+    strength: float,
+    random_strength: bool,
+    adaptive: float | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """ε + o·η, η ~ N(0, 1) one number for each channel: noise that also moves a picture's mean colour.
+
+    `noise` and `x0` are one sample (C, h, w). o is `strength`, scaled by U(0, 1) with `random_strength`; with
+    `adaptive` s it is max(0, o + s·|mean of x0 over h, w|) of each channel. Strength 0 draws nothing.
+    """
+    if strength == 0:
+        return noise
+    if random_strength:
+        strength = strength * torch.rand((), generator=generator).item()
+    o: Tensor | float = strength
+    if adaptive is not None:
+        mean = x0.mean((-2, -1), keepdim=True).abs()  # (C, 1, 1)
+        o = (strength + adaptive * mean).clamp(min=0).to(noise)
+    return noise + o * gaussian((noise.shape[0], 1, 1), generator).to(noise)
+
+
+def pyramid(noise: Tensor, iterations: int, discount: float, generator: torch.Generator) -> Tensor:
+    """(ε + Σᵢ dⁱ·up(ηᵢ)) / its standard deviation: noise of several resolutions; one sample (C, h, w).
+
+    ηᵢ ~ N(0, 1) has sides max(1, ⌊h/rⁱ⌋) × max(1, ⌊w/rⁱ⌋) with a new r ~ U(2, 4) for each level i, and is
+    enlarged bilinearly; after a level with a side of 1 there is no further one. 0 iterations draw nothing.
+    """
+    if iterations == 0:
+        return noise
+    channels, h, w = noise.shape
+    for level in range(iterations):
+        r = 2 + 2 * torch.rand((), generator=generator, dtype=torch.float64).item()
+        size = (max(1, int(h / r**level)), max(1, int(w / r**level)))
+        coarse = gaussian((1, channels, *size), generator).to(noise)
+        noise = noise + discount**level * torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear")[0]
+        if 1 in size:
+            break
+    return noise / noise.std()
+
+
+def timestep(low: int, high: int, generator: torch.Generator) -> int:
+    """A whole timestep, uniform in [low, high)."""
+    return int(torch.randint(low, high, (), generator=generator))

@@ -7,7 +7,7 @@ An objective is a frozen record of options with two verbs, and that is all the t
     prediction = denoise(…, drawn.noisy, drawn.timesteps, …)
     losses = objective.losses(prediction, drawn, weight=…)     # (B,), to be averaged and logged by component
 
-`Flow` is FLUX's. Diffusion (SD 1.5, SDXL) is a second record of the same shape beside it, with its own σ(t).
+`Flow` is FLUX's. `ddpm.Diffusion` (SD 1.x, 2.x, SDXL) is a second record of the same shape beside it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Draw(NamedTuple):
 
 def interpolate(x0: Tensor, epsilon: Tensor, sigma: Tensor) -> Tensor:
     """x_t = (1 − σ) x₀ + σ ε; σ is (B,)."""
-    s = _column(sigma, x0)
+    s = column(sigma, x0)
     return (1 - s) * x0 + s * epsilon
 
 
@@ -54,7 +54,7 @@ def model_prediction(kind: str, v: Tensor, noisy: Tensor, sigma: Tensor) -> Tens
     """
     if kind == "raw":
         return v
-    return noisy + v if kind == "additive" else noisy - _column(sigma, v) * v
+    return noisy + v if kind == "additive" else noisy - column(sigma, v) * v
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,11 @@ class Flow:
                 "which has no ᾱ; pass --huber_schedule constant or exponential"
             )
 
+    @property
+    def prediction(self) -> str:
+        """What the model predicts, in the words of diffusers' schedulers."""
+        return "flow"
+
     def sigmas(self, count: int, generator: torch.Generator, latent_hw: tuple[int, int]) -> Tensor:
         """σ (count,) by these options; latent_hw in latent pixels."""
         return noise.sigmas(
@@ -123,16 +128,18 @@ class Flow:
             mode_scale=self.mode_scale,
         )
 
-    def draw(self, latents: Tensor, generator: torch.Generator) -> Draw:
+    def draw(self, latents: Tensor, generator: torch.Generator, at: float | None = None) -> Draw:
         """One σ and one ε per sample of `latents` (B, C, h, w); `generator` lives on the CPU.
 
-        Samples are drawn one after the other, so that a batch of B is B batches of one. Half-precision
-        latents are computed in fp32; float64 stays float64.
+        `at` in [0, 1] is the σ of all samples, for validation. Samples are drawn one after the other, so that
+        a batch of B is B batches of one. Half-precision latents are computed in fp32; float64 stays float64.
         """
         x0 = latents if latents.dtype == torch.float64 else latents.float()
         levels, clean, seen = [], [], []
         for _ in range(len(x0)):
-            levels.append(self.sigmas(1, generator, (x0.shape[-2], x0.shape[-1])))
+            fixed = at is not None
+            shape = (x0.shape[-2], x0.shape[-1])
+            levels.append(torch.tensor([at]) if fixed else self.sigmas(1, generator, shape))
             clean.append(noise.gaussian(x0.shape[1:], generator))
             gamma, random = self.ip_noise_gamma, self.ip_noise_gamma_random_strength
             seen.append(noise.perturbed(clean[-1], gamma, random, generator))
@@ -155,10 +162,10 @@ class Flow:
             width = huber_width(self.huber_schedule, drawn.timesteps, self.huber_c, self.huber_scale)
         loss = elementwise(self.loss_type, seen, drawn.target, width)
         if self.model_prediction_type != "additive":
-            loss = loss * _column(flow_weight(self.weighting_scheme, drawn.sigma), loss)
+            loss = loss * column(flow_weight(self.weighting_scheme, drawn.sigma), loss)
         return per_sample(loss, mask, weight)
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
+def column(values: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, 1, 1) in the dtype and on the device of `like`."""
     return values.to(like).reshape(-1, *(1,) * (like.dim() - 1))

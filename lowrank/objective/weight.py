@@ -1,7 +1,8 @@
 """How wrong a prediction is: elementwise losses, their weights, and the mean of each sample.
 
-Sources: kohya sd-scripts' loss (pseudo-Huber forms and schedules, masked loss, prior loss weight) and Stable
-Diffusion 3 (arXiv 2403.03206: the weights behind `sigma_sqrt` and `cosmap`).
+Sources: kohya sd-scripts' loss (pseudo-Huber forms and schedules, masked loss, prior loss weight,
+weights of v-prediction), Stable Diffusion 3 (arXiv 2403.03206: the weights behind `sigma_sqrt` and `cosmap`),
+min-SNR-γ (arXiv 2303.09556, in its ε and v forms) and debiased estimation (arXiv 2310.08442).
 """
 
 from __future__ import annotations
@@ -24,14 +25,43 @@ def flow_weight(scheme: str, sigma: Tensor) -> Tensor:
     return torch.ones_like(sigma)
 
 
-def huber_width(schedule: str, timesteps: Tensor, huber_c: float, huber_scale: float) -> Tensor:
-    """c(t) for timesteps in 0..1000: c·scale, or e^{ln(c)·t/1000}·scale, tight where there is much noise.
+def huber_width(
+    schedule: str, timesteps: Tensor, huber_c: float, huber_scale: float, alpha_bar: Tensor | None = None
+) -> Tensor:
+    """c(t) for timesteps in 0..1000, tight where there is much noise.
 
-    `snr` belongs to diffusion with ᾱ and has no value here; `Flow` refuses it.
+    `constant`: c·scale. `exponential`: e^{ln(c)·t/1000}·scale. `snr`: (1 − c)/(1 + σ)² + c with
+    σ = √((1 − ᾱ)/ᾱ), which needs `alpha_bar` (B,) and so belongs to diffusion; `Flow` refuses it.
     """
     if schedule == "constant":
         return torch.full_like(timesteps, huber_c * huber_scale)
-    return torch.exp(math.log(huber_c) * timesteps / 1000) * huber_scale
+    if schedule == "exponential":
+        return torch.exp(math.log(huber_c) * timesteps / 1000) * huber_scale
+    if alpha_bar is None:
+        raise ValueError("the schedule 'snr' needs ᾱ")
+    # 1/(1 + σ)² without the infinite σ of ᾱ = 0
+    near = alpha_bar / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt()).square()
+    return (1 - huber_c) * near + huber_c
+
+
+LARGEST_SNR = 1000.0  # ᾱ/(1 − ᾱ) is held below it in all weights but min-SNR's, as in kohya's
+
+
+def min_snr(snr: Tensor, gamma: float, v: bool) -> Tensor:
+    """min(SNR, γ)/SNR for a noise prediction, min(SNR, γ)/(SNR + 1) for a velocity; in SNR's shape."""
+    return snr.clamp(max=gamma) / (snr + 1 if v else snr)
+
+
+def noise_like(snr: Tensor) -> Tensor:
+    """SNR/(SNR + 1): a velocity's loss weighed by it is the loss of the noise it implies."""
+    snr = snr.clamp(max=LARGEST_SNR)
+    return snr / (snr + 1)
+
+
+def debiased(snr: Tensor, v: bool) -> Tensor:
+    """1/√SNR for a noise prediction, 1/(SNR + 1) for a velocity."""
+    snr = snr.clamp(max=LARGEST_SNR)
+    return 1 / (snr + 1) if v else snr.rsqrt()
 
 
 def elementwise(kind: str, prediction: Tensor, target: Tensor, width: Tensor | None = None) -> Tensor:

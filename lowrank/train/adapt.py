@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,15 +14,26 @@ from accelerate import Accelerator
 from torch import nn
 
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.data.loader import Loader
+from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused
 from lowrank.models import memory
 from lowrank.models.family import DTYPES, Family, Models, move, release
 from lowrank.options import Parsed
 from lowrank.tensors import read_metadata
-from lowrank.train import inputs, module
+from lowrank.train import module
+from lowrank.train.prompts import Prompt
+from lowrank.train.state import Names
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What tells one training script from another, besides its options and its family."""
+
+    tracker: str  # the log folder's name
+    unnamed: str  # stem of the last file without --output_name
+    prompt: Prompt  # what a prompt for pictures leaves open
 
 
 @dataclass(frozen=True)
@@ -30,10 +41,12 @@ class Job:
     """What a run is asked to do, once it has been checked as far as options alone allow."""
 
     parsed: Parsed
+    script: Script
     family: Family
     options: Any  # the family's switches
+    objective: Any
     accelerator: Accelerator
-    folder: Path
+    names: Names
     networks: ModuleType
     arguments: dict[str, str]
     seed: int
@@ -57,39 +70,28 @@ class Job:
         )
 
 
-def keep_encoders(
-    job: Job, models: Models, text: inputs.Text, loader: Loader, draws: bool
-) -> list[nn.Module]:
-    """Let go of what has done its work; the text encoders that are trained, if any, are returned."""
-    trains = job.value("train_text_encoder") or job.value("network_train_text_encoder_only")
-    if trains and text.live:
-        raise Refused(
-            "--train_text_encoder needs captions that can be listed; leave out --shuffle_caption, "
-            "--caption_tag_dropout_rate, --enable_wildcard and --token_warmup_step"
-        )
-    encoders = job.family.keep_trained_text(models) if trains else []
-    text.trained = bool(trains)
-    if not trains and not text.live:
-        release(models, ("text",))
-    if loader.encoded:
-        if draws:
-            move(models, ("vae",), "cpu")
-        else:
-            release(models, ("vae",))
-    return encoders
+def keep_vae(models: Models, encoded: bool, draws: bool) -> None:
+    """Let go of the VAE once latents are encoded, or keep it aside where pictures are drawn."""
+    if encoded and draws:
+        move(models, ("vae",), "cpu")
+    elif encoded:
+        release(models, ("vae",))
 
 
 def adapt(job: Job, models: Models, encoders: list[nn.Module]) -> Any:
     """Freeze the denoiser, merge --base_weights, put the network on it."""
     models.denoiser.requires_grad_(False).eval()
+    _choose_attention(job, models)
     if job.value("fp8_base") or job.value("fp8_base_unet"):
         memory.store_in_fp8(models.denoiser, DTYPES[job.accelerator.mixed_precision])
     torch.manual_seed(job.seed)
     for path in filter(None, (*job.value("base_weights"), job.value("network_weights"))):
         _check_base(job, models, path)
-    _merge_base_weights(job.parsed, job.networks, models)
+    _merge_base_weights(job.parsed, job.networks, models, encoders)
     network = job.create(models.denoiser, encoders, job.value("network_weights"))
-    _prepare_network(job.parsed, network, models, job.accelerator)
+    for encoder in encoders if job.value("gradient_checkpointing") else ():
+        memory.checkpoint_text(encoder)
+    _prepare_network(job.parsed, network, models, encoders, job.accelerator)
     return network
 
 
@@ -107,21 +109,35 @@ def _check_base(job: Job, models: Models, path: str) -> None:
     logger.warning("%s; it goes on from there all the same", told)
 
 
-def _merge_base_weights(parsed: Parsed, networks: Any, models: Models) -> None:
+def _choose_attention(job: Job, models: Models) -> None:
+    if "xformers" not in job.parsed.specs or not job.value("xformers"):
+        return
+    if importlib.util.find_spec("xformers") and job.accelerator.device.type == "cuda":
+        memory.attention(models.denoiser, "xformers")
+    else:
+        logger.warning("xformers is not installed, or there is no GPU; torch's own attention is used")
+
+
+def _merge_base_weights(parsed: Parsed, networks: Any, models: Models, encoders: list[nn.Module]) -> None:
     strengths = parsed.value("base_weights_multiplier")
+    passed = as_passed(encoders, models.denoiser)
     for index, path in enumerate(parsed.value("base_weights")):
         strength = strengths[index] if index < len(strengths) else 1.0
         other, state = networks.create_network_from_weights(
-            strength, path, None, [], models.denoiser, for_inference=True
+            strength, path, None, passed, models.denoiser, for_inference=True
         )
         logger.info("merging module: %s with multiplier %s", path, strength)
-        other.merge_to([], models.denoiser, state, None, next(models.denoiser.parameters()).device)
+        other.merge_to(passed, models.denoiser, state, None, next(models.denoiser.parameters()).device)
 
 
-def _prepare_network(parsed: Parsed, network: Any, models: Models, accelerator: Accelerator) -> None:
+def _prepare_network(
+    parsed: Parsed, network: Any, models: Models, encoders: list[nn.Module], accelerator: Accelerator
+) -> None:
     own = isinstance(network, AdapterNetwork)
     if parsed.value("gradient_checkpointing"):
         memory.checkpoint_blocks(models.denoiser, network.clock.now if own else contextlib.nullcontext)
+        for encoder in encoders:
+            memory.checkpoint_text(encoder)
         network.enable_gradient_checkpointing()
     if own:
         network.cast_frozen(DTYPES[accelerator.mixed_precision])

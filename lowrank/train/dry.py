@@ -12,7 +12,7 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.data import summary
 from lowrank.data.loader import Loader
 from lowrank.options import Parsed
-from lowrank.train import optim
+from lowrank.train import module, optim, setup
 
 GIB = 2**30
 
@@ -43,7 +43,7 @@ def show(
         f"{f' and {len(captions) - 3} more' if captions and len(captions) > 3 else ''}"
     )
     if isinstance(network, AdapterNetwork):
-        _show_layers(network, parsed)
+        _show_layers(network, parsed, setup.rate(parsed, accelerator))
     steps = optim.plan(
         len(loader),
         accelerator.num_processes,
@@ -61,12 +61,20 @@ def show(
     return 0
 
 
-def _show_layers(network: AdapterNetwork, parsed: Parsed) -> None:
-    rate = parsed.value("unet_lr") or parsed.value("learning_rate")
+def _show_layers(network: AdapterNetwork, parsed: Parsed, rate: float) -> None:
+    groups, names = module.optimizer_groups(
+        network, parsed.value("text_encoder_lr"), parsed.value("unet_lr"), rate
+    )
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     print(f"adapter: {network.method.name}, {len(network.layers())} layers")
     for layer in network.layers():
         target, alpha = network.targets[layer.name], layer.scale * layer.rank
-        print(f"  {target.native or target.name}  rank {layer.rank}  alpha {alpha:g}  lr {rate:g}")
+        own = sorted({rates.get(id(p), 0.0) for p in layer.parameters()})
+        told = ", ".join(f"{one:g}" for one in own)
+        print(f"  {target.native or target.name}  rank {layer.rank}  alpha {alpha:g}  lr {told}")
+    for name, group in zip(names, groups, strict=False):
+        count = sum(p.numel() for p in group["params"])
+        print(f"group {name.strip()}: {count:,} parameters, lr {group['lr']:g}")
 
 
 def _show_memory(denoiser: nn.Module, network: nn.Module, parsed: Parsed, dtype: torch.dtype) -> None:

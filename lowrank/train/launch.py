@@ -20,13 +20,15 @@ from lowrank.files import only_writer, writable_folder
 from lowrank.models import memory
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.options import Parsed, pairs
+from lowrank.surfaces.checks import trains_text
 from lowrank.train import dry, inputs, metadata, module, optim, setup, state
-from lowrank.train.adapt import Job, adapt, keep_encoders
+from lowrank.train.adapt import Job, Script, adapt, keep_vae
 from lowrank.train.log import RunLog, describe_run
-from lowrank.train.loop import Run, components, train
+from lowrank.train.loop import Forward, Run, components, train
 from lowrank.train.prompts import Prompt
 from lowrank.train.saving import Keeper
-from lowrank.train.state import Names, Progress
+from lowrank.train.state import KOHYAS, Names, Progress
+from lowrank.train.text import Text, all_captions
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +42,13 @@ _RESUMED = (
 )
 
 
-def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker: str) -> int:
-    """Train as `parsed` says; `objective` and `options` are the family's records, `tracker` a folder name."""
+def launch(parsed: Parsed, family: Family, objective: Any, options: Any, script: Script) -> int:
+    """Train as `parsed` says; `objective` and `options` are the family's records."""
     folder, dry_run = Path(parsed.value("output_dir")), parsed.value("dry_run")
+    names = Names(folder, parsed.value("output_name"), parsed.value("save_model_as"), script.unnamed)
     if not dry_run:
         writable_folder(folder)
-        _refuse_to_overwrite(parsed, folder)
+        _refuse_to_overwrite(parsed, names)
     accelerator = setup.accelerator(parsed, folder)
     setup.quiet(accelerator, parsed)
     networks = module.find_module(parsed.value("network_module"))
@@ -55,62 +58,71 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, tracker
         facade.check(arguments)
     optim.chosen(parsed.optimizer)
     optim.check_schedule(parsed.optimizer)
-    job = Job(parsed, family, options, accelerator, folder, networks, arguments, _seed(parsed, folder))
+    seed = _seed(parsed, folder)
+    job = Job(parsed, script, family, options, objective, accelerator, names, networks, arguments, seed)
     with only_writer(folder) if accelerator.is_main_process and not dry_run else contextlib.nullcontext():
-        return _launch(job, objective, tracker)
+        return _launch(job)
 
 
-def _launch(job: Job, objective: Any, tracker: str) -> int:
+def _launch(job: Job) -> int:
     parsed, family, accelerator = job.parsed, job.family, job.accelerator
     source = setup.source(parsed, accelerator)
     models = family.load(source, ())
+    setup.check_prediction(job.objective, family, models)
     if not job.value("dry_run"):
-        inputs.make_class_images(parsed, family, source, job.options, accelerator)
+        inputs.make_class_images(parsed, family, source, job.options, job.script.prompt, accelerator)
     loader = Loader(
         inputs.datasets(parsed),
         seed=job.seed,
         prior_loss_weight=job.value("prior_loss_weight"),
         skip_bad_images=job.value("skip_bad_images"),
-        multiple=family.bucket_step,
+        multiple=family.bucket_step(models),
         workers=job.value("max_data_loader_n_workers"),
     )
+    held = loader.held_out()
     loader = loader.shard(accelerator.process_index, accelerator.num_processes)
     shapes = rehearsal = None
     if module.facade_of(job.networks) is not None and not job.value("dim_from_weights"):
         # on the meta device: a rank or a target that does not fit is refused before hours of caching
-        shapes = family.empty(models)
-        rehearsal = job.create(shapes, [], None)
+        shapes, encoders = family.empty(models), []
+        if job.value("dry_run") and trains_text(parsed):
+            family.add(models, ("text",))
+            encoders = family.keep_trained_text(models)
+        rehearsal = job.create(shapes, encoders, None)
     if job.value("dry_run"):
         return dry.show(parsed, loader, shapes, rehearsal, accelerator, DTYPES[accelerator.mixed_precision])
 
-    prompts = setup.prompts(parsed)
+    prompts = setup.prompts(parsed, family, models, job.script.prompt)
+    drawn = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
     family.add(models, ("text", "vae"))
-    text = inputs.Text(
-        parsed, loader, family, models, job.options, tuple(p.prompt for p in prompts), accelerator
-    )
+    captions = all_captions([loader] if held is None else [loader, held])
+    text = Text(parsed, captions, family, models, job.options, tuple(drawn), trains_text(parsed), accelerator)
     loader = inputs.encode_latents(parsed, loader, family, models, accelerator)
-    encoders = keep_encoders(job, models, text, loader, bool(prompts))
+    if held is not None:
+        held = inputs.encode_latents(parsed, held, family, models, accelerator)
+    encoders = text.keep()
+    keep_vae(models, loader.encoded and (held is None or held.encoded), bool(prompts))
     family.add(models, ("denoiser",))
     network = adapt(job, models, encoders)
-    return _train(job, objective, tracker, models, loader, text, prompts, encoders, network)
+    return _train(job, models, loader, held, text, prompts, encoders, network)
 
 
 # ------------------------------------------------------------------ before anything is loaded
 
 
-def _refuse_to_overwrite(parsed: Parsed, folder: Path) -> None:
+def _refuse_to_overwrite(parsed: Parsed, names: Names) -> None:
     """A run's folder is its own: another run's checkpoints would be pruned or resumed by mistake.
 
-    With `--output_name` the adapter files are written over, as kohya's trainers do; without, they are kept.
+    Adapter files with kohya's names are written over, as kohya's trainers do; others are kept.
     """
     if parsed.value("resume"):
         return
-    final = Names(folder, parsed.value("output_name")).final()
-    there = state.checkpoints(folder) or ([] if parsed.value("output_name") else [final] * final.exists())
+    final, keeps = names.final(), names.output_name or names.unnamed == KOHYAS
+    there = state.checkpoints(names.output_dir) or ([] if keeps else [final] * final.exists())
     if there:
         raise Refused(
-            f"{folder} holds {there[-1].name} of an earlier run; go on with --resume latest, or name another "
-            "--output_dir"
+            f"{names.output_dir} holds {there[-1].name} of an earlier run; go on with --resume latest, or "
+            "name another --output_dir"
         )
     if final.exists():
         logger.warning("%s of an earlier run will be written over", final)
@@ -129,11 +141,10 @@ def _seed(parsed: Parsed, folder: Path) -> int:
 
 def _train(
     job: Job,
-    objective: Any,
-    tracker: str,
     models: Models,
     loader: Loader,
-    text: inputs.Text,
+    held: Loader | None,
+    text: Text,
     prompts: list[Prompt],
     encoders: list[nn.Module],
     network: Any,
@@ -159,6 +170,7 @@ def _train(
         family,
         models,
         loader,
+        held,
         optimizer=f"{optimizer_name}({optimizer_args})",
         steps=plan.steps,
         epochs=plan.epochs,
@@ -167,17 +179,29 @@ def _train(
         base_hash=base_hash,
         seed=job.seed,
     )
-    preview = setup.preview(parsed, prompts, job.folder, family, models, options, text, accelerator)
+    folder = job.names.output_dir
+    preview = setup.preview(parsed, prompts, folder, family, models, options, text, accelerator)
+    sizes = inputs.sizes(family, accelerator.device)
+    forward = Forward(
+        accelerator,
+        network,
+        job.objective,
+        inputs.latents_of(family, models, accelerator.device),
+        lambda batch: {**text(batch.captions), **sizes(batch)},
+        lambda noisy, t, conditions: family.denoise(models.denoiser, noisy, t, conditions, options),
+    )
     # kohya averages over one epoch; an epoch of one step would average nothing
     window = plan.steps_per_epoch if plan.steps_per_epoch > 1 else 20
-    log = RunLog(accelerator, job.folder, components(network), plan.steps, window)
-    names = Names(job.folder, job.value("output_name"), job.value("save_model_as"))
+    log = RunLog(accelerator, folder, components(network), plan.steps, window)
     facts = _facts(job, loader, base_hash)
-    keeper = Keeper(parsed, accelerator, network, optimizer, told, log, preview, names, facts, plan)
+    measured = setup.held_out(parsed, held, forward.losses, job.seed)
+    keeper = Keeper(
+        parsed, accelerator, network, optimizer, told, log, preview, measured, job.names, facts, plan
+    )
 
     progress = keeper.resume() if job.value("resume") else Progress()
     if progress.step >= plan.steps:
-        if names.final().exists():
+        if job.names.final().exists():
             raise Refused(
                 f"{job.value('resume')} is at step {progress.step} and the run ends at {plan.steps}; raise "
                 "--max_train_steps to go on from it"
@@ -185,19 +209,14 @@ def _train(
         keeper.finish(progress)  # the run was stopped between its last checkpoint and its last file
         return 0
     if accelerator.is_main_process:
-        describe_run(job.folder, parsed.toml(), parsed.command)
-    setup.start_trackers(parsed, accelerator, tracker)
+        describe_run(folder, parsed.toml(), parsed.command)
+    setup.start_trackers(parsed, accelerator, job.script.tracker)
     setup.announce(loader, plan, parsed, network, accelerator)
     run = Run(
-        accelerator,
-        network,
+        forward,
         models.denoiser,
         encoders,
         loader,
-        objective,
-        inputs.latents_of(family, models, accelerator.device),
-        text,
-        lambda noisy, t, conditions: family.denoise(models.denoiser, noisy, t, conditions, options),
         optimizer,
         scheduler,
         group_names,
@@ -230,6 +249,7 @@ def _facts(job: Job, loader: Loader, base_hash: str) -> dict[str, Any]:
     arguments = {k: v for k, v in job.arguments.items() if k != "basis_cache"}  # a place, not a setting
     facts = {name: job.value(name) for name in _RESUMED} | {
         "network_module": job.networks.__name__,
+        "text_encoders_trained": trains_text(job.parsed),
         "network_args": arguments,
         "seed": job.seed,
         "batches_per_epoch": len(loader),

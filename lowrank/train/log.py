@@ -140,6 +140,19 @@ class RunLog:
             )
             self._of_epoch.clear()
 
+    def held_out(self, value: float, kind: str, at: int) -> None:
+        """The held-out loss at a step or after an epoch (`kind`), and how far above the training loss it is.
+
+        kohya's tags: the step's is compared with the moving average, the epoch's with the same.
+        """
+        recent = sum(self._recent) / max(1, len(self._recent))
+        scalars = {
+            f"loss/validation/{kind}_average": value,
+            f"loss/validation/{kind}_divergence": value - recent,
+        }
+        self._accelerator.log(scalars, step=at)
+        self.say(f"validation loss after {kind} {at}: {value:.6f} (training {recent:.6f})")
+
     def say(self, text: str) -> None:
         """A line above the bar, on the main process."""
         if self._accelerator.is_main_process:

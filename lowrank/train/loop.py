@@ -23,22 +23,37 @@ from lowrank.train.state import Progress
 from lowrank.train.watch import first_not_finite, refuse_not_finite
 
 
-@dataclass
-class Run:
-    """All that the loop touches.
-
-    `denoise(noisy, timesteps, text) -> prediction`; `latents(batch, generator)`.
-    """
+@dataclass(frozen=True)
+class Forward:
+    """From a batch to its losses: what training and validation have in common."""
 
     accelerator: Accelerator
     network: Any  # a module of kohya's contract
+    objective: Any
+    latents: Callable[[Batch, torch.Generator], Tensor]
+    conditions: Callable[[Batch], Mapping[str, Tensor]]
+    denoise: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]  # (noisy, timesteps, conditions)
+
+    def losses(
+        self, batch: Batch, generator: torch.Generator, at: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (B,) without loss weights, and timesteps (B,); `at` in [0, 1] fixes the noise level."""
+        latents = self.latents(batch, generator)  # (B, C, h, w)
+        drawn = self.objective.draw(latents, generator, at)
+        with self.accelerator.autocast(), at_timesteps(self.network, drawn.timesteps):
+            prediction = self.denoise(drawn.noisy, drawn.timesteps, self.conditions(batch))
+        mask = None if batch.masks is None else _fit(batch.masks.to(latents.device), latents)
+        return self.objective.losses(prediction, drawn, mask=mask), drawn.timesteps
+
+
+@dataclass
+class Run:
+    """All that the loop touches."""
+
+    forward: Forward
     denoiser: nn.Module
     text_encoders: list[nn.Module]
     loader: Loader
-    objective: Any
-    latents: Callable[[Batch, torch.Generator], Tensor]
-    text: Callable[[tuple[str, ...]], Mapping[str, Tensor]]
-    denoise: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     optimizer: Any
     scheduler: Any
     group_names: list[str]
@@ -51,6 +66,14 @@ class Run:
     after_step: Callable[[Progress], bool]  # saves and draws; True to stop
     after_epoch: Callable[[Progress], None]
     last_good: Callable[[], Path | None]
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.forward.accelerator
+
+    @property
+    def network(self) -> Any:
+        return self.forward.network
 
 
 class Micro(NamedTuple):
@@ -87,13 +110,7 @@ def at_timesteps(network: Any, timesteps: Tensor) -> AbstractContextManager:
 def micro_step(run: Run, batch: Batch) -> Micro:
     """Loss of one batch, differentiable in the network's parameters."""
     device = run.accelerator.device
-    generator = stream(run.seed, batch.epoch, batch.position)
-    latents = run.latents(batch, generator)  # (B, C, h, w)
-    drawn = run.objective.draw(latents, generator)
-    with run.accelerator.autocast(), at_timesteps(run.network, drawn.timesteps):
-        prediction = run.denoise(drawn.noisy, drawn.timesteps, run.text(batch.captions))
-    mask = None if batch.masks is None else _fit(batch.masks.to(device), latents)
-    losses = run.objective.losses(prediction, drawn, mask=mask)  # (B,)
+    losses, timesteps = run.forward.losses(batch, stream(run.seed, batch.epoch, batch.position))
     weighted = losses * batch.loss_weights.to(device)
     is_reg = torch.tensor([example.is_reg for example in batch.examples], device=device)
     parts = {
@@ -102,7 +119,7 @@ def micro_step(run: Run, batch: Batch) -> Micro:
     }
     if _penalties(run.network):
         parts |= run.network.penalties()
-    return Micro(torch.stack(list(parts.values())).sum(), parts, losses, drawn.timesteps)
+    return Micro(torch.stack(list(parts.values())).sum(), parts, losses, timesteps)
 
 
 def _fit(masks: Tensor, latents: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.adapters.kohya import Facade
+from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused, nearest
 
 # diffusers' classes by the names in Black Forest Labs' code (flux/modules/layers.py), which kohya's modules
@@ -99,6 +100,7 @@ def create(
     """
     facade = facade_of(module)
     foreign = facade is None
+    encoders = as_passed(text_encoders, denoiser)
     if facade is not None:
         facade.check(arguments)
         alpha = facade.default_alpha(rank or 4) if alpha is None else alpha
@@ -114,23 +116,21 @@ def create(
         _published(denoiser, foreign),
     ):
         if dim_from_weights:
-            network, _ = module.create_network_from_weights(
-                1.0, weights, None, list(text_encoders), unet, **extra
-            )
+            network, _ = module.create_network_from_weights(1.0, weights, None, encoders, unet, **extra)
         else:
             network = module.create_network(
                 1.0,
                 rank,
                 1.0 if alpha is None else alpha,
                 None,
-                list(text_encoders),
+                encoders,
                 unet,
                 neuron_dropout=dropout,
                 **extra,
             )
     if network is None:
         raise Refused(f"{module.__name__} made no network for this model; see its messages above")
-    network.apply_to(list(text_encoders), denoiser, bool(text_encoders), train_denoiser)
+    network.apply_to(encoders, denoiser, bool(text_encoders), train_denoiser)
     if foreign and train_denoiser and before and _block_layers(denoiser) == before:
         raise Refused(
             f"{module.__name__} adapts no layer in the blocks of {type(denoiser).__name__} with "

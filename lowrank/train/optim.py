@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lowrank.errors import Refused, nearest
 from lowrank.fields import literals
-from lowrank.flags import Optimizer as Options
+from lowrank.flags.training import Optimizer as Options
 from lowrank.train.curves import LAST_RATE, Curve, factor
 
 log = logging.getLogger(__name__)

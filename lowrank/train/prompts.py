@@ -12,12 +12,12 @@ from typing import Any
 
 from lowrank.errors import Refused, nearest
 from lowrank.files import parse_toml
-from lowrank.flags import SEEDS
+from lowrank.flags.training import SEEDS
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture to draw; sizes in pixels, `scale` is CFG's guidance, `guidance` FLUX's distilled one."""
+    """One picture to draw; sizes in pixels, `scale` is CFG's, `guidance_scale` FLUX's distilled one."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -25,8 +25,9 @@ class Prompt:
     height: int = 512
     sample_steps: int = 20
     scale: float = 1.0
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = 3.5  # None: the family has none
     seed: int | None = None
+    sample_sampler: str | None = None  # None: the run's, or the family's only one
 
 
 # kohya's one-letter options of a prompt line
@@ -38,8 +39,9 @@ _LETTERS = {
     "s": "sample_steps",
     "l": "scale",
     "g": "guidance_scale",
+    "ss": "sample_sampler",
 }
-_OTHERS = ("ss", "cn", "ctr", "rcfg", "fs")  # of other models or samplers: refused by name
+_OTHERS = ("cn", "ctr", "rcfg", "fs")  # of other models: refused by name
 _KINDS = {
     "width": int,
     "height": int,
@@ -49,6 +51,7 @@ _KINDS = {
     "guidance_scale": float,
     "prompt": str,
     "negative_prompt": str,
+    "sample_sampler": str,
 }
 _WORDS = {int: "a whole number", float: "a finite number", str: "a text"}
 _LIMITS = {
@@ -76,18 +79,27 @@ def _value(where: str, key: str, value: Any) -> Any:
     return read
 
 
-def _checked(where: str, values: dict[str, Any], default: Prompt) -> Prompt:
+def _checked(where: str, values: dict[str, Any], default: Prompt, step: int) -> Prompt:
     for key in values:
         if key not in _KINDS:
             raise Refused(
                 f"{where} has the unknown key {key!r}{nearest(key, _KINDS)}; known: {', '.join(_KINDS)}"
             )
     prompt = replace(default, **{key: _value(where, key, value) for key, value in values.items()})
-    return replace(prompt, width=prompt.width // 16 * 16, height=prompt.height // 16 * 16)
+    return rounded(prompt, step)
 
 
-def parse_line(line: str, default: Prompt, where: str = "the prompt") -> Prompt:
-    """`a cat --n blurry --w 512 --h 768 --d 1 --s 28 --g 3.5`; letters in either case. Raises `Refused`."""
+def rounded(prompt: Prompt, step: int) -> Prompt:
+    """The prompt with its sides rounded down to multiples of `step`, at least one."""
+    width, height = (max(step, side // step * step) for side in (prompt.width, prompt.height))
+    return replace(prompt, width=width, height=height)
+
+
+def parse_line(line: str, default: Prompt, where: str = "the prompt", step: int = 16) -> Prompt:
+    """`a cat --n blurry --w 512 --h 768 --d 1 --s 28 --l 7.5 --ss euler_a`; letters in either case.
+
+    `default` is what a line leaves open; sides are multiples of `step`. Raises `Refused`.
+    """
     parts = re.split(r"\s--(?=[A-Za-z])", " " + line)
     values: dict[str, Any] = {"prompt": parts[0].strip()}
     for part in parts[1:]:
@@ -95,13 +107,13 @@ def parse_line(line: str, default: Prompt, where: str = "the prompt") -> Prompt:
         name = _LETTERS.get(letter.lower())
         if name is None:
             known = " ".join(f"--{letter}" for letter in _LETTERS)
-            why = "is not for FLUX" if letter.lower() in _OTHERS else "is unknown"
+            why = "is for other models" if letter.lower() in _OTHERS else "is unknown"
             raise Refused(f"{where}: option --{letter} {why}; a prompt line knows {known}")
         values[name] = value.strip()
-    return _checked(where, values, default)
+    return _checked(where, values, default, step)
 
 
-def read_prompts(path: str | Path, default: Prompt) -> list[Prompt]:
+def read_prompts(path: str | Path, default: Prompt, step: int = 16) -> list[Prompt]:
     """The prompts of a file. `.txt`: a prompt per line, `#` comments. `.toml`: `[prompt]` defaults and
     `[[prompt.subset]]`. `.json`: a list of lines or objects. Raises `Refused` naming file and entry."""
     path = Path(path)
@@ -119,7 +131,9 @@ def read_prompts(path: str | Path, default: Prompt) -> list[Prompt]:
     else:
         raise Refused(f"--sample_prompts {path} is neither .txt, .toml nor .json; save it as one of them")
     found = [
-        parse_line(entry, default, where) if isinstance(entry, str) else _checked(where, entry, default)
+        parse_line(entry, default, where, step)
+        if isinstance(entry, str)
+        else _checked(where, entry, default, step)
         for where, entry in entries
     ]
     if not found or not all(prompt.prompt for prompt in found):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from lowrank.options import Parsed
 from lowrank.train import hub, metadata, optim, state
 from lowrank.train.ema import Ema
+from lowrank.train.held import HeldOut
 from lowrank.train.log import RunLog
 from lowrank.train.state import Names, Progress
 from lowrank.train.watch import Preview
@@ -29,6 +30,7 @@ class Keeper:
         told: Mapping[str, str],
         log: RunLog,
         preview: Preview,
+        held: HeldOut | None,
         names: Names,
         run_facts: Mapping[str, Any],
         plan: Any,
@@ -40,7 +42,7 @@ class Keeper:
             optimizer,
         )
         self._parsed, self._told, self._log, self._preview, self._names = parsed, told, log, preview, names
-        self._facts, self._plan = run_facts, plan
+        self._facts, self._plan, self._held = run_facts, plan, held
         self._good: Path | None = None
         self.stop_asked = self.stopped = False
         decay = parsed.value("ema_decay")
@@ -65,6 +67,10 @@ class Keeper:
             self._expire(step, options.save_every_n_steps)
         if self._preview.due(step=step) and not last:
             self.draw(f"{step:06d}", step)
+        if self._held and self._held.due(step=step):
+            self._measure("step", step)
+        if last and progress.position == self._plan.batches:  # the loop ends before it ends the epoch
+            self._tell_epoch(progress.epoch + 1)
         if self.stop_asked and not last:
             self._checkpoint(progress)
             self.stopped = True
@@ -74,7 +80,7 @@ class Keeper:
     def after_epoch(self, progress: Progress) -> None:
         """Save and draw what the epoch that just ended owes; `progress.epoch` counts the ended ones."""
         epoch = progress.epoch
-        self._log.epoch(epoch)
+        self._tell_epoch(epoch)
         if self._every_epochs and epoch % self._every_epochs == 0:
             path = self._names.epoch(epoch)
             self._write(path, progress, self._options.save_state)
@@ -134,6 +140,17 @@ class Keeper:
         """Pictures of the adapter as it would be saved."""
         with self._shown():
             self._preview.run(self._accelerator, self._network, tag, step)
+
+    def _tell_epoch(self, epoch: int) -> None:
+        self._log.epoch(epoch)
+        if self._held and self._held.due(epoch=epoch):
+            self._measure("epoch", epoch)
+
+    def _measure(self, kind: str, at: int) -> None:
+        assert self._held is not None  # asked by the callers
+        with self._shown():
+            value = self._held.measure(self._accelerator, self._network)
+        self._log.held_out(value, kind, at)
 
     @contextlib.contextmanager
     def _shown(self):

@@ -12,24 +12,32 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from PIL import Image
 
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.data.loader import Loader
 from lowrank.data.summary import summary
-from lowrank.errors import Refused
+from lowrank.errors import Refused, nearest
 from lowrank.models.family import DTYPES, Family, Models, Source, move
 from lowrank.options import Parsed
-from lowrank.train.inputs import Text
+from lowrank.train.held import HeldOut
+from lowrank.train.inputs import draw
 from lowrank.train.prompts import Prompt, read_prompts
+from lowrank.train.text import Text
 from lowrank.train.watch import Preview
 
 logger = logging.getLogger(__name__)
 
 
 def accelerator(parsed: Parsed, folder: Path) -> Accelerator:
-    trackers = parsed.value("log_with") or "tensorboard"
+    """accelerate's record of processes, device and precision.
+
+    Raises `Refused` for a GPU that is named and not there, and for switches that need another precision.
+    """
     logs = folder / "logs"
+    trackers = parsed.value("log_with")
     if parsed.value("logging_dir"):
+        trackers = trackers or "tensorboard"
         logs = Path(parsed.value("logging_dir")) / (
             (parsed.value("log_prefix") or "") + time.strftime("%Y%m%d%H%M%S")
         )
@@ -38,7 +46,7 @@ def accelerator(parsed: Parsed, folder: Path) -> Accelerator:
 
         wandb.login(key=parsed.value("wandb_api_key"))
     accelerator = Accelerator(
-        mixed_precision=parsed.value("mixed_precision"),
+        mixed_precision=_precision(parsed),
         log_with=None if trackers == "none" else trackers,
         gradient_accumulation_steps=parsed.value("gradient_accumulation_steps"),
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(logs)),
@@ -49,13 +57,43 @@ def accelerator(parsed: Parsed, folder: Path) -> Accelerator:
             f"CUDA_VISIBLE_DEVICES={named} names a GPU, and torch finds none to use here; give `cpu` for the "
             "GPU_ID, or check the driver and torch's CUDA build"
         )
-    for flag, needed in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
-        if parsed.value(flag) and accelerator.mixed_precision != needed:
+    used = accelerator.mixed_precision
+    for flag, needed in (
+        ("full_fp16", ("fp16",)),
+        ("full_bf16", ("bf16",)),
+        ("fp8_base", ("fp16", "bf16")),
+        ("fp8_base_unet", ("fp16", "bf16")),
+    ):
+        if parsed.value(flag) and used not in needed:
             raise Refused(
-                f"--{flag} needs --mixed_precision {needed}, and it is {accelerator.mixed_precision}; set "
-                "both or none"
+                f"--{flag} needs --mixed_precision {' or '.join(needed)}, and it is {used}; set both or none"
             )
+    if parsed.value("full_fp16"):
+        _scale_fp16_gradients(accelerator)
     return accelerator
+
+
+def _precision(parsed: Parsed) -> str | None:
+    """--mixed_precision; fp16, which accelerate offers on GPUs alone, is fp32 where there is none."""
+    asked = parsed.value("mixed_precision")
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if gpu and os.environ.get("ACCELERATE_USE_CPU") != "true":
+        return asked
+    if (asked or os.environ.get("ACCELERATE_MIXED_PRECISION")) != "fp16" or parsed.value("full_fp16"):
+        return asked
+    logger.warning("there is no GPU, and mixed precision fp16 needs one: this run computes in fp32")
+    return "no"
+
+
+def _scale_fp16_gradients(accelerator: Accelerator) -> None:
+    """Let the gradient scaler unscale gradients of fp16 parameters, which torch forbids unless told so."""
+    scaler: Any = accelerator.scaler
+    if scaler is None:
+        return
+    unscale = scaler._unscale_grads_
+    scaler._unscale_grads_ = lambda optimizer, scale, found, _allow_fp16: unscale(
+        optimizer, scale, found, True
+    )
 
 
 def start_trackers(parsed: Parsed, accelerator: Accelerator, default: str) -> None:
@@ -83,9 +121,9 @@ def quiet(accelerator: Accelerator, parsed: Parsed) -> None:
 
 
 def source(parsed: Parsed, accelerator: Accelerator) -> Source:
-    if not parsed.value("pretrained_model_name_or_path"):
-        raise Refused("--pretrained_model_name_or_path is missing; name a model folder or a hub id")
+    """Where the base model is, and how it is loaded."""
     names = ("revision", "variant", "cache_dir", "vae", "clip_l", "t5xxl", "ae", "tokenizer_cache_dir")
+    names += ("v2", "v_parameterization")
     given = {name: parsed.value(name) for name in names if name in parsed.specs}
     dtype = DTYPES[accelerator.mixed_precision]
     return Source(
@@ -97,16 +135,39 @@ def source(parsed: Parsed, accelerator: Accelerator) -> Source:
     )
 
 
-def prompts(parsed: Parsed) -> list[Prompt]:
-    width, height = parsed.value("resolution") or (512, 512)
-    default = Prompt("", width=width, height=height)
-    if parsed.value("sample_prompts"):
-        return read_prompts(parsed.value("sample_prompts"), default)
-    return (
-        [Prompt(parsed.value("validation_prompt"), width=width, height=height)]
-        if parsed.value("validation_prompt")
-        else []
+def check_prediction(objective: Any, family: Family, models: Models) -> None:
+    """The base must predict what the objective compares; one that says otherwise is refused, or warned of."""
+    if getattr(objective, "zero_terminal_snr", False):  # pictures are then drawn on that schedule too
+        models.configs["scheduler"] = {**models.configs["scheduler"], "rescale_betas_zero_snr": True}
+    told = family.prediction(models)
+    if told == objective.prediction:
+        return
+    if told == "v_prediction":
+        raise Refused(
+            f"{models.source.path} says that it predicts velocities (v_prediction), and --v_parameterization "
+            "is missing; give it, or correct the model's scheduler configuration"
+        )
+    logger.warning(
+        "%s says that it predicts %s, and the target is %s", models.source.path, told, objective.prediction
     )
+
+
+def prompts(parsed: Parsed, family: Family, models: Models, default: Prompt) -> list[Prompt]:
+    """What to draw while training; `default` says what a prompt line leaves open."""
+    width, height = parsed.value("resolution") or (default.width, default.height)
+    default, found = replace(default, width=width, height=height), []
+    if parsed.value("sample_prompts"):
+        found = read_prompts(parsed.value("sample_prompts"), default, family.bucket_step(models))
+    elif parsed.value("validation_prompt"):
+        found = [replace(default, prompt=parsed.value("validation_prompt"))]
+    own = parsed.specs.get("sample_sampler")
+    for prompt in found:
+        name = prompt.sample_sampler
+        known = (own.flag.choices or ()) if own else ()
+        if name is not None and name not in known:
+            way_out = f"give one of {', '.join(known)}" if known else "this model has its own; leave it out"
+            raise Refused(f"the sampler {name!r} of a prompt is unknown{nearest(name, known)}; {way_out}")
+    return found
 
 
 def preview(
@@ -119,33 +180,41 @@ def preview(
     text: Text,
     accelerator: Accelerator,
 ) -> Preview:
-    def draw(prompt: Prompt, seed: int):
-        sampled = replace(options, guidance_scale=prompt.guidance_scale)
+    sampler = parsed.value("sample_sampler") if "sample_sampler" in parsed.specs else None
+
+    def picture(prompt: Prompt, seed: int) -> Image.Image:
         if models.vae is not None:
             move(models, ("vae",), accelerator.device)
-        return family.sample(
-            models,
-            text((prompt.prompt,)),
-            sampled,
-            height=prompt.height,
-            width=prompt.width,
-            steps=prompt.sample_steps,
-            generator=torch.Generator().manual_seed(seed),
-        )[0]
+        return draw(family, models, options, text, prompt, seed)
 
     by_file = bool(parsed.value("sample_prompts"))
     epochs = parsed.value("sample_every_n_epochs") or (
         None if by_file or parsed.value("sample_every_n_steps") else parsed.value("validation_epochs")
     )
     return Preview(
-        prompts,
-        draw,
+        [replace(prompt, sample_sampler=prompt.sample_sampler or sampler) for prompt in prompts],
+        picture,
         folder / "sample",
         parsed.value("output_name") or "",
         per_prompt=1 if by_file else parsed.value("num_validation_images"),
         seed=parsed.value("seed"),
         every_epochs=epochs,
         every_steps=parsed.value("sample_every_n_steps"),
+    )
+
+
+def held_out(parsed: Parsed, loader: Loader | None, losses: Any, seed: int) -> HeldOut | None:
+    """What is measured, and when; None where nothing is held out."""
+    if loader is None:
+        return None
+    options = parsed.validation
+    return HeldOut(
+        loader,
+        losses,
+        seed if options.validation_seed is None else options.validation_seed,
+        options.validate_every_n_steps,
+        options.validate_every_n_epochs,
+        options.max_validation_steps,
     )
 
 

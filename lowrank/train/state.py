@@ -20,6 +20,7 @@ from lowrank.errors import Refused
 from lowrank.files import atomic_folder, part_of, sha256
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+DIFFUSERS, KOHYAS = "pytorch_lora_weights", "last"  # stems of a run's last file, where the run has no name
 STATE = "train_state.json"
 
 
@@ -27,15 +28,16 @@ STATE = "train_state.json"
 class Names:
     """Where things go.
 
-    With an output name kohya's file names are used, without one those of diffusers' scripts.
+    With an output name kohya's file names are used; without one, `unnamed` is the last file's.
     """
 
     output_dir: Path
     output_name: str | None
     extension: str = "safetensors"
+    unnamed: str = DIFFUSERS  # stem of the last file without an output name
 
     def final(self) -> Path:
-        return self.output_dir / (f"{self.output_name}.{self.extension}" if self.output_name else WEIGHTS)
+        return self.output_dir / f"{self.output_name or self.unnamed}.{self.extension}"
 
     def epoch(self, epoch: int) -> Path:
         stem = f"{self.output_name}-{epoch:06d}" if self.output_name else f"epoch-{epoch:06d}"
@@ -157,7 +159,7 @@ def load_state(folder: Path, accelerator: Accelerator, network: Any, run: Mappin
                 f"{folder} is damaged: {name} is missing or altered; resume from an earlier checkpoint"
             )
     for key, value in run.items():
-        if before.get(key) != value:
+        if key in before and before[key] != value:  # an older version wrote fewer
             raise Refused(
                 f"{folder} belongs to another run: its {key} is {before.get(key)} and this run's is {value}; "
                 "use the same settings, or start from its weights with --network_weights"

@@ -71,10 +71,16 @@ class Preview:
 
 def describe(prompt: Prompt, seed: int) -> str:
     """The settings of a picture in the field's usual text form."""
-    return (
-        f"{prompt.prompt}\nSteps: {prompt.sample_steps}, Guidance: {prompt.guidance_scale:g}, Seed: {seed}, "
-        f"Size: {prompt.width}x{prompt.height}"
-    )
+    facts: dict[str, Any] = {"Steps": prompt.sample_steps}
+    if prompt.sample_sampler:
+        facts["Sampler"] = prompt.sample_sampler
+    if prompt.scale > 1:
+        facts["CFG scale"] = f"{prompt.scale:g}"
+    if prompt.guidance_scale is not None:
+        facts["Guidance"] = f"{prompt.guidance_scale:g}"
+    facts |= {"Seed": seed, "Size": f"{prompt.width}x{prompt.height}"}
+    against = f"\nNegative prompt: {prompt.negative_prompt}" if prompt.negative_prompt else ""
+    return f"{prompt.prompt}{against}\n{', '.join(f'{name}: {fact}' for name, fact in facts.items())}"
 
 
 def save_png(path: Path, image: Image.Image, parameters: str) -> None:

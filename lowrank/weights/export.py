@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,19 +10,19 @@ from torch import Tensor
 
 from lowrank.adapters import keys
 from lowrank.tensors import write_tensors
-from lowrank.weights.names import Layers, read_layers, refuse_magnitudes, thin
+from lowrank.weights.names import Layers, read_layers, refuse_magnitudes, spelled, thin
 
 
 def to_lora(layers: Layers, source: str = "the file", method: str | None = None) -> dict[str, Tensor]:
-    """PEFT's keys: `transformer.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha` (scale: alpha/rank)."""
+    """A plain LoRA's tensors, under PEFT's keys (`transformer.<module>.lora_A.weight`, …) or, where the file
+    has kohya's names, kohya's; the scale is alpha/rank.
+    """
     refuse_magnitudes(layers, source)
     state = {}
     for module, roles in layers.items():
         up, down, scale = thin(module, roles, source, method)
-        prefix = module if keys.is_text_encoder(module) else f"transformer.{module}"
-        state[f"{prefix}.lora_A.weight"] = down
-        state[f"{prefix}.lora_B.weight"] = up
-        state[f"{prefix}.alpha"] = torch.tensor(scale * down.shape[0])
+        plain = {"down": down, "up": up, "alpha": torch.tensor(scale * down.shape[0])}
+        state |= spelled(module, plain, roles)
     return state
 
 
@@ -29,7 +30,7 @@ def export_lora(source: str | Path, target: str | Path) -> dict[str, Tensor]:
     """Write `source` as a plain LoRA to `target`; returns what was written."""
     layers, metadata = read_layers(source)
     state = to_lora(layers, str(source), metadata.get("lowrank.method"))
-    ranks = {value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")}
+    ranks = ranks_of(state)
     kept = {
         key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec.", "lowrank.base"))
     }
@@ -41,6 +42,12 @@ def export_lora(source: str | Path, target: str | Path) -> dict[str, Tensor]:
     }
     write_tensors(target, state, {**kept, **facts})
     return state
+
+
+def ranks_of(state: Mapping[str, Tensor]) -> set[int]:
+    """The ranks in an exported state dict."""
+    downs = (keys.KOHYA["down"], keys.PEFT["down"])
+    return {value.shape[0] for key, value in state.items() if key.endswith(downs)}
 
 
 def worst_difference(source: str | Path, target: str | Path) -> float:

@@ -19,7 +19,7 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
 from lowrank.errors import Refused
 from lowrank.tensors import write_tensors
-from lowrank.weights.names import Thin, read_layers, refuse_magnitudes, shares_basis, thin
+from lowrank.weights.names import Thin, read_layers, refuse_magnitudes, shares_basis, spelled, thin
 
 STATIC = Method("static", Factor(lambda *_: ({}, {}), trained=()))
 
@@ -127,17 +127,12 @@ class Mixture:
         state = {}
         for name, module in self.modules.items():
             first = self._parts[name][0][1]
-            prefix = (
-                module
-                if keys.is_text_encoder(module) or module.startswith("lora_")
-                else f"transformer.{module}"
-            )
             down = self.down(name, weights)
             roles = {"q": self.up(name), "delta_r": down} if together else {"up": self.up(name), "down": down}
             if together and "base_r" in first:
                 roles["base_r"] = first["base_r"].float() * self._thin[name][0][1].scale
             roles["alpha"] = torch.tensor(float(down.shape[0]))
-            state |= {f"{prefix}.{keys.PEFT[role]}": value for role, value in roles.items()}
+            state |= spelled(module, roles, first)
         kept = {
             f"lowrank.{fact}": value
             for fact in ("base_hash", "base_model", *(["basis_hash"] if together else []))
@@ -167,10 +162,11 @@ class AttachedMixture:
         roots = [("unet", denoiser), *((f"te{i + 1}", encoder) for i, encoder in enumerate(text_encoders))]
         wanted = {part: [m for m in mixture.modules.values() if _part(m) == part] for part, _ in roots}
         hosts = {
-            keys.flat(t.native or t.name): t
+            spelled: t
             for part, root in roots
             if wanted[part]
             for t in find(part, root, target=".")
+            for spelled in t.spellings
         }
         lost = [module for name, module in mixture.modules.items() if name not in hosts]
         if lost:

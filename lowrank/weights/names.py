@@ -8,6 +8,7 @@ files up and down.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ _SIDES = {
     "down": ("rank", "inputs"),
     "up": ("outputs", "rank"),
 }
+_UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
 _BASIS = ("q", "base_r")  # what files may be saved without
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,27 @@ def thin(
     if "q" in flat:
         return Thin(torch.cat([flat["up"], flat["q"]], 1), torch.cat([flat["down"], -flat["base_r"]]), scale)
     return Thin(flat["up"], flat["down"], scale)
+
+
+def spelled(module: str, roles: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One layer's tensors under file keys, in the dialect that `module`'s name is of.
+
+    kohya's names keep kohya's suffixes, dotted paths get PEFT's and the prefix of their model. Where the
+    factors `like` are of a convolution, the flat ones given get its kernel back.
+    """
+    table, prefix = keys.PEFT, module
+    if module.startswith("lora_"):
+        table = keys.KOHYA
+    elif not keys.is_text_encoder(module):
+        prefix = f"{'unet' if _UNET.match(module) else 'transformer'}.{module}"
+    kernel = next((like[role].shape[2:] for role in ("down", "delta_r") if role in like), ())
+    state = {}
+    for role, value in roles.items():
+        if kernel and role in _SIDES:
+            rows = _SIDES[role][0] == "rank"  # R×(I·k·k), else O×R
+            value = value.reshape(len(value), -1, *(kernel if rows else [1] * len(kernel)))
+        state[f"{prefix}.{table[role]}"] = value
+    return state
 
 
 def refuse_magnitudes(layers: Layers, source: str) -> None:

@@ -1,0 +1,93 @@
+"""`module_rules`: rank, alpha and learning rate of layers by the pattern of their names.
+
+    module_rules = "attn2 -> rank=16 alpha=8; ^unet\\.mid_block -> lr=5e-5; ^te -> off"
+
+Rules are set apart by semicolons or lines. Each pattern is a regular expression, searched in the part and the
+dotted path of a layer (`unet.mid_block.attentions.0.proj_in`, `te1.text_model.encoder.layers.0.mlp.fc1`); the
+first rule that matches a layer holds for it. `rank` and `alpha` replace --network_dim, --network_alpha and
+every other argument about them, `lr` is the layer's learning rate itself, and `off` leaves the layer out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lowrank.errors import Refused, nearest
+
+_KINDS = {"rank": int, "alpha": float, "lr": float}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for layers that the pattern is found in; None leaves a value as it is, rank 0 is `off`."""
+
+    pattern: re.Pattern
+    rank: int | None = None
+    alpha: float | None = None
+    lr: float | None = None
+
+
+def parse(text: str | None) -> tuple[Rule, ...]:
+    """The rules of a `module_rules` text. Raises `Refused`, quoting the rule that cannot be read."""
+    pieces = [piece.strip() for piece in re.split(r"[;\n]", text or "")]
+    return tuple(_rule(piece) for piece in pieces if piece)
+
+
+def _rule(text: str) -> Rule:
+    pattern, arrow, said = (piece.strip() for piece in text.rpartition("->"))
+    if not arrow or not pattern or not said:
+        raise Refused(
+            f"module_rules {text!r} is not of the form PATTERN -> rank=8 alpha=4 lr=1e-4, or PATTERN -> off"
+        )
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise Refused(
+            f"module_rules has {pattern!r}, which is not a regular expression ({error}); escape dots as \\."
+        ) from error
+    return Rule(compiled, rank=0) if said == "off" else Rule(compiled, **_values(text, said))
+
+
+def _values(text: str, said: str) -> dict:
+    found = {}
+    for word in said.split():
+        name, _, value = word.partition("=")
+        if name not in _KINDS:
+            raise Refused(
+                f"module_rules {text!r} sets {name!r}{nearest(name, _KINDS)}; it may set "
+                f"{', '.join(_KINDS)}, or say off"
+            )
+        try:
+            number = _KINDS[name](value)
+        except ValueError:
+            number = -1
+        lowest = 0 if name == "lr" else 1 if name == "rank" else math.ulp(0)
+        if not lowest <= number < math.inf:
+            raise Refused(
+                f"module_rules {text!r} has {word}, which is not a {_KINDS[name].__name__} of "
+                f"{'0 or more' if name == 'lr' else 'more than 0'}; correct it, or say off"
+            )
+        found[name] = number
+    return found
+
+
+def first(rules: Sequence[Rule], path: str) -> int | None:
+    """The position of the first rule whose pattern is found in the path, or None."""
+    return next((i for i, rule in enumerate(rules) if rule.pattern.search(path)), None)
+
+
+def check(rules: Sequence[Rule], paths: Iterable[str]) -> None:
+    """Raise `Refused` for a rule that holds for none of the layers."""
+    paths = list(paths)
+    used = {first(rules, path) for path in paths}
+    for i, rule in enumerate(rules):
+        if i not in used:
+            taken = any(rule.pattern.search(path) for path in paths)
+            why = "matches only layers of earlier rules" if taken else "matches no adapted layer"
+            raise Refused(
+                f"module_rules pattern {rule.pattern.pattern!r} {why}; layers are named like "
+                f"{', '.join(paths[:2])}"
+            )

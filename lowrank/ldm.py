@@ -1,0 +1,144 @@
+"""Names in original Stable Diffusion files (CompVis' latent-diffusion, Stability's generative-models) of what
+diffusers calls otherwise.
+
+One rule serves two readers: checkpoints in the original layout, and SDXL adapter keys, which kohya's trainers
+write with the original block names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+_TOP = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
+_IN_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(.*)$")
+_IN_MIDDLE = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)(.*)$")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What the numbering of a U-Net's original blocks depends on."""
+
+    layers: int  # resnets per block on the way down; one more on the way up
+    attending: frozenset[int]  # blocks on the way up that attend
+
+    @classmethod
+    def of(cls, unet: Any) -> Blocks:
+        """The numbering of diffusers' UNet2DConditionModel."""
+        ups = enumerate(unet.up_blocks)
+        return cls(
+            len(unet.down_blocks[0].resnets),
+            frozenset(i for i, block in ups if getattr(block, "attentions", None)),
+        )
+
+
+def unet_name(path: str, blocks: Blocks) -> str:
+    """The original name of a module or tensor of diffusers' U-Net: `down_blocks.1.attentions.0.norm` is
+    `input_blocks.4.1.norm` where blocks have two layers. What lies inside an attention block has one name.
+    """
+    if found := _IN_MIDDLE.match(path):
+        kind, rest = found.groups()
+        return f"middle_block.{_MIDDLE[kind]}{_inside(kind, rest)}"
+    if found := _IN_BLOCK.match(path):
+        side, i, kind, j, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+        first = (blocks.layers + 1) * i
+        inner = _inside(kind, rest)
+        if side == "down":
+            if kind == "downsamplers":
+                return f"input_blocks.{first + blocks.layers + 1}.0.op{inner.removeprefix('.conv')}"
+            return f"input_blocks.{first + j + 1}.{int(kind == 'attentions')}{inner}"
+        if kind == "upsamplers":
+            return f"output_blocks.{first + blocks.layers}.{1 + (i in blocks.attending)}{inner}"
+        return f"output_blocks.{first + j}.{int(kind == 'attentions')}{inner}"
+    for ours, theirs in _TOP.items():
+        if path == ours or path.startswith(f"{ours}."):
+            return theirs + path[len(ours) :]
+    return path
+
+
+def _inside(kind: str, rest: str) -> str:
+    if not kind.startswith("resnets"):
+        return rest
+    part, dot, tail = rest.removeprefix(".").partition(".")
+    return f".{_RESNET.get(part, part)}{dot}{tail}" if part else rest
+
+
+_VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
+# the second names are those of diffusers before 0.15
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"} | {
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+}
+_VAE_BLOCK = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)$")
+_VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.+)$")
+
+
+def vae_name(path: str, levels: int) -> str:
+    """The original name of a tensor of diffusers' AutoencoderKL; decoders count their levels from the end."""
+    if found := _VAE_MIDDLE.match(path):
+        side, kind, i, rest = found.groups()
+        if kind == "resnets":
+            return f"{side}.mid.block_{int(i) + 1}.{_renamed(rest, _VAE_RESNET)}"
+        return f"{side}.mid.attn_1.{_renamed(rest, _VAE_ATTENTION)}"
+    if found := _VAE_BLOCK.match(path):
+        side, way, i, kind, j, rest = found.groups()
+        level = int(i) if way == "down" else levels - 1 - int(i)
+        inner = f"block.{j}" if kind == "resnets" else f"{way}sample"
+        return f"{side}.{way}.{level}.{inner}.{_renamed(rest, _VAE_RESNET)}"
+    return path.replace(".conv_norm_out.", ".norm_out.")
+
+
+def _renamed(rest: str, table: dict[str, str]) -> str:
+    part, dot, kind = rest.rpartition(".")
+    return table.get(part, part) + dot + kind
+
+
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "text_projection.weight": "text_projection",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_CLIP_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+
+
+def open_clip_name(name: str) -> tuple[str, int | None]:
+    """Where OpenCLIP (the text encoder of SD 2 and SDXL's second) keeps a tensor of transformers' CLIP.
+
+    Its name, and for q, k and v, which are joined there, which third of the rows it is. `text_projection` is
+    transposed.
+    """
+    name = name.removeprefix("text_model.")
+    if found := _CLIP_LAYER.match(name):
+        layer, part, kind = found.groups()
+        if part.endswith(("q_proj", "k_proj", "v_proj")):
+            third = "qkv".index(part[-6])
+            return f"transformer.resblocks.{layer}.attn.in_proj_{kind}", third
+        return f"transformer.resblocks.{layer}.{_OPEN_CLIP_LAYER[part]}.{kind}", None
+    return _OPEN_CLIP.get(name, name.replace("final_layer_norm", "ln_final")), None

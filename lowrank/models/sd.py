@@ -1,0 +1,241 @@
+"""SD 1.x and SD 2.x as a `Family`, on diffusers' and transformers' own classes.
+
+One U-Net with cross-attention to one text encoder; it predicts ε or v, which the scheduler's configuration
+tells. Latents are the VAE's, times its scaling factor. Facts: kohya sd-scripts, diffusers'
+StableDiffusionPipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from lowrank.models import clip_text
+from lowrank.models.family import Family, Models, latent_scale
+from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
+from lowrank.models.samplers import sampler as sampler_of
+from lowrank.models.sd_load import add, is_v2, load, model_hash
+
+STEP = 8  # diffusers' pipelines draw sides that are multiples of it
+
+
+@dataclass(frozen=True)
+class SdOptions:
+    """Switches of the text; the fields are command-line options of the same names."""
+
+    clip_skip: int | None = None  # n-th layer from the end; SDXL always takes the last but one
+    max_token_length: int | None = None  # 75 (None), 150 or 225
+    weighted_captions: bool = False
+
+    @property
+    def chunks(self) -> int:
+        """How often 75 tokens are encoded for a caption."""
+        return (self.max_token_length or 75) // 75
+
+
+PLAIN = SdOptions()
+
+
+def prediction(models: Models) -> str:
+    """ "epsilon" or "v_prediction": what the scheduler's configuration, or --v_parameterization, says."""
+    return models.configs["scheduler"].get("prediction_type", "epsilon")
+
+
+# ---------- text
+
+
+def _encode(models: Models, captions: Sequence[str], options: SdOptions) -> Tensor:
+    tokens = [
+        clip_text.tokenize(models.tokenizers[0], caption, options.chunks, options.weighted_captions)
+        for caption in captions
+    ]
+    return clip_text.hidden(models.text_encoders[0], tokens, options.clip_skip, final_norm=True)[0]
+
+
+@torch.no_grad()
+def encode_text(models: Models, captions: list[str], options: SdOptions = PLAIN) -> list[dict[str, Tensor]]:
+    """One CPU dictionary per caption: `context` (75·n + 2, D), in the encoder's dtype.
+
+    Captions are encoded one by one, so that what is cached does not depend on its neighbours.
+    """
+    return [{"context": _encode(models, [caption], options)[0].cpu()} for caption in captions]
+
+
+def keep_trained_text(models: Models) -> list[nn.Module]:
+    """The text encoders that adapters can train: all there are."""
+    return list(models.text_encoders)
+
+
+def trained_text(models: Models, captions: list[str], options: SdOptions = PLAIN) -> dict[str, Tensor]:
+    """What `encode_text` gives, stacked, with gradient: `context` (B, 75·n + 2, D)."""
+    return {"context": _encode(models, captions, options)}
+
+
+def stack_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Captions' dictionaries as one of (B, …) tensors."""
+    return {key: torch.stack([one[key] for one in encoded]) for key in encoded[0]}
+
+
+# ---------- denoising
+
+
+def empty(models: Models) -> UNet2DConditionModel:
+    """The denoiser on the meta device: shapes and names without weights."""
+    with torch.device("meta"):
+        made: Any = UNet2DConditionModel.from_config(dict(models.configs["denoiser"]))
+        return made
+
+
+def bare(denoiser: Any) -> Any:
+    """The model inside a DistributedDataParallel."""
+    return denoiser if hasattr(denoiser, "config") else denoiser.module
+
+
+def denoise(
+    denoiser: nn.Module,
+    noisy: Tensor,
+    timesteps: Tensor,
+    text: Mapping[str, Tensor],
+    options: SdOptions = PLAIN,
+) -> Tensor:
+    """What the U-Net predicts (B, C, h, w), ε or v, in its own dtype.
+
+    `noisy` (B, C, h, w), `timesteps` (B,) in 0..999, `text` of B captions or of one for all.
+    """
+    model = bare(denoiser)
+    context = text["context"].to(noisy.device, model.dtype).expand(len(noisy), -1, -1)
+    return denoiser(
+        noisy.to(model.dtype), timesteps.to(noisy.device), encoder_hidden_states=context, return_dict=False
+    )[0]
+
+
+# ---------- sampling
+
+
+def pipeline(models: Models, sampler: str | None = None) -> StableDiffusionPipeline:
+    """The stock StableDiffusionPipeline around the present denoiser, for cached text."""
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+    )
+    return StableDiffusionPipeline(
+        scheduler=sampler_of(sampler, models.configs["scheduler"]),
+        vae=models.vae,
+        unet=bare(models.denoiser),
+        **nothing,
+        requires_safety_checker=False,
+    )
+
+
+@torch.no_grad()
+def sample(
+    models: Models,
+    text: Mapping[str, Tensor],
+    options: SdOptions = PLAIN,
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    generator: torch.Generator,
+    negative: Mapping[str, Tensor] | None = None,
+    scale: float = 7.5,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    build: Callable[..., Any] = pipeline,
+) -> list:
+    """One PIL image per caption of `text`, through the stock pipeline with kohya's `sampler` (ddim).
+
+    CFG of strength `scale` against the encoded `negative` text; without one, or with a scale of 1 or less,
+    none. `guidance` is of other families. The VAE may be on another device or in another dtype than the
+    denoiser; `generator` lives on the CPU, so that a seed gives the same noise on every device. `build` makes
+    the pipeline.
+    """
+    check_sides(height, width, bucket_step(models), "a sample")
+    return to_pil(
+        models, _drawn(build(models, sampler), text, negative, scale, height, width, steps, generator)
+    )
+
+
+def _drawn(
+    pipe: Any,
+    text: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor] | None,
+    scale: float,
+    height: int,
+    width: int,
+    steps: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Latents (B, C, h, w) from a stock pipeline of one or two text encoders."""
+    pipe.set_progress_bar_config(disable=True)
+    B = len(text["context"])
+    guided = negative is not None and scale > 1
+    names = {"context": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+    given = {}
+    for key, name in names.items():
+        if key in text:
+            given[name] = text[key].to(pipe.unet.device, pipe.unet.dtype)
+            if negative is not None and guided:
+                own = negative[key].to(pipe.unet.device, pipe.unet.dtype)
+                given[f"negative_{name}"] = own.expand(B, *own.shape[1:])
+    return pipe(
+        **given,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=scale if guided else 1.0,
+        generator=generator,
+        output_type="latent",
+    ).images
+
+
+# ---------- facts
+
+
+def bucket_step(models: Models) -> int:
+    """What sides of pictures are multiples of: a latent pixel, and what diffusers' pipelines draw."""
+    return max(STEP, latent_scale(models))
+
+
+def base_model_version(models: Models) -> str:
+    """kohya's name of the base, as files carry it."""
+    if not is_v2(models):
+        return "sd_v1"
+    return "sd_v2_v" if prediction(models) == "v_prediction" else "sd_v2"
+
+
+def architecture(models: Models) -> str:
+    """modelspec's name of the base."""
+    if not is_v2(models):
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if prediction(models) == "v_prediction" else "stable-diffusion-v2-512"
+
+
+SD15 = Family(
+    name="sd",
+    implementation="diffusers",
+    options=SdOptions,
+    prediction=prediction,
+    bucket_step=bucket_step,
+    base_model_version=base_model_version,
+    architecture=architecture,
+    load=load,
+    add=add,
+    encode_images=encode_images,
+    latents=latents,
+    decode=decode,
+    encode_text=encode_text,
+    stack_text=stack_text,
+    keep_trained_text=keep_trained_text,
+    trained_text=trained_text,
+    size_conditions=lambda originals, crops, targets: {},
+    empty=empty,
+    denoise=denoise,
+    pipeline=pipeline,
+    sample=sample,
+    model_hash=model_hash,
+)

@@ -1,0 +1,215 @@
+"""Loading SD 1.x, SD 2.x and SDXL: parts of a diffusers folder or hub snapshot, or of one checkpoint file,
+and the hash that names them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lowrank.errors import Refused
+from lowrank.models import parts, sd_single, single
+from lowrank.models.family import ROLES, Models, Source, component, local_folder
+from lowrank.models.samplers import schedule_of
+
+TEXT = (("text_encoder", "tokenizer", CLIPTextModel),)
+TEXT_XL = (*TEXT, ("text_encoder_2", "tokenizer_2", CLIPTextModelWithProjection))
+# hub ids (and folders in them) of the tokenizers that single files go without, by kind of model
+TOKENIZERS = {
+    "sd15": (("openai/clip-vit-large-patch14", None),),
+    "sd2": (("stabilityai/stable-diffusion-2", "tokenizer"),),
+    "sdxl": (
+        ("openai/clip-vit-large-patch14", None),
+        ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", None),
+    ),
+}
+
+
+def takes_sizes(config: Mapping[str, Any]) -> bool:
+    """Whether a U-Net's configuration has SDXL's added conditions."""
+    return config.get("addition_embed_type") == "text_time"
+
+
+def is_v2(models: Models) -> bool:
+    """Whether this is SD 2.x: its U-Net projects with linear layers, SD 1's with convolutions."""
+    config = models.configs["denoiser"]
+    return bool(config.get("use_linear_projection")) and not takes_sizes(config)
+
+
+def load(source: Source, roles: Iterable[str] = ROLES, *, xl: bool = False) -> Models:
+    """Find the model and load some of its parts; `add` and `release` change later which ones are there.
+
+    Raises `Refused` naming the component that is missing, unreadable, incomplete or not finite, and for a
+    model of another kind than `xl` and `source.v2` expect.
+    """
+    if source.vae is not None:
+        single.check_file("vae", source.vae, pickles=True)
+    if single.is_file(source.path):
+        models = _open_file(source)
+    else:
+        download = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).download
+        models = Models(source, local_folder(source, download))
+        models.configs["denoiser"] = parts.config(
+            UNet2DConditionModel, models.root, "unet", "cross_attention_dim"
+        )
+        models.configs["scheduler"] = parts.config(
+            DDPMScheduler, models.root, "scheduler", "num_train_timesteps"
+        )
+        models.configs["vae"] = _vae_config(models)
+    _check_kind(models, xl)
+    if source.v_parameterization:
+        models.configs["scheduler"] = {**models.configs["scheduler"], "prediction_type": "v_prediction"}
+    models.scheduler = schedule_of(DDPMScheduler, models.configs["scheduler"])
+    add(models, roles)
+    return models
+
+
+def add(models: Models, roles: Iterable[str]) -> None:
+    """Load the named parts that are not there, on `source.device`, frozen and in evaluation mode."""
+    parts.add(models, roles, tokenizers=_tokenizers, encoders=_text_encoders, vae=_vae, denoiser=_denoiser)
+
+
+def _check_kind(models: Models, xl: bool) -> None:
+    config, where = models.configs["denoiser"], models.source.path
+    if takes_sizes(config) != xl:
+        kind, script = ("SDXL", "sdxl_train_network") if not xl else ("SD 1 or SD 2", "train_network")
+        raise Refused(f"{where} is {kind}; train it with {script}_ABM.py")
+    if models.source.v2 and not is_v2(models):
+        raise Refused(f"--v2 is given and {where} is {'SDXL' if xl else 'SD 1'}; leave it out")
+    channels = models.configs["vae"]["latent_channels"]
+    if config["in_channels"] != channels:
+        raise Refused(
+            f"the U-Net of {where} takes {config['in_channels']} channels and its VAE makes {channels}: an "
+            "inpainting model, or another's VAE; give a text-to-image model"
+        )
+
+
+def _open_file(source: Source) -> Models:
+    single.check_file("pretrained_model_name_or_path", source.path, pickles=True)
+    models = Models(source, Path(source.path))
+    file = _file(models)
+    facts = sd_single.facts(_kind(models))
+    unet = file.under(sd_single.UNET)
+    config = sd_single.unet_config(unet) | {"sample_size": facts["unet"]["sample_size"]}
+    if takes_sizes(config):  # six numbers, each embedded, and the pooled text
+        pooled = file.shapes["conditioner.embedders.1.model.text_projection"][1]
+        config["addition_time_embed_dim"] = (config["projection_class_embeddings_input_dim"] - pooled) // 6
+    models.configs = {"denoiser": config, "scheduler": facts["scheduler"]}
+    models.configs["vae"] = _vae_config(models)
+    return models
+
+
+def _file(models: Models) -> single.Checkpoint:
+    """The whole checkpoint file, its table read once."""
+    if "file" not in models.held:
+        models.held["file"] = single.Checkpoint(models.root)
+    return models.held["file"]
+
+
+def _kind(models: Models) -> str:
+    return sd_single.kind_of(_file(models))
+
+
+def _vae_file(models: Models, root: Path) -> single.Checkpoint:
+    own = root == models.root
+    return single.original_vae(_file(models).under("first_stage_model.") if own else single.Checkpoint(root))
+
+
+def _vae_config(models: Models) -> Mapping[str, Any]:
+    root, name = parts.vae_place(models.source.vae, models.root)
+    if name:
+        return parts.config(AutoencoderKL, root, name, "scaling_factor")
+    xl = takes_sizes(models.configs["denoiser"])
+    facts = sd_single.facts("sdxl" if xl else "sd2" if is_v2(models) else "sd15")["vae"]
+    return single.autoencoder_config(_vae_file(models, root), facts)
+
+
+def _vae(models: Models) -> nn.Module:
+    root, name = parts.vae_place(models.source.vae, models.root)
+    dtype = models.source.vae_dtype or models.source.dtype
+    if name:
+        return parts.part(AutoencoderKL, models.source, root, name, torch_dtype=dtype)
+    model = single.autoencoder(_vae_file(models, root), models.configs["vae"], dtype)
+    return parts.ready(model, "vae", root, models.source)
+
+
+def _denoiser(models: Models) -> nn.Module:
+    source, root = models.source, models.root
+    if not root.is_file():
+        return parts.part(UNet2DConditionModel, source, root, "unet", torch_dtype=source.dtype)
+    model = sd_single.unet(_file(models).under(sd_single.UNET), models.configs["denoiser"], source.dtype)
+    return parts.ready(model, "unet", root, source)
+
+
+def _encoders(models: Models) -> tuple[tuple[str, str, type], ...]:
+    return TEXT_XL if takes_sizes(models.configs["denoiser"]) else TEXT
+
+
+def _text_encoders(models: Models) -> tuple[nn.Module, ...]:
+    source, root = models.source, models.root
+    if not root.is_file():
+        return tuple(
+            parts.part(kind, source, root, name, dtype=source.dtype) for name, _, kind in _encoders(models)
+        )
+    made = (
+        sd_single.text_encoder(_file(models), _kind(models), index, source.dtype)
+        for index in range(len(_encoders(models)))
+    )
+    return tuple(parts.ready(one, "text encoder", root, source) for one in made)
+
+
+def _tokenizers(models: Models) -> tuple[Any, ...]:
+    if not models.root.is_file():
+        return tuple(parts.tokenizer(CLIPTokenizer, models.root, name) for _, name, _ in _encoders(models))
+    found = tuple(
+        single.tokenizer(CLIPTokenizer, name, models.source, within)
+        for name, within in TOKENIZERS[_kind(models)]
+    )
+    for second in found[1:]:  # OpenCLIP pads with 0, and its tokenizer on the hub with the end token
+        if second.pad_token_id == second.eos_token_id:
+            second.pad_token = second.convert_ids_to_tokens(0)
+    return found
+
+
+load_xl = partial(load, xl=True)
+
+
+def model_hash(model: Models | Source | str, role: str, *, xl: bool = False) -> str:
+    """Hex SHA-256 that names the weights of one role: key of caches, and of files made for a base.
+
+    Large weights are sampled (see `family.fingerprint`). Of one file every role's hash is the file's, told
+    apart by the role's name.
+    """
+    if isinstance(model, Models):
+        source, root = model.source, model.root
+    else:
+        source = Source(model) if isinstance(model, str) else model
+        download = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).download
+        root = Path(source.path) if single.is_file(source.path) else local_folder(source, download)
+    if role == "vae":
+        parent, name = parts.vae_place(source.vae, root)
+        places = [component(parent, name, role) if name else parent]
+    elif root.is_file():
+        places = [root]
+    elif role == "denoiser":
+        places = [component(root, "unet", role)]
+    else:
+        places = [component(root, name, role) for one in (TEXT_XL if xl else TEXT) for name in one[:2]]
+    told = parts.hash_of(places)
+    return hashlib.sha256(f"{role} {told}".encode()).hexdigest() if places == [root] else told
+
+
+model_hash_xl = partial(model_hash, xl=True)

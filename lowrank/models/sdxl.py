@@ -1,0 +1,110 @@
+"""SDXL as a `Family`: SD's U-Net with two text encoders, a pooled text, and the sizes of the picture.
+
+What differs from SD: both encoders give their last hidden state but one, without normalisation; the second
+one's pooled projection and six numbers (original size, crop, target size) are added to the timestep. Facts:
+kohya sd-scripts' SDXL trainer, diffusers' StableDiffusionXLPipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from lowrank.models import clip_text
+from lowrank.models.family import Models
+from lowrank.models.samplers import sampler as sampler_of
+from lowrank.models.sd import PLAIN, SD15, SdOptions, bare, sample
+from lowrank.models.sd_load import load_xl, model_hash_xl
+
+_LAYER = 2  # the last but one, whatever --clip_skip says
+
+
+def _encode(models: Models, captions: Sequence[str], options: SdOptions) -> dict[str, Tensor]:
+    states = []
+    pooled = torch.empty(0)
+    for encoder, tokenizer in zip(models.text_encoders, models.tokenizers, strict=True):
+        tokens = [
+            clip_text.tokenize(tokenizer, caption, options.chunks, options.weighted_captions)
+            for caption in captions
+        ]
+        state, pooled = clip_text.hidden(encoder, tokens, _LAYER, final_norm=False)
+        states.append(state)
+    return {"context": torch.cat(states, dim=-1), "pooled": pooled}
+
+
+@torch.no_grad()
+def encode_text(models: Models, captions: list[str], options: SdOptions = PLAIN) -> list[dict[str, Tensor]]:
+    """One CPU dictionary per caption: `context` (75·n + 2, D₁ + D₂) and `pooled` (P,)."""
+    return [
+        {key: value[0].cpu() for key, value in _encode(models, [caption], options).items()}
+        for caption in captions
+    ]
+
+
+def trained_text(models: Models, captions: list[str], options: SdOptions = PLAIN) -> dict[str, Tensor]:
+    """What `encode_text` gives, stacked, with gradient."""
+    return _encode(models, captions, options)
+
+
+def size_conditions(originals: Tensor, crops: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """`time_ids` (B, 6): the original's height and width, the crop's top and left, the target's sides."""
+    return {"time_ids": torch.cat([originals, crops, targets], dim=1)}
+
+
+def denoise(
+    denoiser: nn.Module,
+    noisy: Tensor,
+    timesteps: Tensor,
+    text: Mapping[str, Tensor],
+    options: SdOptions = PLAIN,
+) -> Tensor:
+    """What the U-Net predicts (B, C, h, w), ε or v, in its own dtype.
+
+    `noisy` (B, C, h, w), `timesteps` (B,) in 0..999; `text` with `time_ids` of B pictures or of one for all.
+    """
+    model, device, B = bare(denoiser), noisy.device, len(noisy)
+    return denoiser(
+        noisy.to(model.dtype),
+        timesteps.to(device),
+        encoder_hidden_states=text["context"].to(device, model.dtype).expand(B, -1, -1),
+        added_cond_kwargs={
+            "text_embeds": text["pooled"].to(device, model.dtype).expand(B, -1),
+            "time_ids": text["time_ids"].to(device).expand(B, -1),
+        },
+        return_dict=False,
+    )[0]
+
+
+def pipeline(models: Models, sampler: str | None = None) -> StableDiffusionXLPipeline:
+    """The stock StableDiffusionXLPipeline around the present denoiser, for cached text."""
+    nothing: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    return StableDiffusionXLPipeline(
+        scheduler=sampler_of(sampler, models.configs["scheduler"]),
+        vae=models.vae,
+        unet=bare(models.denoiser),
+        **nothing,
+        add_watermarker=False,
+    )
+
+
+SDXL = dataclasses.replace(
+    SD15,
+    name="sdxl",
+    implementation="https://github.com/Stability-AI/generative-models",
+    base_model_version=lambda models: "sdxl_base_v1-0",
+    architecture=lambda models: "stable-diffusion-xl-v1-base",
+    load=load_xl,
+    encode_text=encode_text,
+    trained_text=trained_text,
+    size_conditions=size_conditions,
+    denoise=denoise,
+    pipeline=pipeline,
+    sample=functools.partial(sample, build=pipeline),  # told the picture's own sizes
+    model_hash=model_hash_xl,
+)

@@ -1,0 +1,214 @@
+"""Make a tiny Stable Diffusion on the spot: SD 1.5's, SD 2.x's or SDXL's classes, random weights, offline.
+
+    python tools/make_tiny_sd.py models/tiny-sd                       # SD 1.5 as a diffusers folder, 6 MB
+    python tools/make_tiny_sd.py models/tiny-sdxl --kind sdxl
+    python tools/make_tiny_sd.py models/tiny-sd2 --kind sd2           # predicts v
+    python tools/make_tiny_sd.py models/tiny-sd --single              # and one file in the original layout
+
+The folder is what diffusers' pipelines load. `--single` adds `single/model.safetensors`, as the original code
+names its tensors, and `single/tokenizers`, a --tokenizer_cache_dir. It depends on nothing but the seed and
+this file (and the libraries that draw the random numbers), and a folder that was made alike is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lowrank import ldm
+from lowrank.errors import Refused
+from tools import tiny
+
+RECIPE = 1  # raise it when the weights below change: older folders are then made anew
+MARK = "tiny_sd.json"
+KINDS = ("sd15", "sd2", "sdxl")
+SCALING = {"sd15": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
+TOKENIZERS = {
+    "sd15": ("openai_clip-vit-large-patch14",),
+    "sd2": ("stabilityai_stable-diffusion-2",),
+    "sdxl": ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"),
+}
+
+
+def make(
+    folder: str | Path,
+    kind: str = "sd15",
+    *,
+    seed: int = 0,
+    levels: int = 4,
+    latent_channels: int = 4,
+    single: bool = False,
+) -> Path:
+    """Write a tiny model to `folder` and return it; the VAE has 2^(levels − 1) pixels per latent pixel.
+
+    Raises `Refused` when `folder` holds anything that this tool did not make.
+    """
+    recipe = {
+        **{"recipe": RECIPE, "seed": seed, "kind": kind, "levels": levels},
+        **{"latent_channels": latent_channels, "single": single},
+    }
+    with tiny.new_folder(folder, MARK, recipe, "tiny Stable Diffusion") as part:
+        if part is not None:
+            pipe = pipeline(part, kind, levels, latent_channels)
+            pipe.save_pretrained(part)
+            if single:
+                write_single(pipe, part, kind)
+    return Path(folder)
+
+
+def pipeline(folder: Path, kind: str, levels: int = 4, latent_channels: int = 4):
+    """The stock pipeline around tiny parts; the tokenizers' files are written to `folder` first."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    vocab, merges = tiny.clip_vocabulary(tiny.WORDS.split())
+    end, zero = "<|endoftext|>", "!"  # the first byte of the table: id 0
+    tiny.write_clip_tokenizer(folder / "tokenizer", vocab, merges, zero if kind == "sd2" else end)
+    act: dict[str, Any] = {"hidden_act": "gelu" if kind == "sd2" else "quick_gelu"}
+    parts: dict[str, Any] = {
+        "unet": unet(kind, latent_channels),
+        "scheduler": scheduler("v_prediction" if kind == "sd2" else "epsilon"),
+        "vae": tiny.vae(levels, latent_channels=latent_channels, scaling_factor=SCALING[kind]),
+        "text_encoder": tiny.clip(len(vocab), layers=3, **act),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+    }
+    if kind != "sdxl":
+        parts |= dict.fromkeys(("safety_checker", "feature_extractor"))
+        return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    tiny.write_clip_tokenizer(folder / "tokenizer_2", vocab, merges, zero)
+    wide: dict[str, Any] = {"width": 128, "layers": 4, "hidden_act": "gelu"}
+    parts |= {
+        "text_encoder_2": tiny.clip(len(vocab), kind=CLIPTextModelWithProjection, **wide),
+        "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+    }
+    return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+def unet(kind: str, channels: int):
+    """A UNet2DConditionModel with the block order of its kind, two layers each as all SD models have."""
+    from diffusers import UNet2DConditionModel
+
+    cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
+    downs = (plain, cross, cross) if kind == "sdxl" else (cross, cross, cross, plain)
+    facts: dict[str, Any] = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": (32, 64, 64) if kind == "sdxl" else (32, 64, 64, 64),
+        "down_block_types": downs,
+        "up_block_types": tuple(one.replace("Down", "Up") for one in reversed(downs)),
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "cross_attention_dim": 64,
+        "attention_head_dim": 8,  # SD 1: eight heads, whatever the width
+        "sample_size": 8,
+    }
+    if kind == "sd2":
+        facts |= {"use_linear_projection": True, "attention_head_dim": (1, 1, 1, 1)}
+    if kind == "sdxl":
+        facts |= {
+            "use_linear_projection": True,
+            "attention_head_dim": (1, 1, 1),
+            "transformer_layers_per_block": (1, 1, 2),
+            "cross_attention_dim": 64 + 128,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 128,
+        }
+    return UNet2DConditionModel(**facts).eval()
+
+
+def scheduler(prediction: Any):
+    """SD's noise schedule."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+
+
+# ---------- one file in the original layout
+
+
+def write_single(pipe: Any, folder: Path, kind: str) -> None:
+    """`folder/single`: the model as one file, and its tokenizers as a cache folder."""
+    (folder / "single").mkdir()
+    save_file(original(pipe, kind), folder / "single" / "model.safetensors")
+    for name, place in zip(("tokenizer", "tokenizer_2"), TOKENIZERS[kind], strict=False):
+        shutil.copytree(folder / name, folder / "single" / "tokenizers" / place)
+
+
+def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
+    """All tensors of a pipeline under the names and in the layout of the original code."""
+    blocks, levels = ldm.Blocks.of(pipe.unet), len(pipe.vae.config.block_out_channels)
+    state = {
+        f"model.diffusion_model.{ldm.unet_name(name, blocks)}": value
+        for name, value in pipe.unet.state_dict().items()
+    }
+    for name, value in pipe.vae.state_dict().items():
+        told = ldm.vae_name(name, levels)
+        convolution = ".attn_1." in told and value.dim() == 2  # 1×1 there, linear here
+        state[f"first_stage_model.{told}"] = value[:, :, None, None] if convolution else value
+    clip = {
+        f"text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()
+    }
+    positions = torch.arange(77)[None]
+    if kind == "sd2":
+        prefix = "cond_stage_model.model."
+        state |= {prefix + name: value for name, value in open_clip(clip, spare=True).items()}
+    else:
+        prefix = "cond_stage_model." if kind == "sd15" else "conditioner.embedders.0."
+        clip["text_model.embeddings.position_ids"] = positions
+        state |= {f"{prefix}transformer.{name}": value for name, value in clip.items()}
+    if kind == "sdxl":
+        second = open_clip(pipe.text_encoder_2.state_dict(), spare=False)
+        state |= {f"conditioner.embedders.1.model.{name}": value for name, value in second.items()}
+    return {name: value.contiguous().clone() for name, value in state.items()}
+
+
+def open_clip(state: dict[str, torch.Tensor], spare: bool) -> dict[str, torch.Tensor]:
+    """A CLIP of transformers under OpenCLIP's names; `spare` adds the last layer, which SD 2 does not use."""
+    found: dict[str, list] = {}
+    for name, value in state.items():
+        told, third = ldm.open_clip_name(name)
+        found.setdefault(told, []).append((third or 0, value.T if told == "text_projection" else value))
+    joined = {name: torch.cat([v for _, v in sorted(vs, key=lambda p: p[0])]) for name, vs in found.items()}
+    if spare:
+        layers = {int(name.split(".")[2]) for name in joined if ".resblocks." in name}
+        last = f"transformer.resblocks.{max(layers)}."
+        copies = {k: torch.full_like(v, 9.0) for k, v in joined.items() if k.startswith(last)}
+        joined |= {k.replace(last, f"transformer.resblocks.{max(layers) + 1}."): v for k, v in copies.items()}
+    return joined
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder")
+    parser.add_argument("--kind", choices=KINDS, default="sd15")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--single", action="store_true", help="add one file in the original layout")
+    options = parser.parse_args(argv)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses CPU kernels that nothing here uses
+    try:
+        print(make(options.folder, options.kind, seed=options.seed, single=options.single))
+    except Refused as refused:
+        sys.exit(str(refused))
+
+
+if __name__ == "__main__":
+    main()
