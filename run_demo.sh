@@ -1,65 +1,102 @@
 #!/usr/bin/env bash
-# The whole road of docs and README on this machine's CPU: a style and a content adapter are trained on the shipped
-# pictures, merged over a grid of weights and compared, with a tiny FLUX that is made on the spot.
-#     bash run_demo.sh
+# The whole road of docs and README on this machine's CPU, with a small trained model that is in this repository: a style
+# and a content adapter are trained from one picture each, merged over a 3×3 grid of strengths and compared, and a scorer
+# says what it sees in every picture.
+#     bash run_demo.sh                  # FLUX
+#     bash run_demo.sh --family sd15    # the same on Stable Diffusion 1.5, or sdxl
 # Needs python3 (3.10 or newer) and git's clone of this repository; the first run makes .venv and installs into it.
-# Everything is written under demo_output/, and a second run replaces it. The tiny FLUX has learned nothing, so its
-# pictures are patterns, not cats: what is shown is that every step works and what it leaves behind.
+# Everything is written under demo_output/FAMILY, and a second run replaces it. The models draw only the small world that
+# assets/demo/README.md describes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage="usage: bash run_demo.sh [--family flux|sd15|sdxl]"
+FAMILY=flux
+case "$#:${1:-}:${2:-}" in
+  0::) ;;
+  2:--family:flux | 2:--family:sd15 | 2:--family:sdxl) FAMILY=$2 ;;
+  1:-h: | 1:--help:) echo "$usage"; exit 0 ;;
+  *) echo "run_demo.sh: '$*' is not understood; $usage" >&2; exit 2 ;;
+esac
 
 bash tools/setup_env.sh
 source tools/find_python.sh
 PYTHON="$PWD/$(venv_python .venv)"
 export PYTHON HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg TRANSFORMERS_VERBOSITY=error
 
-OUT=demo_output
-MODEL=$OUT/tiny-flux
-RANK_USED=8
+OUT=demo_output/$FAMILY
+MODEL=assets/demo/$FAMILY
+RANK_USED=32
 STYLE=$OUT/style CONTENT=$OUT/content ONE=$OUT/one-subject RESIDUAL=$OUT/residual
 IMAGES=$OUT/images SIMILARITY=$OUT/similarity
+STEPS_STYLE=200 STEPS_CONTENT=200 RATE_STYLE=1e-2 RATE_CONTENT=1e-2
+GRID_STYLE=0.5,1.0,1.5 GRID_CONTENT=0.5,1.0,1.5
+GUIDANCE=3.5
+[[ $FAMILY == flux ]] || GUIDANCE=3
+PROMPT="a <c> dog in <s> style"
 
-step=0
+step=0 steps=4
+[[ $FAMILY != flux ]] || steps=6
 started=$SECONDS
-trap '[[ $? == 0 ]] || echo "run_demo.sh: step $step of 6 failed, see the message above; nothing outside $OUT was touched" >&2' EXIT
+trap '[[ $? == 0 ]] || echo "run_demo.sh: step $step of $steps failed, see the message above; nothing outside $OUT was touched" >&2' EXIT
 
 # begin FOLDER TEXT: announce the next step and clear the folder that it will write.
 begin() {
   step=$((step + 1))
   echo
-  echo "== $step/6  $2  ($((SECONDS - started)) s so far)"
+  echo "== $step/$steps  $2  ($((SECONDS - started)) s so far)"
   if [[ -e $1 ]]; then
     echo "replacing $1 of an earlier run"
     rm -rf "$1"
   fi
 }
 
-mkdir -p "$OUT"
-if [[ -d $MODEL ]]; then echo "keeping $MODEL if it was made by this version"; else echo "making $MODEL"; fi
-"$PYTHON" tools/make_tiny_flux.py "$MODEL"
+# train FOLDER PICTURES PROMPT VALIDATION STEPS RATE: one ΔR-triu adapter.
+train() {
+  if [[ $FAMILY == flux ]]; then
+    local launcher=flux_dir/train_deltaR_cnt.sh
+    [[ $2 != assets/sty/* ]] || launcher=flux_dir/train_deltaR_sty.sh
+    OUTPUT_DIR=$1 VALID_PROMPT=$4 MAX_TRAIN_STEPS=$5 LEARNING_RATE=$6 bash "$launcher" cpu $RANK_USED
+  else
+    local script=train_network_ABM.py
+    [[ $FAMILY == sd15 ]] || script=sdxl_train_network_ABM.py
+    CUDA_VISIBLE_DEVICES="" ACCELERATE_USE_CPU=true "$PYTHON" -m accelerate.commands.launch --cpu --quiet \
+      --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no "$script" \
+      --pretrained_model_name_or_path "$MODEL" --instance_data_dir "$2" --instance_prompt "$3" --output_dir "$1" \
+      --output_name pytorch_lora_weights --network_module networks.delta_r_triu --network_dim $RANK_USED \
+      --network_train_unet_only --resolution 64 --train_batch_size 4 --max_train_steps "$5" --learning_rate "$6" \
+      --cache_latents --lr_scheduler cosine --seed 0 --log_with tensorboard
+  fi
+}
 
-# What the documented values are for one GPU and FLUX.1-dev is here made small enough for a laptop.
+mkdir -p "$OUT"
+# What the documented values are for one GPU and FLUX.1-dev is here what one small picture needs.
 export MODEL_NAME="$MODEL" MODEL_PATH="$MODEL"
-export RESOLUTION=128 MAX_TRAIN_STEPS=40 CHECKPOINTING_STEPS=20 LEARNING_RATE=1e-2 GRADIENT_ACCUMULATION_STEPS=1
-export VALIDATION_EPOCHS=20 NUM_VALIDATION_IMAGES=1
+export RESOLUTION=64 TRAIN_BATCH_SIZE=4 CHECKPOINTING_STEPS=100 GRADIENT_ACCUMULATION_STEPS=1 LR_SCHEDULER=cosine
+export VALIDATION_EPOCHS=100 NUM_VALIDATION_IMAGES=1
 
 begin "$STYLE" "train the style: assets/sty/cat"
-OUTPUT_DIR=$STYLE bash flux_dir/train_deltaR_sty.sh cpu $RANK_USED
+train "$STYLE" assets/sty/cat "a cat in <s> style" "a car in <s> style" $STEPS_STYLE $RATE_STYLE
 
 begin "$CONTENT" "train the content: assets/cnt/dog"
-OUTPUT_DIR=$CONTENT bash flux_dir/train_deltaR_cnt.sh cpu $RANK_USED
+train "$CONTENT" assets/cnt/dog "a photo of a <c> dog" "a photo of a <c> dog on a beach" $STEPS_CONTENT $RATE_CONTENT
 
-begin "$ONE" "train one subject with Q and R free"
-OUTPUT_DIR=$ONE bash flux_dir/train_QR.sh cpu $RANK_USED
+if [[ $FAMILY == flux ]]; then
+  begin "$ONE" "train one subject with Q and R free"
+  OUTPUT_DIR=$ONE MAX_TRAIN_STEPS=40 LEARNING_RATE=1e-3 bash flux_dir/train_QR.sh cpu 16
 
-begin "$RESIDUAL" "write the residual file (only other tools need it)"
-OUTPUT_DIR=$RESIDUAL RANK=$RANK_USED bash flux_dir/save_flux_residual.sh cpu
+  begin "$RESIDUAL" "write the residual file (only other tools need it)"
+  OUTPUT_DIR=$RESIDUAL RANK=$RANK_USED bash flux_dir/save_flux_residual.sh cpu
+fi
 
 export STYLE_LORA_PATH=$STYLE/pytorch_lora_weights.safetensors
 export CONTENT_LORA_PATH=$CONTENT/pytorch_lora_weights.safetensors
-begin "$IMAGES" "merge style and content over a grid of weights"
-OUTPUT_DIR=$IMAGES RESIDUAL_PATH=$RESIDUAL/flux_residual_weights.safetensors NUM_STEPS=8 \
-  STYLE_WEIGHTS=0.0,0.5,1.0 CONTENT_WEIGHTS=0.0,0.5,1.0 bash flux_dir/inference_merge.sh cpu
+begin "$IMAGES" "merge style and content over a grid of strengths"
+OUTPUT_DIR=$IMAGES PROMPT=$PROMPT STYLE_WEIGHTS=$GRID_STYLE CONTENT_WEIGHTS=$GRID_CONTENT NUM_STEPS=20 \
+  bash flux_dir/inference_merge.sh cpu --guidance_scale $GUIDANCE \
+  --style_reference assets/sty/cat/sty_cat.png --content_reference assets/cnt/dog/cnt_dog.png
+echo "what the scorer sees:"
+"$PYTHON" tools/score_pictures.py "$IMAGES" --content poodle --style "stained glass"
 
 begin "$SIMILARITY" "compare the two adapters"
 OUTPUT_DIR=$SIMILARITY LORA1_PATH=$STYLE_LORA_PATH LORA2_PATH=$CONTENT_LORA_PATH \
@@ -68,11 +105,9 @@ OUTPUT_DIR=$SIMILARITY LORA1_PATH=$STYLE_LORA_PATH LORA2_PATH=$CONTENT_LORA_PATH
 cat <<END
 
 == done in $((SECONDS - started)) s. To look at:
-  $IMAGES/                 one picture per pair of weights, and all of them on one labelled sheet
+  $IMAGES/sheet.png        what both adapters draw together, labelled, beside the pictures they learned from
   $SIMILARITY/             plots, JSON and summary_statistics.txt: how alike the two adapters are
-  $STYLE/, $CONTENT/   the adapters (pytorch_lora_weights.safetensors), checkpoints, loss, validation pictures
+  $STYLE/, $CONTENT/       the adapters (pytorch_lora_weights.safetensors), checkpoints, loss, validation pictures
   $(venv_python .venv) -m tensorboard.main --logdir $OUT   loss curves and pictures in the browser
-The tiny FLUX is untrained: its pictures are patterns, and two adapters on it learn much the same. Read the similarity
-of real adapters, not of these.
 Next, with a GPU and FLUX.1-dev:  bash flux_dir/train_deltaR_sty.sh 0 64
 END

@@ -112,32 +112,40 @@ def test_the_exit_code_of_the_tests_is_kept(tree):
     assert done.returncode == 7 and done.stdout.endswith("1 failed, 2 passed\n")
 
 
-def test_the_demo_calls_the_six_launchers_in_the_documented_order(tree):
+TRAINERS = {"sd15": "train_network_ABM.py", "sdxl": "sdxl_train_network_ABM.py"}
+
+
+@pytest.mark.parametrize("family", ["flux", "sd15", "sdxl"])
+def test_the_demo_walks_the_documented_road(tree, family):
+    out = f"demo_output/{family}"
     for finished in ("style", "content"):  # an earlier run's results
-        (tree / "demo_output" / finished).mkdir(parents=True)
-        (tree / "demo_output" / finished / "old").touch()
-    (tree / "demo_output" / "mine.txt").touch()
-    done, calls = bash(tree, "run_demo.sh")
+        (tree / out / finished).mkdir(parents=True)
+        (tree / out / finished / "old").touch()
+    (tree / out / "mine.txt").touch()
+    done, calls = bash(tree, "run_demo.sh", *(() if family == "flux" else ("--family", family)))
     assert done.returncode == 0, done.stderr
-    scripts = [
-        next(a for a in c["arguments"] if a.endswith(".py"))
-        for c in calls
-        if c["arguments"][1] not in ("venv", "pip")
-    ]
-    assert scripts == [
-        "tools/make_tiny_flux.py",
-        *3 * ["./flux_train_qrlora.py"],
-        "./save_flux_residual.py",
-        "./inference_merge.py",
-        "./visualize_similarity.py",
-    ]
-    for c in calls[-6:]:
-        assert value(c["arguments"], "--output_dir").startswith("demo_output/")
-        assert c["environment"]["CUDA_VISIBLE_DEVICES"] == ""
-    assert "replacing demo_output/style of an earlier run" in done.stdout
-    assert not (tree / "demo_output" / "style" / "old").exists()
-    assert (tree / "demo_output" / "mine.txt").exists()
-    assert "demo_output/images/" in done.stdout and "demo_output/similarity/" in done.stdout
+    ours = [c for c in calls if c["arguments"][1] not in ("venv", "pip")]
+    scripts = [next(a for a in c["arguments"] if a.endswith(".py")).removeprefix("./") for c in ours]
+    trained = 2 * [TRAINERS[family]] if family in TRAINERS else 3 * ["flux_train_qrlora.py"]
+    residual = ["save_flux_residual.py"] if family == "flux" else []
+    drawn = ["inference_merge.py", "tools/score_pictures.py", "visualize_similarity.py"]
+    assert scripts == [*trained, *residual, *drawn]
+    for c in ours:
+        if "tools/score_pictures.py" not in c["arguments"]:
+            assert value(c["arguments"], "--output_dir").startswith(f"{out}/")
+            assert c["environment"]["CUDA_VISIBLE_DEVICES"] == ""
+    models = {value(c["arguments"], "--pretrained_model_name_or_path") for c in ours[:2]}
+    assert models == {f"assets/demo/{family}"} and f"assets/demo/{family}" in ours[-3]["arguments"]
+    assert f"replacing {out}/style of an earlier run" in done.stdout
+    assert not (tree / out / "style" / "old").exists()
+    assert (tree / out / "mine.txt").exists()
+    assert f"{out}/images/" in done.stdout and f"{out}/similarity/" in done.stdout
+
+
+@pytest.mark.parametrize("given", [["--family", "sd3"], ["flux"], ["--family"], ["--family", "flux", "0"]])
+def test_the_demo_says_what_it_understands(tree, given):
+    done, calls = bash(tree, "run_demo.sh", *given)
+    assert done.returncode == 2 and "usage" in done.stderr and not calls
 
 
 def test_a_failed_step_of_the_demo_is_named(tree):
@@ -154,7 +162,7 @@ def test_a_shipped_picture(place):
 
     file = ROOT / "assets" / place
     with Image.open(file) as picture:
-        assert picture.size == (512, 512) and picture.mode == "RGB"
-    assert file.stat().st_size < 400_000
+        assert picture.size == (64, 64) and picture.mode == "RGB"
+    assert file.stat().st_size < 20_000
     assert [p.name for p in file.parent.iterdir()] == [file.name], "a training folder holds pictures only"
     assert place in (ROOT / "assets" / "README.md").read_text()

@@ -1,0 +1,229 @@
+"""Is a demo model fit to judge merging, and what do the methods' merges look like on it?
+
+    python benchmarks/demo_merge.py flux                 # controls, single adapters, grids, every method
+    python benchmarks/demo_merge.py flux --methods lora  # one method
+
+Content is taught from the one picture of assets/cnt, style from the one of assets/sty; every method gets the
+same steps, and a learning rate chosen from a list by what single adapters can do on seeds of their own. An
+image counts for a merge when the scorer finds both its content and its style right. Controls come first: one
+adapter taught both at once, and the content adapter with known styles by words; the grid says something about
+merging only where those succeed. Numbers are shares with 95 % Wilson intervals, written to
+benchmarks/results/demo_merge_<family>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lowrank.weights.merge import Adapter, Mixture
+from tools.glyph_world import report, scorer
+from tools.glyph_world.world import BACKGROUNDS, SEEN_STYLES, Scene, caption
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "assets/demo"
+CONTENT, STYLE = ROOT / "assets/cnt/dog", ROOT / "assets/sty/cat"
+# ranks of about equal trained numbers: ΔR trains rank × inputs, its triangle about the same, LoRA both sides
+METHODS = {"delta_r_triu": 32, "delta_r": 32, "qrlora": 16, "lora": 16}
+RATES = {"delta_r_triu": (3e-3, 1e-2), "delta_r": (3e-3, 1e-2), "qrlora": (1e-3, 3e-3), "lora": (1e-3, 3e-3)}
+STRENGTHS = (0.5, 1.0, 1.5)
+SCRIPTS = {"flux": "flux_train", "sd15": "sd_train", "sdxl": "sdxl_train"}
+
+
+def train(
+    family: str, method: str, rate: float, pictures: Path, prompt: str, out: Path, steps: int, rank: int
+) -> float:
+    """One adapter through the product's own command line; the seconds it took."""
+    arguments = [
+        *("--pretrained_model_name_or_path", str(DEMO / family), "--output_dir", str(out)),
+        *("--instance_data_dir", str(pictures), "--instance_prompt", prompt, "--resolution", "64"),
+        *("--network_module", f"networks.{method}", "--network_dim", str(rank), "--network_alpha", str(rank)),
+        *("--learning_rate", str(rate), "--max_train_steps", str(steps), "--train_batch_size", "4"),
+        *("--network_train_unet_only", "--mixed_precision", "no", "--seed", "0", "--log_with", "none"),
+        *("--cache_latents", "--lr_scheduler", "cosine"),
+        *(("--guidance_scale", "1", "--discrete_flow_shift", "1.0") if family == "flux" else ()),
+    ]
+    begun = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        importlib.import_module(f"lowrank.cli.{SCRIPTS[family]}").main(arguments)
+    return time.perf_counter() - begun
+
+
+class Bench:
+    """A loaded pipeline, the scorer, and a folder for adapters."""
+
+    def __init__(self, family: str, folder: Path, seeds: int, steps: int):
+        from diffusers import DiffusionPipeline
+
+        self.family, self.folder, self.seeds, self.steps = family, folder, seeds, steps
+        self.pipe: Any = DiffusionPipeline.from_pretrained(DEMO / family, dtype=torch.float32)
+        self.judge = scorer.load(DEMO / "scorer")
+        self.denoiser = self.pipe.transformer if family == "flux" else self.pipe.unet
+
+    def adapter(self, method: str, rate: float, pictures: Path, prompt: str) -> Adapter:
+        """Train, or take the file that an earlier call with the same arguments left."""
+        out = self.folder / f"{method}-{rate:g}-{pictures.name}-{self.steps}"
+        file = out / "pytorch_lora_weights.safetensors"
+        if not file.is_file():
+            seconds = train(self.family, method, rate, pictures, prompt, out, self.steps, METHODS[method])
+            print(f"trained {out.name} in {seconds:.0f} s", file=sys.stderr, flush=True)
+        return Adapter(next(out.glob("*.safetensors")))
+
+    def draw(
+        self,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float],
+        told: Sequence[tuple[Scene, str]],
+        seed: int,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Pictures (N, 64, 64, 3) of prompts under adapters, and of each whether content, style, background
+        are right.
+        """
+        attached = Mixture(adapters).attach(self.denoiser) if adapters else None
+        if attached:
+            attached.set(weights)
+        drawn = report.pictures(self.pipe, [prompt for _, prompt in told], seed, report.CALL[self.family])
+        if attached:
+            attached.restore()
+        return drawn, scorer.score(self.judge, drawn, [scene for scene, _ in told])
+
+
+def contents_prompts(count: int) -> list[tuple[Scene, str]]:
+    """The new content as a photograph on the backgrounds in turn; the one it was taught on is left out."""
+    places = [b for b in BACKGROUNDS if b != "meadow"]
+    scenes = [Scene("poodle", "photo", places[i % len(places)]) for i in range(count)]
+    return [(s, caption(s).replace("poodle", "<c> dog")) for s in scenes]
+
+
+def style_prompts(count: int) -> list[tuple[Scene, str]]:
+    """Known contents other than the cat in the new style."""
+    names = ("dog", "car", "house", "bird", "fish", "tree", "horse", "mushroom")
+    return [
+        (Scene(names[i % len(names)], "stained glass", "white"), f"a {names[i % len(names)]} in <s> style")
+        for i in range(count)
+    ]
+
+
+def both_prompts(count: int) -> list[tuple[Scene, str]]:
+    """What nobody taught: the new content in the new style."""
+    return [(Scene("poodle", "stained glass", "white"), "a <c> dog in <s> style")] * count
+
+
+def word_prompts(count: int) -> list[tuple[Scene, str]]:
+    """The new content in known styles, by words."""
+    styles = [s for s in SEEN_STYLES if s != "photo"]
+    scenes = [Scene("poodle", styles[i % len(styles)], "white") for i in range(count)]
+    return [(s, f"a <c> dog in {s.style} style") for s in scenes]
+
+
+def joint(right: dict[str, np.ndarray]) -> np.ndarray:
+    return right["content"] & right["style"]
+
+
+def told(right: dict[str, np.ndarray]) -> dict[str, Any]:
+    both = {"content": right["content"], "style": right["style"], "both": joint(right)}
+    return {name: report.share(values) for name, values in both.items()}
+
+
+def tuned(bench: Bench, method: str) -> dict[str, tuple[float, Adapter]]:
+    """The learning rate of each single adapter, by its own success on 16 seeds that nothing else uses."""
+    found = {}
+    for what, pictures, prompt, prompts in (
+        ("content", CONTENT, "a photo of a <c> dog", contents_prompts(20)),
+        ("style", STYLE, "a cat in <s> style", style_prompts(16)),
+    ):
+        tried = []
+        for rate in RATES[method]:
+            adapter = bench.adapter(method, rate, pictures, prompt)
+            right = bench.draw([adapter], [1.0], prompts, 50_000)[1]
+            tried.append((float(right[what].mean() + 0.5 * joint(right).mean()), rate, adapter))
+        best = max(tried, key=lambda one: one[0])
+        found[what] = (best[1], best[2])
+    return found
+
+
+def method_results(bench: Bench, method: str, sheets: Path) -> dict[str, Any]:
+    chosen = tuned(bench, method)
+    content, style = chosen["content"][1], chosen["style"][1]
+    n = bench.seeds
+    result: dict[str, Any] = {
+        "rank": METHODS[method],
+        "learning rates": {what: rate for what, (rate, _) in chosen.items()},
+        "content alone": told(bench.draw([content], [1.0], contents_prompts(n), 0)[1]),
+        "style alone": told(bench.draw([style], [1.0], style_prompts(n), 0)[1]),
+        "content with known styles": told(bench.draw([content], [1.0], word_prompts(n), 0)[1]),
+    }
+    grid, rows = {}, []
+    for a in STRENGTHS:
+        row = []
+        for b in STRENGTHS:
+            drawn, right = bench.draw([style, content], [a, b], both_prompts(n), 0)
+            grid[f"style {a:g}, content {b:g}"] = told(right)
+            row.append(np.concatenate(list(drawn[:3]), 1))
+        rows.append(np.concatenate(row, 1))
+    Image.fromarray(np.concatenate(rows)).save(sheets / f"{bench.family}-{method}.png")
+    result["merge"] = grid
+    result["best cell"] = max(grid.items(), key=lambda item: item[1]["both"]["share"])
+    return result
+
+
+def control(bench: Bench, method: str = "lora") -> dict[str, Any]:
+    """One adapter taught the held-out content in the held-out style from one picture."""
+    from tools.glyph_world.draw import render  # needs the font
+
+    pictures = bench.folder / "both"
+    pictures.mkdir(exist_ok=True)
+    scene = Scene("poodle", "stained glass", "meadow")
+    Image.fromarray(render(scene, np.random.default_rng(1))).save(pictures / "both.png")
+    tried = []
+    for rate in RATES[method]:
+        adapter = bench.adapter(method, rate, pictures, "a <c> dog in <s> style")
+        shares = told(bench.draw([adapter], [1.0], both_prompts(bench.seeds), 0)[1])
+        tried.append((shares["both"]["share"], rate, shares))
+    best = max(tried, key=lambda one: one[0])
+    return {"learning rate": best[1], **best[2]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("family", choices=list(SCRIPTS))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=64, help="images for each number")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--folder", type=Path, help="where adapters are kept (unset: a temporary folder)")
+    options = parser.parse_args()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    folder = options.folder or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options.family, folder, options.seeds, options.steps)
+    results: dict[str, Any] = {"steps": options.steps, "batch": 4}
+    results["control: one adapter for both"] = control(bench)
+    print(json.dumps(results), flush=True)
+    for method in options.methods.split(","):
+        results[method] = method_results(bench, method, folder)
+        print(json.dumps({method: results[method]}), flush=True)
+    out = ROOT / "benchmarks/results" / f"demo_merge_{options.family}.json"
+    out.write_text(json.dumps(results, indent=2) + "\n")
+    if not options.folder:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""One training loop for every part: cosine learning rate, averaged weights, checkpoints, a progress bar.
+
+Batches depend on the seed and on the step's number alone, so that a run that was stopped goes on as if it had
+not been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank.files import atomic
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast."""
+
+    steps: int
+    lr: float
+    warmup: int = 200
+    floor: float = 0.02  # of lr, at the end
+    decay: float = 0.998  # of the averaged weights
+    weight_decay: float = 0.01
+    save_every: float = 120.0  # seconds
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step, as a factor of `lr`."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        along = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, along)))
+
+
+def at_step(seed: int, step: int) -> tuple[np.random.Generator, torch.Generator]:
+    """The randomness of one step, for numpy and for torch (on the CPU)."""
+    rng = np.random.default_rng((seed, step))
+    return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
+
+
+def fit(
+    name: str,
+    plan: Plan,
+    modules: Mapping[str, nn.Module],
+    loss: Callable[[int], dict[str, Tensor]],
+    folder: Path,
+    minutes: float | None = None,
+) -> dict:
+    """Train `modules` on `loss(step)["loss"]`, leave the averaged weights in them and return what was done.
+
+    A checkpoint in `folder` is gone on from. `minutes` stops early; the schedule stays that of `plan.steps`,
+    so a stopped run can be continued.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = nn.ModuleDict(dict(modules))
+    averaged = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": plan.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.99))
+    path, first, spent = folder / f"{name}.pt", 0, 0.0
+    if path.is_file():
+        state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
+        model.load_state_dict(state["model"])
+        averaged, first, spent = state["averaged"], state["step"], state["seconds"]
+        optimizer.load_state_dict(state["optimizer"])
+
+    def save(step: int, seconds: float) -> None:
+        with atomic(path) as part:
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "averaged": averaged,
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "seconds": seconds,
+                },
+                part,
+            )
+
+    model.train()
+    begun = saved = time.monotonic()
+    smooth: dict[str, float] = {}
+    done = first
+    bar = tqdm(range(first, plan.steps), initial=first, total=plan.steps, desc=name, mininterval=5)
+    with (folder / f"{name}.jsonl").open("a") as log:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = plan.lr * plan.rate(step)
+            values = loss(step)
+            optimizer.zero_grad(set_to_none=True)
+            values["loss"].backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            _average(averaged, model, min(plan.decay, (1 + step) / (10 + step)))
+            done = step + 1
+            for key, value in values.items():
+                smooth[key] = 0.98 * smooth.get(key, value.item()) + 0.02 * value.item()
+            if done % 100 == 0:
+                seconds = spent + time.monotonic() - begun
+                log.write(json.dumps({"step": done, "seconds": round(seconds, 1), **smooth}) + "\n")
+                log.flush()
+                bar.set_postfix({key: f"{value:.4f}" for key, value in smooth.items()}, refresh=False)
+            if time.monotonic() - saved > plan.save_every:
+                save(done, spent + time.monotonic() - begun)
+                saved = time.monotonic()
+            if minutes is not None and time.monotonic() - begun > 60 * minutes:
+                break
+    seconds = spent + time.monotonic() - begun
+    save(done, seconds)
+    model.load_state_dict(averaged)
+    model.eval()
+    return {
+        "steps": done,
+        "minutes": round(seconds / 60, 1),
+        **{key: round(v, 5) for key, v in smooth.items()},
+    }
+
+
+@torch.no_grad()
+def _average(averaged: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """Move the averaged weights towards the model's, in place; numbers that are no floats stay."""
+    now = model.state_dict()
+    floating = [key for key in averaged if averaged[key].is_floating_point()]
+    torch._foreach_lerp_([averaged[k] for k in floating], [now[k] for k in floating], 1 - decay)
