@@ -3,21 +3,26 @@
 # and a content adapter are trained from one picture each, merged over a 3×3 grid of strengths and compared, and a scorer
 # says what it sees in every picture.
 #     bash run_demo.sh                  # FLUX
-#     bash run_demo.sh --family sd15    # the same on Stable Diffusion 1.5, or sdxl
+#     bash run_demo.sh --family NAME    # the same on another model of assets/demo
 # Needs python3 (3.10 or newer) and git's clone of this repository; the first run makes .venv and installs into it.
 # Everything is written under demo_output/FAMILY, and a second run replaces it. The models draw only the small world that
 # assets/demo/README.md describes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-usage="usage: bash run_demo.sh [--family flux|sd15|sdxl]"
+known=$(cd assets/demo && echo */model_index.json)  # "flux/model_index.json sd15/model_index.json …"
+known=${known//\/model_index.json/}
+usage="usage: bash run_demo.sh [--family ${known// /|}]"
 FAMILY=flux
-case "$#:${1:-}:${2:-}" in
-  0::) ;;
-  2:--family:flux | 2:--family:sd15 | 2:--family:sdxl) FAMILY=$2 ;;
-  1:-h: | 1:--help:) echo "$usage"; exit 0 ;;
-  *) echo "run_demo.sh: '$*' is not understood; $usage" >&2; exit 2 ;;
-esac
+if [[ $# == 1 && $1 =~ ^(-h|--help)$ ]]; then
+  echo "$usage"
+  exit 0
+elif [[ $# == 2 && $1 == --family && " $known " == *" $2 "* ]]; then
+  FAMILY=$2
+elif [[ $# != 0 ]]; then
+  echo "run_demo.sh: '$*' is not understood; $usage" >&2
+  exit 2
+fi
 
 bash tools/setup_env.sh
 source tools/find_python.sh
@@ -29,10 +34,9 @@ MODEL=assets/demo/$FAMILY
 RANK_USED=32
 STYLE=$OUT/style CONTENT=$OUT/content ONE=$OUT/one-subject RESIDUAL=$OUT/residual
 IMAGES=$OUT/images SIMILARITY=$OUT/similarity
-STEPS_STYLE=200 STEPS_CONTENT=200 RATE_STYLE=1e-2 RATE_CONTENT=1e-2
-GRID_STYLE=0.5,1.0,1.5 GRID_CONTENT=0.5,1.0,1.5
-GUIDANCE=3.5
-[[ $FAMILY == flux ]] || GUIDANCE=3
+STEPS_STYLE=250 STEPS_CONTENT=150 RATE=1e-3
+GRID_STYLE=0.7,1.0,1.3 GRID_CONTENT=0.7,1.0,1.3
+GUIDANCE=2  # with adapters, less than for words alone
 PROMPT="a <c> dog in <s> style"
 
 step=0 steps=4
@@ -76,10 +80,10 @@ export RESOLUTION=64 TRAIN_BATCH_SIZE=4 CHECKPOINTING_STEPS=100 GRADIENT_ACCUMUL
 export VALIDATION_EPOCHS=100 NUM_VALIDATION_IMAGES=1
 
 begin "$STYLE" "train the style: assets/sty/cat"
-train "$STYLE" assets/sty/cat "a cat in <s> style" "a car in <s> style" $STEPS_STYLE $RATE_STYLE
+train "$STYLE" assets/sty/cat "a cat in <s> style" "a car in <s> style" $STEPS_STYLE $RATE
 
 begin "$CONTENT" "train the content: assets/cnt/dog"
-train "$CONTENT" assets/cnt/dog "a photo of a <c> dog" "a photo of a <c> dog on a beach" $STEPS_CONTENT $RATE_CONTENT
+train "$CONTENT" assets/cnt/dog "a photo of a <c> dog" "a photo of a <c> dog on a beach" $STEPS_CONTENT $RATE
 
 if [[ $FAMILY == flux ]]; then
   begin "$ONE" "train one subject with Q and R free"

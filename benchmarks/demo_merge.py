@@ -42,8 +42,15 @@ DEMO = ROOT / "assets/demo"
 CONTENT, STYLE = ROOT / "assets/cnt/dog", ROOT / "assets/sty/cat"
 # ranks of about equal trained numbers: ΔR trains rank × inputs, its triangle about the same, LoRA both sides
 METHODS = {"delta_r_triu": 32, "delta_r": 32, "qrlora": 16, "lora": 16}
-RATES = {"delta_r_triu": (3e-3, 1e-2), "delta_r": (3e-3, 1e-2), "qrlora": (1e-3, 3e-3), "lora": (1e-3, 3e-3)}
-STRENGTHS = (0.5, 1.0, 1.5)
+RATES = {
+    "delta_r_triu": (1e-3, 2e-3),
+    "delta_r": (1e-3, 2e-3),
+    "qrlora": (3e-4, 1e-3),
+    "lora": (1e-3, 2e-3),
+}
+STEPS = {CONTENT: 150, STYLE: 250}
+STRENGTHS = (0.7, 1.0, 1.3)
+GUIDANCE = 2.0  # with adapters, less than a model's card says for words alone
 SCRIPTS = {"flux": "flux_train", "sd15": "sd_train", "sdxl": "sdxl_train"}
 
 
@@ -69,20 +76,22 @@ def train(
 class Bench:
     """A loaded pipeline, the scorer, and a folder for adapters."""
 
-    def __init__(self, family: str, folder: Path, seeds: int, steps: int):
+    def __init__(self, family: str, folder: Path, seeds: int):
         from diffusers import DiffusionPipeline
 
-        self.family, self.folder, self.seeds, self.steps = family, folder, seeds, steps
+        self.family, self.folder, self.seeds = family, folder, seeds
         self.pipe: Any = DiffusionPipeline.from_pretrained(DEMO / family, dtype=torch.float32)
         self.judge = scorer.load(DEMO / "scorer")
+        self.call = report.CALL[family] | {"guidance_scale": GUIDANCE}
         self.denoiser = self.pipe.transformer if family == "flux" else self.pipe.unet
 
     def adapter(self, method: str, rate: float, pictures: Path, prompt: str) -> Adapter:
         """Train, or take the file that an earlier call with the same arguments left."""
-        out = self.folder / f"{method}-{rate:g}-{pictures.name}-{self.steps}"
+        steps = STEPS.get(pictures, STEPS[STYLE])
+        out = self.folder / f"{method}-{rate:g}-{pictures.name}-{steps}"
         file = out / "pytorch_lora_weights.safetensors"
         if not file.is_file():
-            seconds = train(self.family, method, rate, pictures, prompt, out, self.steps, METHODS[method])
+            seconds = train(self.family, method, rate, pictures, prompt, out, steps, METHODS[method])
             print(f"trained {out.name} in {seconds:.0f} s", file=sys.stderr, flush=True)
         return Adapter(next(out.glob("*.safetensors")))
 
@@ -99,7 +108,7 @@ class Bench:
         attached = Mixture(adapters).attach(self.denoiser) if adapters else None
         if attached:
             attached.set(weights)
-        drawn = report.pictures(self.pipe, [prompt for _, prompt in told], seed, report.CALL[self.family])
+        drawn = report.pictures(self.pipe, [prompt for _, prompt in told], seed, self.call)
         if attached:
             attached.restore()
         return drawn, scorer.score(self.judge, drawn, [scene for scene, _ in told])
@@ -206,14 +215,13 @@ def main() -> None:
     parser.add_argument("family", choices=list(SCRIPTS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=64, help="images for each number")
-    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--folder", type=Path, help="where adapters are kept (unset: a temporary folder)")
     options = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     folder = options.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.family, folder, options.seeds, options.steps)
-    results: dict[str, Any] = {"steps": options.steps, "batch": 4}
+    bench = Bench(options.family, folder, options.seeds)
+    results: dict[str, Any] = {"steps": list(STEPS.values()), "batch": 4, "guidance": GUIDANCE}
     results["control: one adapter for both"] = control(bench)
     print(json.dumps(results), flush=True)
     for method in options.methods.split(","):

@@ -143,7 +143,8 @@ def file_name(text: str) -> str:
 
 
 def scheduler(text: str) -> str:
-    """The name of a learning-rate schedule, or `adafactor:RATE`."""
+    """The name of a learning-rate schedule, or `adafactor:RATE` (alone, as interfaces send it: the run's)."""
+    text = "adafactor:" if text.lower() == "adafactor" else text
     if text.lower() not in SCHEDULERS and not text.startswith("adafactor:"):
         raise Refused(f"{text!r} is not one of {', '.join(SCHEDULERS)}{nearest(text, SCHEDULERS)}")
     return text if text.startswith("adafactor:") else text.lower()

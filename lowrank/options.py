@@ -167,7 +167,8 @@ class Surface:
                     raise Refused(f"{label}: {error}") from error
             else:
                 (ignored if key in self.ignored else unknown).append(key)
-        if unknown and "allow_unknown_config_keys" not in spoken:
+        allowed = spoken.get("allow_unknown_config_keys")
+        if unknown and not (allowed and allowed.value):
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise Refused(
                 f"unknown key {unknown[0]!r}{nearest(unknown[0], known)}{more} in {path}; correct it, or "

@@ -76,7 +76,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     tensors = {key: value.detach() for key, value in items if isinstance(value, Tensor)}
     if not tensors or not all(isinstance(key, str) for key in tensors):
         raise Refused(
-            f"{path} holds no dictionary of named tensors but a {type(state).__name__}; save the adapter's "
+            f"{path} holds no dictionary of named tensors but a {type(state).__name__}; save the "
             "state dict as .safetensors"
         )
     return tensors

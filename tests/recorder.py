@@ -46,6 +46,9 @@ def tree(tmp_path: Path) -> Path:
     root = tmp_path / "a clone"
     for folder in ("flux_dir", "test", "tools", ".ci"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("*.py", "*.safetensors"))
+    for family in ("flux", "sd15", "sdxl"):
+        (root / "assets/demo" / family).mkdir(parents=True)
+        (root / "assets/demo" / family / "model_index.json").touch()
     for name in (
         "run_tests.sh",
         "run_demo.sh",

@@ -111,6 +111,7 @@ def test_the_base_may_be_a_file_and_flags_of_flux_are_refused(adapters, tmp_path
     for flag, said in (
         ("--max_sequence_length=77", "is not for sd"),
         ("--height=68", "is not a multiple of 8"),
+        ("--num_inference_steps=1001", "is above 1000"),
     ):
         with pytest.raises(Refused, match=said):
             merge([*given, flag])

@@ -103,6 +103,7 @@ def test_json_reads_the_same(write):
             "[[datasets]]\nsubset = 1" + SUBSETS,
             r"datasets\[0\]: unknown key 'subset' \(did you mean 'subsets'\?\)",
         ),
+        ("[[datasets]]\nresolution = 640000" + SUBSETS, r"datasets\[0\]: .* has a side above 16384"),
         (
             "[[datasets]]\nresolution = '512'" + SUBSETS,
             r"datasets\[0\]: resolution is '512' \(str\); it must be 512 or",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -89,6 +90,7 @@ def test_order_changes_with_epoch_and_seed_only(folder):
 
     made = loader(folder)
     assert order(made, 0) == order(made, 0) == order(loader(folder, workers=3), 0)
+    assert loader(folder, workers=10_000).workers == os.cpu_count()
     assert order(made, 0) != order(made, 1)
     assert order(made, 1) == order(loader(folder, seed=2), 0)  # sd-scripts shuffles with seed + epoch
     flat = [Counter(path for batch in order(made, epoch) for path in batch) for epoch in (0, 1)]

@@ -41,6 +41,23 @@ def test_instance_captions_win_only_when_asked_for(tmp_path):
     assert scan(dataset)[0].captions == ("der Bär", "zweite Zeile")
 
 
+def test_captions_of_another_ending_are_told(tmp_path, caplog):
+    """kohya's default ending is .caption, and most people's files are .txt."""
+    for name in ("a", "b", "c"):
+        save(tmp_path / "10_cat" / f"{name}.png")
+    (tmp_path / "10_cat" / "a.txt").write_text("a cat, sitting")
+    (tmp_path / "10_cat" / "b.txt").write_text("a cat, asleep")
+    (tmp_path / "10_cat" / "b.caption").write_text("a cat")
+    (dataset,) = from_folders(tmp_path)
+    assert [one.captions for one in scan(dataset)] == [("cat",), ("a cat",), ("cat",)]
+    assert "1 images have a caption file that is not read (first: a.txt)" in caplog.text
+    assert "give --caption_extension .txt" in caplog.text
+    caplog.clear()
+    (dataset,) = from_folders(tmp_path, caption_extension=".txt")
+    scan(dataset)
+    assert not caplog.text
+
+
 def test_class_images_are_regularisation_images(tmp_path):
     save(tmp_path / "own" / "a.png"), save(tmp_path / "class" / "b.png")
     (dataset,) = from_instance(tmp_path / "own", "a sks dog", tmp_path / "class", "a dog", repeats=4)

@@ -1,4 +1,4 @@
-"""The shipped models: they load by diffusers and transformers alone, draw what they are asked, and can be taught."""
+"""The shipped models load by diffusers and transformers alone, draw what is asked, and can be taught."""
 
 from __future__ import annotations
 

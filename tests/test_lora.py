@@ -366,7 +366,9 @@ def test_the_first_rule_holds():
         ({"down_lr_weight": "sinus"}, "did you mean 'sine'"),
         ({"down_lr_weight": "sine+x"}, "does not end in a number"),
         ({"mid_lr_weight": "sine"}, "not a list of numbers"),
-        ({"conv_dim": "many"}, "not a int"),
+        ({"conv_dim": "many"}, "is not a whole number"),
+        ({"conv_dim": "2", "conv_alpha": "nan"}, "is not a finite number"),
+        ({"loraplus_unet_lr_ratio": "-1"}, "-1 is below 0"),
         ({"rank_dropout": "1"}, "from 0 to below 1"),
     ],
     ids=str,
@@ -487,6 +489,18 @@ def test_stock_diffusers_loads_the_file(family, conv, tmp_path, caplog):
     for mine, theirs in zip(want, [run_unet(other, family), *map(run_text, fresh)], strict=True):
         torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(want[0], before, atol=1e-2)
+
+
+def test_a_file_of_another_family_is_refused_and_layers_left_out_are_told(tmp_path, caplog):
+    """Even where the text encoders of both have the same names."""
+    path = str(tmp_path / "xl.safetensors")
+    made("sdxl")[0].save_weights(path, None, {})
+    encoders, unet = tiny("sd")
+    with pytest.raises(Refused, match="has none of them, for example input_blocks_4_1_"):
+        lora.create_network_from_weights(1.0, path, None, encoders, unet)
+    assert not caplog.text
+    lora.create_network_from_weights(1.0, path, None, [], tiny("sdxl")[1])
+    assert "layers are not in this model and are left out, for example te1|text_model" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

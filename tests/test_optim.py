@@ -20,6 +20,7 @@ from torch import nn
 
 from lowrank.errors import Refused
 from lowrank.fields import SCHEDULERS
+from lowrank.fields import scheduler as scheduler_by_name
 from lowrank.flags.training import Optimizer as Options
 from lowrank.train import curves
 from lowrank.train.optim import (
@@ -171,6 +172,8 @@ def test_adafactor_sets_its_own_rate(caplog):
     assert "sets its own rate" in caplog.text
     scheduler = build_scheduler(optimizer, options(lr_scheduler="adafactor:0.5"), 10)
     assert scheduler.get_last_lr() == [0.5, 0.5]
+    bare = scheduler_by_name("Adafactor")  # interfaces offer the name alone: its rate is --learning_rate
+    assert build_scheduler(optimizer, options(lr_scheduler=bare), 10).get_last_lr() == [0.1, 0.1]
     optimizer = build(optimizer_type="adafactor", optimizer_args=("warmup_init=True", "relative_step=False"))
     assert optimizer.defaults["relative_step"] is True
     optimizer = build(

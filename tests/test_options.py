@@ -253,7 +253,7 @@ def test_warmup(text, expected):
         ("--output_name my style", "unexpected 'style' belongs to no flag"),
         ("--model_type chroma", "'chroma' is not one of flux"),
         ("--dataset_name lambdalabs/x", "--dataset_name is not supported: pictures come from a folder"),
-        ("--torch_compile", "--torch_compile is not supported: start with `accelerate launch"),
+        ("--torch_compile", "--torch_compile is not supported: nothing is compiled here"),
         ("--in_json", "expected one argument"),
     ],
 )
@@ -324,7 +324,7 @@ def test_help_lists_every_name(capsys):
         ("--max_train_steps 0", "--max_train_steps 0 is below 1"),
         ("--caption_dropout_rate 1.5", "--caption_dropout_rate 1.5 is above 1; give 1 or less"),
         ("--ema_decay 1", "--ema_decay 1 is not below 1; give less"),
-        ("--network_alpha 0", "--network_alpha 0 is not above 0; give more"),
+        ("--network_alpha -1", "--network_alpha -1 is below 0; give 0 or more"),
         ("--learning_rate -1", "--learning_rate -1 is below 0"),
         ("--text_encoder_lr 1e-4 -1", "--text_encoder_lr -1 is below 0"),
         ("--min_bucket_reso 0", "--min_bucket_reso 0 is below 1 pixels"),
@@ -451,6 +451,7 @@ def test_unknown_config_keys_can_be_allowed(tmp_path):
     parsed = flux("--config_file", path, "--allow_unknown_config_keys")
     assert parsed.network.network_dim == 4
     assert parsed.notes == (f"unknown keys of {path} without effect: epoch",)
+    assert "unknown key 'epoch'" in refused("--config_file", path, "--no-allow_unknown_config_keys")
 
 
 def test_a_missing_config_file_is_named(tmp_path):

@@ -165,6 +165,28 @@ def test_rules_between_flags(argv, said):
         sd(*argv.split())
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            "--dataset_config d.toml --reg_data_dir r",
+            "--train_data_dir, --reg_data_dir without effect beside",
+        ),
+        ("--dataset_config d.toml --in_json j.json", "--in_json, --train_data_dir without effect beside"),
+        ("--in_json j.json --reg_data_dir r", "--reg_data_dir without effect beside --in_json"),
+        ("--dataset_repeats 3", "--dataset_repeats without effect beside --train_data_dir"),
+        ("--log_prefix cat", "--log_prefix has no effect without --logging_dir"),
+    ],
+)
+def test_what_changes_nothing_is_said(argv, said):
+    (note,) = sd(*argv.split()).notes
+    assert note.startswith(said)
+
+
+def test_an_alpha_of_zero_is_the_rank():
+    assert sd("--network_alpha", "0").network.network_alpha == 0
+
+
 def test_an_output_folder_is_needed():
     with pytest.raises(Refused, match="give --output_dir FOLDER"):
         SD_TRAIN.parse(NEEDED[:4])
@@ -177,7 +199,7 @@ def test_usage_errors(capsys):
         (SD_TRAIN, "--sample_sampler ddimm", "did you mean 'ddim'"),
         (SD_TRAIN, "--face_crop_aug_range 1,2", "use --random_crop"),
         (SD_TRAIN, "--guidance_scale 1", "unknown flag --guidance_scale"),
-        (SD_TRAIN, "--deepspeed", "set DeepSpeed up with `accelerate config`"),
+        (SD_TRAIN, "--deepspeed", "use `accelerate launch --num_processes N`"),
     ):
         with pytest.raises(SystemExit) as caught:
             surface.parse([*NEEDED, *argv.split()])

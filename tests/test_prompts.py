@@ -49,7 +49,6 @@ def test_a_line_a_table_and_an_object_mean_the_same(tmp_path):
         ),
         ("p.txt", "x --w 8", "width 8 is not between 16 and"),
         ("p.txt", "x --cn edges.png", "option --cn is for other models"),
-        ("p.txt", "# nothing", "holds an empty prompt or none"),
         ("p.yaml", "x", "is neither .txt, .toml nor .json"),
     ],
 )
@@ -67,3 +66,10 @@ def test_sides_are_rounded_down_to_tokens():
 
 def test_a_line_may_name_its_sampler():
     assert parse_line("x --ss euler_a --L 2", DEFAULT).sample_sampler == "euler_a"
+
+
+def test_an_empty_text_file_draws_nothing(tmp_path, caplog):
+    """Some launchers write the file even when nothing is to be drawn."""
+    (tmp_path / "p.txt").write_text("# nothing\n")
+    assert read_prompts(tmp_path / "p.txt", Prompt("")) == []
+    assert "is empty" in caplog.text

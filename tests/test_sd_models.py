@@ -319,6 +319,26 @@ def test_vae_override(layout, folders, all_models, tmp_path):
     assert all(torch.equal(state[key], value) for key, value in file.vae.state_dict().items())
 
 
+def test_a_vae_of_another_scale_is_refused(folders, tmp_path):
+    for name in ("vae", "single/model.safetensors"):
+        with pytest.raises(Refused, match=r"--vae .* scales latents by 0\.13025 .* at 0\.18215"):
+            SD15.load(Source(str(folders["sd15"]), vae=str(folders["sdxl"] / name)), ())
+    save_file({"lora_unet.alpha": torch.ones(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(Refused, match="holds no VAE"):
+        SD15.load(Source(str(folders["sd15"]), vae=str(tmp_path / "lora.safetensors")), ())
+
+
+def test_configurations_from_before_diffusers_had_a_scale(kind, folders, tmp_path):
+    """SD 1.5 as published and sd-vae-ft-mse do not say it; it is that of their kind of model."""
+    shutil.copytree(folders[kind], tmp_path / "old")
+    config = tmp_path / "old" / "vae" / "config.json"
+    facts = json.loads(config.read_text())
+    want = facts.pop("scaling_factor")
+    config.write_text(json.dumps(facts))
+    for source in (Source(str(tmp_path / "old")), Source(str(folders[kind]), vae=str(config.parent))):
+        assert FAMILIES[kind].load(source, ()).configs["vae"]["scaling_factor"] == want
+
+
 def test_no_half_vae(folders):
     models = SD15.load(
         Source(str(folders["sd15"]), dtype=torch.bfloat16, vae_dtype=torch.float32), ("vae", "denoiser")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from lowrank.errors import Refused
 from lowrank.models import clip_text, memory
 from lowrank.models.family import Source
 from lowrank.models.sd import SD15, SdOptions
@@ -39,6 +40,11 @@ def test_clip_skip_leaves_out_layers_but_not_the_norm(skip, sd, tiny_sd):
     if skip in (2, 3):
         plain = SD15.encode_text(sd, ["a cat on the beach"])[0]["context"]
         assert not torch.allclose(plain, ours, atol=1e-2)
+
+
+def test_more_layers_than_there_are_cannot_be_skipped(sd):
+    with pytest.raises(Refused, match="--clip_skip 4 is more than the 3 layers"):
+        SD15.encode_text(sd, ["a dog"], SdOptions(clip_skip=4))
 
 
 @pytest.mark.parametrize("skip", [None, 1, 3])

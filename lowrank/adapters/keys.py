@@ -60,3 +60,8 @@ def flat(module: str) -> str:
     if kohya and kohya[1] != "unet":
         return f"te{kohya[2] or 1}|" + kohya[3]
     return kohya[3] if kohya else module_path(module).replace(".", "_")
+
+
+def is_flat_text(name: str) -> bool:
+    """Whether a name that `flat` made is a text encoder's."""
+    return bool(re.match(r"te\d\|", name))

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from lowrank.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 
+_WORDS = {int: "a whole number", float: "a finite number", str: "a text"}
+
 
 def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
     """A network argument as the type its field is declared with."""
@@ -40,15 +43,31 @@ def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
             raise Refused(f"{owner} argument {name}={text!r} is not a yes or no; write True or False")
         return answers[text.lower()]
     try:
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError(text)
+        return value
     except ValueError as error:
-        raise Refused(
-            f"{owner} argument {name}={text!r} is not a {kind.__name__}; correct its value"
-        ) from error
+        raise Refused(f"{owner} argument {name}={text!r} is not {_WORDS[kind]}; correct its value") from error
 
 
 def _rank_and_alpha(shape: int, alpha: Tensor | None) -> tuple[int, float]:
     return shape, float(shape if alpha is None else alpha)
+
+
+def _tell_unread(file: str, unread: Set[str], told: Iterable[str], unet: nn.Module | None) -> None:
+    """Warn of a file's layers that are not here; `Refused` where they are all that it has of a denoiser."""
+    denoisers = {name for name in told if not keys.is_flat_text(name)}
+    if unet is not None and denoisers and denoisers <= unread:
+        raise Refused(
+            f"{file} has {len(denoisers)} layers for a denoiser and this one has none of them, for example "
+            f"{min(denoisers)}; it was made for another base"
+        )
+    if unread:
+        logger.warning(
+            "%s: %d layers are not in this model and are left out, for example %s",
+            *(file, len(unread), min(unread)),
+        )
 
 
 class Facade:
@@ -200,6 +219,8 @@ class Facade:
                 f"{file or 'the given weights'} holds no {method.name} layer of this model; it was made by "
                 "another method or for another base"
             )
+        if not layout.target and not layout.exclude:
+            _tell_unread(file or "the given weights", told.keys() - spelled.values(), told, unet)
         kept = [target for target in targets if target.name in size]
         return self._network(method, layout, kept, size, multiplier), weights_sd
 

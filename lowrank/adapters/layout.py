@@ -61,6 +61,9 @@ class Layout:
             share = getattr(self, name)
             if share is not None and not 0 <= share < 1:
                 raise Refused(f"network argument {name}={share:g} is not a share from 0 to below 1; lower it")
+        for name in ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"):
+            if (getattr(self, name) or 0) < 0:
+                raise Refused(f"network argument {name}={getattr(self, name):g} is below 0; give 0 or more")
 
     @property
     def convolutional(self) -> bool:

@@ -46,7 +46,7 @@ def family_of(source: Source) -> Family:
         return SDXL if kind_of(file) == "sdxl" else SD15
     path = local_folder(source, lambda name, **_: Path(hf_hub_download(name, INDEX)).parent) / INDEX
     with reading("list of parts", path):
-        kind = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+        kind = str(json.loads(path.read_text(encoding="utf-8"))["_class_name"])
     if kind not in FAMILIES:
         raise Refused(
             f"{source.path} is a model for {kind}, which is none of {', '.join(FAMILIES)}; give one of these"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +73,7 @@ class Loader:
     ) -> None:
         self.datasets = tuple(datasets)
         self.seed, self.prior_loss_weight, self.skip_bad_images = seed, prior_loss_weight, skip_bad_images
-        self.workers, self.rank, self.world = workers, 0, 1
+        self.workers, self.rank, self.world = min(workers, os.cpu_count() or 1), 0, 1
         self._encoded: Encoded | None = None
         found = examples or [scan(dataset, skip_bad_images=skip_bad_images) for dataset in self.datasets]
         found, self._held = plan.split(self.datasets, found, seed)

@@ -12,6 +12,7 @@ from lowrank.errors import Refused, nearest
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 MAX_REPEATS = 10**6  # an epoch lists every repeat
+MAX_SIDE = 16384  # pixels
 _SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate")
 _COUNTS = ("keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step")
 
@@ -118,6 +119,8 @@ class Dataset:
                 raise Refused(f"{name} {getattr(self, name)} is below 1; give 1 or more")
         if min(self.resolution) < 1:
             raise Refused(f"resolution {self.resolution} has a side below 1; give e.g. 512 or 768,512")
+        if max(self.resolution) > MAX_SIDE:
+            raise Refused(f"resolution {self.resolution} has a side above {MAX_SIDE}; give less")
         _check_interpolation(self.resize_interpolation)
         if not 0 <= self.validation_split < 1:
             raise Refused(

@@ -30,6 +30,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 _SKIP = "or give --skip_bad_images"
+_ENDINGS = (".txt", ".caption")  # of caption files: most people's, and kohya's default
 
 
 def _is_file(entry: os.DirEntry) -> bool:
@@ -120,6 +121,7 @@ def _listed(subset: Subset, bad: list[str]) -> list[Named]:
             foreign[0],
         )
     named: list[Named] = []
+    unread: list[str] = []
     first: dict[str, str] = {}
     for name in found:
         stem = os.path.splitext(name)[0]
@@ -132,6 +134,18 @@ def _listed(subset: Subset, bad: list[str]) -> list[Named]:
         first[stem] = name
         has_file = subset.caption_extension is not None and stem + subset.caption_extension in entries
         named.append((folder / name, () if has_file else (subset.class_tokens or "",)))
+        if subset.caption_extension is not None and not has_file:
+            unread += [stem + ending for ending in _ENDINGS if stem + ending in entries]
+    if unread:
+        log.warning(
+            "%s: %d images have a caption file that is not read (first: %s), as caption_extension is %s; "
+            "give --caption_extension %s to read them",
+            folder,
+            len(unread),
+            unread[0],
+            subset.caption_extension,
+            os.path.splitext(unread[0])[1],
+        )
     return named
 
 

@@ -64,7 +64,7 @@ class Data:
     )
     max_data_loader_n_workers: int = option(
         8,
-        "processes that read images, at most one per CPU; 0 reads in the main one",
+        "threads that read images ahead, at most one per CPU; 0 reads in the main one",
         aliases=("--dataloader_num_workers",),
         low=0,
     )

@@ -44,8 +44,9 @@ class Network:
     network_dim: int | None = option(None, "rank (unset: the module's own, 4)", aliases=("--rank",), low=1)
     network_alpha: float | None = option(
         None,
-        "scale × rank (unset: the rank for delta_r, delta_r_triu and qrlora, 1 for others, as kohya)",
-        above=0,
+        "scale × rank (unset: the rank for delta_r, delta_r_triu and qrlora, 1 for others, as kohya; 0: the "
+        "rank)",
+        low=0,
     )
     network_dropout: float | None = option(None, "dropout in the adapter", low=0, below=1)
     network_args: tuple[str, ...] = option((), "key=value for the module")

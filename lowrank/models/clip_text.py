@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank.errors import Refused
 from lowrank.models.weighting import weighted
 
 log = logging.getLogger(__name__)
@@ -57,12 +58,16 @@ def hidden(encoder: Any, tokens: list[Tokens], skip: int | None, final_norm: boo
 
     `skip` n takes the n-th hidden state from the end, None the last; `final_norm` puts it through the
     encoder's last normalisation (SD), or leaves it as it is (SDXL). Differentiable in the encoder.
+    Raises `Refused` where there are fewer layers than `skip`.
     """
     B, n = len(tokens), len(tokens[0].chunks)
     ids = torch.cat([one.chunks for one in tokens]).to(encoder.device)  # (B·n, L)
     out = encoder(ids, output_hidden_states=True)
     # a projecting encoder (SDXL's second) holds the model, the other is the model in transformers 5
     inner = getattr(encoder, "text_model", encoder)
+    layers = len(out.hidden_states) - 1
+    if skip and skip > layers:
+        raise Refused(f"--clip_skip {skip} is more than the {layers} layers of the text encoder; give less")
     states = out.hidden_states[-(skip or 1)]  # (B·n, L, D)
     if final_norm:
         states = inner.final_layer_norm(states)

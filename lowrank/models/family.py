@@ -33,6 +33,7 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 ROLES = ("text", "vae", "denoiser")  # in the order a run needs them
 _WHOLE = 64 << 20  # files up to this size are hashed byte for byte
 _PIECE = 4096
+_ALIGNED = 64  # bytes: torch's own allocations on the CPU, and what MKL asks for
 _UNTOLD = ("transformers_version", "torch_dtype", "dtype")
 
 
@@ -134,6 +135,20 @@ def move(models: Models, roles: Iterable[str], device: str | torch.device) -> No
         for module in models.text_encoders if role == "text" else (getattr(models, _known(role)),):
             if module is not None:
                 module.to(device)
+
+
+def align(models: Models) -> None:
+    """Copy weights on the CPU that do not begin at a multiple of 64 bytes to where they do.
+
+    A safetensors file is mapped into memory, and its header shifts every tensor. MKL adds in another order
+    there, so that equal weights of two files, or of two processes, give sums that differ in the last bit.
+    """
+    for role in ROLES:
+        for module in models.text_encoders if role == "text" else (getattr(models, role),):
+            for tensor in () if module is None else (*module.parameters(), *module.buffers()):
+                plain = type(tensor) in (Tensor, nn.Parameter)  # a quantised one has its own storage
+                if plain and tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNED:
+                    tensor.data = tensor.data.clone()
 
 
 def _known(role: str) -> str:

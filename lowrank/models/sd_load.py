@@ -5,6 +5,7 @@ and the hash that names them.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from lowrank.errors import Refused
 from lowrank.models import parts, sd_single, single
 from lowrank.models.family import ROLES, Models, Source, component, local_folder
 from lowrank.models.samplers import schedule_of
+
+logger = logging.getLogger(__name__)
 
 TEXT = (("text_encoder", "tokenizer", CLIPTextModel),)
 TEXT_XL = (*TEXT, ("text_encoder_2", "tokenizer_2", CLIPTextModelWithProjection))
@@ -71,6 +74,13 @@ def load(source: Source, roles: Iterable[str] = ROLES, *, xl: bool = False) -> M
         models.configs["vae"] = _vae_config(models)
     _check_kind(models, xl)
     if source.v_parameterization:
+        told = models.configs["scheduler"].get("prediction_type", "v_prediction")
+        if told != "v_prediction" and not models.root.is_file():
+            logger.warning(
+                "--v_parameterization is given and %s says that it predicts %s; it is trained on velocities "
+                "all the same",
+                *(source.path, told),
+            )
         models.configs["scheduler"] = {**models.configs["scheduler"], "prediction_type": "v_prediction"}
     models.scheduler = schedule_of(DDPMScheduler, models.configs["scheduler"])
     add(models, roles)
@@ -124,17 +134,41 @@ def _kind(models: Models) -> str:
 
 
 def _vae_file(models: Models, root: Path) -> single.Checkpoint:
-    own = root == models.root
-    return single.original_vae(_file(models).under("first_stage_model.") if own else single.Checkpoint(root))
+    file = _whole(models, root)
+    return single.original_vae(file.under("first_stage_model.") if root == models.root else file)
+
+
+def _whole(models: Models, root: Path) -> single.Checkpoint:
+    return _file(models) if root == models.root else single.Checkpoint(root)
 
 
 def _vae_config(models: Models) -> Mapping[str, Any]:
-    root, name = parts.vae_place(models.source.vae, models.root)
-    if name:
-        return parts.config(AutoencoderKL, root, name, "scaling_factor")
-    xl = takes_sizes(models.configs["denoiser"])
-    facts = sd_single.facts("sdxl" if xl else "sd2" if is_v2(models) else "sd15")["vae"]
-    return single.autoencoder_config(_vae_file(models, root), facts)
+    """The VAE's configuration; `Refused` for one whose latents are of another scale than the model's."""
+    given, known = models.source.vae, _published(models)["vae"]
+    config = _vae_facts(models, given, known)
+    own = models.root / "vae" / "config.json"
+    expected = (_vae_facts(models, None, known) if own.is_file() else known)["scaling_factor"]
+    if given and config["scaling_factor"] != expected:
+        raise Refused(
+            f"--vae {given} scales latents by {config['scaling_factor']} and {models.source.path} takes them "
+            f"at {expected}, so it is a VAE of another kind of model; give one made for this kind"
+        )
+    return config
+
+
+def _published(models: Models) -> Mapping[str, Any]:
+    unet = models.configs["denoiser"]
+    return sd_single.facts("sdxl" if takes_sizes(unet) else "sd2" if is_v2(models) else "sd15")
+
+
+def _vae_facts(models: Models, given: str | None, known: Mapping[str, Any]) -> Mapping[str, Any]:
+    root, name = parts.vae_place(given, models.root)
+    if name:  # configurations from before diffusers 0.11, as SD 1.5's own, leave the scale out
+        scale = {"scaling_factor": known["scaling_factor"]}
+        return scale | dict(parts.config(AutoencoderKL, root, name, "latent_channels"))
+    if sd_single.is_whole(file := _whole(models, root)):
+        known = sd_single.facts(sd_single.kind_of(file))["vae"]
+    return single.autoencoder_config(_vae_file(models, root), known)
 
 
 def _vae(models: Models) -> nn.Module:

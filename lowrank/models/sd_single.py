@@ -42,9 +42,14 @@ def facts(kind: str) -> dict[str, dict[str, Any]]:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
+def is_whole(file: Checkpoint) -> bool:
+    """Whether a file holds a U-Net under the original names, and is not a VAE alone."""
+    return f"{UNET}input_blocks.0.0.weight" in file.shapes
+
+
 def kind_of(file: Checkpoint) -> str:
     """Which kind of model a file holds; `Refused` when it is none of these."""
-    if f"{UNET}input_blocks.0.0.weight" not in file.shapes:
+    if not is_whole(file):
         ours = any(key.startswith(("down_blocks.", "unet.down_blocks.")) for key in file.shapes)
         hint = "it is in diffusers' layout: give its folder" if ours else "it is another model, or a part"
         raise Refused(f"{file.path} is no SD checkpoint in the original layout (no {UNET}…); {hint}")

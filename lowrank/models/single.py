@@ -102,6 +102,8 @@ def autoencoder_config(file: Checkpoint, facts: Mapping[str, Any]) -> dict[str, 
     """diffusers' configuration of an autoencoder from the shapes of its original tensors; `facts` are what
     shapes do not tell."""
     shapes = file.shapes
+    if "encoder.conv_out.weight" not in shapes:
+        raise Refused(f"{file.path} holds no VAE (no encoder.conv_out.weight); give a file or folder of one")
     with reading("vae", file.path):
         levels = 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.down."))
         widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]

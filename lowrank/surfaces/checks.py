@@ -9,6 +9,7 @@ from lowrank.flags.training import Network
 from lowrank.options import Parsed, pairs
 
 SOURCES = ("dataset_config", "in_json", "train_data_dir", "instance_data_dir")
+_TOLD_BY_CONFIG = ("in_json", "train_data_dir", "reg_data_dir")  # --dataset_config replaces these
 LORA_INIT_METHODS = {"triu_deltaR": "delta_r_triu", "deltaR": "delta_r", "qr": "qrlora"}
 
 
@@ -51,6 +52,8 @@ def check_training(parsed: Parsed) -> Iterator[str]:
         )
     yield from _check_data(parsed)
     yield from _check_held_out(parsed)
+    if parsed.value("log_prefix") and not parsed.value("logging_dir"):
+        yield "--log_prefix has no effect without --logging_dir"
     _check_network(parsed)
     if parsed.saving.upcast_before_saving and parsed.saving.save_precision in ("fp16", "bf16"):
         raise Refused(
@@ -62,6 +65,8 @@ def check_training(parsed: Parsed) -> Iterator[str]:
 def _check_data(parsed: Parsed) -> Iterator[str]:
     data, prior = parsed.data, parsed.prior
     sources = [n for n in SOURCES if getattr(data, n)]
+    unread = [n for n in _TOLD_BY_CONFIG if data.dataset_config and getattr(data, n)]
+    sources = [n for n in sources if n not in unread]
     if data.in_json and "train_data_dir" in sources:
         sources.remove("train_data_dir")  # where the images of --in_json are
     if len(sources) != 1:
@@ -70,6 +75,12 @@ def _check_data(parsed: Parsed) -> Iterator[str]:
             f"one source of pictures is needed, not {told}; give --instance_data_dir FOLDER with "
             "--instance_prompt TEXT, --train_data_dir FOLDER, or --dataset_config FILE"
         )
+    if data.reg_data_dir and sources[0] in ("in_json", "instance_data_dir"):
+        unread.append("reg_data_dir")
+    if data.dataset_repeats != 1 and sources[0] == "train_data_dir":
+        unread.append("dataset_repeats")
+    if unread:
+        yield f"{', '.join(map(parsed.flag, unread))} without effect beside {parsed.flag(sources[0])}"
     if data.instance_prompt and "instance_data_dir" not in sources:
         raise Refused("--instance_prompt belongs to --instance_data_dir; captions come from files here")
     if prior.with_prior_preservation:

@@ -29,13 +29,14 @@ REFUSED = """
     face_crop_aug_range: use --random_crop, or crop the pictures beforehand
     disable_mmap_load_safetensors: drop it
     controlnet_model_name_or_path: no ControlNet is trained here
-    torch_compile: start with `accelerate launch --dynamo_backend inductor`
+    torch_compile: nothing is compiled here; --mixed_precision bf16 is what makes steps short
     fused_backward_pass blockwise_fused_optimizers fused_optimizer_groups: it is for training whole models
     initial_epoch initial_step skip_until_initial_step: --resume goes on at the right step and image by itself
     ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph: `accelerate launch` sets up processes; drop it
     deepspeed zero_stage zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients
-        offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path: set
-        DeepSpeed up with `accelerate config`
+        offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path: it
+        shares out what an adapter has little of; use `accelerate launch --num_processes N`, and --fp8_base
+        for memory
     block_lr learning_rate_te learning_rate_te1 learning_rate_te2: use --text_encoder_lr and --unet_lr
     stop_text_encoder_training: use --network_train_unet_only, or two runs with --network_weights
     adam_weight_decay_text_encoder: --adam_weight_decay is for every part

@@ -48,7 +48,7 @@ class Merge:
         high=1e6,
     )
     negative_prompt: str | None = option(None, "what not to draw; not for FLUX")
-    num_inference_steps: int = option(50, "denoising steps", low=1)
+    num_inference_steps: int = option(50, "denoising steps", low=1, high=1000)
     guidance_scale: float | None = option(
         None, "strength of the prompt: told to FLUX (unset: 3.5), CFG for SD (unset: 7.5)", low=0
     )

@@ -13,13 +13,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lowrank.adapters.keys import is_text_encoder
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused
 from lowrank.models import memory
 from lowrank.models.family import DTYPES, Family, Models, move, release
 from lowrank.options import Parsed
-from lowrank.tensors import read_metadata
+from lowrank.tensors import read_metadata, read_tensors
 from lowrank.train import module
 from lowrank.train.prompts import Prompt
 from lowrank.train.state import Names
@@ -78,16 +79,38 @@ def keep_vae(models: Models, encoded: bool, draws: bool) -> None:
         release(models, ("vae",))
 
 
+def base_weights(parsed: Parsed) -> list[tuple[str, float]]:
+    """The files of --base_weights and their strengths."""
+    files, strengths = parsed.value("base_weights"), parsed.value("base_weights_multiplier")
+    return list(zip(files, (*strengths, *[1.0] * len(files)), strict=False))
+
+
+def changes_text(parsed: Parsed) -> bool:
+    """Whether --base_weights have layers of text encoders, so that captions are encoded after the merge."""
+    return any(is_text_encoder(key) for path, _ in base_weights(parsed) for key in read_tensors(path)[0])
+
+
+def merge_base_weights(job: Job, models: Models) -> None:
+    """Merge --base_weights into the denoiser and the text encoders that are loaded, trained or not."""
+    passed = as_passed(models.text_encoders, models.denoiser)
+    for path, strength in base_weights(job.parsed):
+        _check_base(job, models, path)
+        other, state = job.networks.create_network_from_weights(
+            strength, path, None, passed, models.denoiser, for_inference=True
+        )
+        logger.info("merging module: %s with multiplier %s", path, strength)
+        other.merge_to(passed, models.denoiser, state, None, next(models.denoiser.parameters()).device)
+
+
 def adapt(job: Job, models: Models, encoders: list[nn.Module]) -> Any:
-    """Freeze the denoiser, merge --base_weights, put the network on it."""
+    """Freeze the denoiser and put the network on it."""
     models.denoiser.requires_grad_(False).eval()
     _choose_attention(job, models)
     if job.value("fp8_base") or job.value("fp8_base_unet"):
         memory.store_in_fp8(models.denoiser, DTYPES[job.accelerator.mixed_precision])
     torch.manual_seed(job.seed)
-    for path in filter(None, (*job.value("base_weights"), job.value("network_weights"))):
-        _check_base(job, models, path)
-    _merge_base_weights(job.parsed, job.networks, models, encoders)
+    if job.value("network_weights"):
+        _check_base(job, models, job.value("network_weights"))
     network = job.create(models.denoiser, encoders, job.value("network_weights"))
     for encoder in encoders if job.value("gradient_checkpointing") else ():
         memory.checkpoint_text(encoder)
@@ -116,18 +139,6 @@ def _choose_attention(job: Job, models: Models) -> None:
         memory.attention(models.denoiser, "xformers")
     else:
         logger.warning("xformers is not installed, or there is no GPU; torch's own attention is used")
-
-
-def _merge_base_weights(parsed: Parsed, networks: Any, models: Models, encoders: list[nn.Module]) -> None:
-    strengths = parsed.value("base_weights_multiplier")
-    passed = as_passed(encoders, models.denoiser)
-    for index, path in enumerate(parsed.value("base_weights")):
-        strength = strengths[index] if index < len(strengths) else 1.0
-        other, state = networks.create_network_from_weights(
-            strength, path, None, passed, models.denoiser, for_inference=True
-        )
-        logger.info("merging module: %s with multiplier %s", path, strength)
-        other.merge_to(passed, models.denoiser, state, None, next(models.denoiser.parameters()).device)
 
 
 def _prepare_network(

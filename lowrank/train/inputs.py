@@ -55,7 +55,9 @@ def _datasets(parsed: Parsed) -> tuple[Dataset, ...]:
     values, repeats = _values(parsed), parsed.value("dataset_repeats")
     if parsed.value("dataset_config"):
         return from_config(
-            parsed.value("dataset_config"), values, allow_unknown=parsed.value("allow_unknown_config_keys")
+            parsed.value("dataset_config"),
+            values | {"num_repeats": repeats},
+            allow_unknown=parsed.value("allow_unknown_config_keys"),
         )
     if parsed.value("in_json"):
         values["num_repeats"] = repeats

@@ -18,11 +18,11 @@ from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import only_writer, writable_folder
 from lowrank.models import memory
-from lowrank.models.family import DTYPES, Family, Models
+from lowrank.models.family import DTYPES, Family, Models, align
 from lowrank.options import Parsed, pairs
 from lowrank.surfaces.checks import trains_text
 from lowrank.train import dry, inputs, metadata, module, optim, setup, state
-from lowrank.train.adapt import Job, Script, adapt, keep_vae
+from lowrank.train.adapt import Job, Script, adapt, changes_text, keep_vae, merge_base_weights
 from lowrank.train.log import RunLog, describe_run
 from lowrank.train.loop import Forward, Run, components, train
 from lowrank.train.prompts import Prompt
@@ -94,7 +94,10 @@ def _launch(job: Job) -> int:
 
     prompts = setup.prompts(parsed, family, models, job.script.prompt)
     drawn = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
-    family.add(models, ("text", "vae"))
+    _load(job, models, ("text", "vae"))
+    if text_merged := changes_text(parsed):
+        _load(job, models, ("denoiser",))  # one file's layers for both are merged in one call
+        merge_base_weights(job, models)
     captions = all_captions([loader] if held is None else [loader, held])
     text = Text(parsed, captions, family, models, job.options, tuple(drawn), trains_text(parsed), accelerator)
     loader = inputs.encode_latents(parsed, loader, family, models, accelerator)
@@ -102,9 +105,17 @@ def _launch(job: Job) -> int:
         held = inputs.encode_latents(parsed, held, family, models, accelerator)
     encoders = text.keep()
     keep_vae(models, loader.encoded and (held is None or held.encoded), bool(prompts))
-    family.add(models, ("denoiser",))
+    _load(job, models, ("denoiser",))
+    if not text_merged:
+        merge_base_weights(job, models)
     network = adapt(job, models, encoders)
     return _train(job, models, loader, held, text, prompts, encoders, network)
+
+
+def _load(job: Job, models: Models, roles: tuple[str, ...]) -> None:
+    """The named parts, in memory so that equal runs compute equal bits, whatever file they came from."""
+    job.family.add(models, roles)
+    align(models)
 
 
 # ------------------------------------------------------------------ before anything is loaded

@@ -121,6 +121,8 @@ class RunLog:
             if name != "loss" and value is not None:
                 scalars[f"loss/{name}"] = value
         scalars |= {f"lr/{name.strip()}": rate for name, rate in rates.items()} | dict(extra)
+        if "lr/textencoder 1" in scalars:  # the one name that dashboards know
+            scalars.setdefault("lr/textencoder", scalars["lr/textencoder 1"])
         self._accelerator.log(scalars, step=step)
         if self._accelerator.is_main_process:
             row = {"step": step, "epoch": epoch, "lr": first, "avr_loss": average, **told}

@@ -154,7 +154,7 @@ def train(run: Run, progress: Progress) -> Progress:
     run.log.begin(progress.step)
     while progress.step < run.steps:
         if said != progress.epoch:
-            run.log.say(f"\nepoch {progress.epoch + 1}/{run.epochs}") if run.epochs < 100 else None
+            run.log.say(f"\nepoch {progress.epoch + 1}/{run.epochs}")  # GUIs read this line
             said = progress.epoch
         network.on_epoch_start(run.text_encoders, run.denoiser)
         for batch in _batches(run, progress):
@@ -178,9 +178,10 @@ def train(run: Run, progress: Progress) -> Progress:
                 progress.step += 1
                 if run.scale_weight_norms:
                     extra |= _limit_norms(network, run.scale_weight_norms, accelerator.device)
-                rates = dict(
-                    zip(run.group_names, (group["lr"] for group in run.optimizer.param_groups), strict=False)
-                )
+                named = list(zip(run.group_names, run.optimizer.param_groups, strict=False))
+                rates = {name: group["lr"] for name, group in named}
+                # Prodigy and D-Adaptation find a factor d of the rate themselves
+                extra |= {f"lr/d*lr/{name.strip()}": g["d"] * g["lr"] for name, g in named if "d" in g}
                 run.log.step(progress.step, progress.epoch + 1, meter.read(accelerator), rates, images, extra)
                 images = 0
                 if run.after_step(progress) or progress.step >= run.steps:

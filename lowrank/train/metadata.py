@@ -149,7 +149,7 @@ def of_run(
         "num_batches_per_epoch": len(loader),
         "num_epochs": epochs,
         "max_train_steps": steps,
-        "v2": "v2" in parsed.specs and parsed.value("v2"),
+        "v2": family.base_model_version(models).startswith("sd_v2"),
         "base_model_version": family.base_model_version(models),
         "sd_scripts_commit_hash": f"lowrank {__version__}",
         "batch_size_per_device": parsed.value("train_batch_size"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import re
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from typing import Any
 from lowrank.errors import Refused, nearest
 from lowrank.files import parse_toml
 from lowrank.flags.training import SEEDS
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,9 @@ def read_prompts(path: str | Path, default: Prompt, step: int = 16) -> list[Prom
         else _checked(where, entry, default, step)
         for where, entry in entries
     ]
+    if not found and path.suffix == ".txt":  # some launchers write the file always
+        log.warning("--sample_prompts %s is empty: nothing is drawn", path)
+        return []
     if not found or not all(prompt.prompt for prompt in found):
         raise Refused(f"--sample_prompts {path} holds an empty prompt or none; write a prompt per line")
     return found

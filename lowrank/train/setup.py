@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,16 @@ def accelerator(parsed: Parsed, folder: Path) -> Accelerator:
         logs = Path(parsed.value("logging_dir")) / (
             (parsed.value("log_prefix") or "") + time.strftime("%Y%m%d%H%M%S")
         )
-    if parsed.value("wandb_api_key"):
+    if trackers in ("wandb", "all"):
+        if find_spec("wandb") is None:
+            raise Refused(
+                f"--log_with {trackers} needs the package wandb; run pip install wandb, or give --log_with "
+                "tensorboard"
+            )
         import wandb  # pyright: ignore[reportMissingImports]  # only when asked for
 
-        wandb.login(key=parsed.value("wandb_api_key"))
+        if parsed.value("wandb_api_key"):
+            wandb.login(key=parsed.value("wandb_api_key"))
     accelerator = Accelerator(
         mixed_precision=_precision(parsed),
         log_with=None if trackers == "none" else trackers,

@@ -42,15 +42,15 @@ class Kind:
 SD15 = Kind(
     "sd15",
     {
-        "block_out_channels": (32, 64, 96, 64),
-        "norm_num_groups": 8,  # SD has 10 channels to a group at its first level, here 4
+        "block_out_channels": (64, 64, 64, 64),
+        "norm_num_groups": 16,  # SD has 10 channels to a group at its first level, here 4
         "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
         "attention_head_dim": 2,  # diffusers' name for the number of heads
         "cross_attention_dim": 128,
     },
     (128,),
-    Plan(steps=4000, lr=1e-3, warmup=300, decay=0.999, seed=2),
+    Plan(steps=10000, lr=1e-3, warmup=300, decay=0.999, seed=2),
 )
 SDXL = Kind(
     "sdxl",
@@ -83,6 +83,7 @@ def scheduler(name: str) -> Any:
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
+        steps_offset=1,
         **spacing,
         **extra,
     )
