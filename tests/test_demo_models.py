@@ -37,6 +37,8 @@ def test_what_is_shipped():
     assert "flux" in FAMILIES and (DEMO / "scorer/model.safetensors").is_file()
     weights = [path for path in files if path.suffix == ".safetensors"]
     assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}, weights
+    configs = [json.loads(path.read_text()) for path in files if path.name == "config.json"]
+    assert not [config for config in configs if config.get("_name_or_path")], "a path of the maker's machine"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

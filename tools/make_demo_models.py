@@ -113,7 +113,9 @@ class Workshop:
         folder = self.work / "vae"
         if not (folder / "config.json").is_file():
             raise Refused(f"the models need the autoencoder, and {folder} has none; make it with --parts vae")
-        return AutoencoderKL.from_pretrained(folder)
+        vae = AutoencoderKL.from_pretrained(folder)
+        vae.register_to_config(_name_or_path="")  # diffusers would ship the work folder's path
+        return vae
 
     def _whole(self, training: str, plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
         """`facts` of a training that came to its end; raises `Stopped` otherwise."""
