@@ -74,6 +74,16 @@ class Models:
     held: dict[str, Any] = field(default_factory=dict)  # what loading remembers: a single file's table
 
 
+def stack_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Captions' dictionaries as one of (B, …) tensors."""
+    return {key: torch.stack([one[key] for one in encoded]) for key in encoded[0]}
+
+
+def bare(denoiser: Any) -> Any:
+    """The model inside a DistributedDataParallel."""
+    return denoiser if hasattr(denoiser, "config") else denoiser.module
+
+
 @dataclass(frozen=True)
 class Family:
     """Facts and functions of one model family. `options` is the family's frozen dataclass of switches."""
@@ -93,13 +103,10 @@ class Family:
     decode: Callable[[Models, Tensor], Tensor]  # (B, C, h, w) → (B, 3, H, W) in [−1, 1]
     # (models, captions, options) → one CPU dict per caption
     encode_text: Callable[..., list[dict[str, Tensor]]]
-    stack_text: Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
     # the encoders that adapters can train; the others go
     keep_trained_text: Callable[[Models], list[nn.Module]]
     # (models, captions, options) → their part of the conditions, with gradient
     trained_text: Callable[..., dict[str, Tensor]]
-    # (original sizes, crops' top left corners, target sizes), each (B, 2) of y, x → more conditions, or none
-    size_conditions: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
     empty: Callable[[Models], nn.Module]  # the denoiser without weights, on the meta device
     denoise: Callable[..., Tensor]  # (denoiser, noisy, timesteps, text, options) → prediction (B, C, h, w)
     pipeline: Callable[[Models], Any]  # the stock pipeline around the present denoiser
@@ -107,6 +114,9 @@ class Family:
     # sampler=None) → PIL images
     sample: Callable[..., list]
     model_hash: Callable[[Models | Source | str, str], str]  # (…, role) → 64 hex digits
+    stack_text: Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]] = stack_text
+    # (original sizes, crops' top left corners, target sizes), each (B, 2) of y, x → more conditions, or none
+    size_conditions: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] = lambda *sizes: {}
 
 
 def latent_scale(models: Models) -> int:

@@ -8,7 +8,7 @@ kohya sd-scripts' FLUX trainer, diffusers' FluxPipeline.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from lowrank.errors import Refused
-from lowrank.models.family import Family, Models, latent_scale
+from lowrank.models.family import Family, Models, bare, latent_scale
 from lowrank.models.flux_load import add, load, model_hash
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 
@@ -118,11 +118,6 @@ def empty(models: Models) -> FluxTransformer2DModel:
         return made
 
 
-def stack_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Captions' dictionaries as one of (B, …) tensors."""
-    return {key: torch.stack([one[key] for one in encoded]) for key in encoded[0]}
-
-
 # ---------- denoising
 
 
@@ -142,11 +137,6 @@ def image_ids(h: int, w: int, device: torch.device) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
     ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
     return ids.to(device, torch.float32)
-
-
-def _bare(denoiser: Any) -> Any:
-    """The model inside a DistributedDataParallel."""
-    return denoiser if hasattr(denoiser, "config") else denoiser.module
 
 
 def _attention(
@@ -176,7 +166,7 @@ def denoise(
         raise Refused(
             f"latents of {h}×{w} cannot be packed 2×2; their sides must be even, so give another --resolution"
         )
-    model, device = _bare(denoiser), noisy.device
+    model, device = bare(denoiser), noisy.device
     guidance = None
     if model.config.guidance_embeds:
         guidance = torch.full((B,), options.guidance_scale, device=device, dtype=torch.float32)
@@ -206,7 +196,7 @@ def pipeline(models: Models) -> FluxPipeline:
         scheduler=type(models.scheduler).from_config(models.scheduler.config),
         vae=models.vae,
         **no_text,
-        transformer=_bare(models.denoiser),
+        transformer=bare(models.denoiser),
     )
 
 
@@ -285,10 +275,8 @@ FLUX = Family(
     latents=latents,
     decode=decode,
     encode_text=encode_text,
-    stack_text=stack_text,
     keep_trained_text=keep_trained_text,
     trained_text=trained_text,
-    size_conditions=lambda originals, crops, targets: {},
     empty=empty,
     denoise=denoise,
     pipeline=pipeline,

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from lowrank.models import clip_text
-from lowrank.models.family import Family, Models, latent_scale
+from lowrank.models.family import Family, Models, bare, latent_scale
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 from lowrank.models.samplers import sampler as sampler_of
 from lowrank.models.sd_load import add, is_v2, load, model_hash
@@ -76,11 +76,6 @@ def trained_text(models: Models, captions: list[str], options: SdOptions = PLAIN
     return {"context": _encode(models, captions, options)}
 
 
-def stack_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Captions' dictionaries as one of (B, …) tensors."""
-    return {key: torch.stack([one[key] for one in encoded]) for key in encoded[0]}
-
-
 # ---------- denoising
 
 
@@ -89,11 +84,6 @@ def empty(models: Models) -> UNet2DConditionModel:
     with torch.device("meta"):
         made: Any = UNet2DConditionModel.from_config(dict(models.configs["denoiser"]))
         return made
-
-
-def bare(denoiser: Any) -> Any:
-    """The model inside a DistributedDataParallel."""
-    return denoiser if hasattr(denoiser, "config") else denoiser.module
 
 
 def denoise(
@@ -229,10 +219,8 @@ SD15 = Family(
     latents=latents,
     decode=decode,
     encode_text=encode_text,
-    stack_text=stack_text,
     keep_trained_text=keep_trained_text,
     trained_text=trained_text,
-    size_conditions=lambda originals, crops, targets: {},
     empty=empty,
     denoise=denoise,
     pipeline=pipeline,

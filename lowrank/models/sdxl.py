@@ -17,9 +17,9 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from lowrank.models import clip_text
-from lowrank.models.family import Models
+from lowrank.models.family import Models, bare
 from lowrank.models.samplers import sampler as sampler_of
-from lowrank.models.sd import PLAIN, SD15, SdOptions, bare, sample
+from lowrank.models.sd import PLAIN, SD15, SdOptions, sample
 from lowrank.models.sd_load import load_xl, model_hash_xl
 
 _LAYER = 2  # the last but one, whatever --clip_skip says

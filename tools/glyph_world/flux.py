@@ -21,6 +21,7 @@ from lowrank.models.flux import image_ids, pack
 from tools.glyph_world import text
 from tools.glyph_world.autoencoder import CHANNELS
 from tools.glyph_world.training import Plan, at_step, fit
+from tools.make_tiny_flux import scheduler
 
 WIDTH = 96  # of both text encoders
 PLAN = Plan(steps=6500, lr=1e-3, warmup=300, decay=0.999)
@@ -44,21 +45,6 @@ def transformer() -> Any:
         pooled_projection_dim=WIDTH,
         guidance_embeds=True,
         axes_dims_rope=(4, 14, 14),
-    )
-
-
-def scheduler() -> Any:
-    """FLUX.1-dev's scheduler."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
     )
 
 

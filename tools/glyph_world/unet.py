@@ -32,7 +32,6 @@ class Kind:
     unet: dict[str, Any]
     widths: tuple[int, ...]  # of the text encoders
     plan: Plan
-    scheduler: str = "EulerDiscreteScheduler"
 
     @property
     def two(self) -> bool:
@@ -50,7 +49,7 @@ SD15 = Kind(
         "cross_attention_dim": 128,
     },
     (128,),
-    Plan(steps=10000, lr=1e-3, warmup=300, decay=0.999, seed=2),
+    Plan(steps=4500, lr=1e-3, warmup=300, decay=0.999, seed=2),
 )
 SDXL = Kind(
     "sdxl",
@@ -72,20 +71,17 @@ SDXL = Kind(
 )
 
 
-def scheduler(name: str) -> Any:
-    """SD's noise schedule in one of diffusers' schedulers."""
-    import diffusers
+def scheduler() -> Any:
+    """SD's noise schedule; steps end where training does, at the last timestep."""
+    from diffusers import EulerDiscreteScheduler
 
-    spacing = {} if name == "PNDMScheduler" else {"timestep_spacing": "trailing"}
-    extra = {"clip_sample": False, "set_alpha_to_one": False} if name == "DDIMScheduler" else {}
-    return getattr(diffusers, name)(
+    return EulerDiscreteScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         steps_offset=1,
-        **spacing,
-        **extra,
+        timestep_spacing="trailing",
     )
 
 
@@ -130,16 +126,15 @@ class Parts:
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
         return self.modules["unet"](noisy, timesteps, sequence, added_cond_kwargs=added).sample
 
-    def pipeline(self, vae: Any, scheduler_name: str | None = None) -> Any:
+    def pipeline(self, vae: Any) -> Any:
         """The stock StableDiffusionPipeline or StableDiffusionXLPipeline."""
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-        noise = scheduler(scheduler_name or self.kind.scheduler)
         if not self.kind.two:
             return StableDiffusionPipeline(
                 vae=vae,
                 tokenizer=self.tokenizers[0],
-                scheduler=noise,
+                scheduler=scheduler(),
                 **self.modules,
                 safety_checker=None,  # pyright: ignore[reportArgumentType]
                 feature_extractor=None,  # pyright: ignore[reportArgumentType]
@@ -150,7 +145,7 @@ class Parts:
             vae=vae,
             tokenizer=first,
             tokenizer_2=second,
-            scheduler=noise,
+            scheduler=scheduler(),
             **self.modules,
             add_watermarker=False,
         )
@@ -159,7 +154,7 @@ class Parts:
 def train(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: float | None = None) -> dict:
     """ε-prediction with text encoders from scratch; `captions(i, rng)` words picture i."""
     plan, device = parts.kind.plan, parts.device
-    kept = scheduler("DDIMScheduler").alphas_cumprod.to(device)  # ᾱ by timestep
+    kept = scheduler().alphas_cumprod.to(device)  # ᾱ by timestep
 
     def loss(step: int) -> dict[str, Tensor]:
         rng, generator = at_step(plan.seed, step)
