@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from lowrank.adapters.kohya import bind
-from lowrank.adapters.method import Factor, Method, Start
+from lowrank.adapters.method import Chain, Factor, Method, Start
 from lowrank.weights.basis import start_basis
 
 
@@ -45,7 +45,10 @@ def start(weights, ranks, scales, options: Options) -> Start:
 
 def factor(options: Options) -> Factor:
     return Factor(
-        partial(start, options=options), trained=("delta_r",), up="q", down="delta_r", record=("base_r",)
+        partial(start, options=options),
+        trained=("delta_r",),
+        chains=(Chain(("q",), ("delta_r",)),),
+        record=("base_r",),
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lowrank.adapters.kohya import bind
-from lowrank.adapters.method import Factor, Method, Start
+from lowrank.adapters.method import Chain, Factor, Method, Start
 from lowrank.weights.basis import start_basis
 
 
@@ -34,7 +34,7 @@ def start(weights, ranks, scales, options: Options) -> Start:
 
 
 def method(options: Options) -> Method:
-    factor = Factor(partial(start, options=options), trained=("down", "up"), up_0="q", down_0="base_r")
+    factor = Factor(partial(start, options=options), trained=("down", "up"), copy=Chain(("q",), ("base_r",)))
     return Method("qrlora", factor)
 
 

@@ -180,7 +180,7 @@ def test_all_in_half_precision_still_starts_as_the_base(kind, dtype):
 def test_the_norm_is_fp32_in_half_precision_and_under_autocast(kind):
     _, made = adapted(kind, torch.bfloat16)
     for layer in made.layers():
-        U, D = layer._factors()
+        U, D = layer.factors()
         V = (
             layer.host.weight.double().flatten(1)
             + layer.scale * U.flatten(1).double() @ D.flatten(1).double()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import experts, gate, penalty
-from lowrank.adapters.method import Experts, Factor, Gate, Magnitude, Method, Penalty
+from lowrank.adapters.method import Chain, Experts, Factor, Gate, Magnitude, Method, Penalty
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
 from networks import delta_r, dora
@@ -93,25 +93,26 @@ def probes() -> dict[str, Method]:
     )
     return {
         "core": Method(
-            "core", Factor(partial(_plain, core=True), trained=("down", "up", "core"), core="core")
+            "core",
+            Factor(
+                partial(_plain, core=True), trained=("down", "up", "core"), chains=(Chain(("up", "core")),)
+            ),
         ),
         "diagonal+copy+gate": Method(
             "diagonal+copy+gate",
             Factor(
                 partial(_plain, copies=True, diagonal=True),
                 trained=("down", "up", "core"),
-                up_0="q",
-                down_0="base_r",
-                core="core",
-                core_0="core_0",
-                diagonal=True,
+                chains=(Chain(("up", "core")),),
+                copy=Chain(("q", "core_0"), ("base_r",)),
+                diagonal=("core", "core_0"),
             ),
             prefix,
         ),
         "gate": Method("gate", lora, gate=prefix),
         "gate+copy": Method(
             "gate+copy",
-            Factor(partial(_plain, copies=True), ("down", "up"), up_0="q", down_0="base_r"),
+            Factor(partial(_plain, copies=True), ("down", "up"), copy=Chain(("q",), ("base_r",))),
             prefix,
         ),
         "experts": Method(
@@ -127,7 +128,7 @@ def probes() -> dict[str, Method]:
         "delta_r | dora": delta_r.method(delta_r.Options()) | dora.LENGTHS,
         "magnitude+copy": Method(
             "magnitude+copy",
-            Factor(partial(_plain, copies=True), ("down", "up"), up_0="q", down_0="base_r"),
+            Factor(partial(_plain, copies=True), ("down", "up"), copy=Chain(("q",), ("base_r",))),
             magnitude=Magnitude(detach=False),
         ),
         "penalty+rates": Method("penalty+rates", lora, penalty=(pull,), rates={"up": 4.0}),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lowrank.adapters import keys
 from lowrank.adapters.layout import Layout, sizes, speeds
 from lowrank.adapters.method import Factor, Method
-from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.network import AdapterNetwork, DenseWeights
 from lowrank.adapters.targets import Target, find_all
 from lowrank.errors import Refused, nearest
 from lowrank.tensors import read_tensors
@@ -123,18 +123,29 @@ class Facade:
             layer.module_dropout = layout.module_dropout or 0.0
         network.leave_out = self._left_out(network.factor, layout)
         network.speeds = speeds(layout, targets)
-        ups = {network.factor.up} & set(network.factor.trained)
+        ups = set(network.factor.plus) & set(network.factor.trained)
         parts = {target.part for target in targets}
         for part in parts:
             own = layout.loraplus_unet_lr_ratio if part == "unet" else layout.loraplus_text_encoder_lr_ratio
-            ratio = own or layout.loraplus_lr_ratio
+            ratio = layout.loraplus_lr_ratio if own is None else own
             if ratio and not ups:
                 raise Refused(
                     f"LoRA+ speeds up the trained up factor, and {method.name} trains none; "
                     "leave loraplus out"
                 )
-            network.role_rates |= {(part, role): ratio for role in ups if ratio}
+            network.role_rates |= {(part, role): ratio or 1.0 for role in ups if ratio is not None}
         return network
+
+    def _fit(
+        self, method: Method, targets: list[Target], size: Mapping[str, tuple[int, float]]
+    ) -> Mapping[str, tuple[int, float]]:
+        """Ranks that the method's factor can have; the scale s = alpha/rank stays."""
+        fit = method.require_factor().fit
+        if fit is None:
+            return size
+        hosts = {target.name: target.module for target in targets if target.name in size}
+        ranks = fit(DenseWeights(hosts), {name: rank for name, (rank, _) in size.items()})
+        return {name: (R, alpha * R / rank) for name, (rank, alpha) in size.items() if (R := ranks[name])}
 
     def _left_out(self, factor: Factor, layout: Layout) -> frozenset[str]:
         kinds = ("full", "q", "none")
@@ -174,7 +185,7 @@ class Facade:
         targets = find_all(
             text_encoder, unet, target=layout.target, exclude=layout.exclude, conv=layout.convolutional
         )
-        size = sizes(layout, targets, rank, alpha)
+        size = self._fit(method, targets, sizes(layout, targets, rank, alpha))
         kept = [target for target in targets if target.name in size]
         network = self._network(method, layout, kept, size, multiplier)
         network.start()
@@ -205,11 +216,11 @@ class Facade:
             for key, value in weights_sd.items()
             if key.endswith(".alpha")
         }
-        down = method.require_factor().down
+        factor = method.require_factor()
         for key, value in weights_sd.items():
             module, role = keys.role_of(key) or ("", "")
-            if role == down:
-                told[keys.flat(module)] = _rank_and_alpha(value.shape[0], alphas.get(keys.flat(module)))
+            if rank := factor.rank_in(role, value.shape):
+                told[keys.flat(module)] = _rank_and_alpha(rank, alphas.get(keys.flat(module)))
         everything = layout.target or (".*" if unet is not None else None)
         targets = find_all(text_encoder, unet, target=everything, exclude=layout.exclude)
         spelled = {target: next((s for s in target.spellings if s in told), None) for target in targets}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters import experts, gate, keys, magnitude
-from lowrank.adapters.method import Gate, Method
+from lowrank.adapters.method import Chain, Gate, Method
 from lowrank.adapters.targets import Layer
 from lowrank.errors import Refused
 
@@ -92,6 +92,10 @@ class AdaptedLayer(nn.Module):
                 f"{name} is a convolution, whose input and output differ in size, so {method.name} cannot "
                 "route on x there; route on h, or exclude it with --network_args exclude=…"
             )
+        if self.factor.copy and (method.experts or len(self.factor.chains) > 1):
+            raise Refused(
+                f"{method.name} subtracts an initial copy, which works with one chain and no experts"
+            )
         if isinstance(host, nn.Conv2d):
             outs, ins, kernel = host.out_channels, host.in_channels, tuple(host.kernel_size)
         else:
@@ -108,16 +112,16 @@ class AdaptedLayer(nn.Module):
                 self.register_buffer(role, empty)
 
     def _shapes(self, outs: int, ins: int, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        method, ones, R = self.method, (1,) * len(kernel), self.rank
-        factor, E = self.factor, method.experts
-        shapes = {factor.down: (R, ins, *kernel), factor.up: (*((E.count,) if E else ()), outs, R, *ones)}
-        if factor.up_0 and factor.down_0:
-            shapes |= {factor.down_0: (R, ins, *kernel), factor.up_0: (outs, R, *ones)}
-        for core in filter(None, (factor.core, factor.core_0)):
-            shapes[core] = (R,) if factor.diagonal else (R, R)
+        factor, E, ones = self.factor, self.method.experts, (1,) * len(kernel)
+        R, shapes = self.rank // len(factor.chains), {}
+        for chain in (*factor.chains, *((factor.copy,) if factor.copy else ())):
+            shapes[chain.down[-1]], shapes[chain.up[0]] = (R, ins, *kernel), (outs, R, *ones)
+            for role in (*chain.up[1:], *chain.down[:-1]):
+                shapes[role] = (R,) if role in factor.diagonal else (R, R)
         if E:
-            shapes["router"] = (E.count, R if E.on == "h" else ins)
-        if method.magnitude:
+            shapes[E.role] = (E.count, *shapes[E.role])
+            shapes["router"] = (E.count, self.rank if E.on == "h" else ins)
+        if self.method.magnitude:
             shapes["magnitude"] = (outs, 1, *ones)
         return shapes
 
@@ -179,7 +183,7 @@ class AdaptedLayer(nn.Module):
         """m = ‖W + ΔW‖ per row, by the same function as in the forward, so that g is exactly 1 at step 0."""
         if self.method.magnitude and not self.host.weight.is_meta:
             with torch.no_grad():
-                self.magnitude.copy_(self._row_norm(*self._factors()).reshape(self.magnitude.shape))
+                self.magnitude.copy_(self._row_norm(*self.factors()).reshape(self.magnitude.shape))
 
     # ------------------------------------------------------------------ mathematics
 
@@ -187,33 +191,48 @@ class AdaptedLayer(nn.Module):
         value, constrain = getattr(self, role), self.factor.constrain.get(role)
         return value if constrain is None else constrain(value.flatten(1)).reshape(value.shape)
 
-    def _folded(self, up: str, core: str | None) -> Tensor:
-        """U·C: (O, R[, 1, 1]), or (E, O, R) with experts."""
-        U = self._role(up)
-        if core is None:
-            return U
-        C = self._role(core)
-        if C.dim() == 1:
-            return U * C.reshape(-1, *(1,) * (U.dim() - 2))
-        return (U.flatten(1) @ C).reshape(U.shape)
+    def _product(self, chain: Chain) -> tuple[Tensor, Tensor]:
+        """U (O, R[, 1, 1]), or (E, O, R[, 1, 1]) with experts, and D (R, I[, k, k]) of one chain."""
+        U, D = self._role(chain.up[0]), self._role(chain.down[-1])
+        if len(chain.up) > 1:
+            ones = (1,) * (2 * self.conv)
+            U = U.reshape(U.shape[: U.dim() - len(ones)])
+            for role in chain.up[1:]:
+                C = self._role(role)
+                U = U * C if role in self.factor.diagonal else U @ C  # (O, R) or (E, O, R)
+            U = U.reshape(*U.shape, *ones)
+        for role in reversed(chain.down[:-1]):
+            C, rows = self._role(role), D.flatten(1)
+            D = (C[:, None] * rows if role in self.factor.diagonal else C @ rows).reshape(D.shape)
+        return U, D
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """One pair (U, D) of the whole branch, of rank R, or 2R where the initial copy is subtracted.
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """One pair of the whole branch: U (O, R[, 1, 1]), with experts (E, …), and D (R, I[, k, k]).
 
-        U D − U₀ D₀ = [U | U−U₀]·[D−D₀ ; D₀]: exactly zero at the start, and the small change is never the
-        difference of two large products, which half precision would lose.
+        Its rank is 2R where the initial copy is subtracted: U D − U₀ D₀ = [U | U−U₀]·[D−D₀ ; D₀] is exactly
+        zero at the start, and the small change is never the difference of two large products, which half
+        precision would lose.
         """
-        factor = self.factor
-        U, D = self._folded(factor.up, factor.core), self._role(factor.down)
-        if factor.up_0 is None or factor.down_0 is None:
+        pairs = [self._product(chain) for chain in self.factor.chains]
+        U, D = pairs[0]
+        if len(pairs) > 1:  # Σₑ wₑ = 1, so that a chain without experts is the same for each
+            ups = [up for up, _ in pairs]
+            if self.method.experts:
+                one = 4 if self.conv else 2  # dimensions of one expert's
+                ups = [up.expand(self.method.experts.count, *up.shape[-one:]) for up in ups]
+            U = torch.cat(ups, dim=-3 if self.conv else -1)
+            D = torch.cat([down for _, down in pairs])
+        if self.factor.copy is None:
             return U, D
-        U_0, D_0 = self._folded(factor.up_0, factor.core_0), self._role(factor.down_0)
+        U_0, D_0 = self._product(self.factor.copy)
         return torch.cat([U, U - U_0], dim=1), torch.cat([D - D_0, D_0])
 
     def _open(self, open_: Gate, timestep: Tensor) -> Tensor:
-        """The gate's mask (B, R or 2R)."""
-        mask = gate.prefix(open_.open(timestep, self.rank), self.rank)
-        return mask if self.factor.up_0 is None else mask.repeat(1, 2)
+        """The gate's mask (B, R or 2R), the same for each chain."""
+        parts = len(self.factor.chains)
+        rank = self.rank // parts
+        mask = gate.prefix(open_.open(timestep, rank), rank)
+        return mask.repeat(1, parts if self.factor.copy is None else 2)
 
     def delta_weight(self, at: Tensor | None = None) -> Tensor | None:
         """ΔW in the host's shape (O, I[, k, k]), or None when it depends on the input.
@@ -233,7 +252,7 @@ class AdaptedLayer(nn.Module):
                     "name one (--at-timestep) or keep it live"
                 )
             mask = self._open(self.method.gate, at)
-        U, D = (factor.flatten(1) for factor in self._factors())
+        U, D = (factor.flatten(1) for factor in self.factors())
         dW = self.scale * (U @ (D if mask is None else mask.to(D).T * D))
         if self.method.magnitude is not None:
             g, W = self._gain(U, D)[:, None], dense_weight(self.host).to(dW)
@@ -244,6 +263,8 @@ class AdaptedLayer(nn.Module):
     def _row_norm(self, U: Tensor, D: Tensor) -> Tensor:
         """‖W + ΔW‖ per row, in fp32 at least: half precision is off by more than training moves it."""
         wide = torch.promote_types(U.dtype, torch.float32)
+        if self.method.experts:
+            U = U.mean(0)  # a mixture has a ΔW for each input; the experts' mean stands for all
         with torch.autocast(U.device.type, enabled=False):
             W, U, D = dense_weight(self.host).to(U.device, wide), U.flatten(1).to(wide), D.flatten(1).to(wide)
             return magnitude.row_norm(W, U, D, self.scale)
@@ -295,7 +316,7 @@ class AdaptedLayer(nn.Module):
 
     def delta(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the branch adds to the host's output y = W x + b, in its shape; only a magnitude reads `y`."""
-        U, D = self._factors()
+        U, D = self.factors()
         d = self._expand(x, self._project(x, D), U) * self.scale
         if self.method.magnitude is not None:
             g = self._gain(U, D)
@@ -312,10 +333,10 @@ class AdaptedLayer(nn.Module):
         if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
             return y
         mixed = torch.is_autocast_enabled(x.device.type)
-        x = x if mixed else x.to(getattr(self, self.factor.down).dtype)
+        x = x if mixed else x.to(getattr(self, self.factor.chains[0].down[-1]).dtype)
         if isinstance(self.multiplier, Tensor) or not self._fusable(y, mixed):
             return y + self.delta(x, y).to(y.dtype)
-        U, D = self._factors()
+        U, D = self.factors()
         h = self._project(x, D).flatten(0, -2)
         if self.method.magnitude is not None:
             g = self._gain(U, D)
@@ -329,7 +350,7 @@ class AdaptedLayer(nn.Module):
     def _fusable(self, y: Tensor, mixed: bool) -> bool:
         if self.conv or y.dim() < 2 or self.method.experts:
             return False
-        return mixed or y.dtype == getattr(self, self.factor.up).dtype
+        return mixed or y.dtype == getattr(self, self.factor.chains[0].up[0]).dtype
 
     def _forward_host(self, x: Tensor, *args, **kwargs) -> Tensor:
         chained = getattr(self, "_chained", None)

@@ -10,9 +10,9 @@ which role learns how fast · warm-up: what happens before step 0. A slot left N
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,38 +22,65 @@ from lowrank.errors import Refused
 Start = tuple[dict[str, dict[str, Tensor]], dict[str, str]]
 
 
+class Chain(NamedTuple):
+    """A product of roles, from the output's side to the input's; `up` and `down` meet in the rank.
+
+    The first role of `up` is O×R, the last of `down` R×I, those between R×R, or R where diagonal.
+    """
+
+    up: tuple[str, ...] = ("up",)
+    down: tuple[str, ...] = ("down",)
+
+
 @dataclass(frozen=True)
 class Factor:
-    """Who are U, C and D; the names on the right are roles, which are also the names in files.
+    """Who are U, C and D; the names in the chains are roles, which are also the names in files.
 
     `start(weights, ranks, scales)` gives the values at step 0: `weights` maps a layer's name to its dense
-    weight (O, I·kh·kw) and is read lazily, `ranks` and `scales` map it to R and s. A role in `record` is
-    written to files but takes no part in the forward.
+    weight (O, I·kh·kw) and is read lazily, `ranks` and `scales` map it to R and s. Several chains are added
+    and share the rank evenly. A role in `record` is written to files but takes no part in the forward.
     """
 
     start: Callable[[Mapping[str, Tensor], Mapping[str, int], Mapping[str, float]], Start]
     trained: tuple[str, ...]
-    up: str = "up"
-    down: str = "down"
-    up_0: str | None = None  # with down_0: the initial copy, subtracted
-    down_0: str | None = None
-    core: str | None = None  # R×R, or R when `diagonal`; None is the identity
-    core_0: str | None = None
-    diagonal: bool = False
+    chains: tuple[Chain, ...] = (Chain(),)
+    copy: Chain | None = None  # the initial copy, subtracted
+    diagonal: tuple[str, ...] = ()  # roles that hold only a diagonal
     record: tuple[str, ...] = ()
+    precise: tuple[str, ...] = ()  # frozen roles that stay in fp32 whatever the forward computes in
+    plus: tuple[str, ...] = ("up",)  # roles that LoRA+ speeds up, where they are trained
     # role -> projection in forward
     constrain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    # (weights, ranks) -> the ranks that the layers can have
+    fit: Callable[[Mapping[str, Tensor], Mapping[str, int]], Mapping[str, int]] | None = None
+    # (part, path, input shape (I[, k, k])) -> layers of one answer have the last down role in common
+    share: Callable[[str, str, tuple[int, ...]], Hashable] | None = None
 
     @property
-    def copies(self) -> tuple[str | None, ...]:
+    def copies(self) -> tuple[str, ...]:
         """The roles of the initial copy."""
-        return (self.up_0, self.down_0, self.core_0)
+        return (*self.copy.up, *self.copy.down) if self.copy else ()
 
     @property
     def frozen(self) -> frozenset[str]:
         """The roles of the forward that are not trained."""
-        roles = (self.up, self.down, self.core, *self.copies)
-        return frozenset(role for role in roles if role) - set(self.trained)
+        roles = {role for chain in self.chains for role in (*chain.up, *chain.down)}
+        return frozenset(roles.union(self.copies)) - set(self.trained)
+
+    @property
+    def shared(self) -> str | None:
+        """The role that layers have in common."""
+        return self.chains[0].down[-1] if self.share else None
+
+    def rank_in(self, role: str, shape: Sequence[int]) -> int | None:
+        """The layer's rank, from the shape of one of its tensors; None for a role that does not tell."""
+        for chain in self.chains:
+            if role in chain.down or (role in chain.up and role in self.diagonal):
+                return shape[0] * len(self.chains)
+            if role in chain.up:
+                plain = shape[:-2] if len(shape) > 3 else shape  # of a convolution it ends in 1, 1
+                return plain[-1] * len(self.chains)
+        return None
 
 
 @dataclass(frozen=True)
@@ -65,10 +92,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class Experts:
-    """`count` ups (role up has shape E×O×R); `route(x or h (…, K), router (E, K)) -> (…, E)`."""
+    """`count` of one role of the up side, (E, …); `route(x or h (…, K), router (E, K)) -> (…, E)`."""
 
     count: int
     route: Callable[[Tensor, Tensor], Tensor]
+    role: str = "up"
     on: str = "h"  # what the router reads: "h" (the R-wide projection) or "x"
 
 
@@ -97,7 +125,6 @@ class Warmup:
 
 # Slots that cannot be filled together, and why: printed at start, rendered into the documentation.
 CONFLICTS: Mapping[tuple[str, str], str] = {
-    ("experts", "magnitude"): "the row norm of W+ΔW needs one ΔW, and a routed mixture has one per input",
     ("gate", "magnitude"): "the row norm of W+ΔW would change with every timestep of a batch",
 }
 

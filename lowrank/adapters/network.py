@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowrank.adapters import keys, magnitude, rates
 from lowrank.adapters.layer import AdaptedLayer, Clock, dense_weight
 from lowrank.adapters.method import Method
-from lowrank.adapters.targets import Target
+from lowrank.adapters.targets import Layer, Target
 from lowrank.errors import Refused
 from lowrank.tensors import read_tensors, write_tensors
 
@@ -26,8 +26,8 @@ from lowrank.tensors import read_tensors, write_tensors
 class DenseWeights(Mapping[str, Tensor]):
     """The hosts' dense weights by layer name, unpacked only when read."""
 
-    def __init__(self, layers: Iterable[AdaptedLayer]) -> None:
-        self._hosts = {layer.name: layer.host for layer in layers}
+    def __init__(self, hosts: Mapping[str, Layer]) -> None:
+        self._hosts = hosts
 
     def __getitem__(self, name: str) -> Tensor:
         return dense_weight(self._hosts[name])
@@ -57,6 +57,7 @@ class AdapterNetwork(nn.Module):
         if len(self.targets) != len(targets):
             raise Refused("two target layers share one key; name fewer with --network_args target=…")
         self._made = {t.name: AdaptedLayer(t.name, t.module, method, *size(t), self.clock) for t in targets}
+        self._owners = self._join()
         self.facts: dict[str, str] = {}  # what the start values were made from, for the file's metadata
         # (part, role) -> multiple of the part's learning rate
         self.role_rates: dict[tuple[str, str], float] = {}
@@ -64,6 +65,20 @@ class AdapterNetwork(nn.Module):
         self.leave_out: frozenset[str] = frozenset()  # roles that files go without
         self._backup: dict[str, Tensor] = {}
         self.set_multiplier(multiplier)
+
+    def _join(self) -> dict[str, str]:
+        """Give layers of one input space one tensor for the shared role; (layer -> the one it is from)."""
+        owners: dict[Any, str] = {}
+        found, role = {}, self.factor.shared
+        if self.factor.share is None or role is None:
+            return {}
+        for name, layer in self._made.items():
+            target, own = self.targets[name], layer.roles()[role]
+            key = (self.factor.share(target.part, target.path, tuple(own.shape[1:])), own.shape)
+            owner = owners.setdefault(key, name)
+            layer.register_parameter(role, self._made[owner].roles()[role])
+            found[name] = owner
+        return found
 
     # ------------------------------------------------------------------ life
 
@@ -79,18 +94,22 @@ class AdapterNetwork(nn.Module):
             return
         ranks = {layer.name: layer.rank for layer in layers}
         scales = {layer.name: layer.scale for layer in layers}
-        values, facts = self.factor.start(DenseWeights(layers), ranks, scales)
+        values, facts = self.factor.start(
+            DenseWeights({layer.name: layer.host for layer in layers}), ranks, scales
+        )
         for layer in layers:
             own, constrain = {**layer.roles(), **dict(layer.named_buffers())}, self.factor.constrain
             chosen = {}
             for role, value in values[layer.name].items():
+                if role == self.factor.shared and self._owners[layer.name] != layer.name:
+                    continue
                 if roles is None or role in set(roles):
                     value = constrain[role](value) if role in constrain else value
                     chosen[role] = value.reshape(own[role].shape) if role in own else value
             layer.load(chosen, "the start values")
             if roles is None:
                 if "router" in layer.roles():
-                    nn.init.zeros_(layer.router)
+                    nn.init.normal_(layer.router, std=0.3 / layer.router.shape[1] ** 0.5)
                 layer.start_magnitude()
         self.facts.update(facts)
 
@@ -117,7 +136,7 @@ class AdapterNetwork(nn.Module):
         """
         for layer in self._made.values():
             for role, value in layer.named_buffers(recurse=False):
-                if role != "alpha" and role not in self.factor.copies:
+                if role != "alpha" and role not in (*self.factor.copies, *self.factor.precise):
                     setattr(layer, role, value.to(dtype))
 
     def penalties(self) -> dict[str, Tensor]:
@@ -133,6 +152,7 @@ class AdapterNetwork(nn.Module):
             for layer in self.layers()
             for part in (self.targets[layer.name].part,)
             for role, parameter in layer.roles().items()
+            if role != self.factor.shared or self._owners[layer.name] == layer.name
         ]
 
     def prepare_optimizer_params_with_multiple_te_lrs(self, text_encoder_lr, unet_lr, default_lr=None):
@@ -187,12 +207,12 @@ class AdapterNetwork(nn.Module):
     def apply_max_norm_regularization(self, value: float, device) -> tuple[int, float, float]:
         """Scale trained factors until each ‖s·U·D‖_F ≤ value; (how many were scaled, mean, max norm)."""
         factor = self.factor
-        if factor.up_0 or self.method.experts:
+        if factor.copy or factor.share or self.method.experts:
             raise Refused(f"--scale_weight_norms is not defined for {self.method.name}; leave it out")
         norms, scaled = [], 0
         with torch.no_grad():
             for layer in self.layers():
-                U, D = (factor.flatten(1) for factor in layer._factors())
+                U, D = (factor.flatten(1) for factor in layer.factors())
                 norm = layer.scale * ((U.T @ U) * (D @ D.T).T).sum().clamp_min(0).sqrt()
                 ratio = norm.clamp(max=value) / norm.clamp_min(value / 2)
                 trained = [layer.roles()[role] for role in factor.trained]
@@ -271,6 +291,7 @@ class AdapterNetwork(nn.Module):
                 f"has {', '.join(list(self.targets)[:2])}; it was made for another base"
             )
         for name, values in found.items():
+            self._check_shared(name, found, source)
             self._made[name].load(values, source)
         frozen = self.factor.frozen
         absent = [name for name, values in found.items() if not frozen <= values.keys()]
@@ -283,6 +304,15 @@ class AdapterNetwork(nn.Module):
             if role not in found.get(name, {})
         ]
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def _check_shared(self, name: str, found: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+        role, owner = self.factor.shared, self._owners.get(name, name)
+        mine, theirs = (found.get(one, {}).get(role or "") for one in (name, owner))
+        if mine is not None and theirs is not None and not torch.equal(mine, theirs):
+            raise Refused(
+                f"{source} has another {role} for {name} than for {owner}, and {self.method.name} has one for both; "
+                "use the file as it was saved"
+            )
 
     def _start_frozen(
         self, names: list[str], frozen: frozenset[str], metadata: Mapping[str, str], source: str
