@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from toys import HOSTS, METHODS, SHIPPED, base, network, shake
 
 from lowrank.adapters import gate, penalty
-from lowrank.adapters.layer import dense_weight
+from lowrank.adapters.host import dense_weight
 from lowrank.models.memory import checkpointed
 
 CASES = [

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from test_networks import TINY, base_of, made
 from toys import shake
 
-from lowrank.adapters.layer import dense_weight
+from lowrank.adapters.host import dense_weight
 from lowrank.errors import Refused
 from lowrank.weights.basis import decompose
 from lowrank.weights.export import export_lora, worst_difference

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lowrank.adapters import blocks, rules
-from lowrank.adapters.layer import host_shape
+from lowrank.adapters.host import host_shape
 from lowrank.adapters.rates import Speed
 from lowrank.adapters.targets import Target
 from lowrank.errors import Refused

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import keys, magnitude, rates
-from lowrank.adapters.layer import AdaptedLayer, Clock, dense_weight
+from lowrank.adapters.host import dense_weight
+from lowrank.adapters.layer import AdaptedLayer, Clock
 from lowrank.adapters.method import Method
 from lowrank.adapters.targets import Layer, Target
 from lowrank.errors import Refused
@@ -310,7 +311,7 @@ class AdapterNetwork(nn.Module):
         mine, theirs = (found.get(one, {}).get(role or "") for one in (name, owner))
         if mine is not None and theirs is not None and not torch.equal(mine, theirs):
             raise Refused(
-                f"{source} has another {role} for {name} than for {owner}, and {self.method.name} has one for both; "
+                f"{source} has another {role} for {name} than for {owner}, which have one in common; "
                 "use the file as it was saved"
             )
 

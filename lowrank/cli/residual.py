@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from lowrank import __version__
-from lowrank.adapters.layer import dense_weight, host_shape
+from lowrank.adapters.host import dense_weight, host_shape
 from lowrank.adapters.targets import find
 from lowrank.cli.base import base, check_folder
 from lowrank.errors import Refused

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import keys
-from lowrank.adapters.layer import host_shape
+from lowrank.adapters.host import host_shape
 from lowrank.adapters.method import Factor, Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
