@@ -14,9 +14,15 @@ KOHYA = {
     "base_r": "lora.base_r.weight",
     "delta_r": "lora.delta_r.weight",
 }
+# roles whose name is their suffix
+PLAIN = (
+    *("core", "core_up", "core_down", "basis_up", "basis_down"),
+    *("null_up", "null_down", "norm_up", "norm_down", "router"),
+)
 PEFT = {**KOHYA, "down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 OLD_UP = "lora.up.weight"  # official QR-LoRA, and diffusers before PEFT
 _READ = {suffix: role for table in (KOHYA, PEFT) for role, suffix in table.items()} | {
+    **{role: role for role in PLAIN},
     "lora.down.weight": "down",
     OLD_UP: "up",
     "lora_A.default.weight": "down",

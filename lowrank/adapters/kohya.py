@@ -9,6 +9,7 @@ a string.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import types
@@ -136,6 +137,12 @@ class Facade:
             network.role_rates |= {(part, role): ratio or 1.0 for role in ups if ratio is not None}
         return network
 
+    def _structure(self, metadata: Mapping[str, str]) -> dict[str, Any]:
+        """The options of a file that decide which tensors it has."""
+        stored = json.loads(metadata.get("lowrank.options", "{}"))
+        names = {f.name for f in dataclasses.fields(self._options) if f.metadata.get("structural")}
+        return {name: stored[name] for name in names & stored.keys()}
+
     def _fit(
         self, method: Method, targets: list[Target], size: Mapping[str, tuple[int, float]]
     ) -> Mapping[str, tuple[int, float]]:
@@ -155,6 +162,11 @@ class Facade:
                 f"{', '.join(kinds)}{nearest(layout.save_basis, kinds)}"
             )
         table = {"full": frozenset(), "q": frozenset(factor.record)}
+        if layout.save_basis == "none" and factor.unique:
+            raise Refused(
+                f"save_basis=none leaves out {', '.join(sorted(factor.frozen))}, which {factor.unique} and "
+                "nowhere else; save them with save_basis=full"
+            )
         return table.get(layout.save_basis, frozenset(factor.record) | factor.frozen)
 
     def create_network(
@@ -206,7 +218,8 @@ class Facade:
         metadata: Mapping[str, str] = {}
         if weights_sd is None:
             weights_sd, metadata = read_tensors(file or "")
-        method, layout = self._parse({k: v for k, v in arguments.items() if k in self.known})
+        given = {k: v for k, v in arguments.items() if k in self.known}
+        method, layout = self._parse({**self._structure(metadata), **given})
         made_by = metadata.get("lowrank.method", method.name)
         if made_by != method.name:
             raise Refused(f"{file} was made by {made_by}, not {method.name}; use --network_module {made_by}")

@@ -22,6 +22,11 @@ from lowrank.errors import Refused
 Start = tuple[dict[str, dict[str, Tensor]], dict[str, str]]
 
 
+def structural(default: Any) -> Any:
+    """A field of a method's options that decides which tensors there are: read back from a file's metadata."""
+    return field(default=default, metadata={"structural": True})
+
+
 class Chain(NamedTuple):
     """A product of roles, from the output's side to the input's; `up` and `down` meet in the rank.
 
@@ -53,6 +58,7 @@ class Factor:
     constrain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     # (weights, ranks) -> the ranks that the layers can have
     fit: Callable[[Mapping[str, Tensor], Mapping[str, int]], Mapping[str, int]] | None = None
+    unique: str = ""  # why frozen roles cannot be found again, so that no file may leave them out
     # (part, path, input shape (I[, k, k])) -> layers of one answer have the last down role in common
     share: Callable[[str, str, tuple[int, ...]], Hashable] | None = None
 

@@ -106,13 +106,19 @@ class AdapterNetwork(nn.Module):
                     continue
                 if roles is None or role in set(roles):
                     value = constrain[role](value) if role in constrain else value
-                    chosen[role] = value.reshape(own[role].shape) if role in own else value
+                    chosen[role] = self._in_shape(role, value, own[role].shape) if role in own else value
             layer.load(chosen, "the start values")
             if roles is None:
                 if "router" in layer.roles():
                     nn.init.normal_(layer.router, std=0.3 / layer.router.shape[1] ** 0.5)
                 layer.start_magnitude()
         self.facts.update(facts)
+
+    def _in_shape(self, role: str, value: Tensor, shape: torch.Size) -> Tensor:
+        """A start value in its parameter's shape; experts start alike where one value is given for all."""
+        if self.method.experts and role == self.method.experts.role and value.numel() < shape.numel():
+            return value.reshape(shape[1:]).expand(shape)
+        return value.reshape(shape)
 
     def apply_to(self, text_encoder, unet, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
         """Put the layers of the chosen parts in front of their hosts' forwards; the base weights stay."""
