@@ -11,7 +11,11 @@ from PIL import Image
 from recorder import ROOT
 
 from lowrank.cli import flux_train
+from lowrank.models.family import Source
+from lowrank.models.sd import SD15
+from lowrank.models.sdxl import SDXL
 from lowrank.weights.merge import Adapter, Mixture
+from tools import single_file
 from tools.glyph_world import report, scorer
 from tools.glyph_world.world import Scene, caption, seen_scenes
 
@@ -93,3 +97,28 @@ def test_a_content_is_learned_from_one_picture(tmp_path, pipes, judge):
     attached.restore()
     assert not scorer.score(judge, before, scenes)["content"].any()
     assert scorer.score(judge, after, scenes)["content"].mean() >= 0.75
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("sd")])
+def test_a_shipped_model_is_the_same_as_one_file(family, tmp_path):
+    single_file.main([str(DEMO / family), str(tmp_path / "one")])
+    load = {"sd15": SD15, "sdxl": SDXL}[family].load
+    folder = load(Source(str(DEMO / family), dtype=torch.float32))
+    file = load(
+        Source(
+            str(tmp_path / "one" / "model.safetensors"),
+            dtype=torch.float32,
+            tokenizer_cache_dir=str(tmp_path / "one" / "tokenizers"),
+        )
+    )
+    for one, other in zip(
+        (folder.denoiser, folder.vae, *folder.text_encoders),
+        (file.denoiser, file.vae, *file.text_encoders),
+        strict=True,
+    ):
+        ours, theirs = one.state_dict(), other.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for part in ("denoiser", "vae"):
+        ours, theirs = (dict(getattr(models, part).config) for models in (folder, file))
+        for key in ("attention_head_dim", "norm_num_groups", "scaling_factor"):
+            assert ours.get(key) == theirs.get(key), (part, key)

@@ -207,7 +207,7 @@ def full(config: dict) -> dict:
 
 def shapes_only(state: dict) -> Checkpoint:
     file = object.__new__(Checkpoint)
-    file.path, file._held, file._keys = "a file", None, {name: name for name in state}
+    file.path, file._held, file.told, file._keys = "a file", None, {}, {name: name for name in state}
     file.shapes = {name: tuple(value.shape) for name, value in state.items()}
     return file
 

@@ -14,29 +14,20 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lowrank import ldm
 from lowrank.errors import Refused
 from tools import tiny
+from tools.single_file import write_single
 
 RECIPE = 1  # raise it when the weights below change: older folders are then made anew
 MARK = "tiny_sd.json"
 KINDS = ("sd15", "sd2", "sdxl")
 SCALING = {"sd15": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
-TOKENIZERS = {
-    "sd15": ("openai_clip-vit-large-patch14",),
-    "sd2": ("stabilityai_stable-diffusion-2",),
-    "sdxl": ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"),
-}
 
 
 def make(
@@ -61,7 +52,7 @@ def make(
             pipe = pipeline(part, kind, levels, latent_channels)
             pipe.save_pretrained(part)
             if single:
-                write_single(pipe, part, kind)
+                write_single(pipe, part, part / "single", kind)
     return Path(folder)
 
 
@@ -139,60 +130,6 @@ def scheduler(prediction: Any):
         steps_offset=1,
         prediction_type=prediction,
     )
-
-
-# ---------- one file in the original layout
-
-
-def write_single(pipe: Any, folder: Path, kind: str) -> None:
-    """`folder/single`: the model as one file, and its tokenizers as a cache folder."""
-    (folder / "single").mkdir()
-    save_file(original(pipe, kind), folder / "single" / "model.safetensors")
-    for name, place in zip(("tokenizer", "tokenizer_2"), TOKENIZERS[kind], strict=False):
-        shutil.copytree(folder / name, folder / "single" / "tokenizers" / place)
-
-
-def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
-    """All tensors of a pipeline under the names and in the layout of the original code."""
-    blocks, levels = ldm.Blocks.of(pipe.unet), len(pipe.vae.config.block_out_channels)
-    state = {
-        f"model.diffusion_model.{ldm.unet_name(name, blocks)}": value
-        for name, value in pipe.unet.state_dict().items()
-    }
-    for name, value in pipe.vae.state_dict().items():
-        told = ldm.vae_name(name, levels)
-        convolution = ".attn_1." in told and value.dim() == 2  # 1×1 there, linear here
-        state[f"first_stage_model.{told}"] = value[:, :, None, None] if convolution else value
-    clip = {
-        f"text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()
-    }
-    positions = torch.arange(77)[None]
-    if kind == "sd2":
-        prefix = "cond_stage_model.model."
-        state |= {prefix + name: value for name, value in open_clip(clip, spare=True).items()}
-    else:
-        prefix = "cond_stage_model." if kind == "sd15" else "conditioner.embedders.0."
-        clip["text_model.embeddings.position_ids"] = positions
-        state |= {f"{prefix}transformer.{name}": value for name, value in clip.items()}
-    if kind == "sdxl":
-        second = open_clip(pipe.text_encoder_2.state_dict(), spare=False)
-        state |= {f"conditioner.embedders.1.model.{name}": value for name, value in second.items()}
-    return {name: value.contiguous().clone() for name, value in state.items()}
-
-
-def open_clip(state: dict[str, torch.Tensor], spare: bool) -> dict[str, torch.Tensor]:
-    """A CLIP of transformers under OpenCLIP's names; `spare` adds the last layer, which SD 2 does not use."""
-    found: dict[str, list] = {}
-    for name, value in state.items():
-        told, third = ldm.open_clip_name(name)
-        found.setdefault(told, []).append((third or 0, value.T if told == "text_projection" else value))
-    joined = {name: torch.cat([v for _, v in sorted(vs, key=lambda p: p[0])]) for name, vs in found.items()}
-    if spare:
-        layers = {int(name.split(".")[2]) for name in joined if ".resblocks." in name}
-        last = f"transformer.resblocks.{max(layers)}."
-        copies = {k: torch.full_like(v, 9.0) for k, v in joined.items() if k.startswith(last)}
-        joined |= {k.replace(last, f"transformer.resblocks.{max(layers) + 1}."): v for k, v in copies.items()}
-    return joined
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -114,6 +114,7 @@ def _open_file(source: Source) -> Models:
     facts = sd_single.facts(_kind(models))
     unet = file.under(sd_single.UNET)
     config = sd_single.unet_config(unet) | {"sample_size": facts["unet"]["sample_size"]}
+    config |= unet.told.get("unet", {})
     if takes_sizes(config):  # six numbers, each embedded, and the pooled text
         pooled = file.shapes["conditioner.embedders.1.model.text_projection"][1]
         config["addition_time_embed_dim"] = (config["projection_class_embeddings_input_dim"] - pooled) // 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lowrank.models.family import Source, complete, reading
 from lowrank.tensors import read_tensors
 
 SUFFIXES = (".safetensors", ".sft")
+CONFIGS = "lowrank.configs"  # metadata: {part: configuration} where it is not as published
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -37,13 +39,17 @@ def check_file(option: str, path: str, pickles: bool = False) -> None:
 
 
 class Checkpoint:
-    """The tensors of one file under names without `prefixes`; shapes are known before anything is read."""
+    """The tensors of one file under names without `prefixes`; shapes are known before anything is read.
+
+    `told` are parts of configurations that a file says of itself (tools/single_file.py).
+    """
 
     def __init__(self, path: str | Path, prefixes: tuple[str, ...] = ("",)) -> None:
-        self.path, self._held = Path(path), None
+        self.path, self._held, self.told = Path(path), None, {}
         if self.path.suffix in SUFFIXES:
             with reading("checkpoint", path), safe_open(path, framework="pt") as file:
                 shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                self.told = json.loads((file.metadata() or {}).get(CONFIGS, "{}"))
         else:  # only tensors are taken out of a pickle, never code
             self._held, _ = read_tensors(path)
             shapes = {key: tuple(value.shape) for key, value in self._held.items()}
@@ -57,7 +63,7 @@ class Checkpoint:
     def under(self, *prefixes: str) -> Checkpoint:
         """The same file, seen through the first of the prefixes that occurs in it; empty if none does."""
         other = object.__new__(Checkpoint)
-        other.path, other._held = self.path, self._held
+        other.path, other._held, other.told = self.path, self._held, self.told
         found = next((p for p in prefixes if any(name.startswith(p) for name in self._keys)), None)
         other._keys = {
             name.removeprefix(found): key
@@ -119,6 +125,7 @@ def autoencoder_config(file: Checkpoint, facts: Mapping[str, Any]) -> dict[str, 
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
+        **file.told.get("vae", {}),
     }
 
 
