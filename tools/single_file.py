@@ -2,8 +2,8 @@
 
     python tools/single_file.py assets/demo/sd15 models/demo-sd15
 
-writes `models/demo-sd15/model.safetensors` and `models/demo-sd15/tokenizers`, a --tokenizer_cache_dir. The
-file's metadata hold what shapes do not tell (numbers of heads and of groups, scale of the latents), so that our
+writes `models/demo-sd15/model.safetensors` and beside it `tokenizers`, a --tokenizer_cache_dir. The metadata
+of the file hold what shapes do not tell (numbers of heads and of groups, scale of the latents), so that our
 scripts load models of any size; other programs take the published numbers.
 """
 
