@@ -5,10 +5,11 @@
 
 Content is taught from the one picture of assets/cnt, style from the one of assets/sty; every method gets the
 same steps, and a learning rate chosen from three by what single adapters can do on seeds of their own: the
-content on new backgrounds and in known styles by words, the style on other contents, both right. An image
-counts for a merge when the scorer finds both its content and its style right. Controls come first: one adapter
-taught both at once, and the content adapter with known styles by words; the grid says something about merging
-only where those succeed. Numbers are shares with 95 % Wilson intervals, written to
+content on new backgrounds and in known styles by words, the style on other contents, both right.
+
+An image counts for a merge when the scorer finds both its content and its style right. Controls come first:
+one adapter taught both at once, and the content adapter with known styles by words; the grid says something
+about merging only where those succeed. Numbers are shares with 95 % Wilson intervals, written to
 benchmarks/results/demo_merge_<family>.json.
 """
 

@@ -23,7 +23,7 @@ Start = tuple[dict[str, dict[str, Tensor]], dict[str, str]]
 
 
 def structural(default: Any) -> Any:
-    """A field of a method's options that decides which tensors there are: read back from a file's metadata."""
+    """A field of a method's options that decides which tensors there are; read from files."""
     return field(default=default, metadata={"structural": True})
 
 
