@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.errors import Refused, nearest
+from lowrank.errors import Refused
 from lowrank.objective import noise
+from lowrank.objective.limits import check
 from lowrank.objective.target import Draw, column
 from lowrank.objective.weight import (
     LOSSES,
@@ -83,22 +84,15 @@ class Diffusion:
     debiased_estimation_loss: bool = False
 
     def __post_init__(self) -> None:
-        for option, known in (("loss_type", LOSSES), ("huber_schedule", SCHEDULES)):
-            value = getattr(self, option)
-            if value not in known:
-                raise Refused(
-                    f"--{option} {value!r} is unknown{nearest(value, known)}; choose one of "
-                    f"{', '.join(known)}"
-                )
-        for option in ("huber_c", "huber_scale"):
-            if not getattr(self, option) > 0:
-                raise Refused(f"--{option} {getattr(self, option)} must be above 0")
-        for option in (
-            *("noise_offset", "multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma"),
-            *("min_snr_gamma", "v_pred_like_loss"),
-        ):
-            if not (getattr(self, option) or 0) >= 0:
-                raise Refused(f"--{option} {getattr(self, option)} must not be negative")
+        check(
+            self,
+            choices={"loss_type": LOSSES, "huber_schedule": SCHEDULES},
+            positive=("huber_c", "huber_scale"),
+            not_negative=(
+                *("noise_offset", "multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma"),
+                *("min_snr_gamma", "v_pred_like_loss"),
+            ),
+        )
         low, high = self.range
         if not 0 <= low <= high <= STEPS or low == STEPS:
             raise Refused(

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.errors import Refused, nearest
+from lowrank.errors import Refused
 from lowrank.objective import noise
+from lowrank.objective.limits import check
 from lowrank.objective.weight import LOSSES, SCHEDULES, elementwise, flow_weight, huber_width, per_sample
 
 PREDICTIONS = ("raw", "additive", "sigma_scaled")
@@ -83,25 +84,18 @@ class Flow:
     huber_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for option, known in (
-            ("timestep_sampling", noise.SAMPLINGS),
-            ("weighting_scheme", noise.SCHEMES),
-            ("model_prediction_type", PREDICTIONS),
-            ("loss_type", LOSSES),
-            ("huber_schedule", SCHEDULES),
-        ):
-            value = getattr(self, option)
-            if value not in known:
-                raise Refused(
-                    f"--{option} {value!r} is unknown{nearest(value, known)}; choose one of "
-                    f"{', '.join(known)}"
-                )
-        for option in ("discrete_flow_shift", "huber_c", "huber_scale"):
-            if not getattr(self, option) > 0:
-                raise Refused(f"--{option} {getattr(self, option)} must be above 0")
-        for option in ("logit_std", "ip_noise_gamma"):
-            if not getattr(self, option) >= 0:
-                raise Refused(f"--{option} {getattr(self, option)} must not be negative")
+        check(
+            self,
+            choices={
+                "timestep_sampling": noise.SAMPLINGS,
+                "weighting_scheme": noise.SCHEMES,
+                "model_prediction_type": PREDICTIONS,
+                "loss_type": LOSSES,
+                "huber_schedule": SCHEDULES,
+            },
+            positive=("discrete_flow_shift", "huber_c", "huber_scale"),
+            not_negative=("logit_std", "ip_noise_gamma"),
+        )
         if self.loss_type in ("huber", "smooth_l1") and self.huber_schedule == "snr":
             raise Refused(
                 f"--loss_type {self.loss_type} with --huber_schedule snr has no meaning for a flow model, "
