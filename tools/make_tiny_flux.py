@@ -23,6 +23,7 @@ from tools.tiny import (
     clip,
     clip_vocabulary,
     new_folder,
+    t5,
     t5_pieces,
     write_clip_tokenizer,
     write_t5_tokenizer,
@@ -130,26 +131,6 @@ def vae():
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-
-
-def t5(vocabulary: int):
-    """T5 v1.1's kind of encoder (gated GELU)."""
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocabulary,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-            tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]  # read from **kwargs
-        )
-    ).eval()
 
 
 def main(argv: list[str] | None = None) -> None:

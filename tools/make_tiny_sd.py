@@ -69,14 +69,14 @@ def pipeline(folder: Path, kind: str, levels: int = 4, latent_channels: int = 4)
         "unet": unet(kind, latent_channels),
         "scheduler": scheduler("v_prediction" if kind == "sd2" else "epsilon"),
         "vae": tiny.vae(levels, latent_channels=latent_channels, scaling_factor=SCALING[kind]),
-        "text_encoder": tiny.clip(len(vocab), layers=3, **act),
+        "text_encoder": tiny.clip(len(vocab), num_hidden_layers=3, **act),
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
     }
     if kind != "sdxl":
         parts |= dict.fromkeys(("safety_checker", "feature_extractor"))
         return StableDiffusionPipeline(**parts, requires_safety_checker=False)
     tiny.write_clip_tokenizer(folder / "tokenizer_2", vocab, merges, zero)
-    wide: dict[str, Any] = {"width": 128, "layers": 4, "hidden_act": "gelu"}
+    wide: dict[str, Any] = {"width": 128, "num_hidden_layers": 4, "hidden_act": "gelu"}
     parts |= {
         "text_encoder_2": tiny.clip(len(vocab), kind=CLIPTextModelWithProjection, **wide),
         "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),

@@ -89,22 +89,44 @@ def vae(levels: int = 4, *, latent_channels: int, layers_per_block: int = 1, **f
     return model
 
 
-def clip(vocabulary: int, *, kind: Any = None, width: int = 64, layers: int = 2, **facts: Any):
-    """A CLIP text encoder of CLIP-L's kind: heads of 64, 77 positions, pooled at the end token."""
+def clip(vocabulary: int, width: int = 64, *, kind: Any = None, **facts: Any):
+    """A CLIP text encoder of CLIP-L's kind: two layers, heads of 64, 77 positions, pooled at the end token.
+
+    `kind` is another class of transformers; `facts` replace entries of the configuration.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return (kind or CLIPTextModel)(
-        CLIPTextConfig(
+    config: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "projection_dim": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": 77,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+    return (kind or CLIPTextModel)(CLIPTextConfig(**config | facts)).eval()
+
+
+def t5(vocabulary: int, width: int = 64, **facts: Any):
+    """A T5 v1.1 encoder (gated GELU) of two layers with four heads; `facts` are more of its configuration."""
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(
             vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=2 * width,
-            projection_dim=width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            max_position_embeddings=77,
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            pad_token_id=vocabulary - 1,
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+            tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]  # read from **kwargs
             **facts,
         )
     ).eval()

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tools import tiny
 from tools.glyph_world.world import WORDS
-from tools.make_tiny_flux import clip_vocabulary, t5_pieces, write_clip_tokenizer, write_t5_tokenizer
 
 T5_LENGTH = 32  # what the tokenizer tells: the longest caption of the world has 25 tokens
 
@@ -19,7 +19,7 @@ def clip_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     if not folder.exists():
-        write_clip_tokenizer(folder, *clip_vocabulary(WORDS))
+        tiny.write_clip_tokenizer(folder, *tiny.clip_vocabulary(WORDS))
     return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -28,52 +28,27 @@ def t5_tokenizer(folder: Path) -> Any:
     from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]  # made at import
 
     if not folder.exists():
-        write_t5_tokenizer(folder, t5_pieces(WORDS), T5_LENGTH)
+        tiny.write_t5_tokenizer(folder, tiny.t5_pieces(WORDS), T5_LENGTH)
     return T5TokenizerFast.from_pretrained(folder)
 
 
 def clip(tokenizer: Any, width: int, head: int = 64, *, projected: bool = False) -> Any:
     """A CLIP text encoder of two layers; `projected` is SDXL's second encoder."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection
 
-    made = CLIPTextModelWithProjection if projected else CLIPTextModel
-    vocabulary = len(tokenizer)
-    return made(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=2,
-            num_attention_heads=width // head,
-            max_position_embeddings=77,
-            hidden_act="gelu" if projected else "quick_gelu",
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            pad_token_id=vocabulary - 1,
-        )
+    return tiny.clip(
+        len(tokenizer),
+        width,
+        kind=CLIPTextModelWithProjection if projected else None,
+        intermediate_size=4 * width,
+        num_attention_heads=width // head,
+        hidden_act="gelu" if projected else "quick_gelu",
     )
 
 
 def t5(tokenizer: Any, width: int) -> Any:
-    """A T5 v1.1 encoder (gated GELU) of two layers."""
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=width,
-            d_kv=width // 4,
-            d_ff=2 * width,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-            tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]  # read from **kwargs
-        )
-    )
+    """A T5 v1.1 encoder without dropout."""
+    return tiny.t5(len(tokenizer), width, dropout_rate=0.0)
 
 
 def tokens(tokenizer: Any, captions: Sequence[str], length: int, device: str) -> Tensor:
