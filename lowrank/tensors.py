@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -9,8 +10,9 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,9 +54,27 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     path = existing_file(path)
     if path.suffix.lower() in _PICKLES:
         return _unpickled(path), {}
+    with _safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def read_names(path: str | os.PathLike) -> list[str]:
+    """The names of the tensors that `read_tensors` reads; of safetensors only the table is read.
+
+    Raises `Refused` as it does: a table and a file that is too short for it are not a whole file.
+    """
+    path = existing_file(path)
+    if path.suffix.lower() in _PICKLES:
+        return list(_unpickled(path))
+    with _safetensors(path) as file:
+        return list(file.keys())
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise Refused(
             f"{path} is not a whole safetensors file ({error}); it may be half-written, use another"

@@ -17,10 +17,11 @@ from lowrank.adapters.keys import is_text_encoder
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused
+from lowrank.files import sha256
 from lowrank.models import memory
 from lowrank.models.family import DTYPES, Family, Models, move, release
 from lowrank.options import Parsed
-from lowrank.tensors import read_metadata, read_tensors
+from lowrank.tensors import read_metadata, read_names
 from lowrank.train import module
 from lowrank.train.prompts import Prompt
 from lowrank.train.state import Names
@@ -85,16 +86,20 @@ def base_weights(parsed: Parsed) -> list[tuple[str, float]]:
     return list(zip(files, (*strengths, *[1.0] * len(files)), strict=False))
 
 
+def merged(parsed: Parsed) -> list[tuple[str, float]]:
+    """What --base_weights change the model by: each file's SHA-256 and its strength."""
+    return [(sha256(path), strength) for path, strength in base_weights(parsed)]
+
+
 def changes_text(parsed: Parsed) -> bool:
     """Whether --base_weights have layers of text encoders, so that captions are encoded after the merge."""
-    return any(is_text_encoder(key) for path, _ in base_weights(parsed) for key in read_tensors(path)[0])
+    return any(is_text_encoder(key) for path, _ in base_weights(parsed) for key in read_names(path))
 
 
 def merge_base_weights(job: Job, models: Models) -> None:
     """Merge --base_weights into the denoiser and the text encoders that are loaded, trained or not."""
     passed = as_passed(models.text_encoders, models.denoiser)
     for path, strength in base_weights(job.parsed):
-        _check_base(job, models, path)
         other, state = job.networks.create_network_from_weights(
             strength, path, None, passed, models.denoiser, for_inference=True
         )
@@ -109,8 +114,6 @@ def adapt(job: Job, models: Models, encoders: list[nn.Module]) -> Any:
     if job.value("fp8_base") or job.value("fp8_base_unet"):
         memory.store_in_fp8(models.denoiser, DTYPES[job.accelerator.mixed_precision])
     torch.manual_seed(job.seed)
-    if job.value("network_weights"):
-        _check_base(job, models, job.value("network_weights"))
     network = job.create(models.denoiser, encoders, job.value("network_weights"))
     for encoder in encoders if job.value("gradient_checkpointing") else ():
         memory.checkpoint_text(encoder)
@@ -118,7 +121,7 @@ def adapt(job: Job, models: Models, encoders: list[nn.Module]) -> Any:
     return network
 
 
-def _check_base(job: Job, models: Models, path: str) -> None:
+def check_base(job: Job, models: Models, path: str) -> None:
     """An adapter with a basis of another base is refused; a plain one of another base is said."""
     facts = read_metadata(path)
     there = facts.get("lowrank.base_hash")

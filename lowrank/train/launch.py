@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import random
 import signal
@@ -15,40 +13,28 @@ from typing import Any
 from torch import nn
 
 from lowrank.data.loader import Loader
-from lowrank.errors import Refused
-from lowrank.files import only_writer, writable_folder
+from lowrank.files import only_writer
 from lowrank.models import memory
-from lowrank.models.family import DTYPES, Family, Models, align
+from lowrank.models.family import DTYPES, Family, Models
 from lowrank.options import Parsed, pairs
 from lowrank.surfaces.checks import trains_text
-from lowrank.train import dry, inputs, metadata, module, optim, setup, state
+from lowrank.train import dry, early, inputs, metadata, module, optim, setup, state
 from lowrank.train.adapt import Job, Script, adapt, changes_text, keep_vae, merge_base_weights
 from lowrank.train.log import RunLog, describe_run
 from lowrank.train.loop import Forward, Run, components, train
 from lowrank.train.prompts import Prompt
 from lowrank.train.saving import Keeper
-from lowrank.train.state import KOHYAS, Names, Progress
+from lowrank.train.state import Names, Progress
 from lowrank.train.text import Text, all_captions
 
 logger = logging.getLogger(__name__)
 
-# What a resumed run must agree on: the optimizer's state is matched by position, and the rest would go on
-# silently as it was or change the run. How long it is, and what it saves or draws, may change.
-_RESUMED = (
-    *("network_dim", "network_alpha", "network_dropout", "train_text_encoder"),
-    *("network_train_text_encoder_only", "optimizer_type", "optimizer_args", "use_8bit_adam"),
-    *("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "train_batch_size"),
-    *("gradient_accumulation_steps", "resolution", "ema_decay"),
-)
-
 
 def launch(parsed: Parsed, family: Family, objective: Any, options: Any, script: Script) -> int:
     """Train as `parsed` says; `objective` and `options` are the family's records."""
-    folder, dry_run = Path(parsed.value("output_dir")), parsed.value("dry_run")
+    folder = Path(parsed.value("output_dir"))
     names = Names(folder, parsed.value("output_name"), parsed.value("save_model_as"), script.unnamed)
-    if not dry_run:
-        writable_folder(folder)
-        _refuse_to_overwrite(parsed, names)
+    early.check_paths(parsed, names)
     accelerator = setup.accelerator(parsed, folder)
     setup.quiet(accelerator, parsed)
     networks = module.find_module(parsed.value("network_module"))
@@ -60,7 +46,8 @@ def launch(parsed: Parsed, family: Family, objective: Any, options: Any, script:
     optim.check_schedule(parsed.optimizer)
     seed = _seed(parsed, folder)
     job = Job(parsed, script, family, options, objective, accelerator, names, networks, arguments, seed)
-    with only_writer(folder) if accelerator.is_main_process and not dry_run else contextlib.nullcontext():
+    writes = accelerator.is_main_process and not parsed.value("dry_run")
+    with only_writer(folder) if writes else contextlib.nullcontext():
         return _launch(job)
 
 
@@ -81,22 +68,17 @@ def _launch(job: Job) -> int:
     )
     held = loader.held_out()
     loader = loader.shard(accelerator.process_index, accelerator.num_processes)
-    shapes = rehearsal = None
-    if module.facade_of(job.networks) is not None and not job.value("dim_from_weights"):
-        # on the meta device: a rank or a target that does not fit is refused before hours of caching
-        shapes, encoders = family.empty(models), []
-        if job.value("dry_run") and trains_text(parsed):
-            family.add(models, ("text",))
-            encoders = family.keep_trained_text(models)
-        rehearsal = job.create(shapes, encoders, None)
+    shapes, rehearsal = early.rehearse(job, models)
     if job.value("dry_run"):
         return dry.show(parsed, loader, shapes, rehearsal, accelerator, DTYPES[accelerator.mixed_precision])
+    if job.value("resume"):
+        early.check_resumed(job, loader, models, _plan(job, loader).steps)
 
     prompts = setup.prompts(parsed, family, models, job.script.prompt)
     drawn = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
-    _load(job, models, ("text", "vae"))
+    early.load(job, models, ("text", "vae"))
     if text_merged := changes_text(parsed):
-        _load(job, models, ("denoiser",))  # one file's layers for both are merged in one call
+        early.load(job, models, ("denoiser",))  # one file's layers for both are merged in one call
         merge_base_weights(job, models)
     captions = all_captions([loader] if held is None else [loader, held])
     text = Text(parsed, captions, family, models, job.options, tuple(drawn), trains_text(parsed), accelerator)
@@ -105,38 +87,11 @@ def _launch(job: Job) -> int:
         held = inputs.encode_latents(parsed, held, family, models, accelerator)
     encoders = text.keep()
     keep_vae(models, loader.encoded and (held is None or held.encoded), bool(prompts))
-    _load(job, models, ("denoiser",))
+    early.load(job, models, ("denoiser",))
     if not text_merged:
         merge_base_weights(job, models)
     network = adapt(job, models, encoders)
     return _train(job, models, loader, held, text, prompts, encoders, network)
-
-
-def _load(job: Job, models: Models, roles: tuple[str, ...]) -> None:
-    """The named parts, in memory so that equal runs compute equal bits, whatever file they came from."""
-    job.family.add(models, roles)
-    align(models)
-
-
-# ------------------------------------------------------------------ before anything is loaded
-
-
-def _refuse_to_overwrite(parsed: Parsed, names: Names) -> None:
-    """A run's folder is its own: another run's checkpoints would be pruned or resumed by mistake.
-
-    Adapter files with kohya's names are written over, as kohya's trainers do; others are kept.
-    """
-    if parsed.value("resume"):
-        return
-    final, keeps = names.final(), names.output_name or names.unnamed == KOHYAS
-    there = state.checkpoints(names.output_dir) or ([] if keeps else [final] * final.exists())
-    if there:
-        raise Refused(
-            f"{names.output_dir} holds {there[-1].name} of an earlier run; go on with --resume latest, or "
-            "name another --output_dir"
-        )
-    if final.exists():
-        logger.warning("%s of an earlier run will be written over", final)
 
 
 def _seed(parsed: Parsed, folder: Path) -> int:
@@ -161,13 +116,7 @@ def _train(
     network: Any,
 ) -> int:
     parsed, family, accelerator, options = job.parsed, job.family, job.accelerator, job.options
-    plan = optim.plan(
-        len(loader),
-        accelerator.num_processes,
-        job.value("gradient_accumulation_steps"),
-        job.value("max_train_steps"),
-        job.value("max_train_epochs"),
-    )
+    plan = _plan(job, loader)
     groups, group_names = module.optimizer_groups(
         network, job.value("text_encoder_lr"), job.value("unet_lr"), setup.rate(parsed, accelerator)
     )
@@ -175,7 +124,6 @@ def _train(
     scheduler = optim.build_scheduler(optimizer, parsed.optimizer, plan.steps, accelerator.num_processes)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
 
-    base_hash = family.model_hash(models, "denoiser")
     told = metadata.of_run(
         parsed,
         family,
@@ -187,7 +135,7 @@ def _train(
         epochs=plan.epochs,
         network=setup.network_facts(parsed, network) | {"mixed_precision": accelerator.mixed_precision},
         arguments=job.arguments,
-        base_hash=base_hash,
+        base_hash=family.model_hash(models, "denoiser"),
         seed=job.seed,
     )
     folder = job.names.output_dir
@@ -204,7 +152,7 @@ def _train(
     # kohya averages over one epoch; an epoch of one step would average nothing
     window = plan.steps_per_epoch if plan.steps_per_epoch > 1 else 20
     log = RunLog(accelerator, folder, components(network), plan.steps, window)
-    facts = _facts(job, loader, base_hash)
+    facts = early.facts(job, loader, models)
     measured = setup.held_out(parsed, held, forward.losses, job.seed)
     keeper = Keeper(
         parsed, accelerator, network, optimizer, told, log, preview, measured, job.names, facts, plan
@@ -212,11 +160,7 @@ def _train(
 
     progress = keeper.resume() if job.value("resume") else Progress()
     if progress.step >= plan.steps:
-        if job.names.final().exists():
-            raise Refused(
-                f"{job.value('resume')} is at step {progress.step} and the run ends at {plan.steps}; raise "
-                "--max_train_steps to go on from it"
-            )
+        early.refuse_ended(job, progress.step, plan.steps)
         keeper.finish(progress)  # the run was stopped between its last checkpoint and its last file
         return 0
     if accelerator.is_main_process:
@@ -242,7 +186,7 @@ def _train(
         keeper.last_good,
     )
     if job.value("sample_at_first") and progress.step == 0:
-        keeper.draw("000000", 0)
+        keeper.draw("e000000", 0)
     try:
         with _stoppable(keeper), memory.tf32(job.value("allow_tf32")), optim.training(optimizer):
             progress = train(run, progress)
@@ -253,23 +197,14 @@ def _train(
     return 130 if keeper.stopped else 0
 
 
-def _facts(job: Job, loader: Loader, base_hash: str) -> dict[str, Any]:
-    """What a run that resumes from this one must agree on, as JSON keeps it."""
-    examples = [one.example for one in loader.placed]
-    pictures = [(e.path.name, e.captions, e.size, e.repeats, e.is_reg) for e in examples]
-    arguments = {k: v for k, v in job.arguments.items() if k != "basis_cache"}  # a place, not a setting
-    facts = {name: job.value(name) for name in _RESUMED} | {
-        "network_module": job.networks.__name__,
-        "text_encoders_trained": trains_text(job.parsed),
-        "network_args": arguments,
-        "seed": job.seed,
-        "batches_per_epoch": len(loader),
-        "pictures": hashlib.sha256(json.dumps(pictures).encode()).hexdigest()[:16],
-        "processes": job.accelerator.num_processes,
-        "base": base_hash,
-        "mixed_precision": job.accelerator.mixed_precision,
-    }
-    return json.loads(json.dumps(facts))
+def _plan(job: Job, loader: Loader) -> optim.Plan:
+    return optim.plan(
+        len(loader),
+        job.accelerator.num_processes,
+        job.value("gradient_accumulation_steps"),
+        job.value("max_train_steps"),
+        job.value("max_train_epochs"),
+    )
 
 
 @contextlib.contextmanager

@@ -123,27 +123,53 @@ def find_state(wanted: str, output_dir: Path) -> Path:
     )
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    """`train_state.json`, checked to be of the shape that `save_state` writes."""
+# facts that are told by a hash, in words
+_HASHED = {
+    "base": "base model",
+    "base_weights": "--base_weights or their multipliers",
+    "pictures": "pictures, captions or repeats",
+}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`train_state.json` of a whole checkpoint. Raises `Refused` for what `save_state` did not write so."""
     try:
         told = json.loads((folder / STATE).read_text())
         counts = [told[name] for name in ("current_step", "current_epoch", "position")]
+        counts.append(told["run"].get("seed", 0))
         whole = all(type(count) is int and count >= 0 for count in counts)
-        if not (
-            whole and isinstance(told["run"], dict) and {WEIGHTS, "optimizer.bin"} <= told["files"].keys()
-        ):
+        if not (whole and {WEIGHTS, "optimizer.bin"} <= told["files"].keys()):
             raise ValueError("its entries are not those of a checkpoint")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Refused(
             f"{folder} is not a whole checkpoint of this program: {STATE} is missing or unreadable; resume "
             "from an earlier one, or start from its weights with --network_weights"
         ) from error
+    for name, digest in told["files"].items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise Refused(
+                f"{folder} is damaged: {name} is missing or altered; resume from an earlier checkpoint"
+            )
     return told
+
+
+def agree(folder: Path, before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Raise `Refused` for the first thing in which the run of a checkpoint is not this `run`."""
+    for key, value in run.items():
+        if before.get(key) == value:
+            continue
+        told = f"its {key} is {before.get(key)} and this run's is {value}"
+        if key in _HASHED:
+            told = f"it had other {_HASHED[key]} than this run"
+        raise Refused(
+            f"{folder} belongs to another run: {told}; use the same settings, or start from its weights with "
+            "--network_weights"
+        )
 
 
 def seed_of(folder: Path) -> int:
     """The seed of the run that wrote a checkpoint."""
-    return int(_read_state(folder)["run"].get("seed", 0))
+    return read_state(folder)["run"].get("seed", 0)
 
 
 def load_state(folder: Path, accelerator: Accelerator, network: Any, run: Mapping[str, Any]) -> Progress:
@@ -151,19 +177,8 @@ def load_state(folder: Path, accelerator: Accelerator, network: Any, run: Mappin
 
     Raises `Refused` if it is not whole or belongs to another run.
     """
-    told = _read_state(folder)
-    files, before = told["files"], told["run"]
-    for name, digest in files.items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise Refused(
-                f"{folder} is damaged: {name} is missing or altered; resume from an earlier checkpoint"
-            )
-    for key, value in run.items():
-        if key in before and before[key] != value:  # an older version wrote fewer
-            raise Refused(
-                f"{folder} belongs to another run: its {key} is {before.get(key)} and this run's is {value}; "
-                "use the same settings, or start from its weights with --network_weights"
-            )
+    told = read_state(folder)
+    agree(folder, told["run"], run)
     network.load_weights(str(folder / WEIGHTS))
     accelerator.load_state(str(folder))
     return Progress(told["current_step"], told["current_epoch"], told["position"])

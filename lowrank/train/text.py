@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from lowrank.data.cache import Cache, key
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
-from lowrank.files import cache_folder, sha256
+from lowrank.files import cache_folder
 from lowrank.models.family import Family, Models, release
 from lowrank.options import Parsed
-from lowrank.train.adapt import base_weights
+from lowrank.train.adapt import merged
 
 
 class Text:
@@ -52,8 +51,7 @@ class Text:
             )
         self._cache = Cache(cache_folder("text") if to_disk else None)
         spelling = [tokenizer("a <c> dog in <s> style, ünïcode").input_ids for tokenizer in models.tokenizers]
-        merged = [(sha256(Path(path)), strength) for path, strength in base_weights(parsed)]
-        self._hash = f"{family.model_hash(models, 'text')} {models.source.dtype} {spelling} {merged}"
+        self._hash = f"{family.model_hash(models, 'text')} {models.source.dtype} {spelling} {merged(parsed)}"
         texts = [] if self.whole else list(dict.fromkeys([*(captions or ()), *extra]))
         with torch.no_grad():
             self._cache.fill(
