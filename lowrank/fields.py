@@ -192,6 +192,9 @@ class Spec(NamedTuple):
         if isinstance(value, list) and self.flag.convert:
             value = ",".join(map(str, value))
         if self.many:
+            if isinstance(value, dict):
+                told = ", ".join(json.dumps(f"{key}={item}") for key, item in value.items())
+                raise Refused(f"it is a table; write a list of texts instead: {self.name} = [{told}]")
             return tuple(self._item(item) for item in (value if isinstance(value, list) else [value]))
         return self._item(value)
 

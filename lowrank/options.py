@@ -16,7 +16,7 @@ import dataclasses
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,7 +153,7 @@ class Surface:
         specs = [spec for spec in self.specs.values() if spec.group is not ConfigFile]
         known = {name[2:]: spec for spec in specs for name in spec.names}
         said, unknown = [], []
-        for key, value in _keys(path):
+        for key, value in _keys(path, {name for name, spec in known.items() if spec.many}):
             label = f"{key} in {path}"
             if key in self.refused and off(value):  # GUIs write every setting, also those that are off
                 ignored.append(key)
@@ -233,8 +233,8 @@ def _config_path(text: str) -> Path:
     return Path(text if text.endswith(".toml") else f"{text}.toml")
 
 
-def _keys(path: Path) -> list[tuple[str, object]]:
-    """Keys and values of a TOML file, with the tables of the first level flattened."""
+def _keys(path: Path, lists: Collection[str]) -> list[tuple[str, object]]:
+    """Keys and values of a TOML file; tables of the first level are flattened, but those named as `lists`."""
     try:
         found = parse_toml(path.read_text(encoding="utf-8"), f"--config_file {path}")
     except FileNotFoundError as error:
@@ -247,7 +247,8 @@ def _keys(path: Path) -> list[tuple[str, object]]:
         ) from error
     flat: list[tuple[str, object]] = []
     for key, value in found.items():
-        flat += value.items() if isinstance(value, dict) else [(key, value)]
+        section = isinstance(value, dict) and key not in lists
+        flat += value.items() if section else [(key, value)]
     return flat
 
 

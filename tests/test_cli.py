@@ -107,6 +107,17 @@ def test_grid_sheet_and_merged_files(line, tiny_flux, tmp_path, capsys):
     assert numpy.abs(live - saved).max() <= 1
 
 
+def test_a_reference_that_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "style.png").write_text("no picture")
+    given = {"model_path": "m", "style_lora_path": "s", "content_lora_path": "c", "prompt": "p"}
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    with pytest.raises(
+        Refused, match=r"style\.png cannot be read .*give another --style_reference"
+    ) as told:
+        merge([*words, "--style_reference", str(tmp_path / "style.png"), "--output_dir", str(tmp_path / "o")])
+    assert "--skip_bad_images" not in str(told.value)
+
+
 def test_weights_that_differ_in_the_third_decimal_get_own_files(line, tmp_path):
     assert merge(line("--style_weights", "0.5,0.501", "--content_weights", "1.0")) == 0
     drawn = {p.name for p in (tmp_path / "out").iterdir()}

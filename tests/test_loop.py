@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from toys import base, network, probes
 
 from lowrank.train.log import BIN_NAMES, Meter
 from lowrank.train.loop import components, stream
+from lowrank.train.prompts import Prompt
+from lowrank.train.watch import Preview
 
 
 def test_a_stream_depends_on_seed_epoch_and_position_and_on_nothing_else():
@@ -52,3 +57,28 @@ def test_a_penalty_is_a_component_of_the_loss(bases):
         0.5 * sum(p.square().sum().item() for p in made.parameters()), rel=1e-5
     )
     assert probes()["penalty+rates"].rates == {"up": 4.0}
+
+
+def test_trackers_get_the_pictures(tmp_path, monkeypatch):
+    """wandb's under kohya's names with their prompts, TensorBoard's stacked where they are of one size."""
+    told: dict[str, list] = {"wandb": [], "tensorboard": []}
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(Image=lambda image, caption: (image.size, caption))
+    )
+
+    def add_images(tag, batch, step, dataformats):
+        told["tensorboard"].append((tag, batch.shape, step))
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.trackers = [
+        SimpleNamespace(name="wandb", log=lambda values, step: told["wandb"].append((values, step))),
+        SimpleNamespace(name="tensorboard", writer=SimpleNamespace(add_images=add_images)),
+    ]
+    prompts = [Prompt("a cat", width=8, height=8, seed=1), Prompt("a dog", width=16, height=8, seed=1)]
+    preview = Preview(
+        prompts, lambda prompt, _: Image.new("RGB", (prompt.width, prompt.height)), tmp_path, "cat"
+    )
+    paths = preview.run(accelerator, torch.nn.Linear(1, 1), "e000000", 7)
+    assert told["wandb"] == [({"sample_0": ((8, 8), "a cat"), "sample_1": ((16, 8), "a dog")}, 7)]
+    assert sorted(told["tensorboard"]) == [("validation", (1, 8, n, 3), 7) for n in (8, 16)]
+    assert [path.name[:14] for path in paths] == ["cat_e000000_00", "cat_e000000_01"]

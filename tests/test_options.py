@@ -432,6 +432,8 @@ def test_config_file_is_flat_typed_and_weaker_than_the_command_line(tmp_path):
         ("cache_latents = 'yes'", "'yes' is not true or false"),
         ("weighting_scheme = 'x'", "'x' is not one of sigma_sqrt"),
         ("output_dir = ['a']", "['a'] is not a text"),
+        ("network_args = {a=1}", 'it is a table; write a list of texts instead: network_args = ["a=1"]'),
+        ("[network_args]\na = 1\nb = 'x'", 'network_args = ["a=1", "b=x"]'),
         ("rank = 4\nnetwork_dim = 8", "name one setting and differ"),
         ("[a]\nrank = 4\n[b]\nnetwork_dim = 8", "name one setting and differ"),
         ("rank = 0", "run.toml 0 is below 1"),

@@ -445,7 +445,7 @@ def test_sample_images_with_kohyas_prompt_file(arguments, tmp_path):
     assert sd(arguments("run", *more, "--sample_sampler", "pndm", "--max_train_steps", "3")) == 0
     found = sorted(p.name for p in (tmp_path / "run" / "sample").iterdir())
     tags = {name.split("_")[1] for name in found}
-    assert tags == {"000000", "000002", "final"} and len(found) == 6
+    assert tags == {"e000000", "000002", "final"} and len(found) == 6
     assert all(name.startswith("cat_") and name.endswith("_5.png") for name in found)
     first = Image.open(tmp_path / "run" / "sample" / found[0])
     assert first.size == (64, 64) and "Sampler: pndm" in first.text["parameters"]

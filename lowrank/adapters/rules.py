@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from lowrank.errors import Refused, nearest
 
 _KINDS = {"rank": int, "alpha": float, "lr": float}
+_WORDS = {"rank": "a whole number above 0", "alpha": "a number above 0", "lr": "a number of 0 or more"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def _values(text: str, said: str) -> dict:
         lowest = 0 if name == "lr" else 1 if name == "rank" else math.ulp(0)
         if not lowest <= number < math.inf:
             raise Refused(
-                f"module_rules {text!r} has {word}, which is not a {_KINDS[name].__name__} of "
-                f"{'0 or more' if name == 'lr' else 'more than 0'}; correct it, or say off"
+                f"module_rules {text!r} has {word}, which is not {_WORDS[name]}; correct it, or say off"
             )
         found[name] = number
     return found

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.residual_path:
         residual_file(options.residual_path)
     references = {
-        what: images.read(picture)
+        what: images.read(picture, way_out=f"give another --{what}_reference, or leave it out")
         for what in ("style", "content")
         if (picture := getattr(options, f"{what}_reference"))
     }

@@ -82,9 +82,12 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _refused(path: str | os.PathLike, error: BaseException) -> Refused:
+_WAY_OUT = "repair or remove it, or give --skip_bad_images"
+
+
+def _refused(path: str | os.PathLike, error: BaseException, way_out: str = _WAY_OUT) -> Refused:
     reason = str(error).removesuffix(f" {os.fspath(path)!r}") or type(error).__name__
-    return Refused(f"image {path} cannot be read ({reason}); repair or remove it, or give --skip_bad_images")
+    return Refused(f"image {path} cannot be read ({reason}); {way_out}")
 
 
 def header(path: str | os.PathLike) -> Header:
@@ -107,10 +110,10 @@ def _orientation(image: Image.Image, path: str | os.PathLike) -> int:
         return 1
 
 
-def read(path: str | os.PathLike, *, alpha: bool = False) -> Image.Image:
+def read(path: str | os.PathLike, *, alpha: bool = False, way_out: str = _WAY_OUT) -> Image.Image:
     """The whole image, decoded and upright, as RGB, or RGBA with `alpha`.
 
-    Raises `Refused` naming the file, also when only its end is missing.
+    Raises `Refused` naming the file and the `way_out`, also when only its end is missing.
     """
     try:
         with Image.open(path, formats=_known_formats()) as image:
@@ -118,7 +121,7 @@ def read(path: str | os.PathLike, *, alpha: bool = False) -> Image.Image:
             image.load()
             converted = _converted(image, "RGBA" if alpha else "RGB")
     except _BROKEN as error:
-        raise _refused(path, error) from error
+        raise _refused(path, error, way_out) from error
     return converted if turn is None else converted.transpose(turn)
 
 

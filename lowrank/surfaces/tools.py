@@ -54,7 +54,9 @@ class Merge:
     )
     sample_sampler: str | None = option(None, "sampler (unset: ddim); not for FLUX", choices=SAMPLERS)
     clip_skip: int | None = option(None, "as in training; for SD 1.x and 2.x", low=1, high=12)
-    tokenizer_cache_dir: str | None = path(None, "folder of tokenizers for a model in a single file")
+    tokenizer_cache_dir: str | None = path(
+        None, "folder of tokenizers for a model in a single file, each in <folder>/<hub id with / as _>"
+    )
     height: int | None = option(None, "height of the images (unset: the model's own)", unit="pixels", low=8)
     width: int | None = option(None, "width of the images (unset: the model's own)", unit="pixels", low=8)
     num_images: int = option(1, "images for each pair of strengths", low=1, high=10_000)

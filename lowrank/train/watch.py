@@ -44,7 +44,10 @@ class Preview:
         return step % self.every_steps == 0
 
     def run(self, accelerator: Accelerator, network: nn.Module, tag: str, step: int) -> list[Path]:
-        """Draw all on the main process: files `{name_}{tag}_{index:02d}_{time}_{seed}.png`."""
+        """Draw all on the main process: files `{name_}{tag}_{index:02d}_{time}_{seed}.png`.
+
+        TensorBoard gets them as `validation`, wandb under kohya's names `sample_{index}`.
+        """
         if not accelerator.is_main_process or not self.prompts:
             accelerator.wait_for_everyone()
             return []
@@ -59,12 +62,21 @@ class Preview:
                 path = self.folder / f"{stem}{tag}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}_{seed}.png"
                 save_png(path, image, describe(prompt, seed))
                 paths.append(path)
-                images.append(numpy.asarray(image))
+                images.append(image)
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
-                for shape in {image.shape for image in images}:  # TensorBoard stacks equal sizes only
-                    batch = numpy.stack([image for image in images if image.shape == shape])
+                arrays = [numpy.asarray(image) for image in images]
+                for shape in {array.shape for array in arrays}:  # TensorBoard stacks equal sizes only
+                    batch = numpy.stack([array for array in arrays if array.shape == shape])
                     tracker.writer.add_images("validation", batch, step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                import wandb  # pyright: ignore[reportMissingImports]  # only when asked for
+
+                shown = {
+                    f"sample_{index}": wandb.Image(image, caption=prompt.prompt)
+                    for index, (image, (prompt, _)) in enumerate(zip(images, jobs, strict=True))
+                }
+                tracker.log(shown, step=step)
         accelerator.wait_for_everyone()
         return paths
 
