@@ -1,12 +1,12 @@
-"""A training step of a FLUX transformer: ΔR, ΔR-triu, QR-LoRA, LoRA, beside PEFT's LoRA and the frozen base.
+"""A training step of a FLUX transformer: ΔR, ΔR-triu, QR-LoRA, LoRA, DoRA, beside PEFT's and the frozen base.
 
     python benchmarks/step_time.py --device cpu          # or cuda
     python benchmarks/step_time.py --quick
 
 A step is forward, mean-square loss, backward and AdamW on the same inputs, rank and 12 targets. The frozen
 base alone is forward and backward to its input. Methods take turns step by step, so that a machine that slows
-down slows all of them; figures are medians over the turns of the ratio to PEFT's LoRA in the same turn, with
-the quartiles. Writes benchmarks/results/step_time_<device>.json.
+down slows all of them; figures are medians over the turns of the ratio to PEFT's LoRA in the same turn (of
+DoRA to PEFT's DoRA), with the quartiles. Writes benchmarks/results/step_time_<device>.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from peft import LoraConfig
 
 from lowrank.adapters.targets import FLUX_TARGETS
 
-METHODS = ("delta_r", "delta_r_triu", "lora", "qrlora")
+METHODS = ("delta_r", "delta_r_triu", "lora", "qrlora", "dora")
+RIVALS = {"dora": "peft dora"}  # whom a method is compared with, if not with PEFT's LoRA
 
 
 def model(hidden: int, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
@@ -73,12 +74,13 @@ def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Ca
     if name == "base":
         batch["hidden_states"].requires_grad_(True)
         parameters = [batch["hidden_states"]]
-    elif name == "peft":
-        denoiser.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(FLUX_TARGETS)))
+    elif name in ("peft", "peft dora"):
+        sizes = {"r": args.rank, "lora_alpha": args.rank, "use_dora": name == "peft dora"}
+        denoiser.add_adapter(LoraConfig(target_modules=list(FLUX_TARGETS), **sizes))
         parameters = [p for p in denoiser.parameters() if p.requires_grad]
     else:
         module = importlib.import_module(f"networks.{name}")
-        cache = {} if name == "lora" else {"basis_cache": args.cache}
+        cache = {} if name in ("lora", "dora") else {"basis_cache": args.cache}
         network = module.create_network(1.0, args.rank, args.rank, None, [], denoiser, **cache)
         network.apply_to([], denoiser, False, True)
         network.cast_frozen(dtype)
@@ -121,7 +123,7 @@ def main() -> None:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as args.cache:
-        steps = {name: stepper(name, args, dtype) for name in ("base", "peft", *METHODS)}
+        steps = {name: stepper(name, args, dtype) for name in ("base", "peft", "peft dora", *METHODS)}
         for turn in range(args.turns + 2):  # two to warm up
             for name, (step, _) in steps.items():
                 begun = time.perf_counter()
@@ -130,11 +132,13 @@ def main() -> None:
                     times.setdefault(name, []).append(time.perf_counter() - begun)
     rows = {}
     for name, (_, parameters) in steps.items():
-        ratios = [own / peft for own, peft in zip(times[name], times["peft"], strict=True)]
+        rival = RIVALS.get(name, "peft")
+        ratios = [own / theirs for own, theirs in zip(times[name], times[rival], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4)
         rows[name] = {
             "median_s": statistics.median(times[name]),
             "ratio_to_peft": statistics.median(ratios),
+            "compared_with": rival,
             "quartiles": [quartiles[0], quartiles[2]],
             "trained_parameters": parameters,
             "ratio_to_base": statistics.median(
@@ -152,7 +156,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     print(settings)
-    print("| method | step s | / PEFT LoRA | quartiles | / frozen base | trained |")
+    print("| method | step s | / PEFT | quartiles | / frozen base | trained |")
     print("|---|---|---|---|---|---|")
     for name, row in rows.items():
         print(

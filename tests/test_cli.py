@@ -111,9 +111,7 @@ def test_a_reference_that_is_no_picture_is_refused(tmp_path):
     (tmp_path / "style.png").write_text("no picture")
     given = {"model_path": "m", "style_lora_path": "s", "content_lora_path": "c", "prompt": "p"}
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    with pytest.raises(
-        Refused, match=r"style\.png cannot be read .*give another --style_reference"
-    ) as told:
+    with pytest.raises(Refused, match=r"style\.png cannot be read .*give another --style_reference") as told:
         merge([*words, "--style_reference", str(tmp_path / "style.png"), "--output_dir", str(tmp_path / "o")])
     assert "--skip_bad_images" not in str(told.value)
 
