@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import same
 
@@ -430,6 +431,44 @@ def test_an_untrained_adapter_always_measures_the_same(arguments, tmp_path):
     assert sd(arguments("run", *more, "--logging_dir", str(tmp_path / "logs"))) == 0
     told = scalars(tmp_path / "logs")["loss/validation/step_average"]
     assert len(told) == 4 and len(set(told)) == 1
+
+
+# ---------- caches
+
+
+def test_caches_that_are_damaged_or_of_another_model_are_made_again(
+    arguments, folders, tiny_sd, tmp_path, monkeypatch, caplog
+):
+    """A run on them is the run without any; kohya's caches beside the pictures are left as they are."""
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(folders / "train", tmp_path / "pictures")
+    beside = tmp_path / "pictures" / "2_cat" / "0_0064x0064_sd.npz"
+    beside.write_bytes(b"kohya's")
+    more = ("--train_data_dir", str(tmp_path / "pictures"), "--network_train_unet_only")
+    disk = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
+
+    def loss(run: str, *flags: str, model: Path = tiny_sd) -> str:
+        assert sd(arguments(run, *more, *flags, "--max_train_steps", "1", model=model)) == 0
+        return rows(tmp_path / run)[0]["loss"]
+
+    first = loss("first", *disk)
+    latents, text = (sorted((tmp_path / "cache" / kind).iterdir()) for kind in ("latents", "text"))
+    assert len(latents) == 3 and len(text) == 3
+    for damaged in (latents[0], text[0]):
+        damaged.write_bytes(damaged.read_bytes()[:-9])
+    shutil.copy(latents[2], latents[1])  # whole, and another picture's
+    assert loss("again", *disk) == first
+    told = [record.getMessage() for record in caplog.records if "made again" in record.getMessage()]
+    assert {str(path) for path in (*latents[:2], text[0])} == {line.split()[2] for line in told}
+
+    shutil.copytree(tiny_sd, tmp_path / "other")
+    for part in ("vae", "text_encoder"):
+        (weights,) = (tmp_path / "other" / part).glob("*.safetensors")
+        save_file({key: value * 1.1 for key, value in load_file(weights).items()}, weights)
+    other = loss("other", *disk, model=tmp_path / "other")
+    assert other == loss("plain", model=tmp_path / "other") != first
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 12
+    assert beside.read_bytes() == b"kohya's"
 
 
 # ---------- pictures
