@@ -74,6 +74,24 @@ def unet_name(path: str, blocks: Blocks) -> str:
     return path
 
 
+_SDXL = Blocks(2, frozenset({0, 1}))
+_FLAT = re.compile(
+    r"(?:(?P<side>down|up)_blocks_(?P<i>\d+)|mid_block)_(?P<kind>resnets|attentions|downsamplers|upsamplers)"
+    r"_(?P<j>\d+)(?P<rest>_.*)$"
+)
+
+
+def flat_sdxl_name(flat: str) -> str:
+    """`unet_name` of SDXL for a path whose dots are underscores: `down_blocks_1_attentions_0_norm` is
+    `input_blocks_4_1_norm`, and names that are original already stay.
+    """
+    if found := _FLAT.match(flat):
+        block = f"{found['side']}_blocks.{found['i']}" if found["side"] else "mid_block"
+        path = f"{block}.{found['kind']}.{found['j']}.{found['rest'][1:]}"
+        return unet_name(path, _SDXL).replace(".", "_")
+    return {ours.replace(".", "_"): theirs.replace(".", "_") for ours, theirs in _TOP.items()}.get(flat, flat)
+
+
 def _inside(kind: str, rest: str) -> str:
     if not kind.startswith("resnets"):
         return rest

@@ -16,9 +16,17 @@ from lowrank.fields import Spec, shown  # noqa: E402
 from lowrank.options import Surface  # noqa: E402
 from lowrank.surfaces.flux import FLUX_TRAIN  # noqa: E402
 from lowrank.surfaces.sd import SD_TRAIN, SDXL_TRAIN  # noqa: E402
-from lowrank.surfaces.tools import INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
+from lowrank.surfaces.tools import EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
 
-SURFACES = (SD_TRAIN, SDXL_TRAIN, FLUX_TRAIN, SAVE_RESIDUAL, INFERENCE_MERGE, VISUALIZE_SIMILARITY)
+SURFACES = (
+    SD_TRAIN,
+    SDXL_TRAIN,
+    FLUX_TRAIN,
+    SAVE_RESIDUAL,
+    INFERENCE_MERGE,
+    VISUALIZE_SIMILARITY,
+    EXTRACT_BASIS,
+)
 INTRODUCTION = """# Flags
 
 Written by `tools/make_flags.py`; a test compares it with the code.

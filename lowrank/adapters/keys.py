@@ -31,15 +31,19 @@ _READ = {suffix: role for table in (KOHYA, PEFT) for role, suffix in table.items
 _SUFFIX = re.compile(
     r"^(.*)\.(" + "|".join(re.escape(s) for s in sorted(_READ, key=len, reverse=True)) + ")$"
 )
-_PREFIX = re.compile(r"^(base_model\.model\.)?(transformer|unet|diffusion_model)\.")
+# PEFT's own files have its prefix alone, in front of the model's paths
+_PREFIX = re.compile(r"^(?:base_model\.model\.)?(?:(?:transformer|unet|diffusion_model)\.)?")
 _TEXT = re.compile(r"^(base_model\.model\.)?text_encoder(_\d)?\.")
+# diffusers before 0.21: attn1.processor.to_out_lora.down.weight, q_proj.lora_linear_layer.up.weight
+_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")
 # QR-LoRA's official files repeat the child's name: attn.to_out.0.to_out.0
 _REPEATED = re.compile(r"\.(to_out\.0)\.\1$")
 
 
 def role_of(key: str) -> tuple[str, str] | None:
     """(module, role) of a key in any dialect, `module` with its prefix; None for keys of no adapter."""
-    found = _SUFFIX.match(key)
+    key = _PROCESSOR.sub(lambda m: f".{m[1]}{'.0' * (m[1] == 'to_out')}.lora.{m[2]}.weight", key)
+    found = _SUFFIX.match(key.replace(".lora_linear_layer.", ".lora."))
     return (_REPEATED.sub(r".\1", found[1]), _READ[found[2]]) if found else None
 
 

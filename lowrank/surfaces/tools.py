@@ -88,6 +88,38 @@ class Similarity:
     )
 
 
+@dataclass(frozen=True)
+class UniversalBasis:
+    """Basis of a collection"""
+
+    lora_dir: tuple[str, ...] = path(
+        (), "folders of LoRA files, read with everything below them, or single files", required=True
+    )
+    output: str | None = path(None, "the .safetensors file to write", required=True)
+    report: str | None = path(None, "JSON file for the table and everything counted")
+    rank: int = option(16, "most directions for each layer", low=1)
+    tau: float = option(
+        0.9, "share of each side's energy that is enough; fewer directions are then kept", above=0, high=1
+    )
+    center: bool = option(False, "take the mean LoRA away first; it is then not one of the directions")
+    normalize: bool = option(False, "let every LoRA count alike, whatever its strength")
+    sketch: int | None = option(
+        None, "columns kept for each layer and side once there are twice as many (unset: 4 × --rank)", low=1
+    )
+
+
+def check_basis(parsed: Parsed) -> Iterator[str]:
+    """A file name that the networks can open, and a sketch that has room for the rank."""
+    basis = parsed.universal_basis
+    if basis.output and not basis.output.endswith(".safetensors"):
+        raise Refused(f"--output {basis.output} does not end in .safetensors; name such a file")
+    if basis.sketch and basis.sketch < basis.rank:
+        raise Refused(
+            f"--sketch {basis.sketch} is below --rank {basis.rank}; give {4 * basis.rank} or leave it out"
+        )
+    yield from ()
+
+
 def check_merge(parsed: Parsed) -> Iterator[str]:
     """A prompt unless no image is drawn; nothing to do is an error too."""
     merge = parsed.merge
@@ -113,4 +145,12 @@ VISUALIZE_SIMILARITY = Surface(
     "visualize_similarity.py",
     "Compare two adapters layer by layer: plots, JSON and a text summary.",
     (Similarity,),
+)
+
+EXTRACT_BASIS = Surface(
+    "tools/extract_universal_basis.py",
+    "Find the directions that a collection of LoRAs shares, for networks that train inside a basis.",
+    (UniversalBasis,),
+    ignored=("device", "vram_fraction", "num_workers", "chunk_size"),
+    check=check_basis,
 )

@@ -57,7 +57,7 @@ def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
         if found is None:
             strange.append(key)
         else:
-            layers.setdefault(keys.module_path(found[0]), {})[found[1]] = _number(value, key, path)
+            layers.setdefault(keys.module_path(found[0]), {})[found[1]] = number(value, key, path)
     if not layers:
         raise Refused(
             f"{path} holds no adapter this program knows: its tensors are named like "
@@ -72,7 +72,11 @@ def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
     return layers, metadata
 
 
-def _number(value: Tensor, key: str, path: str | Path) -> Tensor:
+def number(value: Tensor, key: str, path: str | Path) -> Tensor:
+    """A tensor of an adapter file as one that can be computed with: float8 becomes fp32.
+
+    Raises `Refused` for whole numbers, sparse tensors, NaN and infinities.
+    """
     if str(value.dtype).startswith("torch.float8"):
         value = value.float()  # float8 has no arithmetic
     usable = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
