@@ -30,20 +30,21 @@ class Sketch:
 
     def __init__(self, size: int) -> None:
         self.size, self.energy, self.exact = size, 0.0, True
-        self.columns = torch.empty(0, 0, dtype=torch.float64)  # (n, c)
+        self._columns: list[Tensor] = []  # (n, c) each
 
     def add(self, columns: Tensor) -> None:
         """Take in (n, c) in float64."""
         self.energy += columns.square().sum().item()
-        self.columns = torch.cat([self.columns, columns], dim=1) if self.columns.numel() else columns
-        if self.columns.shape[1] > 2 * self.size:
-            vectors, values = _principal(self.columns)
+        self._columns.append(columns.contiguous())
+        if sum(x.shape[1] for x in self._columns) > 2 * self.size:
+            vectors, values = _principal(torch.cat(self._columns, dim=1))
             self.exact &= len(values) <= self.size
-            self.columns = (vectors * values)[:, : self.size]
+            self._columns = [(vectors * values)[:, : self.size].contiguous()]
 
     def side(self) -> Side:
-        """What was collected, as directions; signs are fixed by the largest entry of each."""
-        vectors, values = _principal(self.columns)
+        """What was collected, as directions whose largest entry is positive; the columns are let go."""
+        vectors, values = _principal(torch.cat(self._columns, dim=1))
+        self._columns.clear()
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         return Side(vectors * largest.sign(), values, self.energy)
 
