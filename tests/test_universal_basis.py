@@ -416,6 +416,7 @@ OTHERS = {
     },
     "full difference": {"diff": (48, 40)},
     "experts": {"router": (3, 2), "lora_up.weight": (3, 48, 2), "lora_down.weight": (2, 40)},
+    "core": {"core": (2, 2), "basis_up": (48, 2), "basis_down": (2, 40), "alpha": ()},
     "unknown (lora_new.weight)": {"lora_new.weight": (3, 2)},
 }
 

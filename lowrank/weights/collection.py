@@ -41,8 +41,8 @@ _KINDS = {  # what a suffix says about the layer that has it; LyCORIS' names, PE
     r"[wb]_norm": "norm",
     r"scalar": "LoRA with a scalar",
     r"lora_embedding_[AB]": "embedding",
-    r"router": "experts",
 }
+_OURS = {"magnitude": "DoRA", "router": "experts"}  # by role; others that no plain pair has are cores
 _MANY = re.compile(r"(?:down|up)_blocks_.*_transformer_blocks_[1-9]")  # SD 1 and 2 have one in each
 
 
@@ -89,7 +89,7 @@ def read_lora(path: str | Path) -> Lora:
         elif role in ROLES:
             modules.setdefault(module, {})[role] = value
         else:
-            kinds[module] = "DoRA" if role == "magnitude" else role
+            kinds[module] = kinds.get(module) or _OURS.get(role, "core" if role in keys.PLAIN else role)
     # what no adapter has counts only where it stands beside factors, which it then changes
     kinds = {module: kind for module, kind in kinds.items() if kind[0] != "." or module in modules}
     other.update(kind.removeprefix(".") for kind in kinds.values())
