@@ -115,10 +115,14 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Penalty:
-    """A term added to the loss and logged by name: `value(network) -> scalar`."""
+    """A term added to the loss and logged by name: `value(network) -> scalar`.
+
+    Instead of `value`, `prepare(network)` gives it once the network's layers are known.
+    """
 
     name: str
-    value: Callable[[Any], Tensor]
+    value: Callable[[Any], Tensor] | None = None
+    prepare: Callable[[Any], Callable[[Any], Tensor]] | None = None
 
 
 @dataclass(frozen=True)

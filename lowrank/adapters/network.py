@@ -65,6 +65,7 @@ class AdapterNetwork(nn.Module):
         self.speeds: Mapping[str, rates.Speed] = {}  # by layer name, where a layer does not follow its part
         self.leave_out: frozenset[str] = frozenset()  # roles that files go without
         self._backup: dict[str, Tensor] = {}
+        self._penalties: dict[str, Callable[[Any], Tensor]] = {}
         self.set_multiplier(multiplier)
 
     def _join(self) -> dict[str, str]:
@@ -126,6 +127,10 @@ class AdapterNetwork(nn.Module):
             if apply_unet if self.targets[name].part == "unet" else apply_text_encoder:
                 layer.attach()
                 self.add_module(name, layer)
+        for one in self.method.penalty:
+            value = one.prepare(self) if one.prepare else one.value
+            assert value is not None  # a penalty has one or the other
+            self._penalties[one.name] = value
 
     def restore(self) -> None:
         """Take every layer off its host again."""
@@ -148,7 +153,7 @@ class AdapterNetwork(nn.Module):
 
     def penalties(self) -> dict[str, Tensor]:
         """The method's penalties at the present parameters, by name."""
-        return {penalty.name: penalty.value(self) for penalty in self.method.penalty}
+        return {name: value(self) for name, value in self._penalties.items()}
 
     # ------------------------------------------------------------------ training, as kohya's trainers do it
 

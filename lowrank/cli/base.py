@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from lowrank.errors import Refused
-from lowrank.models.family import DTYPES, Family, Source, local_folder, reading
+from lowrank.models.family import DTYPES, Family, Models, Source, latent_scale, local_folder, reading
 from lowrank.models.flux import FLUX
 from lowrank.models.sd import SD15
 from lowrank.models.sd_single import kind_of
@@ -21,18 +21,25 @@ INDEX = "model_index.json"
 FAMILIES = {"FluxPipeline": FLUX, "StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
 
 
-def base(path: str, dtype: str, device: str | None, tokenizer_cache_dir: str | None = None) -> Source:
-    """What --model_path, --dtype and --device name. Raises `Refused` before anything is loaded."""
+def base(
+    path: str,
+    dtype: str,
+    device: str | None,
+    tokenizer_cache_dir: str | None = None,
+    flag: str = "model_path",
+) -> Source:
+    """What the model's flag, --dtype and --device name. Raises `Refused` before anything is loaded."""
     if is_file(path):
-        check_file("model_path", path, pickles=True)
-    return Source(path, dtype=DTYPES[dtype], device=_device(device), tokenizer_cache_dir=tokenizer_cache_dir)
+        check_file(flag, path, pickles=True)
+    device = device_of(device)
+    return Source(path, dtype=DTYPES[dtype], device=device, tokenizer_cache_dir=tokenizer_cache_dir)
 
 
 def check_folder(path: str) -> None:
     """Raise `Refused` for a single file, where more than the transformer is needed."""
     if is_file(path):
         raise Refused(
-            f"--model_path {path} is a single file, and text encoders and VAE are needed beside the "
+            f"{path} is a single file, and text encoders and VAE are needed beside the "
             "transformer; give the folder of a diffusers model"
         )
 
@@ -54,7 +61,16 @@ def family_of(source: Source) -> Family:
     return FAMILIES[kind]
 
 
-def _device(asked: str | None) -> str:
+def own_side(models: Models) -> int:
+    """The side of the model's own pictures, in pixels: a U-Net's latents tell, or the VAE of FLUX."""
+    own = models.configs["denoiser"].get("sample_size")
+    if own:
+        return own * latent_scale(models)
+    return models.configs["vae"].get("sample_size", 1024)
+
+
+def device_of(asked: str | None) -> str:
+    """The device that is named, or the GPU if there is one. Raises `Refused` for one that is not here."""
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     known = ["cpu", *(["cuda", *gpus] if torch.cuda.is_available() else [])]
     known += ["mps"] if torch.backends.mps.is_available() else []

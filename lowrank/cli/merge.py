@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank.adapters.targets import find
-from lowrank.cli.base import base, family_of
+from lowrank.cli.base import base, family_of, own_side
 from lowrank.cli.sheet import sheet
 from lowrank.data import images
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
-from lowrank.models.family import Family, Models, latent_scale, release
+from lowrank.models.family import Family, Models, release
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
 from lowrank.options import Parsed
@@ -151,7 +151,7 @@ def _draw(
     family.add(models, ("denoiser",))
     attached = mixture.attach(models.denoiser, models.text_encoders, models.source.dtype)
     family.add(models, ("vae",))
-    own = _side(models)
+    own = own_side(models)
     height, width = options.height or own, options.width or own
     strength = _CFG if options.guidance_scale is None else options.guidance_scale
     cells: dict[tuple[float, float], Image.Image] = {}
@@ -183,14 +183,6 @@ def _draw(
         f"{options.prompt}\nrows: style {options.style_weights}, columns: content {options.content_weights}",
     )
     print(f"{len(cells)} pairs of strengths; the sheet of all is {path}")
-
-
-def _side(models: Models) -> int:
-    """The side of the model's own pictures, in pixels: a U-Net's latents tell, or the VAE of FLUX."""
-    own = models.configs["denoiser"].get("sample_size")
-    if own:
-        return own * latent_scale(models)
-    return models.configs["vae"].get("sample_size", 1024)
 
 
 def _check_base(mixture: Mixture, family: Family, models: Models) -> None:

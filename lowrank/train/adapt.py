@@ -110,7 +110,7 @@ def merge_base_weights(job: Job, models: Models) -> None:
 def adapt(job: Job, models: Models, encoders: list[nn.Module]) -> Any:
     """Freeze the denoiser and put the network on it."""
     models.denoiser.requires_grad_(False).eval()
-    _choose_attention(job, models)
+    choose_attention(job.value("xformers") if "xformers" in job.parsed.specs else False, models.denoiser)
     if job.value("fp8_base") or job.value("fp8_base_unet"):
         memory.store_in_fp8(models.denoiser, DTYPES[job.accelerator.mixed_precision])
     torch.manual_seed(job.seed)
@@ -135,11 +135,12 @@ def check_base(job: Job, models: Models, path: str) -> None:
     logger.warning("%s; it goes on from there all the same", told)
 
 
-def _choose_attention(job: Job, models: Models) -> None:
-    if "xformers" not in job.parsed.specs or not job.value("xformers"):
+def choose_attention(xformers: bool, denoiser: Any) -> None:
+    """xformers' kernels where they are asked for and can be had; else torch's own."""
+    if not xformers:
         return
-    if importlib.util.find_spec("xformers") and job.accelerator.device.type == "cuda":
-        memory.attention(models.denoiser, "xformers")
+    if importlib.util.find_spec("xformers") and denoiser.device.type == "cuda":
+        memory.attention(denoiser, "xformers")
     else:
         logger.warning("xformers is not installed, or there is no GPU; torch's own attention is used")
 

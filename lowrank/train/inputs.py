@@ -100,6 +100,20 @@ def draw(
     )[0]
 
 
+def draw_files(
+    family: Family, models: Models, options: Any, files: Mapping[Path, tuple[Prompt, int]], title: str
+) -> None:
+    """Draw a picture for each file from its prompt and seed; the whole model is there before, none after."""
+    prompts = [prompt for prompt, _ in files.values()]
+    texts = dict.fromkeys(text for one in prompts for text in (one.prompt, one.negative_prompt or ""))
+    said = {text: family.stack_text(family.encode_text(models, [text], options)) for text in texts}
+    release(models, ("text",))
+    for path, (prompt, seed) in tqdm(files.items(), desc=title):
+        image = draw(family, models, options, lambda captions: said[captions[0]], prompt, seed)
+        save_png(path, image, describe(prompt, seed))
+    release(models, ("vae", "denoiser"))
+
+
 def make_class_images(
     parsed: Parsed,
     family: Family,
@@ -120,16 +134,9 @@ def make_class_images(
         prompt = replace(default, prompt=parsed.value("class_prompt"), width=width, height=height)
         dtype = DTYPES.get(parsed.value("prior_generation_precision"), source.dtype)
         models = family.load(replace(source, dtype=dtype))
-        said = {
-            caption: family.stack_text(family.encode_text(models, [caption], options))
-            for caption in (prompt.prompt, prompt.negative_prompt or "")
-        }
-        release(models, ("text",))
-        for index in tqdm(range(have, wanted), desc="class images"):
-            seed = (parsed.value("seed") or 0) + index
-            image = draw(family, models, options, lambda captions: said[captions[0]], prompt, seed)
-            save_png(folder / f"class_{index:05d}_{seed}.png", image, describe(prompt, seed))
-        release(models, ("vae", "denoiser"))
+        seeds = ((index, (parsed.value("seed") or 0) + index) for index in range(have, wanted))
+        files = {folder / f"class_{index:05d}_{seed}.png": (prompt, seed) for index, seed in seeds}
+        draw_files(family, models, options, files, "class images")
     accelerator.wait_for_everyone()
 
 

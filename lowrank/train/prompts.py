@@ -116,14 +116,16 @@ def parse_line(line: str, default: Prompt, where: str = "the prompt", step: int 
     return _checked(where, values, default, step)
 
 
-def read_prompts(path: str | Path, default: Prompt, step: int = 16) -> list[Prompt]:
+def read_prompts(
+    path: str | Path, default: Prompt, step: int = 16, flag: str = "--sample_prompts"
+) -> list[Prompt]:
     """The prompts of a file. `.txt`: a prompt per line, `#` comments. `.toml`: `[prompt]` defaults and
     `[[prompt.subset]]`. `.json`: a list of lines or objects. Raises `Refused` naming file and entry."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"--sample_prompts {path} cannot be read: {error}") from error
+        raise Refused(f"{flag} {path} cannot be read: {error}") from error
     if path.suffix == ".txt":
         lines = [(f"{path} line {i}", line.strip()) for i, line in enumerate(text.splitlines(), 1)]
         entries: list[tuple[str, Any]] = [(where, line) for where, line in lines if line and line[0] != "#"]
@@ -132,7 +134,7 @@ def read_prompts(path: str | Path, default: Prompt, step: int = 16) -> list[Prom
     elif path.suffix == ".json":
         entries = _json_entries(path, text)
     else:
-        raise Refused(f"--sample_prompts {path} is neither .txt, .toml nor .json; save it as one of them")
+        raise Refused(f"{flag} {path} is neither .txt, .toml nor .json; save it as one of them")
     found = [
         parse_line(entry, default, where, step)
         if isinstance(entry, str)
@@ -140,10 +142,10 @@ def read_prompts(path: str | Path, default: Prompt, step: int = 16) -> list[Prom
         for where, entry in entries
     ]
     if not found and path.suffix == ".txt":  # some launchers write the file always
-        log.warning("--sample_prompts %s is empty: nothing is drawn", path)
+        log.warning("%s %s is empty: nothing is drawn", flag, path)
         return []
     if not found or not all(prompt.prompt for prompt in found):
-        raise Refused(f"--sample_prompts {path} holds an empty prompt or none; write a prompt per line")
+        raise Refused(f"{flag} {path} holds an empty prompt or none; write a prompt per line")
     return found
 
 

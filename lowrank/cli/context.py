@@ -1,0 +1,296 @@
+"""The curvature of a base model on source pictures, from the command line: LaLoRA's context file."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank import __version__
+from lowrank.adapters.host import host_shape
+from lowrank.adapters.targets import Target, as_passed, find_all
+from lowrank.cli import source as pictures
+from lowrank.cli.base import base, device_of, family_of, own_side
+from lowrank.cli.options import record
+from lowrank.data.cache import Cache
+from lowrank.data.loader import Batch, Loader
+from lowrank.errors import Refused
+from lowrank.files import writable_folder
+from lowrank.models import memory
+from lowrank.models.family import Family, Models, Source, align, release
+from lowrank.models.flux import FLUX, FluxOptions
+from lowrank.models.sd import SdOptions
+from lowrank.objective.ddpm import Diffusion
+from lowrank.objective.target import Draw, Flow
+from lowrank.options import Parsed
+from lowrank.surfaces.context import CALC_CONTEXT
+from lowrank.tensors import read_tensors
+from lowrank.train import setup
+from lowrank.train.adapt import choose_attention
+from lowrank.train.fisher import Fisher
+from lowrank.train.loop import stream
+from lowrank.train.prompts import Prompt
+from lowrank.weights.curvature import Context, write_context
+
+logger = logging.getLogger(__name__)
+
+_ONLY_SD = ("v_parameterization", "min_snr_gamma", "clip_skip", "max_token_length")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw what is to be drawn, measure, write the file, and say what it holds. Raises `Refused`."""
+    parsed = CALC_CONTEXT.parse(argv)
+    logging.basicConfig(level="INFO", format="%(message)s")
+    for note in parsed.notes:
+        logger.warning("%s", note)
+    sources, measure = parsed.sources, parsed.measure
+    output = Path(measure.output_path)
+    writable_folder(output.parent, "--output_path")
+    folder = Path(sources.source_data_dir or output.with_name(f"{output.stem}_source"))
+    pictures.check_source(folder, sources.train_data_dir, sources.force)
+    if measure.basis_path:
+        read_tensors(measure.basis_path)
+    source = _source(parsed)
+    family = family_of(source)
+    objective, switches = _records(parsed, family)
+    models = family.load(source, ())
+    setup.check_prediction(objective, family, models)
+    sides = sources.resolution or (own_side(models), own_side(models))
+    if sources.source_prompts:
+        scale = {} if family is FLUX else {"sample_steps": 30, "scale": 7.5, "guidance_scale": None}
+        default = Prompt("", width=sides[0], height=sides[1], **scale)
+        pictures.draw_source(family, models, switches, sources, measure.seed, folder, default)
+    loader = _loader(parsed, family, models, folder, sides)
+    text = _Text(family, models, switches, loader.captions() or (), not measure.network_train_unet_only)
+    loader = _encoded(loader, family, models)
+    targets = _prepared(parsed, family, models, text.encoders)
+    count = measure.num_samples or measure.max_steps * measure.batch_size
+    _check_room(targets, measure.curvature, source.device)
+    fisher = Fisher(targets, measure.curvature, measure.kfac_rank, measure.seed, source.device)
+    logger.info("%d layers, %d samples of %d pictures in %s", len(targets), count, len(loader.placed), folder)
+    loss = _run(
+        fisher, family, models, objective, switches, loader, text, count, measure.batch_size, measure.seed
+    )
+    context = fisher.context(_facts(parsed, family, models, sides, count, loss))
+    write_context(output, context)
+    _report(output, context, loss)
+    return 0
+
+
+# ------------------------------------------------------------------ from options to records
+
+
+def _source(parsed: Parsed) -> Source:
+    own = parsed.base
+    device, precision = device_of(own.device), own.mixed_precision
+    if precision == "fp16" and device == "cpu":
+        logger.warning("there is no GPU, and mixed precision fp16 needs one: this run computes in fp32")
+        precision = "no"
+    flag = "pretrained_model_name_or_path"
+    found = base(own.pretrained_model_name_or_path, precision, device, own.tokenizer_cache_dir, flag)
+    if own.fp8_base and found.dtype == torch.float32:
+        raise Refused(
+            f"--fp8_base needs --mixed_precision fp16 or bf16, and it is {precision}; set both or none"
+        )
+    return dataclasses.replace(
+        found,
+        vae=own.vae,
+        vae_dtype=torch.float32 if own.no_half_vae else None,
+        v_parameterization=parsed.measure.v_parameterization,
+    )
+
+
+def _records(parsed: Parsed, family: Family) -> tuple[Any, Any]:
+    """The objective and the family's switches; a flag that is another family's is refused."""
+    if family is not FLUX:
+        return record(Diffusion, parsed), record(SdOptions, parsed)
+    for name in _ONLY_SD:
+        if parsed.value(name):
+            raise Refused(f"{parsed.flag(name)} is not for {family.name}; leave it out")
+    return Flow(), FluxOptions()
+
+
+def _loader(parsed: Parsed, family: Family, models: Models, folder: Path, sides: tuple[int, int]) -> Loader:
+    """One picture a batch, so that how they come does not depend on --batch_size."""
+    buckets = dataclasses.asdict(parsed.buckets) | {"resolution": sides, "batch_size": 1}
+    if buckets["enable_bucket"]:
+        buckets["min_bucket_reso"] = min(buckets["min_bucket_reso"], *sides)
+        buckets["max_bucket_reso"] = max(buckets["max_bucket_reso"], *sides)
+    return Loader(
+        pictures.datasets(folder, parsed.sources.caption_extension, **buckets),
+        seed=parsed.measure.seed,
+        skip_bad_images=parsed.sources.skip_bad_images,
+        multiple=family.bucket_step(models),
+    )
+
+
+def _encoded(loader: Loader, family: Family, models: Models) -> Loader:
+    family.add(models, ("vae",))
+    align(models)
+    loader = loader.encode_all(
+        lambda pixels: family.encode_images(models, pixels), model_hash="", cache=Cache(None), progress=True
+    )
+    release(models, ("vae",))
+    return loader
+
+
+def _prepared(parsed: Parsed, family: Family, models: Models, encoders: Sequence[nn.Module]) -> list[Target]:
+    """The denoiser as it is trained, and the layers that adapters would change."""
+    family.add(models, ("denoiser",))
+    align(models)
+    denoiser, measure = models.denoiser, parsed.measure
+    choose_attention(parsed.base.xformers, denoiser)
+    passed = as_passed(encoders, denoiser) if encoders else []
+    targets = find_all(passed, denoiser, target=measure.target, exclude=measure.exclude, conv=measure.conv)
+    if parsed.base.fp8_base:
+        memory.store_in_fp8(denoiser, models.source.dtype)
+    if parsed.base.gradient_checkpointing:
+        memory.checkpoint_blocks(denoiser)
+    return targets
+
+
+class _Text:
+    """Captions to conditions: what adapters can change is made at every step, the rest once."""
+
+    def __init__(
+        self, family: Family, models: Models, switches: Any, captions: Sequence[str], trains: bool
+    ) -> None:
+        family.add(models, ("text",))
+        align(models)
+        self._make: Callable[[list[str]], dict[str, Tensor]] | None = None
+        self._held = dict(zip(captions, family.encode_text(models, list(captions), switches), strict=True))
+        self._family, self.encoders = family, []
+        if trains:
+            self.encoders = family.keep_trained_text(models)
+            self._make = lambda texts: family.trained_text(models, texts, switches)
+        else:
+            release(models, ("text",))
+
+    def __call__(self, captions: list[str]) -> dict[str, Tensor]:
+        said = self._family.stack_text([self._held[caption] for caption in captions])
+        return said | (self._make(captions) if self._make else {})
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def batches(loader: Loader, count: int, size: int) -> Iterator[list[Batch]]:
+    """`count` pictures, epoch after epoch, in groups of one shape and of at most `size`."""
+    waiting: dict[Any, list[Batch]] = {}
+    single = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
+    for one in itertools.islice(single, count):
+        assert one.encoded is not None  # they were encoded before
+        group = waiting.setdefault(one.encoded.shape, [])
+        group.append(one)
+        if len(group) == size:
+            yield waiting.pop(one.encoded.shape)
+    yield from waiting.values()
+
+
+def _run(
+    fisher: Fisher,
+    family: Family,
+    models: Models,
+    objective: Any,
+    switches: Any,
+    loader: Loader,
+    text: _Text,
+    count: int,
+    size: int,
+    seed: int,
+) -> float:
+    """The mean loss of the base over the samples."""
+    device, dtype = torch.device(models.source.device), models.source.dtype
+    total = 0.0
+    with fisher.watching(), tqdm(total=count, desc="curvature", unit="sample") as bar:
+        for group in batches(loader, count, size):
+            latents, drawn = _drawn(family, models, objective, group, seed, device)
+
+            def losses(group: list[Batch] = group, drawn: Draw = drawn) -> Tensor:
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    conditions = text([one.captions[0] for one in group]) | _sizes(family, group)
+                    said = family.denoise(models.denoiser, drawn.noisy, drawn.timesteps, conditions, switches)
+                return objective.losses(said, drawn)
+
+            # the sum over a sample in place of its mean, as a half-precision backward needs
+            total += float(fisher.add(len(group), losses, scale=float(latents[0].numel())).sum())
+            bar.update(len(group))
+    return total / count
+
+
+def _drawn(
+    family: Family, models: Models, objective: Any, group: list[Batch], seed: int, device: torch.device
+) -> tuple[Tensor, Draw]:
+    """Latents, and noise and timesteps, which a picture has from its own place in its epoch."""
+    latents, draws = [], []
+    for one in group:
+        generator = stream(seed, one.epoch, one.position)
+        assert one.encoded is not None
+        latents.append(family.latents(models, one.encoded.to(device), generator))
+        draws.append(objective.draw(latents[-1], generator))
+    return torch.cat(latents), Draw(*(torch.cat(column) for column in zip(*draws, strict=True)))
+
+
+def _sizes(family: Family, group: list[Batch]) -> dict[str, Tensor]:
+    told = zip(*((one.original_sizes, one.crop_top_lefts, one.target_sizes) for one in group), strict=True)
+    return family.size_conditions(*(torch.cat(column) for column in told))
+
+
+def _check_room(targets: Sequence[Target], curvature: str, device: Any) -> None:
+    """Raise `Refused` where whole matrices of all layers do not fit into memory."""
+    if curvature != "kfac":
+        return
+    needed = sum(4 * (n * n) for t in targets for n in host_shape(t.module))
+    if torch.device(device).type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > free:
+        raise Refused(
+            f"--curvature kfac keeps whole matrices of {len(targets)} layers, {needed / 1e9:.0f} GB, and "
+            f"{device} has {free / 1e9:.0f} GB; use kfac_lr, or fewer layers with --target"
+        )
+
+
+# ------------------------------------------------------------------ what is written and said
+
+
+def _facts(
+    parsed: Parsed, family: Family, models: Models, sides: tuple[int, int], count: int, loss: float
+) -> dict[str, str]:
+    measure, rank = parsed.measure, parsed.measure.kfac_rank
+    facts = {
+        "version": __version__,
+        "base_model": Path(models.source.path).name,
+        "base_model_version": family.base_model_version(models),
+        "base_hash": family.model_hash(models, "denoiser"),
+        "kfac_rank": rank if measure.curvature in ("kfac_lr", "lora_diag") else None,
+        "samples": count,
+        "seed": measure.seed,
+        "resolution": f"{sides[0]}x{sides[1]}",
+        "prediction": family.prediction(models),
+        "min_snr_gamma": measure.min_snr_gamma,
+        "precision": str(models.source.dtype).removeprefix("torch."),
+        "loss": f"{loss:.6g}",
+        "command": parsed.command,
+    }
+    return {f"lowrank.{name}": str(value) for name, value in facts.items()}
+
+
+def _report(output: Path, context: Context, loss: float) -> None:
+    free = [name for name, layer in context.layers.items() if not layer.G.main.any()]
+    texts = sum(name.startswith("lora_te") for name in context.layers)
+    print(
+        f"{output}: curvature ({context.curvature}) of {len(context.layers)} layers, {texts} of them of text "
+        f"encoders, {output.stat().st_size / 1e6:.3g} MB; the base's loss on the source is {loss:.4f}"
+    )
+    if free:
+        print(f"{len(free)} of them take no part in the loss and stay free, for example {free[0]}")
