@@ -3,10 +3,10 @@
     python benchmarks/context.py --width 160 --latent 32
     python benchmarks/context.py --quick
 
-SD 1.5's U-Net with random weights (`--width 320` is its own size) on latents of `--latent` squared, batch 1. A
-plain pass is forward and backward to the input. The penalty is its value and its backward for a LoRA of
-`--rank`; the step is forward, backward and AdamW with that LoRA. They take turns; figures are medians over the
-turns of ratios of CPU-seconds, with quartiles. Writes benchmarks/results/context_<device>.json.
+SD 1.5's U-Net with random weights (`--width 320` is its own size) on latents of `--latent` squared, batch 1.
+A plain pass is forward and backward to the input. The penalty is its value and its backward for a LoRA of
+`--rank`; the step is forward, backward and AdamW with that LoRA. They take turns; figures are medians over
+the turns of ratios of CPU-seconds, with quartiles. Writes benchmarks/results/context_<device>.json.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +83,18 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in ("plain", "kfac_lr", "diag", "step", "penalty")}
     measures = {name: Fisher(find("unet", model), name, 16, 0, device) for name in ("kfac_lr", "diag")}
     for turn in range(args.turns + 1):
-        for name, work in [("plain", plain), *((n, lambda f=f: f.add(1, losses)) for n, f in measures.items())]:
-            watching = measures[name].watching() if name in measures else None
-            with watching or torch.enable_grad():
-                spent = seconds(work, device)
-            if turn:  # one to warm up
-                times[name].append(spent)
-    at_end = seconds(lambda: write_context("/dev/shm/context.safetensors", measures["kfac_lr"].context({})), device)
-    own = Path("/dev/shm/context.safetensors")
-    size = own.stat().st_size / 1e6
-    context = read_context(own)
-    method = lora.method(lora.Options()) | lalora.penalty(lalora.Options(str(own), 1.0))
-    own.unlink()
+        spent = {"plain": seconds(plain, device)}
+        for name, fisher in measures.items():
+            with fisher.watching():
+                spent[name] = seconds(partial(fisher.add, 1, losses), device)
+        if turn:  # one to warm up
+            for name, one in spent.items():
+                times[name].append(one)
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "context.safetensors"
+        at_end = seconds(lambda: write_context(own, measures["kfac_lr"].context({})), device)
+        size, context = own.stat().st_size / 1e6, read_context(own)
+        method = lora.method(lora.Options()) | lalora.penalty(lalora.Options(str(own), 1.0))
     network = AdapterNetwork(method, find("unet", model), lambda _: (args.rank, float(args.rank)))
     network.start()
     network.apply_to([], model, False, True)

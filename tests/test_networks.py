@@ -58,7 +58,11 @@ COUNTS = {
     16: {"lora": 44_826_624, "delta_r": 22_413_312, "delta_r_triu": 22_372_272, "qrlora": 44_826_624},
 }
 OUTPUTS = 19 * (8 * 3072 + 2 * (12288 + 3072)) + 38 * 3 * 3072  # DoRA has one length more for each
-COUNTS = {rank: {**counts, "dora": counts["lora"] + OUTPUTS} for rank, counts in COUNTS.items()}
+MORE = {"dora": OUTPUTS, "lalora": 0}  # than LoRA has
+COUNTS = {
+    rank: {**counts, **{name: counts["lora"] + more for name, more in MORE.items()}}
+    for rank, counts in COUNTS.items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,7 @@ def test_every_tensor_owns_exactly_its_bytes(flux, cache):
 NATIVE = {
     "lora": {"lora_A.weight", "lora_B.weight"},
     "dora": {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"},
+    "lalora": {"lora_A.weight", "lora_B.weight"},
     "delta_r": {"lora.q.weight", "lora.base_r.weight", "lora.delta_r.weight"},
     "delta_r_triu": {"lora.q.weight", "lora.base_r.weight", "lora.delta_r.weight"},
     "qrlora": {"lora_A.weight", "lora_B.weight", "lora.q.weight", "lora.base_r.weight"},

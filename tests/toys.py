@@ -135,8 +135,8 @@ def probes() -> dict[str, Method]:
     }
 
 
-SHIPPED = ("lora", "dora", "delta_r", "delta_r_triu", "qrlora")
-PLAIN = ("lora", "dora")  # start without a basis
+SHIPPED = ("lora", "dora", "lalora", "delta_r", "delta_r_triu", "qrlora")
+PLAIN = ("lora", "dora", "lalora")  # start without a basis
 METHODS = (*SHIPPED, *probes())
 
 

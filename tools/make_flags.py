@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from lowrank.fields import Spec, shown  # noqa: E402
 from lowrank.options import Surface  # noqa: E402
+from lowrank.surfaces.context import CALC_CONTEXT  # noqa: E402
 from lowrank.surfaces.flux import FLUX_TRAIN  # noqa: E402
 from lowrank.surfaces.sd import SD_TRAIN, SDXL_TRAIN  # noqa: E402
 from lowrank.surfaces.tools import EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
@@ -26,6 +27,7 @@ SURFACES = (
     INFERENCE_MERGE,
     VISUALIZE_SIMILARITY,
     EXTRACT_BASIS,
+    CALC_CONTEXT,
 )
 INTRODUCTION = """# Flags
 
