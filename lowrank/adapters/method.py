@@ -10,7 +10,7 @@ which role learns how fast · warm-up: what happens before step 0. A slot left N
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -126,11 +126,24 @@ class Penalty:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """What a trainer gives a warm-up stage: its own batches, with the objective and precision of the run."""
+
+    # endless; each item gives the weighted losses (B,) of one batch with gradient, the same at every call
+    batches: Callable[[], Iterator[Callable[[], Tensor]]]
+    total: Callable[[Tensor], Tensor]  # the sum over processes
+    processes: int
+    log: Callable[[Mapping[str, float], int], None]  # scalars by name, at a step of the stage
+    scaled: bool = False  # gradients are fp16 and underflow unless the loss is scaled
+    progress: bool = False  # show a bar
+
+
+@dataclass(frozen=True)
 class Warmup:
-    """A stage before step 0 that needs data: `run(network, denoise, batches)`."""
+    """A stage before step 0 that needs data: `run(network, samples)` changes values of the adapter alone."""
 
     name: str
-    run: Callable[..., None]
+    run: Callable[[Any, Samples], None]
 
 
 # Slots that cannot be filled together, and why: printed at start, rendered into the documentation.
@@ -150,7 +163,7 @@ class Method:
     magnitude: Magnitude | None = None
     penalty: tuple[Penalty, ...] = ()
     rates: Mapping[str, float] = field(default_factory=dict)  # role -> multiple of the part's learning rate
-    warmup: Warmup | None = None
+    warmup: tuple[Warmup, ...] = ()  # in this order
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def require_factor(self) -> Factor:
@@ -174,8 +187,9 @@ class Method:
         merged: dict[str, Any] = {
             "name": f"{self.name}+{other.name}",
             "penalty": self.penalty + other.penalty,
+            "warmup": self.warmup + other.warmup,
         }
-        for slot in ("factor", "gate", "experts", "magnitude", "warmup"):
+        for slot in ("factor", "gate", "experts", "magnitude"):
             mine, theirs = getattr(self, slot), getattr(other, slot)
             if mine is not None and theirs is not None:
                 raise Refused(f"{self.name} and {other.name} both fill the {slot} slot; choose one of them")

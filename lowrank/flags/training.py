@@ -77,6 +77,38 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Abm:
+    """Activation boundaries before step 0 (ABM)"""
+
+    abm_enabled: bool = option(False, "first bring the signs of pre-activations to those of a teacher")
+    abm_steps: int = option(500, "steps of that", low=1, high=STEPS)
+    abm_lr: float = option(1e-4, "its learning rate", above=0)
+    abm_margin: float = option(0.5, "how far beyond zero a pre-activation shall be", low=0)
+    abm_weight_strategy: str = option(
+        "uniform",
+        "weight of layer l of L: 1, (l+1)/L, or its square, which is the paper's",
+        choices=("uniform", "linear", "quadratic"),
+    )
+    abm_batch_size: int | None = option(
+        None, "samples of a batch that are used (unset: network argument abm_batch_size, else all)", low=1
+    )
+    abm_teacher: str = path(
+        "base", "adapter file whose activations are the aim, or base, which teaches a fresh adapter nothing"
+    )
+    abm_margin_mode: str = option(
+        "relative",
+        "margin as a multiple of the layer's median |pre-activation| of the teacher, or as it is",
+        choices=("relative", "absolute"),
+    )
+    abm_layers: float = option(1.0, "last share of the layers that is used", above=0, high=1)
+    abm_guard: bool = option(
+        True,
+        "leave the stage out where the base has nothing to teach, and undo it where it raises the loss on "
+        "fixed noise by over 0.5 % or lowers the share of equal signs",
+    )
+
+
+@dataclass(frozen=True)
 class Train:
     """Training"""
 

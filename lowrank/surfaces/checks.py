@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from lowrank.errors import Refused
 from lowrank.flags.training import Network
 from lowrank.options import Parsed, pairs
+from lowrank.tensors import existing_file
 
 SOURCES = ("dataset_config", "in_json", "train_data_dir", "instance_data_dir")
 _TOLD_BY_CONFIG = ("in_json", "train_data_dir", "reg_data_dir")  # --dataset_config replaces these
@@ -18,7 +19,7 @@ OFF_AT_ZERO = (
     *("max_train_epochs", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio"),
     *("save_last_n_epochs", "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state"),
     *("sample_every_n_steps", "sample_every_n_epochs", "scale_weight_norms"),
-    *("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"),
+    *("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "abm_batch_size"),
 )
 
 
@@ -55,6 +56,7 @@ def check_training(parsed: Parsed) -> Iterator[str]:
     if parsed.value("log_prefix") and not parsed.value("logging_dir"):
         yield "--log_prefix has no effect without --logging_dir"
     _check_network(parsed)
+    yield from _check_abm(parsed)
     if parsed.saving.upcast_before_saving and parsed.saving.save_precision in ("fp16", "bf16"):
         raise Refused(
             f"--upcast_before_saving and --save_precision {parsed.saving.save_precision} exclude each other"
@@ -137,6 +139,19 @@ def _check_network(parsed: Parsed) -> None:
         raise Refused(
             f"--base_weights_multiplier has {len(network.base_weights_multiplier)} numbers for "
             f"{len(network.base_weights)} --base_weights; give one for each file"
+        )
+
+
+def _check_abm(parsed: Parsed) -> Iterator[str]:
+    if not parsed.abm.abm_enabled:
+        known = [name for name in parsed.given if name.startswith("abm_")]
+        given = [name for name in known if parsed.value(name) != parsed.specs[name].default]
+        if given:  # a run's own config.toml has all of them
+            yield f"{', '.join(map(parsed.flag, given))} without effect, since --abm_enabled is not given"
+        return
+    if parsed.abm.abm_teacher != "base":
+        existing_file(
+            parsed.abm.abm_teacher, f"give {parsed.flag('abm_teacher')} an adapter file, or the word base"
         )
 
 

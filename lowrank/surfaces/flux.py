@@ -9,7 +9,7 @@ from lowrank.errors import Refused
 from lowrank.fields import path
 from lowrank.flags.output import Hub, Logging, Sampling, Saving, Validation
 from lowrank.flags.pictures import Buckets, Captions, Data, Masks, Prior
-from lowrank.flags.training import Loss, Model, Network, Optimizer, Train
+from lowrank.flags.training import Abm, Loss, Model, Network, Optimizer, Train
 from lowrank.options import ConfigFile, Parsed, Surface, option
 from lowrank.surfaces.checks import OFF_AT_ZERO, check_training
 from lowrank.surfaces.others import IGNORED, IGNORED_BY_FLUX, REFUSED, REFUSED_BY_FLUX, ways_out
@@ -90,6 +90,7 @@ FLUX_TRAIN = Surface(
         Masks,
         Prior,
         Network,
+        Abm,
         Train,
         Optimizer,
         Flow,

@@ -9,7 +9,7 @@ from lowrank.errors import Refused
 from lowrank.fields import path
 from lowrank.flags.output import Hub, Logging, Sampling, Saving, Validation
 from lowrank.flags.pictures import Buckets, Captions, Data, Masks, Prior
-from lowrank.flags.training import Loss, Model, Network, Optimizer, Train
+from lowrank.flags.training import Abm, Loss, Model, Network, Optimizer, Train
 from lowrank.options import ConfigFile, Parsed, Surface, option
 from lowrank.surfaces.checks import OFF_AT_ZERO, check_training, trains_text
 from lowrank.surfaces.others import IGNORED, REFUSED, REFUSED_BY_SD, ways_out
@@ -111,7 +111,7 @@ def check_sd(parsed: Parsed) -> Iterator[str]:
         yield "--mem_eff_attn: torch's own attention chooses a memory-efficient kernel where there is one"
 
 
-_REST = (Data, Buckets, Captions, Masks, Prior, Network, Train, Optimizer, Noise, Loss, Weights)
+_REST = (Data, Buckets, Captions, Masks, Prior, Network, Abm, Train, Optimizer, Noise, Loss, Weights)
 _OUTPUT = (Saving, Sampling, Validation, Logging, Hub)
 _DEFAULTS = {"resolution": (512, 512), "train_text_encoder": True}  # as kohya's scripts train them
 

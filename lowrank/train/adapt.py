@@ -132,7 +132,7 @@ def check_base(job: Job, models: Models, path: str) -> None:
     )
     if facts.get("lowrank.basis_hash"):
         raise Refused(f"{told}; its basis belongs to that base, so train on it, or start without the file")
-    logger.warning("%s; it goes on from there all the same", told)
+    logger.warning("%s; it is used all the same", told)
 
 
 def choose_attention(xformers: bool, denoiser: Any) -> None:

@@ -12,7 +12,7 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.data import summary
 from lowrank.data.loader import Loader
 from lowrank.options import Parsed
-from lowrank.train import module, optim, setup
+from lowrank.train import module, optim, setup, warmup
 
 GIB = 2**30
 
@@ -44,6 +44,8 @@ def show(
     )
     if isinstance(network, AdapterNetwork):
         _show_layers(network, parsed, setup.rate(parsed, accelerator))
+    for stage in warmup.told(network, parsed.abm):
+        print(f"before step 1: {stage}")
     steps = optim.plan(
         len(loader),
         accelerator.num_processes,

@@ -17,6 +17,10 @@ class Ema:
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self._parameters, self._decay = list(parameters), decay
+        self.restart()
+
+    def restart(self) -> None:
+        """Average from where the parameters are now."""
         self._means = [p.detach().float().clone() for p in self._parameters]
 
     @torch.no_grad()

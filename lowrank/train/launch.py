@@ -18,7 +18,7 @@ from lowrank.models import memory
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.options import Parsed, pairs
 from lowrank.surfaces.checks import trains_text
-from lowrank.train import dry, early, inputs, metadata, module, optim, setup, state
+from lowrank.train import abm, dry, early, inputs, metadata, module, optim, setup, state, warmup
 from lowrank.train.adapt import Job, Script, adapt, changes_text, keep_vae, merge_base_weights
 from lowrank.train.log import RunLog, describe_run
 from lowrank.train.loop import Forward, Run, components, train
@@ -69,6 +69,8 @@ def _launch(job: Job) -> int:
     held = loader.held_out()
     loader = loader.shard(accelerator.process_index, accelerator.num_processes)
     shapes, rehearsal = early.rehearse(job, models)
+    if parsed.abm.abm_enabled and not job.value("resume"):
+        abm.check(job, models, shapes)
     if job.value("dry_run"):
         return dry.show(parsed, loader, shapes, rehearsal, accelerator, DTYPES[accelerator.mixed_precision])
     if job.value("resume"):
@@ -185,6 +187,11 @@ def _train(
         keeper.after_epoch,
         keeper.last_good,
     )
+    if not job.value("resume"):
+        boundaries = abm.stage(parsed.abm, run, held) if parsed.abm.abm_enabled else None
+        with memory.tf32(job.value("allow_tf32")):
+            warmup.warm_up(run, boundaries)
+        keeper.warmed_up()
     if job.value("sample_at_first") and progress.step == 0:
         keeper.draw("e000000", 0)
     try:

@@ -72,10 +72,11 @@ class RunLog:
         self._columns = ("step", "epoch", "lr", "loss", "avr_loss", *components, *BIN_NAMES)
         self._recent: deque[float] = deque(maxlen=max(1, window))
         self._of_epoch: list[float] = []
-        self._total, self._started, self._images = total, time.monotonic(), 0
+        self._total, self._images = total, 0
 
     def begin(self, step: int) -> None:
         """Start at a step: a continued run's rows after it are dropped, and the bar begins there."""
+        self._started = time.monotonic()
         self._bar = tqdm(
             total=self._total,
             initial=step,

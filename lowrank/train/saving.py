@@ -185,6 +185,11 @@ class Keeper:
             self._log.say(f"removing old checkpoint: {path}")
             state.remove(path)
 
+    def warmed_up(self) -> None:
+        """The adapter now starts elsewhere, and so does its average."""
+        if self._ema:
+            self._ema.restart()
+
     def resume(self) -> Progress:
         """Continue from `--resume`."""
         folder = state.find_state(self._parsed.value("resume"), self._names.output_dir)

@@ -75,8 +75,8 @@ def accelerator(parsed: Parsed, folder: Path) -> Accelerator:
             raise Refused(
                 f"--{flag} needs --mixed_precision {' or '.join(needed)}, and it is {used}; set both or none"
             )
-    if parsed.value("full_fp16"):
-        _scale_fp16_gradients(accelerator)
+    if parsed.value("full_fp16") and accelerator.scaler is not None:
+        scale_fp16_gradients(accelerator.scaler)
     return accelerator
 
 
@@ -92,11 +92,8 @@ def _precision(parsed: Parsed) -> str | None:
     return "no"
 
 
-def _scale_fp16_gradients(accelerator: Accelerator) -> None:
-    """Let the gradient scaler unscale gradients of fp16 parameters, which torch forbids unless told so."""
-    scaler: Any = accelerator.scaler
-    if scaler is None:
-        return
+def scale_fp16_gradients(scaler: Any) -> None:
+    """Let a gradient scaler unscale gradients of fp16 parameters, which torch forbids unless told so."""
     unscale = scaler._unscale_grads_
     scaler._unscale_grads_ = lambda optimizer, scale, found, _allow_fp16: unscale(
         optimizer, scale, found, True

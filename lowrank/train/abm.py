@@ -1,0 +1,314 @@
+"""ABM: before training, bring the signs of the pre-activations to those of a teacher.
+
+    L = mean over samples and layers l of  w_l · mean max(0, m_l − τ ⊙ z)²     τ = sign of the teacher's z
+
+Paper: *ABM-LoRA: Activation Boundary Matching*, arXiv 2511.19145, stage 1; its teacher is the base with an
+adapter that has been trained already. A fresh adapter is the base bit for bit, so the base itself as teacher
+has nothing to teach it (docs/abm.md). What differs from the paper: z is the input of a nonlinearity wherever
+one is (`boundaries.PREACTIVATIONS`), not the output of every adapted layer; the margin is relative to the
+layer unless asked otherwise; the stage is undone where it did harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank.adapters import keys
+from lowrank.adapters.method import Samples, Warmup
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.targets import as_passed
+from lowrank.data.loader import Batch, Loader
+from lowrank.errors import Refused
+from lowrank.flags.training import Abm
+from lowrank.models.family import DTYPES, Models
+from lowrank.tensors import read_tensors
+from lowrank.train import module, setup
+from lowrank.train.adapt import Job, check_base
+from lowrank.train.boundaries import Boundaries, depth_weights, places
+from lowrank.train.held import PLACES
+from lowrank.train.loop import Forward, Run, average_gradients, stream
+from lowrank.train.warmup import NOISE, abm_name, batches, log, noise
+
+logger = logging.getLogger(__name__)
+
+HARMFUL = 1.005  # the guard's limit of the loss after ABM, relative to before
+MEASURED = 2  # batches that the guard measures, at each of PLACES
+
+
+@contextlib.contextmanager
+def _at_strength(*networks: tuple[AdapterNetwork, float]) -> Iterator[None]:
+    """Networks at a multiplier for a block, then at what they were."""
+    before = [(layer, layer.multiplier) for network, _ in networks for layer in network.layers()]
+    for network, multiplier in networks:
+        network.set_multiplier(multiplier)
+    try:
+        yield
+    finally:
+        for layer, multiplier in before:
+            layer.multiplier = multiplier
+
+
+# ------------------------------------------------------------------ the teacher
+
+
+def check(job: Job, models: Models, shapes: nn.Module | None) -> None:
+    """Before anything is encoded: ours is the network, and the teacher is a file for this base.
+
+    `shapes` is the denoiser on the meta device, where there is one. Raises `Refused`.
+    """
+    path = job.parsed.abm.abm_teacher
+    if module.facade_of(job.networks) is None:
+        raise Refused(
+            "--abm_enabled needs a network of ours, which can stand aside for a teacher, and "
+            f"{job.networks.__name__} is foreign; leave it out"
+        )
+    if path != "base":
+        check_base(job, models, path)
+        load_teacher(path, shapes or job.family.empty(models), [], only_denoiser=True)
+
+
+def load_teacher(
+    path: str, denoiser: nn.Module, encoders: list[nn.Module], only_denoiser: bool = False
+) -> AdapterNetwork | None:
+    """The teacher of a file, made by whichever of our modules it names, else LoRA; not yet on its hosts.
+
+    Raises `Refused` for a file that is none, of another base, or of a foreign module. `only_denoiser` leaves
+    out layers of text encoders; None where the file then has nothing.
+    """
+    whole, facts = read_tensors(path)
+    state = {key: value for key, value in whole.items() if not (only_denoiser and keys.is_text_encoder(key))}
+    if not state:
+        return None
+    name = facts.get("ss_network_module", "networks.lora")
+    networks = module.find_module(name)
+    facade = module.facade_of(networks)
+    if facade is None:
+        raise Refused(
+            f"the teacher {path} was made by {name}, and ABM reads adapters of our own modules only"
+        )
+    try:
+        told = json.loads(facts.get("ss_network_args") or "{}")
+        arguments = {key: value for key, value in told.items() if key in facade.known}
+    except (ValueError, AttributeError) as error:
+        raise Refused(f"ss_network_args in {path} is no JSON object; use another file") from error
+    made, _ = networks.create_network_from_weights(
+        1.0,
+        path,
+        None,
+        as_passed(encoders, denoiser),
+        denoiser,
+        weights_sd=None if len(state) == len(whole) else state,
+        **arguments,
+    )
+    if not next(denoiser.parameters()).is_meta:
+        made.read_state(state, facts, path)
+    return made
+
+
+@contextlib.contextmanager
+def _teaching(run: Run, path: str) -> Iterator[tuple[Forward, Callable[[], Any]]]:
+    """The teacher's forward, and a context in which a pass is the teacher's; outside it is the student's.
+
+    A backward pass that recomputes must find the student's too.
+    """
+    student = run.network
+    if path == "base":
+        yield run.forward, lambda: _at_strength((student, 0.0))
+        return
+    teacher = load_teacher(path, run.denoiser, run.text_encoders)
+    assert teacher is not None
+    teacher.requires_grad_(False).eval()
+    teacher.cast_frozen(DTYPES[run.accelerator.mixed_precision])
+    teacher.to(run.accelerator.device)
+    teacher.apply_to(run.text_encoders, run.denoiser, bool(run.text_encoders), True)
+    try:
+        teacher.set_multiplier(0.0)
+        yield replace(run.forward, network=teacher), lambda: _at_strength((student, 0.0), (teacher, 1.0))
+    finally:
+        teacher.restore()
+
+
+# ------------------------------------------------------------------ the stage
+
+
+class Measured(NamedTuple):
+    """Of fixed images and noise: the loss, and the share of pre-activations whose sign is the teacher's."""
+
+    loss: float
+    agreement: float
+
+
+def stage(abm: Abm, run: Run, held: Loader | None) -> Warmup:
+    """The warm-up stage that the flags ask for; `held` are the images that the guard measures, if any are."""
+
+    def work(network: AdapterNetwork, _: Samples) -> None:
+        _Stage(abm, run, held, network).work()
+
+    return Warmup(abm_name(abm), work)
+
+
+class _Stage:
+    def __init__(self, abm: Abm, run: Run, held: Loader | None, network: AdapterNetwork) -> None:
+        self.abm, self.run, self.network = abm, run, network
+        self.batch_size = abm.abm_batch_size or network.method.options.get("abm_batch_size")
+        measured = run.loader.shard(0, 1) if held is None else held
+        self.measured = list(itertools.islice(measured.epoch(0), MEASURED))
+
+    def work(self) -> None:
+        abm, say = self.abm, self.run.log.say
+        with contextlib.ExitStack() as stack:
+            self.teacher_forward, self.as_teacher = stack.enter_context(_teaching(self.run, abm.abm_teacher))
+            self.boundaries = self._survey()
+            stack.enter_context(self.boundaries.watched())
+            before = self._measure()
+            self._tell(before, 0)
+            agreed = before.agreement == 1
+            if agreed and (abm.abm_margin == 0 or (abm.abm_guard and abm.abm_teacher == "base")):
+                say(
+                    f"ABM is left out: every pre-activation already has the sign that {abm.abm_teacher} "
+                    "gives it, so there is nothing to learn (give --abm_teacher FILE)"
+                )
+                return
+            values = [p.detach().clone() for p in self.network.parameters()]
+            self._train()
+            after = self._measure()
+            self._tell(after, abm.abm_steps)
+            told = (
+                f"loss {before.loss:.5f} → {after.loss:.5f}, equal signs {before.agreement:.2%} → "
+                f"{after.agreement:.2%}"
+            )
+            worse = not after.loss <= HARMFUL * before.loss or not after.agreement >= before.agreement
+            if abm.abm_guard and worse:
+                with torch.no_grad():
+                    for parameter, value in zip(self.network.parameters(), values, strict=True):
+                        parameter.copy_(value)
+                say(f"ABM did harm and is undone ({told}); --no-abm_guard would keep it")
+            else:
+                say(f"ABM: {told}")
+
+    # ------------------------------------------------------------------ passes
+
+    def _pass(
+        self, mode: str, batch: Batch, generator: Callable[[], torch.Generator], at: float | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What one forward shows, and its losses (B,) where it went to its end."""
+        teaches, losses = mode == "teach", []
+        forward = self.teacher_forward if teaches else self.run.forward
+        with self.as_teacher() if teaches else contextlib.nullcontext():
+            found = self.boundaries.during(
+                mode, lambda: losses.append(forward.losses(batch, generator(), at)[0])
+            )
+        return found, losses[0] if losses else None
+
+    def _compare(
+        self, mode: str, batch: Batch, generator: Callable[[], torch.Generator], at: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Teacher, then student, on one noise: the mean over layers of what `mode` gives."""
+        with torch.no_grad():
+            self._pass("teach", batch, generator, at)
+        found, losses = self._pass(mode, batch, generator, at)
+        return torch.stack(list(found.values())).mean(), losses
+
+    def _survey(self) -> Boundaries:
+        """The places that a trained layer comes before, in the order of the forward, and their weights."""
+        abm, run = self.abm, self.run
+        named = [(f"text encoder {n + 1}", encoder) for n, encoder in enumerate(run.text_encoders)]
+        everywhere = [
+            one for part, root in (*named, ("denoiser", run.denoiser)) for one in places(part, root)
+        ]
+        self.boundaries = Boundaries(everywhere, abm.abm_margin, abm.abm_margin_mode == "relative")
+        batch = _first(self.measured[0], 1)
+        self.network.eval()  # a layer must not be left out by chance
+        with self.boundaries.watched():
+            found, _ = self._pass("survey", batch, lambda: noise(run, batch), None)
+        self.network.train()
+        weights: dict[str, float] = {}
+        for part in dict.fromkeys(name.partition(".")[0] for name in found):
+            behind = [name for name, after in found.items() if after and name.partition(".")[0] == part]
+            last = behind[len(behind) - math.ceil(abm.abm_layers * len(behind)) :]
+            weights |= zip(last, depth_weights(len(last), abm.abm_weight_strategy), strict=True)
+        if not weights:
+            raise Refused(
+                "no nonlinearity of this model comes after a trained layer, so ABM has nothing to match; "
+                "leave --abm_enabled out"
+            )
+        kept = [place for place in everywhere if place.name in weights]
+        return replace(self.boundaries, places=kept, weights=weights)
+
+    @torch.no_grad()
+    def _measure(self) -> Measured:
+        accelerator = self.run.accelerator
+        sums = torch.zeros(3, device=accelerator.device)
+        self.network.eval()
+        for index, batch in enumerate(self.measured):
+            if index % accelerator.num_processes == accelerator.process_index:
+                for number, place in enumerate(PLACES):
+                    same = partial(stream, self.run.seed, NOISE // 2 - number, batch.position)
+                    differing, losses = self._compare("count", batch, same, place)
+                    assert losses is not None  # "count" goes to the end
+                    sums += torch.stack([losses.mean().float(), differing, torch.ones_like(differing)])
+        self.network.train()
+        summed: Any = accelerator.reduce(sums, "sum")
+        loss, differing, count = summed.tolist()
+        return Measured(loss / count, 1 - differing / count)
+
+    # ------------------------------------------------------------------ steps
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The hinge of one batch, or of its first --abm_batch_size samples; differentiable."""
+        batch = _first(batch, self.batch_size) if self.batch_size else batch
+        return self._compare("learn", batch, lambda: noise(self.run, batch))[0]
+
+    def _train(self) -> None:
+        run, abm, accelerator = self.run, self.abm, self.run.accelerator
+        trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+        groups, _ = module.optimizer_groups(self.network, abm.abm_lr, abm.abm_lr, abm.abm_lr)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) in trained]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], abm.abm_lr, weight_decay=0.0)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # its own: the run's scaler goes into training as it is
+        scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.scaler is not None)
+        if any(p.dtype == torch.float16 for p in parameters):
+            setup.scale_fp16_gradients(scaler)
+        quiet = not accelerator.is_main_process
+        bar = tqdm(itertools.islice(batches(run), abm.abm_steps), "ABM", abm.abm_steps, disable=quiet)
+        for step, batch in enumerate(bar, 1):
+            loss = self.loss(batch)
+            if not torch.isfinite(loss):
+                raise Refused(
+                    f"the loss of ABM is not finite at its step {step}; lower --abm_lr {abm.abm_lr:g} or "
+                    f"--abm_margin {abm.abm_margin:g}"
+                )
+            scaler.scale(loss).backward()
+            average_gradients(accelerator, parameters)
+            scaler.unscale_(optimizer)
+            if run.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            mean: Any = accelerator.reduce(loss.detach(), "mean")
+            bar.set_postfix_str(f"loss={float(mean):.5f}")
+            log(run, {"abm/loss": float(mean)}, step)
+
+    def _tell(self, measured: Measured, step: int) -> None:
+        log(self.run, {"abm/held_out_loss": measured.loss, "abm/equal_signs": measured.agreement}, step)
+
+
+def _first(batch: Batch, count: int) -> Batch:
+    """The first samples of a batch."""
+    cut = {name: value[:count] for name, value in vars(batch).items() if isinstance(value, (Tensor, tuple))}
+    return replace(batch, **cut)

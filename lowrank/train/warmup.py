@@ -1,0 +1,117 @@
+"""Stages before step 0: they see the run's own batches and leave nothing behind but the adapter's values.
+
+They run once, after --network_weights are loaded, and never in a resumed run, whose checkpoint holds what
+they made. Their noise is drawn from streams of their own (decision 4), so that a run trains on what it would
+have trained on without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from lowrank.adapters.method import Samples, Warmup
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.data.loader import Batch
+from lowrank.flags.training import Abm
+from lowrank.train.loop import Run, stream
+
+logger = logging.getLogger(__name__)
+
+NOISE = -1000  # a stage's noise in its epoch e is that of epoch NOISE − e, which nothing else draws
+
+
+def told(network: Any, abm: Abm) -> tuple[str, ...]:
+    """The names of the stages, in the order they run: the method's own, then ABM."""
+    own = tuple(stage.name for stage in _own(network))
+    return (*own, abm_name(abm)) if abm.abm_enabled else own
+
+
+def abm_name(abm: Abm) -> str:
+    return f"ABM, {abm.abm_steps} steps, teacher {abm.abm_teacher}"
+
+
+def _own(network: Any) -> tuple[Warmup, ...]:
+    return network.method.warmup if isinstance(network, AdapterNetwork) else ()
+
+
+def warm_up(run: Run, abm: Warmup | None) -> None:
+    """Run the method's stages, then ABM. Raises `Refused` as they do."""
+    stages = (*_own(run.network), *([abm] if abm else []))
+    for stage in stages:
+        run.log.say(f"warm-up: {stage.name}")
+        with _left_as_it_was(run):
+            stage.run(run.network, samples(run))
+            _agree(run)
+
+
+def batches(run: Run) -> Iterator[Batch]:
+    """The training's batches of this process, epoch after epoch without end."""
+    epoch, per_step = 0, run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes
+    while True:
+        yield from run.loader.epoch(epoch, max_train_steps=run.steps, batches_per_step=per_step)
+        epoch += 1
+
+
+def noise(run: Run, batch: Batch) -> torch.Generator:
+    """The stream of a batch in a stage; torch's global one is seeded too, for dropout."""
+    return stream(run.seed, NOISE - batch.epoch, batch.position)
+
+
+def samples(run: Run) -> Samples:
+    """What a stage is given of a run."""
+    accelerator = run.accelerator
+
+    def losses(batch: Batch) -> Callable[[], Tensor]:
+        weights = batch.loss_weights.to(accelerator.device)
+        return lambda: run.forward.losses(batch, noise(run, batch))[0] * weights
+
+    def total(tensor: Tensor) -> Tensor:
+        summed: Any = accelerator.reduce(tensor, "sum")
+        return summed
+
+    return Samples(
+        batches=lambda: map(losses, batches(run)),
+        total=total,
+        processes=accelerator.num_processes,
+        log=lambda values, step: log(run, values, step),
+        scaled=accelerator.scaler is not None,
+        progress=accelerator.is_main_process,
+    )
+
+
+def log(run: Run, values: Mapping[str, float], step: int) -> None:
+    """Scalars for the trackers, under the stage's own steps."""
+    run.accelerator.log({f"warm-up/{name}": value for name, value in values.items()}, step=step)
+
+
+@contextlib.contextmanager
+def _left_as_it_was(run: Run) -> Iterator[None]:
+    """Random streams, gradients, modes and who needs gradients, whatever a stage does to them."""
+    network: nn.Module = run.network
+    training, trained = network.training, [p.requires_grad for p in network.parameters()]
+    on_gpu = run.accelerator.device.type == "cuda"
+    with torch.random.fork_rng([run.accelerator.device.index or 0] if on_gpu else []):
+        network.train()
+        try:
+            yield
+        finally:
+            network.train(training)
+            network.zero_grad(set_to_none=True)
+            for parameter, was in zip(network.parameters(), trained, strict=True):
+                parameter.requires_grad_(was)
+
+
+@torch.no_grad()
+def _agree(run: Run) -> None:
+    """Of several processes all go on from the first one's values, bit for bit."""
+    if run.accelerator.num_processes > 1:
+        for tensor in (*run.network.parameters(), *run.network.buffers()):
+            value: Any = broadcast(tensor.detach().clone())
+            tensor.copy_(value)
