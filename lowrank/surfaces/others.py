@@ -37,6 +37,7 @@ REFUSED = """
         offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path: it
         shares out what an adapter has little of; use `accelerate launch --num_processes N`, and --fp8_base
         for memory
+    abm_optimizer_type abm_optimizer_args: ABM has an AdamW of its own, with --abm_lr; drop it
     block_lr learning_rate_te learning_rate_te1 learning_rate_te2: use --text_encoder_lr and --unet_lr
     stop_text_encoder_training: use --network_train_unet_only, or two runs with --network_weights
     adam_weight_decay_text_encoder: --adam_weight_decay is for every part
