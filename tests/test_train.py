@@ -418,7 +418,7 @@ def test_an_adapter_with_the_basis_of_another_base_is_refused(arguments, tiny_fl
         weights,
     )
     assert main(arguments("c", *more)) == 0
-    assert "goes on from there all the same" in caplog.text
+    assert "is used all the same" in caplog.text
 
 
 def test_an_unset_seed_is_the_checkpoints(arguments, tmp_path):
