@@ -59,8 +59,16 @@ COUNTS = {
 }
 OUTPUTS = 19 * (8 * 3072 + 2 * (12288 + 3072)) + 38 * 3 * 3072  # DoRA has one length more for each
 MORE = {"dora": OUTPUTS, "lalora": 0}  # than LoRA has
+NULL = {  # halves of both sides and their norms; cores between directions
+    rank: {
+        "null_lora": counts["lora"] // 2 + 342 * rank,
+        "universal_lora": 342 * rank**2,
+        "network_null_lalora_plus": 342 * (rank**2 // 2 + rank),
+    }
+    for rank, counts in COUNTS.items()
+}
 COUNTS = {
-    rank: {**counts, **{name: counts["lora"] + more for name, more in MORE.items()}}
+    rank: {**counts, **NULL[rank], **{name: counts["lora"] + more for name, more in MORE.items()}}
     for rank, counts in COUNTS.items()
 }
 
@@ -85,6 +93,8 @@ def test_parameter_counts_of_flux_dev(name, rank, flux_dev, cache):
     assert counted == COUNTS[rank][name]
     frozen = {b for layer in net.layers() for b in dict(layer.named_buffers()) if b != "alpha"}
     basis = {"delta_r": {"q"}, "delta_r_triu": {"q"}, "qrlora": {"q", "base_r"}}
+    basis |= {"null_lora": {"null_up", "null_down"}, "universal_lora": {"basis_up", "basis_down"}}
+    basis["network_null_lalora_plus"] = basis["null_lora"] | basis["universal_lora"]
     assert frozen == basis.get(name, set())
     net.restore()
 
@@ -105,6 +115,12 @@ NATIVE = {
     "delta_r": {"lora.q.weight", "lora.base_r.weight", "lora.delta_r.weight"},
     "delta_r_triu": {"lora.q.weight", "lora.base_r.weight", "lora.delta_r.weight"},
     "qrlora": {"lora_A.weight", "lora_B.weight", "lora.q.weight", "lora.base_r.weight"},
+    "null_lora": {"free_up", "free_down", "norm_up", "norm_down", "null_up", "null_down"},
+    "universal_lora": {"basis_up", "basis_down", "core"},
+    "network_null_lalora_plus": {
+        *("null_up", "null_down", "norm_up", "norm_down"),
+        *("basis_up", "basis_down", "core_up", "core_down"),
+    },
 }
 
 

@@ -135,8 +135,11 @@ def probes() -> dict[str, Method]:
     }
 
 
-SHIPPED = ("lora", "dora", "lalora", "delta_r", "delta_r_triu", "qrlora")
-PLAIN = ("lora", "dora", "lalora")  # start without a basis
+SHIPPED = (
+    *("lora", "dora", "lalora", "delta_r", "delta_r_triu", "qrlora"),
+    *("null_lora", "universal_lora", "network_null_lalora_plus"),
+)
+PLAIN = SHIPPED[:3] + SHIPPED[6:]  # start without a cache of bases
 METHODS = (*SHIPPED, *probes())
 
 
@@ -146,7 +149,8 @@ def network(
     """The method on every layer of the model, at its start values, attached."""
     if method in SHIPPED:
         module = importlib.import_module(f"networks.{method}")
-        arguments = {"target": "."} | ({} if method in PLAIN else {"basis_cache": str(cache)})
+        given = {"basis_path": "auto:random"} if method in SHIPPED[7:] else {}
+        arguments = {"target": ".", **given} | ({} if method in PLAIN else {"basis_cache": str(cache)})
         made = module.create_network(1.0, rank, alpha, None, [], model, **arguments)
     else:
         made = AdapterNetwork(probes()[method], find("unet", model, target="."), lambda _: (rank, alpha))

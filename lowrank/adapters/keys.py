@@ -17,7 +17,7 @@ KOHYA = {
 # roles whose name is their suffix
 PLAIN = (
     *("core", "core_up", "core_down", "basis_up", "basis_down"),
-    *("null_up", "null_down", "norm_up", "norm_down", "router"),
+    *("null_up", "null_down", "norm_up", "norm_down", "free_up", "free_down", "router"),
 )
 PEFT = {**KOHYA, "down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 OLD_UP = "lora.up.weight"  # official QR-LoRA, and diffusers before PEFT
