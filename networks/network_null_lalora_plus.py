@@ -8,7 +8,6 @@ what W itself writes.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 
 from lowrank.adapters.kohya import bind
@@ -16,8 +15,7 @@ from lowrank.adapters.method import Method, structural
 from networks import dora, network_null_lalora
 
 RATIO = 16.0
-
-logger = logging.getLogger(__name__)
+NOTE = "use_dora moves the length of each row of W, so the null space is no longer left alone"
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,7 @@ def method(options: Options) -> Method:
     if "free_up" in made.require_factor().plus:
         made = dataclasses.replace(made, rates={"free_up": RATIO})
     if options.use_dora:
-        logger.warning(
-            "use_dora moves the length of each row of W, so the null space is no longer left alone"
-        )
-        made = made | dora.LENGTHS
+        made = dataclasses.replace(made | dora.LENGTHS, notes=(*made.notes, NOTE))
     return dataclasses.replace(made, name="network_null_lalora_plus")
 
 

@@ -165,6 +165,7 @@ class Method:
     rates: Mapping[str, float] = field(default_factory=dict)  # role -> multiple of the part's learning rate
     warmup: tuple[Warmup, ...] = ()  # in this order
     options: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what a user should know of this combination; logged at the start
 
     def require_factor(self) -> Factor:
         """The factor, without which nothing can be built. Raises `Refused` when the slot is empty."""
@@ -188,6 +189,7 @@ class Method:
             "name": f"{self.name}+{other.name}",
             "penalty": self.penalty + other.penalty,
             "warmup": self.warmup + other.warmup,
+            "notes": self.notes + other.notes,
         }
         for slot in ("factor", "gate", "experts", "magnitude"):
             mine, theirs = getattr(self, slot), getattr(other, slot)

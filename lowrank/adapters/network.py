@@ -8,6 +8,7 @@ set_multiplier, merge_to and their kin.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from lowrank.adapters.method import Method
 from lowrank.adapters.targets import Layer, Target
 from lowrank.errors import Refused
 from lowrank.tensors import read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
 
 
 class DenseWeights(Mapping[str, Tensor]):
@@ -114,6 +117,8 @@ class AdapterNetwork(nn.Module):
                     nn.init.normal_(layer.router, std=0.3 / layer.router.shape[1] ** 0.5)
                 layer.start_magnitude()
         self.facts.update(facts)
+        for note in self.method.notes if roles is None else ():
+            logger.warning(note)
 
     def _in_shape(self, role: str, value: Tensor, shape: torch.Size) -> Tensor:
         """A start value in its parameter's shape; experts start alike where one value is given for all."""
