@@ -50,6 +50,9 @@ class Blocks:
         )
 
 
+SDXL = Blocks(2, frozenset({0, 1}))
+
+
 def unet_name(path: str, blocks: Blocks) -> str:
     """The original name of a module or tensor of diffusers' U-Net: `down_blocks.1.attentions.0.norm` is
     `input_blocks.4.1.norm` where blocks have two layers. What lies inside an attention block has one name.
@@ -74,7 +77,6 @@ def unet_name(path: str, blocks: Blocks) -> str:
     return path
 
 
-_SDXL = Blocks(2, frozenset({0, 1}))
 _FLAT = re.compile(
     r"(?:(?P<side>down|up)_blocks_(?P<i>\d+)|mid_block)_(?P<kind>resnets|attentions|downsamplers|upsamplers)"
     r"_(?P<j>\d+)(?P<rest>_.*)$"
@@ -88,8 +90,42 @@ def flat_sdxl_name(flat: str) -> str:
     if found := _FLAT.match(flat):
         block = f"{found['side']}_blocks.{found['i']}" if found["side"] else "mid_block"
         path = f"{block}.{found['kind']}.{found['j']}.{found['rest'][1:]}"
-        return unet_name(path, _SDXL).replace(".", "_")
+        return unet_name(path, SDXL).replace(".", "_")
     return {ours.replace(".", "_"): theirs.replace(".", "_") for ours, theirs in _TOP.items()}.get(flat, flat)
+
+
+_NUMBERED = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)(?:\.(.+))?$")
+_MIDDLE_NUMBERED = re.compile(r"middle_block\.(\d)(?:\.(.+))?$")
+
+
+def diffusers_name(path: str, layers: int = 2) -> str:
+    """The reverse of `unet_name` for modules: `input_blocks.4.1.norm` is
+    `down_blocks.1.attentions.0.norm`."""
+    if found := _MIDDLE_NUMBERED.match(path):
+        kind = next((ours for ours, theirs in _MIDDLE.items() if theirs == found[1]), None)
+        return path if kind is None else f"mid_block.{kind}{_outside(kind, found[2])}"
+    if (found := _NUMBERED.match(path)) and path != "input_blocks.0.0":
+        side, number, place, rest = found[1], int(found[2]), int(found[3]), found[4] or ""
+        if side == "input":
+            i, j = divmod(number - 1, layers + 1)
+            if rest == "op":
+                return f"down_blocks.{i}.downsamplers.0.conv"
+            block = f"down_blocks.{i}"
+        else:
+            i, j = divmod(number, layers + 1)
+            if place and rest == "conv":
+                return f"up_blocks.{i}.upsamplers.0.conv"
+            block = f"up_blocks.{i}"
+        kind = f"attentions.{j}" if place else f"resnets.{j}"
+        return f"{block}.{kind}{_outside(kind, rest)}"
+    return next((ours for ours, theirs in _TOP.items() if theirs == path), path)
+
+
+def _outside(kind: str, rest: str | None) -> str:
+    if not rest:
+        return ""
+    known = {theirs: ours for ours, theirs in _RESNET.items()} if kind.startswith("resnets") else {}
+    return f".{known.get(rest, rest)}"
 
 
 def _inside(kind: str, rest: str) -> str:

@@ -10,9 +10,9 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -134,7 +134,98 @@ def write_tensors(
         save_file(own, part, {**metadata, **hashes})
 
 
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {  # by the names that safetensors headers use
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
+
+
+class Entry(NamedTuple):
+    """A tensor of a safetensors file, as its header tells."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # of its bytes in the file
+
+
+class TensorFile:
+    """A safetensors file whose tensors are read by rows, so that none is ever whole in memory.
+
+    Plain reads, not a mapping: pages of a mapping count as memory of the process. Raises `Refused`.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = existing_file(path)
+        with _safetensors(self.path) as file:  # checks the header against the file
+            self.metadata = dict(file.metadata() or {})
+        with open(self.path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        strange = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
+        if strange:
+            raise Refused(f"{path} holds tensors of type {', '.join(sorted(strange))}; use another precision")
+        self.entries = {
+            name: Entry(DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+            for name, e in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
+        }
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor's first axis, in its own dtype; all of it by default."""
+        entry = self.entries[name]
+        count = entry.shape[0] if entry.shape else 1
+        stop = count if stop is None else min(stop, count)
+        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        data = bytearray((stop - start) * row)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(entry.start + start * row)
+            view, filled = memoryview(data), 0
+            while filled < len(data) and (got := file.readinto(view[filled:])):
+                filled += got
+        if filled < len(data):
+            raise Refused(f"{self.path} became shorter while it was read; fetch it again")
+        shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+        return torch.frombuffer(data, dtype=entry.dtype).reshape(shape) if data else torch.empty(shape)
+
+
+def stream_pieces(
+    path: str | os.PathLike,
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    make: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file a piece at a time: `make(name)` gives each tensor's rows, in order, when its
+    turn comes, in the dtype announced.
+
+    Format: 8 bytes little-endian header length, a JSON header with dtype, shape and byte offsets, then the
+    bytes.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in entries.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": names[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape) in entries.items():
+            left = math.prod(shape)
+            for tensor in make(name):
+                left -= tensor.numel()
+                if tensor.numel():
+                    flat = tensor.to("cpu", dtype).contiguous().reshape(-1)
+                    file.write(flat.view(torch.uint8).numpy().data)
+            if left:
+                raise ValueError(f"{name} is {left} elements short of the {tuple(shape)} announced")
 
 
 def stream_tensors(
@@ -144,27 +235,12 @@ def stream_tensors(
     make: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file one tensor at a time: `make(name)` gives each when its turn comes.
+    """`stream_pieces` of whole tensors of one dtype: `make(name)` gives each when its turn comes."""
 
-    Format: 8 bytes little-endian header length, a JSON header with dtype, shape and byte offsets, then the
-    bytes.
-    """
-    header: dict = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic(path) as part, open(part, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            tensor = make(name).to("cpu", dtype).contiguous()
-            if tuple(tensor.shape) != tuple(shape):
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, announced as {tuple(shape)}")
-            file.write(tensor.view(torch.uint8).numpy().data)
+    def whole(name: str) -> Iterable[Tensor]:
+        tensor = make(name)
+        if tuple(tensor.shape) != tuple(shapes[name]):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, announced as {tuple(shapes[name])}")
+        yield tensor
+
+    stream_pieces(path, {name: (dtype, tuple(shape)) for name, shape in shapes.items()}, whole, metadata)

@@ -27,23 +27,33 @@ _READ = {suffix: role for table in (KOHYA, PEFT) for role, suffix in table.items
     OLD_UP: "up",
     "lora_A.default.weight": "down",
     "lora_B.default.weight": "up",
+    "lora_linear_layer.down.weight": "down",  # diffusers before PEFT, in text encoders
+    "lora_linear_layer.up.weight": "up",
+    "lora_mid.weight": "mid",  # LyCORIS' use_tucker: the k×k convolution between two 1×1
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_magnitude_vector.default": "magnitude",
+    "lora_magnitude_vector.default.weight": "magnitude",
 }
 _SUFFIX = re.compile(
     r"^(.*)\.(" + "|".join(re.escape(s) for s in sorted(_READ, key=len, reverse=True)) + ")$"
 )
 # PEFT's own files have its prefix alone, in front of the model's paths
 _PREFIX = re.compile(r"^(?:base_model\.model\.)?(?:(?:transformer|unet|diffusion_model)\.)?")
+_FLAT = re.compile(r"^(?:lora_(unet|transformer|te(\d?))|lycoris)_(.*)$")
+# diffusers before 0.21: attn1.processor.to_out_lora.down.weight, self_attn.to_q_lora.up.weight
+_PROCESSOR = re.compile(r"^(.*?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")
+_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _TEXT = re.compile(r"^(base_model\.model\.)?text_encoder(_\d)?\.")
-# diffusers before 0.21: attn1.processor.to_out_lora.down.weight, q_proj.lora_linear_layer.up.weight
-_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")
 # QR-LoRA's official files repeat the child's name: attn.to_out.0.to_out.0
 _REPEATED = re.compile(r"\.(to_out\.0)\.\1$")
 
 
 def role_of(key: str) -> tuple[str, str] | None:
     """(module, role) of a key in any dialect, `module` with its prefix; None for keys of no adapter."""
-    key = _PROCESSOR.sub(lambda m: f".{m[1]}{'.0' * (m[1] == 'to_out')}.lora.{m[2]}.weight", key)
-    found = _SUFFIX.match(key.replace(".lora_linear_layer.", ".lora."))
+    if old := _PROCESSOR.match(key):
+        part = _CLIP[old[2]] if old[1].endswith("self_attn") else old[2].replace("to_out", "to_out.0")
+        return f"{old[1]}.{part}", old[3]
+    found = _SUFFIX.match(key)
     return (_REPEATED.sub(r".\1", found[1]), _READ[found[2]]) if found else None
 
 
@@ -66,8 +76,8 @@ def flat(module: str) -> str:
     if text:
         number = (text[2] or "_1")[1:]
         return f"te{number}|" + module[text.end() :].replace(".", "_")
-    kohya = re.match(r"^lora_(unet|te(\d?))_(.*)$", module)
-    if kohya and kohya[1] != "unet":
+    kohya = _FLAT.match(module)
+    if kohya and (kohya[1] or "").startswith("te"):
         return f"te{kohya[2] or 1}|" + kohya[3]
     return kohya[3] if kohya else module_path(module).replace(".", "_")
 

@@ -96,6 +96,10 @@ class Facade:
                 )
         self._parse(arguments)
 
+    def made(self, metadata: Mapping[str, str]) -> Method:
+        """The method as a file of it tells, in all that decides which tensors there are."""
+        return self._parse(self._structure(metadata))[0]
+
     def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, Layout]:
         read = []
         for kind in (self._options, Layout):

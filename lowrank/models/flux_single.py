@@ -24,6 +24,7 @@ from transformers import (
     T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  # an alias made at import
 )
 
+from lowrank import bfl
 from lowrank.errors import Refused
 from lowrank.models.family import Models, Source, complete, reading
 from lowrank.models.parts import without_bars
@@ -32,44 +33,6 @@ from lowrank.models.single import check_file, clip_config
 VAE_FACTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}  # FLUX.1's autoencoder
 TOKENIZERS = {CLIPTokenizer: "openai/clip-vit-large-patch14", T5TokenizerFast: "google/t5-v1_1-xxl"}
 
-# diffusers' name of a module ← BFL's name; `*` is the block's number
-TOP = {
-    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
-    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "context_embedder": "txt_in",
-    "x_embedder": "img_in",
-    "proj_out": "final_layer.linear",
-}
-DOUBLE = {
-    "norm1.linear": "img_mod.lin",
-    "norm1_context.linear": "txt_mod.lin",
-    "attn.to_out.0": "img_attn.proj",
-    "attn.to_add_out": "txt_attn.proj",
-    "attn.norm_q": "img_attn.norm.query_norm",
-    "attn.norm_k": "img_attn.norm.key_norm",
-    "attn.norm_added_q": "txt_attn.norm.query_norm",
-    "attn.norm_added_k": "txt_attn.norm.key_norm",
-    "ff.net.0.proj": "img_mlp.0",
-    "ff.net.2": "img_mlp.2",
-    "ff_context.net.0.proj": "txt_mlp.0",
-    "ff_context.net.2": "txt_mlp.2",
-}
-SINGLE = {
-    "norm.linear": "modulation.lin",
-    "proj_out": "linear2",
-    "attn.norm_q": "norm.query_norm",
-    "attn.norm_k": "norm.key_norm",
-}
-# BFL's one tensor holds these modules' rows, one after the other, in these shares
-JOINED = {
-    "img_attn.qkv": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1)),
-    "txt_attn.qkv": (("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1)),
-    "linear1": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1), ("proj_mlp", 4)),
-}
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)\.(weight|bias|scale)$")
 
 
@@ -136,26 +99,13 @@ def transformer_config(shapes: dict[str, tuple[int, ...]], where: str | Path) ->
 
 def to_diffusers(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The diffusers tensors that one BFL tensor becomes; nothing for a name that is not the transformer's."""
-    name = _plain(key)
-    found = _BLOCK.match(name)
-    if not found:
-        module, _, kind = name.rpartition(".")
-        if module == "final_layer.adaLN_modulation.1":  # BFL has shift, scale; diffusers scale, shift
-            yield f"norm_out.linear.{kind}", torch.cat(value.chunk(2)[::-1])
-        for ours, theirs in TOP.items():
-            if module == theirs:
-                yield f"{ours}.{kind}", value
-        return
-    block, number, module, kind = found.groups()
-    prefix = f"{'single_' if block == 'single' else ''}transformer_blocks.{number}"
-    if module in JOINED:
-        names, shares = zip(*JOINED[module], strict=True)
-        rows = value.shape[0] // sum(shares)
-        for ours, part in zip(names, value.split([rows * share for share in shares]), strict=True):
-            yield f"{prefix}.{ours}.{kind}", part
-    for ours, theirs in (DOUBLE if block == "double" else SINGLE).items():
-        if module == theirs:
-            yield f"{prefix}.{ours}.{'weight' if kind == 'scale' else kind}", value
+    module, _, kind = _plain(key).rpartition(".")
+    for ours, piece in bfl.modules(module):
+        rows = value.shape[0] // piece.total
+        part = value[piece.start * rows : piece.stop * rows] if piece.total > 1 else value
+        if module == bfl.SWAPPED:
+            part = torch.cat(value.chunk(2)[::-1])
+        yield f"{ours}.{'weight' if kind == 'scale' else kind}", part
 
 
 def transformer(path: Path, dtype: torch.dtype) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,34 +42,72 @@ class Thin(NamedTuple):
     scale: float
 
 
-def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
-    """({module: {role: tensor}}, metadata) of an adapter file; modules lose the `transformer.` prefix.
+class Contents(NamedTuple):
+    """An adapter file: its layers, what it says about itself, and the keys that are no adapter's."""
 
-    Reads native, PEFT/diffusers, kohya and official QR-LoRA keys, the latter with or without the repeated
-    `to_out.0`; float8 becomes fp32. Raises `Refused` when the file is not whole, holds no adapter, or values
-    that are no finite numbers.
+    layers: Layers
+    metadata: dict[str, str]
+    skipped: list[str]
+
+
+def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
+    """`read_contents` without the keys that are no adapter's."""
+    return read_contents(path)[:2]
+
+
+def read_contents(path: str | Path, roles: Collection[str] = ()) -> Contents:
+    """({module: {role: tensor}}, metadata, …) of an adapter file; modules lose the `transformer.` prefix.
+
+    Reads native, PEFT/diffusers, kohya, LyCORIS and official QR-LoRA keys, the latter with or without the
+    repeated `to_out.0`; float8 becomes fp32, and the middle of a LyCORIS convolution is folded into its down.
+    `roles` are further names of tensors, which a method's files have.
+    Raises `Refused` when the file is not whole, holds no adapter, one layer twice, or values that are no
+    finite numbers.
     """
     state, metadata = read_tensors(path)
     layers: Layers = {}
     strange = []
     for key, value in state.items():
-        found = keys.role_of(key)
+        module, _, last = key.rpartition(".")
+        found = keys.role_of(key) or ((module, last) if module and last in roles else None)
         if found is None:
             strange.append(key)
-        else:
-            layers.setdefault(keys.module_path(found[0]), {})[found[1]] = number(value, key, path)
+            continue
+        own, role = layers.setdefault(keys.module_path(found[0]), {}), found[1]
+        if role in own:
+            raise Refused(
+                f"{path} gives the {role} of {keys.module_path(found[0])} twice, once as {key}; it holds the "
+                "adapters of two models or two dialects at once, take one of them out"
+            )
+        value = number(value, key, path)
+        if role == "magnitude" and not key.endswith(keys.KOHYA["magnitude"]):
+            value = value.flatten()  # PEFT's has an axis in front for a convolution
+        own[role] = value
     if not layers:
         raise Refused(
             f"{path} holds no adapter this program knows: its tensors are named like "
             f"{', '.join(strange[:3]) or 'nothing at all'}; give a LoRA, ΔR or QR-LoRA file"
         )
+    for module, own in layers.items():
+        if "mid" in own:
+            own["down"] = _untucked(module, own.pop("mid"), own.get("down"), path)
     if any(key.endswith(f".{keys.OLD_UP}") for key in state) and not any("q" in r for r in layers.values()):
         logger.warning(
             "%s is read as a plain LoRA; if it is an official QR-LoRA file, which has the same keys and no "
             "initial copy, it needs the residual it was trained on and is not what it adds",
             path,
         )
-    return layers, metadata
+    return Contents(layers, metadata, strange)
+
+
+def _untucked(module: str, middle: Tensor, down: Tensor | None, path: str | Path) -> Tensor:
+    """The down (R, I, k, k) of LyCORIS' three convolutions: 1×1 (R, I), k×k `middle` (R, R, k, k), 1×1 up."""
+    if down is None or middle.dim() != 4 or down.flatten(1).shape[0] != middle.shape[1]:
+        raise Refused(
+            f"{path}: {module}.lora_mid is {tuple(middle.shape)} and does not fit its lora_down "
+            f"{None if down is None else tuple(down.shape)}; export the adapter again"
+        )
+    return torch.einsum("rskl,si->rikl", middle.float(), down.flatten(1).float())
 
 
 def number(value: Tensor, key: str, path: str | Path) -> Tensor:

@@ -1,0 +1,42 @@
+"""An adapter file on the command line: the method it was made by, and its layers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from lowrank.adapters.method import Method
+from lowrank.errors import Refused
+from lowrank.tensors import read_metadata
+from lowrank.train.module import facade_of, find_module
+from lowrank.weights import static
+from lowrank.weights.static import Plain
+
+
+def made_by(path: str | Path) -> Method | None:
+    """The method that a file says it was made by, with its options; None where it says none of ours."""
+    metadata = read_metadata(path)
+    name = metadata.get("lowrank.method")
+    if not name or not name.isidentifier() or importlib.util.find_spec(f"networks.{name}") is None:
+        return None
+    facade = facade_of(find_module(name))
+    try:
+        options = json.loads(metadata.get("lowrank.options", "{}"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Refused(f"{path} has damaged metadata (lowrank.options: {error}); use another file") from error
+    return None if facade is None or not isinstance(options, dict) else facade.made(metadata)
+
+
+def read(path: str | Path, family: str | None = None) -> Plain:
+    """An adapter file of any dialect and method, place by place; says which keys were left out."""
+    adapter = static.read(path, family, made_by(path))
+    tell_skipped(adapter.source, adapter.skipped)
+    return adapter
+
+
+def tell_skipped(source: str, skipped: tuple[str, ...] | list[str]) -> None:
+    """Name keys that are no adapter's."""
+    if skipped:
+        few = ", ".join(sorted(skipped)[:5])
+        print(f"{source}: {len(skipped)} keys are no adapter's this program reads and are left out: {few}")

@@ -1,0 +1,224 @@
+"""Adapters as files of other programs, from the command line: export, resize, merge into a checkpoint,
+verify."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank import __version__
+from lowrank.adapters.targets import as_passed
+from lowrank.cli.adapter import made_by, read
+from lowrank.cli.base import base as base_source
+from lowrank.cli.base import family_of
+from lowrank.errors import Refused
+from lowrank.models.family import DTYPES, Family, Models
+from lowrank.models.single import is_file
+from lowrank.train.module import find_module
+from lowrank.weights import checkpoint, places, verify
+from lowrank.weights.convert import PARTS, only, resize, write
+from lowrank.weights.formats import FORMATS, Choices
+from lowrank.weights.static import Plain
+
+MERGED = "merged"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of tools/export_lora.py."""
+    made = argparse.ArgumentParser(
+        prog="tools/export_lora.py",
+        description="Write an adapter as a file of another program, and read it back.",
+    )
+    made.add_argument("source", help="adapter file of any method or dialect")
+    made.add_argument("target", help="file to write; a folder for peft, and for merged where the base is one")
+    made.add_argument("--to", choices=(*FORMATS, MERGED), default="kohya", help="format (kohya)")
+    made.add_argument("--model", help="base model: folder of a diffusers model, or one checkpoint file")
+    made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision written (as it is)")
+    made.add_argument("--rank", type=int, help="largest rank of a layer, by SVD; what is lost is said")
+    made.add_argument("--parts", choices=PARTS, default="all", help="which layers (all)")
+    made.add_argument("--base", choices=places.FAMILIES, help="what the file is for, where it does not tell")
+    made.add_argument(
+        "--dora_norm",
+        choices=("merged", "base"),
+        default="merged",
+        help="whose rows DoRA's readers divide by: W + ΔW (merged: LyCORIS), or W (base: ComfyUI; needs "
+        "--model)",
+    )
+    made.add_argument("--strength", type=float, default=1.0, help="share of the change that is merged (1)")
+    made.add_argument(
+        "--verify",
+        choices=("auto", "layers", "forward", "off"),
+        default="auto",
+        help="read the file back by the program it is for: layer by layer, or one forward of the model "
+        "(auto: forward where --model is given, except for merged)",
+    )
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export one file and say how exact it is. Raises `Refused`."""
+    args = parser().parse_args(argv)
+    if args.rank is not None and args.rank < 1:
+        raise Refused(f"--rank {args.rank} is below 1; give 1 or more")
+    if args.to == MERGED and not args.model:
+        raise Refused("--to merged needs the base model; give it with --model")
+    if args.strength != 1.0 and args.to != MERGED:
+        raise Refused(f"--strength {args.strength:g} is for --to merged; set it where the adapter is used")
+    adapter = only(read(args.source, args.base), args.parts)
+    if gated := _gate_told(args.source, adapter):
+        print(gated)
+    if args.rank is not None:
+        adapter, loss = resize(adapter, args.rank)
+        print(
+            f"rank {args.rank}: {loss.together:.2%} of ‖ΔW‖ is lost, {loss.worst:.2%} in the worst layer "
+            f"({loss.layer})"
+        )
+    base = checkpoint.Base(args.model) if args.model else None
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    if args.to == MERGED:
+        assert base is not None  # checked above
+        told = {"lowrank.version": __version__, "lowrank.merged": Path(args.source).name}
+        lost = checkpoint.merge(base, adapter.layers, args.target, told, args.strength, dtype)
+        print(
+            f"{args.target}: {len(adapter.layers)} layers merged at strength {args.strength:g}; rounding to "
+            f"the model's precision loses {lost:.1e} of the change"
+        )
+        if args.verify == "forward":
+            _tell_forward(args, adapter)
+        return 0
+    if base is not None:
+        base.check(adapter.layers)
+    choices = Choices(dtype, args.dora_norm, base, flat_clip())
+    files = write(adapter, args.to, args.target, choices)
+    print(f"{', '.join(map(str, files))}: {_described(adapter)}; read by {FORMATS[args.to].readers}")
+    if args.verify != "off":
+        for one in verify.check(adapter, args.to, Path(args.target), choices):
+            print(
+                f"read back by {one.reader}: {one.layers} layers, at most {one.worst:.1e} of a change apart"
+            )
+    if args.verify == "forward" or (args.verify == "auto" and args.model):
+        _tell_forward(args, adapter)
+    return 0
+
+
+def flat_clip() -> bool:
+    """Whether the transformers that is installed has a CLIPTextModel without the level text_model."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        tiny = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1, vocab_size=8))
+    return not hasattr(tiny, "text_model")
+
+
+def _described(adapter: Plain) -> str:
+    ranks = sorted({layer.rank for layer in adapter.layers.values()})
+    told = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+    return f"{len(adapter.layers)} layers of rank {told}"
+
+
+def _gate_told(path: str, adapter: Plain) -> str | None:
+    method = made_by(path)
+    if method is None or method.gate is None:
+        return None
+    return (
+        f"{method.name} opens fewer ranks at noisy timesteps, which this format cannot say: readers use all "
+        f"{max(layer.rank for layer in adapter.layers.values())} at every step"
+    )
+
+
+# ---------- one forward of the model
+
+
+def _tell_forward(args: argparse.Namespace, adapter: Plain) -> None:
+    told = forward_difference(args.source, adapter, args.to, Path(args.target), args.model, args.strength)
+    if isinstance(told, str):
+        print(f"no forward compared: {told}")
+        return
+    exact = args.dtype in (None, "fp32") and args.rank is None
+    if exact and told > 1e-5:
+        raise Refused(
+            f"one forward of {args.model} differs by {told:.1e} of its output between {args.source} and "
+            f"{args.target} (limit 1e-05); do not use the export, and tell us the file"
+        )
+    print(f"one forward of the model: {told:.1e} of its output apart")
+
+
+def forward_difference(
+    source: str, adapter: Plain, to: str, target: Path, model: str, strength: float = 1.0
+) -> float | str:
+    """‖theirs − ours‖/‖ours‖ of the denoiser's answer to one noise, or a sentence why none can be compared.
+
+    Ours is the live network of the file's own method; theirs what the program that the export is for makes of
+    it. The model is loaded in fp32.
+    """
+    method = made_by(source)
+    if method is None:
+        return f"{source} is not of a method here, so that there is no live network to compare with"
+    if not model or (is_file(model) and "flux" in adapter.family):
+        return "it needs the folder of a diffusers model, or one file of SD or SDXL (--model)"
+    origin = base_source(model, "fp32", "cpu")
+    family = family_of(origin)
+    models = family.load(origin, ("denoiser",))
+    inputs = probe(models, family)
+    denoiser: Any = models.denoiser
+    module = find_module(method.name)
+    network, _ = module.create_network_from_weights(strength, source, None, as_passed((), denoiser), denoiser)
+    network.load_weights(source)
+    network.apply_to([], denoiser, False, True)
+    network.set_multiplier(strength)
+    with network.denoise_at(inputs["timesteps"]):
+        ours = _ask(models, family, inputs)
+    network.restore()
+    if to == MERGED:
+        models = family.load(base_source(str(target), "fp32", "cpu"), ("denoiser",))
+        theirs = _ask(models, family, inputs)
+    else:
+        loader = _loader(to, adapter)
+        if loader is None:
+            return f"no program here loads a {to} file of this kind into a model of diffusers"
+        loader(denoiser, target)
+        theirs = _ask(models, family, inputs)
+    return float((theirs - ours).norm() / ours.norm())
+
+
+def _loader(to: str, adapter: Plain) -> Callable[[Any, Path], None] | None:
+    asked = verify.readers(to, adapter, Choices())
+    if "diffusers" in asked:
+        return lambda denoiser, path: verify.load_by_diffusers(path, adapter, denoiser)
+    if "PEFT" in asked:
+        return lambda denoiser, path: verify.load_by_peft(path, adapter, denoiser)
+    if "LyCORIS" in asked:
+        return lambda denoiser, path: verify.load_by_lycoris(path, denoiser)
+    return None
+
+
+def probe(models: Models, family: Family) -> dict[str, Any]:
+    """One noise and one random text of the model's sizes, the same at every call."""
+    config, made = models.configs["denoiser"], torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=made)
+
+    if family.name == "flux":
+        width = config["in_channels"] // 4
+        text = {"t5": random(1, 8, config["joint_attention_dim"])}
+        text["pooled"] = random(1, config["pooled_projection_dim"])
+    else:
+        width, text = config["in_channels"], {"context": random(1, 8, config["cross_attention_dim"])}
+        if added := config.get("projection_class_embeddings_input_dim"):
+            text["pooled"] = random(1, added - 6 * config["addition_time_embed_dim"])
+            text["time_ids"] = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])
+    return {"noise": random(1, width, 8, 8), "timesteps": torch.tensor([500.0]), "text": text}
+
+
+def _ask(models: Models, family: Family, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        told = family.denoise(
+            models.denoiser, inputs["noise"], inputs["timesteps"], inputs["text"], family.options()
+        )
+    return told.double()

@@ -1,0 +1,139 @@
+"""Adapters of other programs as native files, from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lowrank import __version__
+from lowrank.cli.adapter import read
+from lowrank.errors import Refused
+from lowrank.models.family import DTYPES, reading
+from lowrank.tensors import write_tensors
+from lowrank.weights import checkpoint, places, static
+from lowrank.weights.native import METHODS, Native, method_of, to_native
+from lowrank.weights.static import Plain
+from lowrank.weights.verify import difference
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # in PEFT's folders
+_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of tools/import_lora.py."""
+    made = argparse.ArgumentParser(
+        prog="tools/import_lora.py", description="Write another program's adapter as a native file."
+    )
+    made.add_argument(
+        "source", help="LoRA or DoRA of kohya, diffusers, PEFT (its folder) or LyCORIS; official QR-LoRA"
+    )
+    made.add_argument("target", help="native .safetensors file to write")
+    made.add_argument(
+        "--method", choices=("auto", *METHODS), default="auto", help="method of the file (auto)"
+    )
+    made.add_argument("--model", help="base model: what a basis, an official QR file or missing lengths need")
+    made.add_argument("--rank", type=int, help="rank of the basis (that of the adapter)")
+    made.add_argument(
+        "--basis_dtype",
+        choices=("fp32", "fp16", "bf16"),
+        help="precision the base is trained in, which a basis depends on (as it is stored)",
+    )
+    made.add_argument("--basis_cache_dir", help="folder where bases are kept")
+    made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision written (as it is)")
+    made.add_argument("--base", choices=places.FAMILIES, help="what the file is for, where it does not tell")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Import one file and say what is lost. Raises `Refused`."""
+    args = parser().parse_args(argv)
+    if Path(args.target).suffix != ".safetensors":
+        raise Refused(f"{args.target} is no .safetensors name, and a native file is one; give one")
+    if args.rank is not None and args.rank < 1:
+        raise Refused(f"--rank {args.rank} is below 1; give 1 or more")
+    adapter = (
+        peft_folder(args.source, args.base) if Path(args.source).is_dir() else read(args.source, args.base)
+    )
+    if Path(args.target).resolve() == Path(args.source).resolve():
+        raise Refused(f"{args.target} is the file that is read, which is not overwritten; give another name")
+    method = method_of(adapter) if args.method == "auto" else args.method
+    base = checkpoint.Base(args.model) if args.model else None
+    precision = DTYPES[args.basis_dtype] if args.basis_dtype else None
+    made = to_native(adapter, method, base, args.rank, precision, args.basis_cache_dir)
+    _write(made, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
+    told = f"{args.target}: {len(adapter.layers)} layers of {adapter.family} as {method}"
+    if method.startswith("delta_r") and made.worst[1]:
+        print(
+            f"{told}; projected on the basis of {args.model}: {made.loss:.2%} of ‖ΔW‖ is lost, "
+            f"{made.worst[0]:.2%} in the worst layer ({made.worst[1]})"
+        )
+        return 0
+    if method == "qrlora" and method_of(adapter) != "qrlora":
+        print(f"{told}; its start Q₀R₀ is that of {args.model}")
+        return 0
+    print(
+        f"{told}; read back, at most {difference(adapter, read(args.target)):.1e} of a layer's change apart"
+    )
+    return 0
+
+
+def _write(made: Native, target: str, dtype: torch.dtype | None, source: str) -> None:
+    state = {
+        key: value if dtype is None or value.dim() == 0 else value.to(dtype)
+        for key, value in made.state.items()
+    }
+    told = {"lowrank.version": __version__, "lowrank.imported_from": Path(source).name}
+    write_tensors(target, state, {**made.metadata, **told})
+
+
+def peft_folder(folder: str, family: str | None = None) -> Plain:
+    """A folder that PEFT saved, or the folders of several models in one: scales are in their
+    configurations."""
+    found = [name for name in _COMPONENTS if (Path(folder) / name / CONFIG).is_file()]
+    if not found and (Path(folder) / CONFIG).is_file():
+        found = [""]
+    if not found:
+        raise Refused(
+            f"{folder} has no {CONFIG}, in it or in a folder named {', '.join(_COMPONENTS)}; give an "
+            "adapter that PEFT saved, or a file"
+        )
+    parts: list[Plain] = []
+    for name in found:
+        place = Path(folder) / name
+        component = name or (Path(folder).name if Path(folder).name in _COMPONENTS else "")
+        known = family or ("flux" if component == "transformer" else parts[0].family if parts else None)
+        parts.append(_scaled(static.read(place / FILE, known, inside=component), place / CONFIG))
+    layers = {place: layer for part in parts for place, layer in part.layers.items()}
+    metadata = {key: value for part in parts for key, value in part.metadata.items()}
+    return Plain(folder, parts[0].family, layers, metadata)
+
+
+def _scaled(part: Plain, path: Path) -> Plain:
+    """The layers with the scales that PEFT's configuration gives them."""
+    with reading("PEFT configuration", path):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("peft_type") != "LORA":
+            raise Refused(
+                f"{path} is of {config.get('peft_type')}, and only LORA is a LoRA; convert it there"
+            )
+        alpha, patterns = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
+        for name in patterns:
+            if not re.fullmatch(r"\^?[\w.]+", name):  # a regular expression of a stranger is not run
+                raise Refused(
+                    f"{path} has the alpha pattern {name!r}, which is no plain name; name the layers"
+                )
+        layers = {}
+        for place, layer in part.layers.items():
+            own = next((float(v) for name, v in patterns.items() if _ends(place.path, name)), alpha)
+            root = layer.rank**0.5 if config.get("use_rslora") else layer.rank
+            layers[place] = layer._replace(scale=own / root)
+    return replace(part, layers=layers, raw={})
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name.removeprefix("^") or (not name.startswith("^") and path.endswith(f".{name}"))
