@@ -8,25 +8,24 @@ import math
 import files
 import pytest
 import torch
+from compatibility import FAMILIES, METHODS, READERS, refusal
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from toys import SHIPPED
 
 from lowrank import bfl, ldm
-from lowrank.adapters import keys
-from lowrank.cli import export
+from lowrank.cli import export, importing, inspection
 from lowrank.cli.adapter import read
 from lowrank.errors import Refused
 from lowrank.models.flux import flux_dev_config
 from lowrank.models.sd_single import facts
-from lowrank.weights import checkpoint, formats, places, static, verify
+from lowrank.weights import checkpoint, places, static, verify
 from lowrank.weights.convert import only, resize, write
 from lowrank.weights.formats import FORMATS, Choices
 from lowrank.weights.places import Place
 from lowrank.weights.static import Plain, Static
-
-FAMILIES = ("sd15", "sdxl", "flux")
-METHODS = ("lora", "dora", "delta_r", "qrlora")
+from tools import make_compatibility
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +60,14 @@ def test_every_export_is_what_its_readers_read(family, method, to, saved, tmp_pa
         adapter = only(adapter, "unet")
     target = tmp_path / ("out" if FORMATS[to].folder else "out.safetensors")
     choices = Choices(base=Weights(files.denoiser(family)), flat_clip=export.flat_clip())
-    if to == "qrlora" and (family != "flux" or method in ("lora", "dora")):
-        with pytest.raises(Refused, match=r"official"):
+    if why := refusal(family, method, to):
+        with pytest.raises(Refused, match=why):
             write(adapter, to, target, choices)
         return
     written = write(adapter, to, target, choices)
     checked = verify.check(adapter, to, target, choices)  # refuses missing and unexpected keys
     assert checked and max(one.worst for one in checked) <= 1e-5
-    theirs = {"kohya": "lycoris.kohya", "diffusers": "diffusers", "peft": "PEFT", "lycoris": "LyCORIS"}
-    assert checked[0].reader == theirs.get(to, "our own reader")
+    assert checked[0].reader == READERS.get(to, "our own reader")
     if to in ("kohya", "lycoris"):
         state = load_file(written[0])
         downs = [key for key in state if key.endswith("lora_down.weight")]
@@ -522,7 +520,14 @@ def test_experts_are_refused_with_the_reason(tmp_path):
         )
 
 
-def test_formats_are_one_table():
-    assert set(FORMATS) >= {"kohya", "diffusers", "peft", "lycoris", "qrlora"}
-    assert all(callable(form.write) and form.readers for form in FORMATS.values())
-    assert keys.KOHYA["down"] != keys.PEFT["down"] and formats.kohya is FORMATS["kohya"].write
+def test_the_pages_are_current():
+    """Every method and flag is on a page; the compatibility table is that of these tests."""
+    assert make_compatibility.PAGE.read_text(encoding="utf-8") == make_compatibility.page()
+    assert set(SHIPPED) == set(METHODS), "give each method a row in tests/compatibility.py"
+    text = (make_compatibility.ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    for made in (export.parser(), importing.parser(), inspection.parser()):
+        flags = [
+            flag for action in made._actions for flag in action.option_strings if flag not in ("-h", "--help")
+        ]
+        assert flags and all(f"`{flag}`" in text for flag in flags)
+    assert all(f"`{to}`" in text for to in FORMATS)

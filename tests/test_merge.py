@@ -152,15 +152,12 @@ def test_exports_load_in_stock_diffusers(name, alpha, flux, saved, cache, tmp_pa
     assert (theirs - ours).norm() / ours.norm() <= 1e-5
 
 
-def test_the_export_tool_compares_what_it_wrote(saved, tmp_path, capsys):
-    from tools.export_lora import main
-
+def test_an_export_of_another_adapter_is_another(saved, tmp_path):
     source, target = saved("qrlora", 1, alpha=2.0), tmp_path / "plain.safetensors"
-    assert main([str(source), str(target)]) == 0
-    assert "15 layers of rank 8" in capsys.readouterr().out
+    export_lora(source, target)
+    assert worst_difference(source, target) <= 1e-6
     export_lora(saved("qrlora", 2, alpha=2.0), target)
     assert worst_difference(source, target) > 0.1
-    assert main([str(tmp_path / "none.safetensors"), str(target)]) == 1
 
 
 def test_native_lora_loads_through_the_stock_pipeline_loader(flux, saved):

@@ -155,7 +155,7 @@ def static(
         )
     if "alpha" in roles and roles["alpha"].numel() == 1 and float(roles["alpha"]) == 0:
         raise Refused(
-            f"{source}: {module}.alpha is 0, which kohya takes for the rank and others for no strength at all; "
+            f"{source}: {module}.alpha is 0, which kohya takes for the rank and others for no strength; "
             "set the alpha that it was trained with"
         )
     if method is None:
