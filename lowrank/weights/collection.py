@@ -32,7 +32,6 @@ _BIAS = "bias"  # beside ΔW, which is whole without it
 _KINDS = {  # what a suffix says about the layer that has it; LyCORIS' names, PEFT's, ours
     r"hada_\w+": "LoHa",
     r"lokr_\w+": "LoKr",
-    r"lora_mid(\.weight)?": "Tucker",
     r"oft_\w+": "OFT",
     r"on_input": "IA3",
     r"[ab][12]\.weight": "GLoRA",
@@ -42,7 +41,11 @@ _KINDS = {  # what a suffix says about the layer that has it; LyCORIS' names, PE
     r"scalar": "LoRA with a scalar",
     r"lora_embedding_[AB]": "embedding",
 }
-_OURS = {"magnitude": "DoRA", "router": "experts"}  # by role; others that no plain pair has are cores
+_OURS = {
+    "magnitude": "DoRA",
+    "router": "experts",
+    "mid": "Tucker",
+}  # by role; others that no plain pair has are cores
 _MANY = re.compile(r"(?:down|up)_blocks_.*_transformer_blocks_[1-9]")  # SD 1 and 2 have one in each
 
 

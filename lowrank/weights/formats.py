@@ -21,6 +21,7 @@ from lowrank.adapters import keys
 from lowrank.errors import Refused
 from lowrank.weights import places
 from lowrank.weights.checkpoint import Base
+from lowrank.weights.labels import kept_facts, kohya_facts
 from lowrank.weights.places import Place
 from lowrank.weights.static import Plain, Static, swapped
 
@@ -75,7 +76,7 @@ def kohya(adapter: Plain, choices: Choices) -> list[Written]:
         else:
             layer = _lengths(*parts[0], choices)
         state |= _spelled(name, layer, keys.KOHYA)
-    return [Written("", state, _kohya_facts(adapter, state))]
+    return [Written("", state, kohya_facts(adapter, state))]
 
 
 def _fused(module: str, parts: Mapping[Place, Static], choices: Choices) -> Static:
@@ -169,56 +170,6 @@ def _spelled(name: str, layer: Static, table: Mapping[str, str], alpha: bool = T
             shape = (1, -1, *(1,) * len(layer.kernel)) if layer.kernel else (-1,)
         state[f"{name}.{table['magnitude']}"] = layer.magnitude.reshape(shape)
     return state
-
-
-_KINDS = {  # what interfaces read off metadata: ss_base_model_version, modelspec.architecture, implementation
-    "sd15": ("sd_v1", "stable-diffusion-v1", "https://github.com/Stability-AI/generative-models"),
-    "sdxl": (
-        "sdxl_base_v1-0",
-        "stable-diffusion-xl-v1-base",
-        "https://github.com/Stability-AI/generative-models",
-    ),
-    "flux": ("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
-}
-
-
-def _kohya_facts(adapter: Plain, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """What A1111, Forge, ComfyUI and Civitai read of a LoRA: kohya's ss_* and Stability's modelspec.
-
-    What the training wrote stays; the network is told as the one that reads the file.
-    """
-    kept = kept_facts(adapter)
-    version, architecture, implementation = _KINDS[adapter.family]
-    ranks = Counter(v.shape[0] for k, v in state.items() if k.endswith(keys.KOHYA["down"]))
-    alphas = Counter(float(v) for k, v in state.items() if k.endswith(".alpha"))
-    module = "networks.lora_flux" if adapter.family == "flux" else "networks.lora"
-    dora = any(layer.magnitude is not None for layer in adapter.layers.values())
-    kept.setdefault("ss_base_model_version", version)
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": adapter.metadata.get("ss_output_name", "LoRA"),
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": implementation,
-        **kept,
-        "ss_v2": kept.get("ss_v2", "False"),
-        "ss_network_module": "lycoris.kohya" if dora else module,
-        "ss_network_dim": str(ranks.most_common(1)[0][0]),
-        "ss_network_alpha": str(alphas.most_common(1)[0][0]),
-        "ss_network_args": json.dumps({"algo": "lora", "dora_wd": "True"} if dora else {}),
-    }
-
-
-def kept_facts(adapter: Plain) -> dict[str, str]:
-    """The training's own metadata, and where the file came from."""
-    kept = {
-        key: value
-        for key, value in adapter.metadata.items()
-        if key.startswith(("ss_", "modelspec.", "lowrank.base", "lowrank.command"))
-    }
-    return {
-        **kept,
-        "lowrank.exported_from": adapter.fact("method") or adapter.fact("exported_from") or "lora",
-    }
 
 
 def diffusers(adapter: Plain, choices: Choices) -> list[Written]:
