@@ -520,6 +520,25 @@ def test_experts_are_refused_with_the_reason(tmp_path):
         )
 
 
+def test_a_gated_copy_keeps_its_ranks_in_order():
+    """Component i of a gated method with an initial copy is the neighbours 2i and 2i + 1: a mask of the first
+    2n columns is the method with n ranks open."""
+    from toys import network, probes
+
+    model = torch.nn.Linear(24, 16)
+    method = probes()["gate+copy"]
+    layer = network("gate+copy", torch.nn.Sequential(model)).layers()[0]
+    with torch.no_grad():
+        layer.up.add_(torch.randn_like(layer.up))
+        layer.down.mul_(1.5)
+    one = static.static("m", layer.tensors(), "the file", None, method)
+    for n in (1, 3):
+        U, D = layer.up.detach(), layer.down.detach()
+        copy = layer.get_buffer("q")[:, :n] @ layer.get_buffer("base_r")[:n]
+        want = layer.scale * (U[:, :n] @ D[:n] - copy)
+        torch.testing.assert_close(one.scale * one.up[:, : 2 * n] @ one.down[: 2 * n], want)
+
+
 def test_the_pages_are_current():
     """Every method and flag is on a page; the compatibility table is that of these tests."""
     assert make_compatibility.PAGE.read_text(encoding="utf-8") == make_compatibility.page()

@@ -54,7 +54,7 @@ def kept_facts(adapter: Plain) -> dict[str, str]:
     kept = {
         key: value
         for key, value in adapter.metadata.items()
-        if key.startswith(("ss_", "modelspec.", "lowrank.base", "lowrank.command"))
+        if key.startswith(("ss_", "modelspec.", "tlora_", "lowrank.base", "lowrank.command"))
     }
     return {
         **kept,

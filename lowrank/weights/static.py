@@ -206,7 +206,11 @@ def _by_method(
         U, D = (factor.detach() for factor in layer.factors())
     stored = torch.promote_types(up.dtype, down.dtype)
     U = (U[0] if method.experts else U).flatten(1)
-    return U.to(stored), D.flatten(1).to(stored), alpha / rank, kernel
+    D = D.flatten(1)
+    if method.gate is not None and factor.copy is not None:  # so that the leading ranks are still a prefix
+        U = U.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
+        D = D.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+    return U.to(stored), D.to(stored), alpha / rank, kernel
 
 
 def phantom(outs: int, ins: int, kernel: tuple[int, ...], value: Tensor | None = None) -> Layer:

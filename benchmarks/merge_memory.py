@@ -1,0 +1,80 @@
+"""Memory of merging an adapter into a checkpoint: python benchmarks/merge_memory.py [--mib 512]
+
+Writes a base of three tensors of that size and a rank-64 adapter for them, merges, and compares the peak of
+the process over what it had before with the largest tensor. Result: benchmarks/results/merge_memory.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lowrank.tensors import stream_pieces, stream_tensors  # noqa: E402
+from lowrank.weights import checkpoint  # noqa: E402
+from lowrank.weights.places import Place  # noqa: E402
+from lowrank.weights.static import Static  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "merge_memory.json"
+RANK, INPUTS = 64, 4096
+
+
+def resident(field: str) -> int:
+    """Bytes of `VmRSS` (now) or `VmHWM` (the peak) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--mib", type=int, default=512, help="size of the largest tensor in MiB (512)")
+    largest = parser.parse_args().mib << 20
+    outs = largest // 2 // INPUTS
+    names = [f"double_blocks.{i}.img_mlp.0.weight" for i in range(3)]
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base.safetensors"
+        # warm up on a small base, so that code and libraries are counted before
+        small = Path(folder) / "small.safetensors"
+        stream_tensors(small, {names[0]: (8, 8)}, torch.bfloat16, lambda _: torch.ones(8, 8), {})
+        place = Place("unet", "transformer_blocks.0.ff.net.0.proj")
+        tiny = {place: Static(torch.ones(8, 2), torch.ones(2, 8), 1.0)}
+        checkpoint.merge(checkpoint.Base(small), tiny, Path(folder) / "out.safetensors", {})
+        stream_pieces(
+            base,
+            {name: (torch.bfloat16, (outs, INPUTS)) for name in names},
+            lambda _: (torch.ones(256, INPUTS, dtype=torch.bfloat16) for _ in range(outs // 256)),
+            {},
+        )
+        adapter = {
+            Place("unet", f"transformer_blocks.{i}.ff.net.0.proj"): Static(
+                torch.randn(outs, RANK).bfloat16(), torch.randn(RANK, INPUTS).bfloat16(), 1e-3
+            )
+            for i in range(3)
+        }
+        held = sum(one.up.nbytes + one.down.nbytes for one in adapter.values())
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        checkpoint.merge(checkpoint.Base(base), adapter, Path(folder) / "merged.safetensors", {})
+        peak = resident("VmHWM") - before
+    found = {
+        "largest_tensor_mib": largest / 2**20,
+        "adapter_mib": round(held / 2**20, 1),
+        "peak_above_adapter_mib": round(peak / 2**20, 1),
+        "peak_above_adapter_per_largest_tensor": round(peak / largest, 3),
+        "limit": 1.2,
+    }
+    RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
