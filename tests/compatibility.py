@@ -8,6 +8,7 @@ FAMILIES = {"sd15": "SD 1.x, 2.x", "sdxl": "SDXL", "flux": "FLUX"}
 METHODS = {  # method -> what its exports are
     "lora": "LoRA of rank r",
     "dora": "LoRA of rank r with lengths",
+    "lalora": "LoRA of rank r",
     "delta_r": "LoRA of rank r: [Q], [ΔR]",
     "delta_r_triu": "LoRA of rank r: [Q], [ΔR]",
     "qrlora": "LoRA of rank 2r: [Q | Q − Q₀], [R − R₀ ; R₀]",
