@@ -12,6 +12,9 @@ METHODS = {  # method -> what its exports are
     "delta_r": "LoRA of rank r: [Q], [ΔR]",
     "delta_r_triu": "LoRA of rank r: [Q], [ΔR]",
     "qrlora": "LoRA of rank 2r: [Q | Q − Q₀], [R − R₀ ; R₀]",
+    "null_lora": "LoRA of rank r, frozen halves inside",
+    "universal_lora": "LoRA of the basis' rank, the core in the up",
+    "network_null_lalora_plus": "as null_lora; with use_dora LoRA with lengths",
 }
 READERS = {  # format -> who reads it back in the tests, when installed
     "kohya": "lycoris.kohya",
