@@ -9,12 +9,11 @@ is (g − 1) ⊙ W x + g ⊙ s·U·D x with g = m/‖W + s·U·D‖, so a fresh 
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Magnitude, Method
-from networks import lora
+from lowrank.adapters.plain import FACTOR
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ LENGTHS = Method("dora", magnitude=Magnitude())
 
 
 def method(options: Options) -> Method:
-    return dataclasses.replace(lora.method(lora.Options()) | LENGTHS, name=LENGTHS.name)
+    return Method("dora", FACTOR, magnitude=LENGTHS.magnitude)
 
 
 create_network, create_network_from_weights = bind(method, Options)

@@ -20,10 +20,10 @@ from functools import partial
 
 from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Method, Penalty
+from lowrank.adapters.plain import FACTOR
 from lowrank.errors import Refused
 from lowrank.weights import laplace
 from lowrank.weights.curvature import read_context
-from networks import lora
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def penalty(options: Options) -> Method:
 
 
 def method(options: Options) -> Method:
-    plain = lora.method(lora.Options())
+    plain = Method("lora", FACTOR)
     return dataclasses.replace(plain | penalty(options), name=plain.name)
 
 

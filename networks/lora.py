@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from lowrank.adapters.factor import kaiming
 from lowrank.adapters.kohya import bind
-from lowrank.adapters.method import Factor, Method, Start
+from lowrank.adapters.method import Method
+from lowrank.adapters.plain import FACTOR
 
 
 @dataclass(frozen=True)
@@ -22,17 +20,8 @@ class Options:
     """LoRA has none of its own."""
 
 
-def start(weights, ranks, scales) -> Start:
-    """D ~ U(−1/√I, 1/√I), U = 0."""
-    values = {}
-    for name, weight in weights.items():
-        outs, ins = weight.shape
-        values[name] = {"down": kaiming(ranks[name], (ins,)), "up": torch.zeros(outs, ranks[name])}
-    return values, {}
-
-
 def method(options: Options) -> Method:
-    return Method("lora", Factor(start, trained=("down", "up")))
+    return Method("lora", FACTOR)
 
 
 create_network, create_network_from_weights = bind(method, Options)

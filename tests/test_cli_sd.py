@@ -105,6 +105,30 @@ def test_grid_and_merged_files(kind, method, adapters, tmp_path):
     assert numpy.abs(live - pixels(again / "inference_s1.00_c0.00.png")).max() <= 1
 
 
+def test_further_adapters_and_strengths_by_layer(adapters, tmp_path):
+    """DoRA runs live beside the sum; a further file at −0.5 takes as much of itself away again."""
+    model, style, content = adapters("sd", "lora")
+    one = ("--style_weights", "1.0", "--content_weights", "0.5")
+    more = ("--more_loras", f"{content}=-0.5", "--style_blocks", "lora_te_ -> 0; up_blocks -> 0.5")
+    alone = ("--style_weights", "1.0", "--content_weights", "0.0", "--style_blocks", more[-1])
+    for folder, given in (("plain", one), ("blocks", (*one, *more)), ("alone", alone)):
+        assert merge(line(model, style, content, tmp_path / folder, *given)) == 0
+    plain, blocks = (
+        pixels(tmp_path / folder / "inference_s1.00_c0.50.png") for folder in ("plain", "blocks")
+    )
+    assert numpy.abs(blocks - pixels(tmp_path / "alone" / "inference_s1.00_c0.00.png")).max() <= 1
+    assert numpy.abs(blocks - plain).max() > 1
+    lora = content.rename(tmp_path / "lora.safetensors")
+    model, dora, _ = adapters("sd", "dora")
+    live = ("--style_weights", "0.0,1.0", "--content_weights", "0.0")
+    assert merge(line(model, dora, lora, tmp_path / "live", *live)) == 0
+    cells = [pixels(tmp_path / "live" / f"inference_s{a}_c0.00.png") for a in ("0.00", "1.00")]
+    assert numpy.abs(cells[0] - cells[1]).max() > 1
+    assert numpy.abs(drawn(stock("sd", model)) - cells[0]).max() <= 1
+    with pytest.raises(Refused, match="draw without --save_merged"):
+        merge(line(model, dora, lora, tmp_path / "saved", "--save_merged", "--skip_images"))
+
+
 def test_the_base_may_be_a_file_and_flags_of_flux_are_refused(adapters, tmp_path, caplog):
     model, style, content = adapters("sd", "lora", "--network_train_unet_only")
     given = line(model, style, content, tmp_path / "folder", "--sample_sampler", "pndm")

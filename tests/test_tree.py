@@ -120,6 +120,10 @@ def test_a_network_needs_torch_the_adapters_and_the_weights_only(file):
             or (root == "lowrank" and part_of(module) in NETWORKS_MAY_IMPORT)
         )
         assert known, f"{name(file)}:{line} imports {module}"
+        assert module.split(".")[:2] != ["networks", "lora"], (
+            f"{name(file)}:{line} imports networks.lora, which is kohya's in a kohya checkout; take what it "
+            "shares from lowrank.adapters.plain"
+        )
 
 
 def test_networks_has_no_init():

@@ -14,12 +14,12 @@ import logging
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank.adapters import keys
+from lowrank.adapters import dialect, keys
 from lowrank.adapters.layout import Layout, sizes, speeds
 from lowrank.adapters.method import Factor, Method
 from lowrank.adapters.network import AdapterNetwork, DenseWeights
@@ -52,14 +52,10 @@ def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
         raise Refused(f"{owner} argument {name}={text!r} is not {_WORDS[kind]}; correct its value") from error
 
 
-def _rank_and_alpha(shape: int, alpha: Tensor | None) -> tuple[int, float]:
-    return shape, float(shape if alpha is None else alpha)
-
-
-def _tell_unread(file: str, unread: Set[str], told: Iterable[str], unet: nn.Module | None) -> None:
+def _tell_unread(file: str, unread: Set[str], no_denoiser: bool) -> None:
     """Warn of a file's layers that are not here; `Refused` where they are all that it has of a denoiser."""
-    denoisers = {name for name in told if not keys.is_flat_text(name)}
-    if unet is not None and denoisers and denoisers <= unread:
+    denoisers = {name for name in unread if not keys.is_flat_text(name)}
+    if no_denoiser and denoisers:
         raise Refused(
             f"{file} has {len(denoisers)} layers for a denoiser and this one has none of them, for example "
             f"{min(denoisers)}; it was made for another base"
@@ -227,30 +223,32 @@ class Facade:
         made_by = metadata.get("lowrank.method", method.name)
         if made_by != method.name:
             raise Refused(f"{file} was made by {made_by}, not {method.name}; use --network_module {made_by}")
-        told: dict[str, tuple[int, float]] = {}
-        alphas = {
-            keys.flat(key[: -len(".alpha")]): value
-            for key, value in weights_sd.items()
-            if key.endswith(".alpha")
-        }
-        factor = method.require_factor()
-        for key, value in weights_sd.items():
-            module, role = keys.role_of(key) or ("", "")
-            if rank := factor.rank_in(role, value.shape):
-                told[keys.flat(module)] = _rank_and_alpha(rank, alphas.get(keys.flat(module)))
+        source = file or "the given weights"
         everything = layout.target or (".*" if unet is not None else None)
         targets = find_all(text_encoder, unet, target=everything, exclude=layout.exclude)
-        spelled = {target: next((s for s in target.spellings if s in told), None) for target in targets}
-        size = {target.name: told[name] for target, name in spelled.items() if name is not None}
+        found, strange = dialect.read(weights_sd, targets, method, source)
+        size = {name: told for name, roles in found.items() if (told := _told(method, roles)) is not None}
         if not size:
             raise Refused(
-                f"{file or 'the given weights'} holds no {method.name} layer of this model; it was made by "
-                "another method or for another base"
+                f"{source} holds no {method.name} layer of this model; it was made by another method or for "
+                "another base"
             )
-        if not layout.target and not layout.exclude:
-            _tell_unread(file or "the given weights", told.keys() - spelled.values(), told, unet)
         kept = [target for target in targets if target.name in size]
-        return self._network(method, layout, kept, size, multiplier), weights_sd
+        if not layout.target and not layout.exclude:
+            unread = {keys.flat(told[0]) for key in strange if (told := keys.role_of(key))}
+            _tell_unread(source, unread, unet is not None and all(one.part != "unet" for one in kept))
+        network = self._network(method, layout, kept, size, multiplier)
+        names = {
+            f"{name}.{keys.KOHYA.get(role, role)}": v for name in size for role, v in found[name].items()
+        }
+        return network, {**names, **{key: weights_sd[key] for key in strange}}
+
+
+def _told(method: Method, roles: Mapping[str, Tensor]) -> tuple[int, float] | None:
+    """(rank, alpha) of a file's layer, or None for one without a factor."""
+    ranks = (method.require_factor().rank_in(role, value.shape) for role, value in roles.items())
+    rank = next((rank for rank in ranks if rank), None)
+    return None if rank is None else (rank, float(roles.get("alpha", rank)))
 
 
 def bind(

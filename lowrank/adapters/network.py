@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import keys, magnitude, rates
+from lowrank.adapters import dialect, foreign, keys, magnitude, rates
 from lowrank.adapters.host import dense_weight
 from lowrank.adapters.layer import AdaptedLayer, Clock
 from lowrank.adapters.method import Method
@@ -69,6 +69,7 @@ class AdapterNetwork(nn.Module):
         self.leave_out: frozenset[str] = frozenset()  # roles that files go without
         self._backup: dict[str, Tensor] = {}
         self._penalties: dict[str, Callable[[Any], Tensor]] = {}
+        self._pull: Callable[[nn.Module], None] | None = None  # adds penalties where the trainer does not
         self.set_multiplier(multiplier)
 
     def _join(self) -> dict[str, str]:
@@ -199,7 +200,9 @@ class AdapterNetwork(nn.Module):
         self.train()
 
     def on_step_start(self, *_) -> None:
-        """Nothing to do: values that depend on the step come from the clock."""
+        """In kohya's trainers, the penalties; values that depend on the step come from the clock."""
+        if self._pull is not None:
+            self._pull(self)
 
     def get_trainable_params(self) -> Iterator[nn.Parameter]:
         return self.parameters()
@@ -210,7 +213,9 @@ class AdapterNetwork(nn.Module):
             layer.multiplier = multiplier if isinstance(multiplier, Tensor) else float(multiplier)
 
     def prepare_network(self, args: Any) -> None:
-        """Nothing to do: arguments came through `create_network`."""
+        """kohya's trainers hand over their options, ours does not. Raises `Refused`, see `foreign.check`."""
+        foreign.check(self.method, args)
+        self._pull = foreign.pull(args) if self.method.penalty else None
 
     def set_current_generation(self, *_: Any) -> None:
         """Nothing to do: kohya's gen_img tells the batch that regional masks would need."""
@@ -290,18 +295,7 @@ class AdapterNetwork(nn.Module):
             raise Refused(
                 f"{source} was made by {made_by}, not {self.method.name}; use --network_module {made_by}"
             )
-        own = {spelled: name for name, target in self.targets.items() for spelled in target.spellings}
-        found: dict[str, dict[str, Tensor]] = {}
-        unexpected = []
-        for key, value in state.items():
-            module, role = keys.role_of(key) or (key.rpartition(".")[0], key.rpartition(".")[2])
-            name = own.get(keys.flat(module))
-            if name is None:
-                unexpected.append(key)
-            else:
-                if key.endswith(keys.PEFT["magnitude"]):
-                    value = value.flatten()  # PEFT's has an axis in front for a convolution
-                found.setdefault(name, {})[role] = value
+        found, unexpected = dialect.read(state, self.targets.values(), self.method, source)
         if not found:
             raise Refused(
                 f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model "
@@ -344,7 +338,7 @@ class AdapterNetwork(nn.Module):
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As torch's; also takes the keys of native files, which kohya's gen_img hands over as they are."""
-        if any(key in self._native_keys() for key in state_dict):
+        if not self._modules or any(key in self._native_keys() for key in state_dict):
             return self.read_state(state_dict, {}, "the state dict")
         return super().load_state_dict(state_dict, strict, assign)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
-from lowrank import ldm
+from lowrank import bfl, ldm
 from lowrank.adapters import keys
 from lowrank.errors import Refused, nearest
 
@@ -59,8 +59,22 @@ class Host:
     part: str = ""  # the part's name in keys, where it is not the position among the text encoders
 
 
+# the same in Black Forest Labs' model, which joins q, k, v (and the MLP's first layer in single blocks)
+BFL_TARGETS = (
+    "img_attn.qkv",
+    "img_attn.proj",
+    "txt_attn.qkv",
+    "txt_attn.proj",
+    "img_mlp.0",
+    "img_mlp.2",
+    "txt_mlp.0",
+    "txt_mlp.2",
+    "linear1",
+)
+
 HOSTS = (
     Host(("FluxTransformer2DModel",), FLUX_TARGETS, native="transformer."),
+    Host(("Flux", "Chroma"), BFL_TARGETS),  # kohya's
     Host(
         ("CLIPTextModel", "CLIPTextModelWithProjection"),
         CLIP_TARGETS,
@@ -68,9 +82,16 @@ HOSTS = (
         level="text_model.",
     ),
     Host(("T5EncoderModel",), part="te3"),  # kohya's name; never adapted unless targets are named
-    # diffusers' and kohya's own classes, of one name or nearly, with blocks of the same names
+    Host(("DummyCLIPL",)),  # stands where Chroma has no CLIP
+    # diffusers' and kohya's own classes, of one name or nearly, with blocks of the same names; an Infer… is
+    # what kohya's gen_img puts in front of its own
     Host(
-        ("UNet2DConditionModel", "SdxlUNet2DConditionModel"),
+        (
+            "UNet2DConditionModel",
+            "SdxlUNet2DConditionModel",
+            "InferUNet2DConditionModel",
+            "InferSdxlUNet2DConditionModel",
+        ),
         blocks=("Transformer2DModel",),
         convolutional=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     ),
@@ -91,7 +112,11 @@ class Target(NamedTuple):
         """Every name that a file of some dialect gives this layer, as `keys.flat` spells it."""
         # transformers 5 has no level text_model
         paths = {path.replace(".", "_") for path in (self.path, self.path.removeprefix("text_model."))}
-        told = (f"lora_{self.part}_{path}" for path in paths)
+        told = [f"lora_{self.part}_{path}" for path in paths]
+        other = [path for path, piece in bfl.modules(self.path) if piece.total == 1]
+        other += [piece.module] if (piece := bfl.piece(self.path)) and piece.total == 1 else []
+        # FLUX's other dialect, where the layer is one there too and has its rows in the same order
+        told += [path for path in other if bfl.SWAPPED not in (path, self.path)]
         return {keys.flat(one) for one in (self.name, self.native or self.name, *told)}
 
 
@@ -138,7 +163,7 @@ def find_all(
         kinds = {type(encoder).__name__ for encoder in encoders}
         kohya = not several or "CLIPTextModelWithProjection" in kinds
     else:
-        kohya = bool(_row(unet).blocks)
+        kohya = bool(_row(unet).classes) and not _row(unet).native
     chosen = []
     for index, encoder in enumerate(encoders):
         if encoder is not None:

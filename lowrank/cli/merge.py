@@ -23,7 +23,7 @@ from lowrank.models.sd import SdOptions
 from lowrank.options import Parsed
 from lowrank.surfaces.tools import INFERENCE_MERGE
 from lowrank.train.watch import save_png
-from lowrank.weights.merge import Adapter, Mixture
+from lowrank.weights.ensemble import Ensemble, Part, shares
 from lowrank.weights.residual import check_residual, residual_file
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         if (picture := getattr(options, f"{what}_reference"))
     }
     folder = writable_folder(options.output_dir)
-    mixture = Mixture([Adapter(options.style_lora_path), Adapter(options.content_lora_path)])
+    mixture = Ensemble(_parts(options))
+    extra = [strength for _, strength in _more(options.more_loras)]
     family = family_of(source)
     switches = _switches(parsed, family)
     print(mixture.describe())
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.save_merged:
         for pair, name in names.items():
             path = folder / f"merged_{name}.safetensors"
-            mixture.save(path, pair, {"lowrank.command": parsed.command})
+            mixture.save(path, (*pair, *extra), {"lowrank.command": parsed.command})
             print(path)
     return 0
 
@@ -84,13 +85,36 @@ def _names(options: Any) -> dict[tuple[float, float], str]:
     return dict(zip(grid, names, strict=True))
 
 
+def _more(told: tuple[str, ...]) -> list[tuple[Path, float]]:
+    """--more_loras as files and strengths; without a strength it is 1."""
+    found = []
+    for one in told:
+        path, equals, strength = one.rpartition("=")
+        try:
+            found.append((Path(path), float(strength)) if equals else (Path(one), 1.0))
+        except ValueError as error:
+            raise Refused(
+                f"--more_loras {one!r} does not end in a number; write FILE=0.7, or FILE=1 where a name has ="
+            ) from error
+    return found
+
+
+def _parts(options: Any) -> list[Part]:
+    """The adapters: style, content, and the others."""
+    return [
+        Part(Path(options.style_lora_path), shares(options.style_blocks)),
+        Part(Path(options.content_lora_path), shares(options.content_blocks)),
+        *(Part(path) for path, _ in _more(options.more_loras)),
+    ]
+
+
 def _check_sides(options: Any, step: int) -> None:
     for side in ("height", "width"):
         if (getattr(options, side) or 0) % step:
             raise Refused(f"--{side} {getattr(options, side)} is not a multiple of {step}; give one that is")
 
 
-def _check_residual(path: str, mixture: Mixture, family: Family, models: Models) -> None:
+def _check_residual(path: str, mixture: Ensemble, family: Family, models: Models) -> None:
     family.add(models, ("denoiser",))
     hosts = {t.native.removeprefix("transformer."): t.module for t in find("unet", models.denoiser)}
     checked = [check_residual(path, a.layers, a.metadata, hosts) for a in mixture.adapters]
@@ -113,7 +137,9 @@ def _switches(parsed: Parsed, family: Family) -> Any:
 class _Said:
     """What the prompts say to the model: as the base encodes them, or as its adapted encoders do."""
 
-    def __init__(self, options: Any, mixture: Mixture, family: Family, models: Models, switches: Any) -> None:
+    def __init__(
+        self, options: Any, mixture: Ensemble, family: Family, models: Models, switches: Any
+    ) -> None:
         self._family, self._models, self._switches = family, models, switches
         self._prompts = [options.prompt] + ([] if family is FLUX else [options.negative_prompt or ""])
         family.add(models, ("text",))
@@ -139,7 +165,7 @@ class _Said:
 
 def _draw(
     options: Any,
-    mixture: Mixture,
+    mixture: Ensemble,
     family: Family,
     models: Models,
     switches: Any,
@@ -156,7 +182,7 @@ def _draw(
     strength = _CFG if options.guidance_scale is None else options.guidance_scale
     cells: dict[tuple[float, float], Image.Image] = {}
     for pair, name in tqdm(names.items(), desc="images"):
-        attached.set(pair)
+        attached.set((*pair, *(strength for _, strength in _more(options.more_loras))))
         said, negative = text.now()
         for copy in range(options.num_images):
             seed = options.seed + copy
@@ -185,7 +211,7 @@ def _draw(
     print(f"{len(cells)} pairs of strengths; the sheet of all is {path}")
 
 
-def _check_base(mixture: Mixture, family: Family, models: Models) -> None:
+def _check_base(mixture: Ensemble, family: Family, models: Models) -> None:
     """Adapters with a basis of their base must be of this one; of others that name another, it is said."""
     here = family.model_hash(models, "denoiser")
     for adapter in mixture.adapters:
@@ -203,14 +229,16 @@ def _check_base(mixture: Mixture, family: Family, models: Models) -> None:
 
 def _settings(
     options: Any,
-    mixture: Mixture,
+    mixture: Ensemble,
     pair: tuple[float, float],
     seed: int,
     width: int,
     height: int,
     switches: Any,
 ) -> str:
-    style, content = (adapter.path for adapter in mixture.adapters)
+    style, content, *more = (adapter.path for adapter in mixture.adapters)
+    strengths = [strength for _, strength in _more(options.more_loras)]
+    also = "".join(f"Adapter: {p.name} × {w:g}, " for p, w in zip(more, strengths, strict=True))
     if isinstance(switches, FluxOptions):
         strength = f"Guidance: {switches.guidance_scale:g}"
     else:
@@ -220,6 +248,6 @@ def _settings(
     return (
         f"{options.prompt}{against}\nSteps: {options.num_inference_steps}, {strength}, "
         f"Seed: {seed}, Size: {width}x{height}, Style: {style.parent.name}/{style.name} × {pair[0]:g}, "
-        f"Content: {content.parent.name}/{content.name} × {pair[1]:g}, Precision: {options.dtype}, "
+        f"Content: {content.parent.name}/{content.name} × {pair[1]:g}, {also}Precision: {options.dtype}, "
         f"Model: {options.model_path}"
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank.errors import Refused
-from lowrank.fields import comma_floats, path
+from lowrank.fields import comma_floats, comma_words, path
 from lowrank.options import Parsed, Surface, option
 from lowrank.surfaces.sd import SAMPLERS
 
@@ -46,6 +46,13 @@ class Merge:
         convert=comma_floats,
         low=-1e6,
         high=1e6,
+    )
+    style_blocks: str | None = option(
+        None, 'strengths of the style\'s layers by name: "up_blocks -> 0.5; mid_block -> 0", others 1'
+    )
+    content_blocks: str | None = option(None, "the same for the content")
+    more_loras: tuple[str, ...] = option(
+        (), "comma list of further adapters at fixed strengths: a.safetensors=0.7", convert=comma_words
     )
     negative_prompt: str | None = option(None, "what not to draw; not for FLUX")
     num_inference_steps: int = option(50, "denoising steps", low=1, high=1000)

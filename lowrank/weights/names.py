@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.adapters import keys
+from lowrank.adapters import dialect, keys
 from lowrank.errors import Refused
 from lowrank.tensors import read_tensors
 
@@ -51,8 +51,9 @@ class Contents(NamedTuple):
 
 
 def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
-    """`read_contents` without the keys that are no adapter's."""
-    return read_contents(path)[:2]
+    """`read_contents` without the keys that are no adapter's; FLUX's joined layers come apart as in diffusers."""
+    layers, metadata, _ = read_contents(path)
+    return dialect.split(layers), metadata
 
 
 def read_contents(path: str | Path, roles: Collection[str] = ()) -> Contents:

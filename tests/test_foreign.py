@@ -1,0 +1,56 @@
+"""What a trainer that knows only the task's loss gets: gradients of penalties, or a refusal."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toys import base, network, probes
+
+from lowrank.adapters import foreign
+from lowrank.adapters.method import Method, Warmup
+from lowrank.adapters.plain import FACTOR
+from lowrank.errors import Refused
+
+PENALISED = probes()["penalty+rates"]
+WARMED = Method("warmed", FACTOR, warmup=Warmup("stage", lambda *_: None))
+
+
+def made():
+    model = base("linear")
+    return model, network("penalty+rates", model)
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_a_penalty_is_the_gradient_that_it_is_in_the_loss(accumulated):
+    torch.manual_seed(0)
+    batches = [torch.randn(3, 5, 24) for _ in range(accumulated)]
+    model, ours = made()
+    losses = [model(x).square().mean() for x in batches]
+    penalties = list(ours.penalties().values())
+    (torch.stack(losses).mean() + torch.stack(penalties).sum()).backward()
+    model, theirs = made()
+    theirs.load_state_dict(ours.state_dict())
+    theirs.prepare_network(SimpleNamespace(gradient_accumulation_steps=accumulated, mixed_precision="bf16"))
+    for x in batches:  # as kohya's loop: the step's start, then a divided loss
+        theirs.on_step_start(None, model)
+        (model(x).square().mean() / accumulated).backward()
+    assert penalties[0].item() > 0
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
+
+
+def test_our_own_trainer_adds_penalties_itself():
+    model, own = made()  # prepare_network is kohya's
+    own.on_step_start(None, model)
+    assert all(parameter.grad is None for parameter in own.parameters())
+
+
+def test_what_kohya_cannot_do_is_refused():
+    with pytest.raises(Refused, match=r"penalty\+rates pulls parameters \(pull\) .*train with bf16 or no"):
+        foreign.check(PENALISED, SimpleNamespace(mixed_precision="fp16"))
+    with pytest.raises(Refused, match=r"warmed begins with a stage on data .*--network_weights"):
+        foreign.check(WARMED, SimpleNamespace(network_weights=None))
+    foreign.check(WARMED, SimpleNamespace(network_weights="warmed.safetensors"))
+    foreign.check(Method("plain", FACTOR), SimpleNamespace(mixed_precision="fp16"))
