@@ -195,7 +195,7 @@ def test_law_8_a_batch_of_timesteps_is_batches_of_one(method, kind, cache):
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-@pytest.mark.parametrize("method", SHIPPED)
+@pytest.mark.parametrize("method", [method for method in SHIPPED if method != "tlora"])  # refused
 def test_merge_to_is_the_live_output_and_restores(method, kind, cache):
     torch.manual_seed(0)
     model, x = base(kind), HOSTS[kind].example()
@@ -231,10 +231,11 @@ def test_a_quantised_base_is_adapted_and_untouched(method, bits, cache):
     before = model(x)
     # 0.03: its rounding
     torch.testing.assert_close(dense_weight(packed).float(), plain.weight.detach(), rtol=0, atol=0.03)
-    made = network(method, model, cache)
-    assert torch.equal(model(x), before)
-    shake(made)
-    layer = made.layers()[0]
-    torch.testing.assert_close(model(x), before + F.linear(x, layer.delta_weight()), rtol=1e-4, atol=1e-4)
+    made, t = network(method, model, cache), torch.tensor([500.0])
+    with made.denoise_at(t):
+        assert torch.equal(model(x), before)
+        shake(made)
+        dW = made.layers()[0].delta_weight(t)
+        torch.testing.assert_close(model(x), before + F.linear(x, dW), rtol=1e-4, atol=1e-4)
     made.restore()
     assert torch.equal(model(x), before)

@@ -57,6 +57,7 @@ COUNTS = {
     64: {"lora": 179_306_496, "delta_r": 89_653_248, "delta_r_triu": 88_963_776, "qrlora": 179_306_496},
     16: {"lora": 44_826_624, "delta_r": 22_413_312, "delta_r_triu": 22_372_272, "qrlora": 44_826_624},
 }
+COUNTS = {rank: {**counts, "tlora": counts["lora"] + 342 * rank} for rank, counts in COUNTS.items()}
 OUTPUTS = 19 * (8 * 3072 + 2 * (12288 + 3072)) + 38 * 3 * 3072  # DoRA has one length more for each
 MORE = {"dora": OUTPUTS, "lalora": 0}  # than LoRA has
 NULL = {  # halves of both sides and their norms; cores between directions
@@ -95,6 +96,7 @@ def test_parameter_counts_of_flux_dev(name, rank, flux_dev, cache):
     basis = {"delta_r": {"q"}, "delta_r_triu": {"q"}, "qrlora": {"q", "base_r"}}
     basis |= {"null_lora": {"null_up", "null_down"}, "universal_lora": {"basis_up", "basis_down"}}
     basis["network_null_lalora_plus"] = basis["null_lora"] | basis["universal_lora"]
+    basis["tlora"] = {"base_p", "base_lambda", "base_q"}
     assert frozen == basis.get(name, set())
     net.restore()
 
@@ -120,6 +122,10 @@ NATIVE = {
     "network_null_lalora_plus": {
         *("null_up", "null_down", "norm_up", "norm_down"),
         *("basis_up", "basis_down", "core_up", "core_down"),
+    },
+    "tlora": {
+        *("p_layer.weight", "lambda_layer", "q_layer.weight"),
+        *("base_p", "base_lambda", "base_q"),
     },
 }
 

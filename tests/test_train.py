@@ -79,6 +79,10 @@ METHODS = {
         "--network_args",
         "rank_dropout=0.2",
     ),
+    "tlora with pictures": (
+        *("--network_module", "tlora", "--train_batch_size", "2", "--gradient_checkpointing"),
+        *("--validation_prompt", "a cat", "--num_validation_images", "1"),
+    ),
     "lycoris": ("--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp"),
 }
 

@@ -137,7 +137,7 @@ def probes() -> dict[str, Method]:
 
 SHIPPED = (
     *("lora", "dora", "lalora", "delta_r", "delta_r_triu", "qrlora"),
-    *("null_lora", "universal_lora", "network_null_lalora_plus"),
+    *("null_lora", "universal_lora", "network_null_lalora_plus", "tlora"),
 )
 PLAIN = SHIPPED[:3] + SHIPPED[6:]  # start without a cache of bases
 METHODS = (*SHIPPED, *probes())

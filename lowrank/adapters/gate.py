@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,9 @@ def open_ranks(timestep: Tensor, rank: int, min_rank: int, alpha: float = 1.0, h
     1 ≤ min_rank ≤ rank and alpha > 0.
     """
     if not 1 <= min_rank <= rank:
-        raise Refused(f"min_rank {min_rank} is not between 1 and rank {rank}; choose one that is")
-    if alpha <= 0:
-        raise Refused(f"alpha {alpha} of the rank schedule must be above 0; 1.0 is the linear schedule")
+        raise Refused(f"tlora_min_rank {min_rank} is not between 1 and rank {rank}; choose one that is")
+    if not alpha > 0:
+        raise Refused(f"tlora_alpha {alpha} must be above 0; 1.0 is the linear schedule")
     t = timestep.reshape(-1).clamp(0, horizon)
     if alpha == 1.0:
         return torch.div((horizon - t) * (rank - min_rank), horizon, rounding_mode="floor").long() + min_rank
@@ -38,3 +40,36 @@ def per_sample(mask: Tensor, batch: int) -> Tensor:
     if batch % mask.shape[0]:
         raise ValueError(f"a gate for {mask.shape[0]} timesteps cannot serve a batch of {batch}")
     return mask.repeat_interleave(batch // mask.shape[0], dim=0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many ranks a layer has open at a timestep; of `group` neighbours, all or none."""
+
+    min_rank: int | None = None  # open at pure noise, counted in groups; None is half of them
+    alpha: float = 1.0
+    horizon: int = 1000
+    group: int = 1
+
+    def open(self, timestep: Tensor, rank: int) -> Tensor:
+        """Open ranks (B,) of a layer of `rank` at timesteps (B,); see `open_ranks`."""
+        return self.group * open_ranks(
+            timestep, rank // self.group, self.least(rank), self.alpha, self.horizon
+        )
+
+    def least(self, rank: int) -> int:
+        """R_min of a layer of this rank, in groups."""
+        return max(1, rank // self.group // 2) if self.min_rank is None else self.min_rank
+
+    def facts(self, rank: int | None) -> dict[str, str]:
+        """What a file's metadata says; a rank of None, where layers differ, leaves out what depends on it."""
+        told = {
+            "tlora_alpha": f"{self.alpha:g}",
+            "tlora_T": str(self.horizon),
+            "tlora_group": str(self.group),
+        }
+        if rank is not None:
+            told["tlora_max_rank"] = str(rank // self.group)
+        if rank is not None or self.min_rank is not None:
+            told["tlora_min_rank"] = str(self.least(rank or 0))
+        return told

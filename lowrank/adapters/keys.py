@@ -13,6 +13,9 @@ KOHYA = {
     "q": "lora.q.weight",
     "base_r": "lora.base_r.weight",
     "delta_r": "lora.delta_r.weight",
+    "q_layer": "q_layer.weight",  # T-LoRA's names in LyCORIS; its lambda_layer and base_* have no suffix
+    "p_layer": "p_layer.weight",
+    **{role: role for role in ("lambda_layer", "base_q", "base_p", "base_lambda")},
 }
 # roles whose name is their suffix
 PLAIN = (
@@ -33,6 +36,8 @@ _READ = {suffix: role for table in (KOHYA, PEFT) for role, suffix in table.items
     "lora_magnitude_vector.weight": "magnitude",
     "lora_magnitude_vector.default": "magnitude",
     "lora_magnitude_vector.default.weight": "magnitude",
+    "base_q.weight": "base_q",  # the T-LoRA authors' files
+    "base_p.weight": "base_p",
 }
 _SUFFIX = re.compile(
     r"^(.*)\.(" + "|".join(re.escape(s) for s in sorted(_READ, key=len, reverse=True)) + ")$"
@@ -44,8 +49,16 @@ _FLAT = re.compile(r"^(?:lora_(unet|transformer|te(\d?))|lycoris)_(.*)$")
 _PROCESSOR = re.compile(r"^(.*?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")
 _CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _TEXT = re.compile(r"^(base_model\.model\.)?text_encoder(_\d)?\.")
+# the T-LoRA authors: attn1.processor.to_q_lora.q_layer.weight, attn.processor.to_q_proj_lora.up.weight
+_AUTHORS = re.compile(r"\.processor\.to_(?:(out)|([qkv])|([qkv]_proj))_lora\.(?:((?:down|up)\.weight)|(.*))$")
 # QR-LoRA's official files repeat the child's name: attn.to_out.0.to_out.0
 _REPEATED = re.compile(r"\.(to_out\.0)\.\1$")
+
+
+def _without_processor(found: re.Match) -> str:
+    out, plain, added, pair, rest = found.groups()
+    layer = "to_out.0" if out else f"to_{plain}" if plain else f"add_{added}"
+    return f".{layer}.lora.{pair}" if pair else f".{layer}.{rest}"
 
 
 def role_of(key: str) -> tuple[str, str] | None:
@@ -53,7 +66,7 @@ def role_of(key: str) -> tuple[str, str] | None:
     if old := _PROCESSOR.match(key):
         part = _CLIP[old[2]] if old[1].endswith("self_attn") else old[2].replace("to_out", "to_out.0")
         return f"{old[1]}.{part}", old[3]
-    found = _SUFFIX.match(key)
+    found = _SUFFIX.match(_AUTHORS.sub(_without_processor, key))
     return (_REPEATED.sub(r".\1", found[1]), _READ[found[2]]) if found else None
 
 

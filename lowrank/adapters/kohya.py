@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters import dialect, keys
 from lowrank.adapters.layout import Layout, sizes, speeds
-from lowrank.adapters.method import Factor, Method
+from lowrank.adapters.method import Factor, Method, check_made_by
 from lowrank.adapters.network import AdapterNetwork, DenseWeights
 from lowrank.adapters.targets import Target, find_all
 from lowrank.errors import Refused, nearest
@@ -220,10 +220,8 @@ class Facade:
             weights_sd, metadata = read_tensors(file or "")
         given = {k: v for k, v in arguments.items() if k in self.known}
         method, layout = self._parse({**self._structure(metadata), **given})
-        made_by = metadata.get("lowrank.method", method.name)
-        if made_by != method.name:
-            raise Refused(f"{file} was made by {made_by}, not {method.name}; use --network_module {made_by}")
         source = file or "the given weights"
+        check_made_by(source, metadata, method)
         everything = layout.target or (".*" if unet is not None else None)
         targets = find_all(text_encoder, unet, target=everything, exclude=layout.exclude)
         found, strange = dialect.read(weights_sd, targets, method, source)

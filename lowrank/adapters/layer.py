@@ -7,7 +7,6 @@ with the host's stride, padding and dilation, U a 1×1 convolution.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +14,10 @@ from torch import Tensor, nn
 
 from lowrank.adapters import experts, gate, keys, magnitude
 from lowrank.adapters.host import dense_weight
-from lowrank.adapters.method import Chain, Gate, Method
+from lowrank.adapters.method import Chain, Method
 from lowrank.adapters.targets import Layer
+from lowrank.adapters.timestep import Clock, open_mask
 from lowrank.errors import Refused
-
-
-class Clock:
-    """The timesteps (B,) of the samples now in the denoiser; what gates read."""
-
-    def __init__(self) -> None:
-        self.timestep: Tensor | None = None
-
-    @contextlib.contextmanager
-    def at(self, timestep: Tensor | None) -> Iterator[None]:
-        """Set the timesteps for a block and restore what was there."""
-        before, self.timestep = self.timestep, timestep
-        try:
-            yield
-        finally:
-            self.timestep = before
-
-    def now(self) -> contextlib.AbstractContextManager:
-        """Return to this moment later: gradient checkpointing re-enters it when it recomputes."""
-        return self.at(self.timestep)
 
 
 class AdaptedLayer(nn.Module):
@@ -123,6 +103,8 @@ class AdaptedLayer(nn.Module):
                 raise Refused(
                     f"{self.name}.{role} in {source} holds NaN or infinite values; use an earlier file"
                 )
+            if own is not None and own.dim() == 1:
+                value = value.flatten()  # LyCORIS has diagonals as (1, R)
             if own is None:
                 if role not in self.factor.record:
                     raise Refused(
@@ -201,13 +183,6 @@ class AdaptedLayer(nn.Module):
         U_0, D_0 = self._product(self.factor.copy)
         return torch.cat([U, U - U_0], dim=1), torch.cat([D - D_0, D_0])
 
-    def _open(self, open_: Gate, timestep: Tensor) -> Tensor:
-        """The gate's mask (B, R or 2R), the same for each chain."""
-        parts = len(self.factor.chains)
-        rank = self.rank // parts
-        mask = gate.prefix(open_.open(timestep, rank), rank)
-        return mask.repeat(1, parts if self.factor.copy is None else 2)
-
     def delta_weight(self, at: Tensor | None = None) -> Tensor | None:
         """ΔW in the host's shape (O, I[, k, k]), or None when it depends on the input.
 
@@ -222,10 +197,10 @@ class AdaptedLayer(nn.Module):
         if self.method.gate is not None:
             if at is None:
                 raise Refused(
-                    f"{self.method.name} has another ΔW at every timestep; "
-                    "name one (--at-timestep) or keep it live"
+                    f"{self.method.name} has another ΔW at every timestep; keep it live, or bake one with "
+                    "tools/export_lora.py --at-timestep T"
                 )
-            mask = self._open(self.method.gate, at)
+            mask = open_mask(self.method, at, self.rank)
         U, D = (factor.flatten(1) for factor in self.factors())
         dW = self.scale * (U @ (D if mask is None else mask.to(D).T * D))
         if self.method.magnitude is not None:
@@ -264,13 +239,13 @@ class AdaptedLayer(nn.Module):
         else:
             h = F.linear(x, D)
         if self.method.gate is not None:
-            if self._clock.timestep is None:
+            if self.rank not in self._clock.masks:
                 raise Refused(
-                    f"{self.method.name} needs the timestep and nobody told it; run the model through "
-                    "lowrank's denoiser hook"
+                    f"{self.method.name} needs the timestep and nobody told it; run the whole denoiser, or "
+                    "inside `with network.denoise_at(t)`"
                 )
-            mask = self._open(self.method.gate, self._clock.timestep)
-            h = h * _along_rank(gate.per_sample(mask, h.shape[0]), h, self.conv)
+            mask = gate.per_sample(self._clock.masks[self.rank], h.shape[0])
+            h = h * _along_rank(mask, h, self.conv)
         if self.training and self.dropout:
             h = F.dropout(h, self.dropout)
         if self.training and self.rank_dropout:  # as kohya's: per sample, the kept ranks are scaled up
@@ -377,7 +352,7 @@ def _without_ones(shape: torch.Size) -> tuple[int, ...]:
 
 def _along_rank(mask: Tensor, h: Tensor, conv: bool) -> Tensor:
     """Mask (B, R) shaped to multiply h (B, …, R) or (B, R, h, w)."""
-    mask = mask.to(h.dtype)
+    mask = mask.to(h)
     return (
         mask[:, :, None, None] if conv else mask.reshape(mask.shape[0], *(1,) * (h.dim() - 2), mask.shape[1])
     )

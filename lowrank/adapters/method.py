@@ -81,7 +81,9 @@ class Factor:
     def rank_in(self, role: str, shape: Sequence[int]) -> int | None:
         """The layer's rank, from the shape of one of its tensors; None for a role that does not tell."""
         for chain in self.chains:
-            if role in chain.down or (role in chain.up and role in self.diagonal):
+            if role in self.diagonal and role in (*chain.up, *chain.down):
+                return shape[-1] * len(self.chains)  # (R,), and (1, R) in LyCORIS' files
+            if role in chain.down:
                 return shape[0] * len(self.chains)
             if role in chain.up:
                 plain = shape[:-2] if len(shape) > 3 else shape  # of a convolution it ends in 1, 1
@@ -91,9 +93,13 @@ class Factor:
 
 @dataclass(frozen=True)
 class Gate:
-    """`open(timestep (B,), rank) -> (B,)`: how many leading ranks are open."""
+    """`open(timestep (B,), rank) -> (B,)`: how many leading ranks are open.
+
+    `facts(rank, or None where layers differ)`: what files say about it.
+    """
 
     open: Callable[[Tensor, int], Tensor]
+    facts: Callable[[int | None], Mapping[str, str]] = lambda rank: {}
 
 
 @dataclass(frozen=True)
@@ -206,3 +212,14 @@ class Method:
                     )
             merged[table] = {**mine, **theirs}
         return dataclasses.replace(self, **merged)
+
+
+def check_made_by(source: str, metadata: Mapping[str, str], method: Method) -> None:
+    """Raise `Refused` for a file of another method, and for an export whose ranks open in pairs."""
+    made_by = metadata.get("lowrank.method", method.name)
+    if made_by != method.name:
+        raise Refused(f"{source} was made by {made_by}, not {method.name}; use --network_module {made_by}")
+    if method.gate is not None and "lowrank.exported_from" in metadata and metadata.get("tlora_group") == "2":
+        raise Refused(
+            f"{source} is an export as a plain LoRA whose ranks open in pairs; use the original file"
+        )

@@ -7,6 +7,7 @@ set_multiplier, merge_to and their kin.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import dialect, foreign, keys, magnitude, rates
+from lowrank.adapters import dialect, foreign, keys, magnitude, rates, timestep
 from lowrank.adapters.host import dense_weight
-from lowrank.adapters.layer import AdaptedLayer, Clock
-from lowrank.adapters.method import Method
+from lowrank.adapters.layer import AdaptedLayer
+from lowrank.adapters.method import Method, check_made_by
 from lowrank.adapters.targets import Layer, Target
 from lowrank.errors import Refused
 from lowrank.tensors import read_tensors, write_tensors
@@ -56,11 +57,18 @@ class AdapterNetwork(nn.Module):
         multiplier: float = 1.0,
     ) -> None:
         super().__init__()
-        self.method, self.factor, self.clock = method, method.require_factor(), Clock()
+        self.method, self.factor, self.clock = method, method.require_factor(), timestep.Clock(method)
         self.targets = {target.name: target for target in targets}
         if len(self.targets) != len(targets):
             raise Refused("two target layers share one key; name fewer with --network_args target=…")
-        self._made = {t.name: AdaptedLayer(t.name, t.module, method, *size(t), self.clock) for t in targets}
+        ungated = dataclasses.replace(method, gate=None)  # text is encoded once, at no timestep
+        self._made = {
+            t.name: AdaptedLayer(
+                t.name, t.module, method if t.part == "unet" else ungated, *size(t), self.clock
+            )
+            for t in targets
+        }
+        self.clock.serve(layer.rank for layer in self.layers("unet"))
         self._owners = self._join()
         self.facts: dict[str, str] = {}  # what the start values were made from, for the file's metadata
         # (part, role) -> multiple of the part's learning rate
@@ -137,11 +145,14 @@ class AdapterNetwork(nn.Module):
             value = one.prepare(self) if one.prepare else one.value
             assert value is not None  # a penalty has one or the other
             self._penalties[one.name] = value
+        if apply_unet:
+            self.clock.follow(unet)
 
     def restore(self) -> None:
         """Take every layer off its host again."""
         for layer in reversed(self.layers()):
             layer.restore()
+        self.clock.leave()
 
     def denoise_at(self, timestep: Tensor | None):
         """`with network.denoise_at(t):` tells gated layers the samples' timesteps (B,) in 0..1000."""
@@ -273,6 +284,7 @@ class AdapterNetwork(nn.Module):
             "lowrank.alpha": str(one[1]),
             "lowrank.layers": str(len(self.layers())),
             **{f"lowrank.{key}": value for key, value in self.facts.items()},
+            **({} if self.method.gate is None else self.method.gate.facts(one[0])),
         }
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
@@ -290,11 +302,7 @@ class AdapterNetwork(nn.Module):
 
         Frozen tensors that a file leaves out are computed from the base.
         """
-        made_by = metadata.get("lowrank.method", self.method.name)
-        if made_by != self.method.name:
-            raise Refused(
-                f"{source} was made by {made_by}, not {self.method.name}; use --network_module {made_by}"
-            )
+        check_made_by(source, metadata, self.method)
         found, unexpected = dialect.read(state, self.targets.values(), self.method, source)
         if not found:
             raise Refused(
@@ -328,6 +336,11 @@ class AdapterNetwork(nn.Module):
     def _start_frozen(
         self, names: list[str], frozen: frozenset[str], metadata: Mapping[str, str], source: str
     ) -> None:
+        if self.factor.unique:
+            raise Refused(
+                f"{source} leaves out {', '.join(sorted(frozen))} of {names[0]}, which {self.factor.unique} "
+                "and nowhere else; use the file that has them"
+            )
         self.start(names, frozen | set(self.factor.record))
         want, have = metadata.get("lowrank.basis_hash"), self.facts.get("basis_hash")
         if want and have and want != have:

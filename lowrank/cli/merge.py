@@ -24,6 +24,7 @@ from lowrank.options import Parsed
 from lowrank.surfaces.tools import INFERENCE_MERGE
 from lowrank.train.watch import save_png
 from lowrank.weights.ensemble import Ensemble, Part, shares
+from lowrank.weights.merge import refuse_masked
 from lowrank.weights.residual import check_residual, residual_file
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         if (picture := getattr(options, f"{what}_reference"))
     }
     folder = writable_folder(options.output_dir)
-    mixture = Ensemble(_parts(options))
+    mixture = Ensemble(_parts(options), options.at_timestep)
+    if options.save_merged:
+        refuse_masked(mixture.adapters)
     extra = [strength for _, strength in _more(options.more_loras)]
     family = family_of(source)
     switches = _switches(parsed, family)

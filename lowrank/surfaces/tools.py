@@ -78,6 +78,9 @@ class Merge:
     style_reference: str | None = path(None, "picture the style was learned from, shown on the sheet")
     content_reference: str | None = path(None, "picture the content was learned from, shown on the sheet")
     save_merged: bool = option(False, "write the merged adapter of each pair too")
+    at_timestep: float | None = option(
+        None, "bake T-LoRAs at this timestep, 0 (picture) to 1000; needed to merge them", low=0, high=1000
+    )
     skip_images: bool = option(False, "draw nothing, for --save_merged alone")
 
 

@@ -73,9 +73,10 @@ def weight_key(weight: Tensor, rank: int) -> str:
     return digest.hexdigest()
 
 
-def basis_hash(weights: Mapping[str, Tensor], rank: int) -> str:
+def basis_hash(weights: Mapping[str, Tensor], ranks: int | Mapping[str, int]) -> str:
     """One hash for the bases of all these layers: adapters that carry the same one may share Q."""
-    return _combined({name: weight_key(weights[name], rank) for name in weights})
+    given = dict.fromkeys(weights, ranks) if isinstance(ranks, int) else ranks
+    return _combined({name: weight_key(weights[name], given[name]) for name in weights})
 
 
 def bases(

@@ -20,7 +20,7 @@ from lowrank.adapters import keys
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused
-from lowrank.weights.merge import Adapter, Mixture
+from lowrank.weights.merge import Adapter, Mixture, refuse_masked
 
 THIN = frozenset({"up", "down", "q", "base_r", "delta_r", "alpha"})  # roles of a ΔW that is a thin pair
 
@@ -63,11 +63,14 @@ class Part(NamedTuple):
 
 
 class Ensemble:
-    """Adapters of one base, their weights free to change. Raises `Refused` for what cannot go together."""
+    """Adapters of one base, their weights free to change. Raises `Refused` for what cannot go together.
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    `at`, in 0..1000, bakes T-LoRAs at one timestep.
+    """
+
+    def __init__(self, parts: Sequence[Part], at: float | None = None) -> None:
         self.parts = list(parts)
-        self.adapters = [Adapter(part.path) for part in parts]
+        self.adapters = [Adapter(part.path, at=at) for part in parts]
         self._live = [i for i, adapter in enumerate(self.adapters) if _runs(adapter)]
         self._still = [i for i in range(len(parts)) if i not in self._live]
         for i, part in enumerate(self.parts):
@@ -105,6 +108,7 @@ class Ensemble:
 
     def save(self, path: str | Path, weights: Sequence[float], metadata: dict[str, str]) -> None:
         """Write the sum as one adapter. Raises `Refused` where an adapter is no thin pair."""
+        refuse_masked(self.adapters)
         if self._live or self.mixture is None:
             adapter = self.adapters[self._live[0]]
             raise Refused(

@@ -6,35 +6,59 @@ On a shared Q the sum is Q·(Σ wᵢ sᵢ ΔRᵢ) and keeps rank r. On different
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import keys
 from lowrank.adapters.host import host_shape
-from lowrank.adapters.method import Factor, Method
+from lowrank.adapters.method import Factor, Gate, Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
+from lowrank.adapters.timestep import uncompiled
 from lowrank.errors import Refused
 from lowrank.tensors import write_tensors
-from lowrank.weights.names import Thin, read_layers, refuse_magnitudes, shares_basis, spelled, thin
+from lowrank.weights.names import Thin, baked, read_layers, refuse_magnitudes, shares_basis, spelled, thin
+from lowrank.weights.tlora_files import schedule_of, without_dead
 
 STATIC = Method("static", Factor(lambda *_: ({}, {}), trained=()))
 
 
 class Adapter:
-    """An adapter file: its layers, its metadata, and where it came from."""
+    """An adapter file: its layers, its metadata, the schedule of its ranks if it is a T-LoRA, its path.
 
-    def __init__(self, path: str | Path) -> None:
+    `at`, in 0..1000, bakes a T-LoRA at one timestep; `config` is SimpleTuner's `_tlora_config`.
+    """
+
+    def __init__(
+        self, path: str | Path, *, at: float | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = Path(path)
-        self.layers, self.metadata = read_layers(path)
+        layers, self.metadata = read_layers(path)
+        self.layers = without_dead(layers)
+        self.schedule = schedule_of(path, self.layers, self.metadata, config)
+        self.baked = at is not None and self.schedule is not None
+        if at is not None and self.schedule is not None:
+            self.layers, self.schedule = baked(self.layers, self.schedule, at, str(path)), None
 
     def fact(self, name: str) -> str | None:
         """A fact the file states about itself, or None (official files state none)."""
         value = self.metadata.get(f"lowrank.{name}")
         return None if value in (None, "None") else value
+
+
+def refuse_masked(adapters: Sequence[Adapter]) -> None:
+    """Raise `Refused` for a T-LoRA that is not baked at one timestep: it has no one ΔW."""
+    masked = [adapter for adapter in adapters if adapter.schedule is not None]
+    if masked:
+        raise Refused(
+            f"{masked[0].path} is a T-LoRA, another change at every timestep, and a merged file has one; name "
+            "a timestep with --at_timestep"
+        )
 
 
 class Mixture:
@@ -84,6 +108,11 @@ class Mixture:
         }
 
     @property
+    def masked(self) -> list[Adapter]:
+        """The T-LoRAs among the adapters."""
+        return [adapter for adapter in self.adapters if adapter.schedule is not None]
+
+    @property
     def adapts_text(self) -> bool:
         """Whether a text encoder has layers in the sum."""
         return any(map(keys.is_text_encoder, self.modules.values()))
@@ -117,12 +146,21 @@ class Mixture:
 
     def attach(
         self, denoiser: nn.Module, text_encoders: Sequence[nn.Module] = (), dtype: torch.dtype | None = None
-    ) -> AttachedMixture:
-        """Put the sum beside the model's layers, at weights 0. Raises `Refused` when a layer does not fit."""
-        return AttachedMixture(self, denoiser, text_encoders, dtype)
+    ) -> AttachedMixture | AttachedParts:
+        """Put the sum beside the model's layers, at weights 0. Raises `Refused` when a layer does not fit.
+
+        A T-LoRA among others is attached by itself, for its ranks open and close.
+        """
+        if len(self.adapters) == 1 or not self.masked:
+            return AttachedMixture(self, denoiser, text_encoders, dtype)
+        return AttachedParts(self, denoiser, text_encoders, dtype)
 
     def save(self, path: str | Path, weights: Sequence[float], metadata: dict[str, str]) -> None:
-        """Write the sum as one adapter: a ΔR file where every layer shares its Q, else a plain LoRA file."""
+        """Write the sum as one adapter: a ΔR file where every layer shares its Q, else a plain LoRA file.
+
+        Raises `Refused` for a T-LoRA that is not baked at one timestep.
+        """
+        refuse_masked(self.adapters)
         together = len(self.shared) == len(self.modules)
         state = {}
         for name, module in self.modules.items():
@@ -159,7 +197,10 @@ class AttachedMixture:
         dtype: torch.dtype | None,
     ) -> None:
         self.mixture = mixture
-        roots = [("unet", denoiser), *((f"te{i + 1}", encoder) for i, encoder in enumerate(text_encoders))]
+        roots = [
+            ("unet", uncompiled(denoiser)),
+            *((f"te{i + 1}", encoder) for i, encoder in enumerate(text_encoders)),
+        ]
         wanted = {part: [m for m in mixture.modules.values() if _part(m) == part] for part, _ in roots}
         hosts = {
             spelled: t
@@ -187,7 +228,8 @@ class AttachedMixture:
                 )
         ranks = {t: mixture.up(name).shape[1] for t, name in self._names.items()}
         chosen = [hosts[name] for name in mixture.modules]
-        self.network = AdapterNetwork(STATIC, chosen, lambda t: (ranks[t.name], float(ranks[t.name])))
+        method = dataclasses.replace(STATIC, gate=_gate(mixture.adapters[0]))
+        self.network = AdapterNetwork(method, chosen, lambda t: (ranks[t.name], float(ranks[t.name])))
         for layer in self.network.layers():
             up = mixture.up(self._names[layer.name])
             shapes = {role: layer.get_buffer(role).shape for role in ("up", "down")}
@@ -204,9 +246,42 @@ class AttachedMixture:
             own = layer.get_buffer("down")
             own.copy_(down.reshape(own.shape))
 
+    @property
+    def networks(self) -> list[AdapterNetwork]:
+        return [self.network]
+
     def restore(self) -> None:
         """Take the mixture off its model."""
         self.network.restore()
+
+
+class AttachedParts:
+    """A mixture with T-LoRAs beside a model: each of them by itself, and the sum of the others."""
+
+    def __init__(self, mixture: Mixture, *where: Any) -> None:
+        index = range(len(mixture.adapters))
+        alone = [(i,) for i in index if mixture.adapters[i].schedule is not None]
+        others = tuple(i for i in index if mixture.adapters[i].schedule is None)
+        self._groups = [*alone, others] if others else alone
+        self._parts = [Mixture([mixture.adapters[i] for i in group]).attach(*where) for group in self._groups]
+
+    @property
+    def networks(self) -> list[AdapterNetwork]:
+        return [network for part in self._parts for network in part.networks]
+
+    def set(self, weights: Sequence[float]) -> None:
+        """Make the change Σ weights[i]·ΔWᵢ(t); all zero is the base, bit for bit."""
+        for group, part in zip(self._groups, self._parts, strict=True):
+            part.set([weights[i] for i in group])
+
+    def restore(self) -> None:
+        """Take the parts off their model, the last first."""
+        for part in reversed(self._parts):
+            part.restore()
+
+
+def _gate(adapter: Adapter) -> Gate | None:
+    return None if adapter.schedule is None else Gate(adapter.schedule.open, adapter.schedule.facts)
 
 
 def _part(module: str) -> str:

@@ -2,7 +2,8 @@
 
 Roles: `up` (O×R), `down` (R×I), `q` (O×R, orthonormal basis), `base_r` and `delta_r` (R×I), `alpha` (0-d). ΔR
 files hold q, base_r, delta_r; QR-LoRA files up and down with their initial copies q and base_r; plain LoRA
-files up and down.
+files up and down. T-LoRA files have up and down, or p_layer, lambda_layer, q_layer and base_*
+(`tlora_files`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters import dialect, keys
+from lowrank.adapters.gate import Schedule
 from lowrank.errors import Refused
 from lowrank.tensors import read_tensors
+from lowrank.weights.tlora_files import COPY, ROLES, interleaved
 
 Layers = dict[str, dict[str, Tensor]]
 _SIDES = {
@@ -27,6 +30,10 @@ _SIDES = {
     "base_r": ("rank", "inputs"),
     "down": ("rank", "inputs"),
     "up": ("outputs", "rank"),
+    "p_layer": ("outputs", "rank"),
+    "q_layer": ("rank", "inputs"),
+    "base_p": ("outputs", "rank"),
+    "base_q": ("rank", "inputs"),
 }
 _UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
 _BASIS = ("q", "base_r")  # what files may be saved without
@@ -51,7 +58,7 @@ class Contents(NamedTuple):
 
 
 def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
-    """`read_contents` without the keys that are no adapter's; FLUX's joined layers come apart as in diffusers."""
+    """`read_contents` without the keys that are no adapter's; FLUX's joined layers come apart."""
     layers, metadata, _ = read_contents(path)
     return dialect.split(layers), metadata
 
@@ -163,6 +170,8 @@ def missing(roles: Mapping[str, Tensor], method: str | None = None) -> list[str]
     """The factors that a layer lacks for its ΔW; `method` is what the file says it was made by."""
     if "delta_r" in roles:
         needed = ("q", "delta_r")
+    elif roles.keys() & set(ROLES):
+        needed = ROLES
     elif "qrlora" in (method or "").split("+") or roles.keys() & set(_BASIS):
         needed = ("up", "down", *_BASIS)
     else:
@@ -175,23 +184,45 @@ def thin(
 ) -> Thin:
     """One layer's ΔW as a thin pair in the dtype it is stored in.
 
-    ΔR: [Q]·[ΔR]. QR-LoRA: [Q′ | Q₀]·[R′ ; −R₀], rank 2r. LoRA: [U]·[D]. The scale is alpha/r, and 1 without
-    an alpha. Raises `Refused` when a factor is absent (see `missing`) or does not fit (see `sizes`).
+    ΔR: [Q]·[ΔR]. QR-LoRA: [Q′ | Q₀]·[R′ ; −R₀], rank 2r. LoRA: [U]·[D]. T-LoRA with all ranks open: as LoRA,
+    or of rank 2r. The scale is alpha/r, and 1 without an alpha. Raises `Refused` when a factor is absent (see
+    `missing`) or does not fit (see `sizes`).
     """
     rank = sizes(module, roles, source).get("rank", 1)
     if absent := missing(roles, method):
-        kept = set(absent) <= set(_BASIS)
+        kept = set(absent) <= {*_BASIS, *COPY.up, *COPY.down}
         way_out = "train with --save_basis full to keep it" if kept else "the file is not whole, use another"
         raise Refused(
             f"{module} in {source} has no {', '.join(absent)}, only {', '.join(sorted(roles))}; {way_out}"
         )
     scale = float(roles["alpha"]) / rank if "alpha" in roles else 1.0
+    if "q_layer" in roles:
+        return Thin(*interleaved(roles), scale)
     flat = {role: roles[role].flatten(1) for role in _SIDES if role in roles}
     if "delta_r" in flat:
         return Thin(flat["q"], flat["delta_r"], scale)
     if "q" in flat:
         return Thin(torch.cat([flat["up"], flat["q"]], 1), torch.cat([flat["down"], -flat["base_r"]]), scale)
     return Thin(flat["up"], flat["down"], scale)
+
+
+def baked(layers: Layers, schedule: Schedule, at: float, source: str) -> Layers:
+    """A T-LoRA as the plain LoRA that it is at one timestep in 0..1000; text encoders have all ranks open."""
+    if not 0 <= at <= schedule.horizon:
+        raise Refused(f"timestep {at:g} is not between 0 (picture) and {schedule.horizon} (noise)")
+    found = {}
+    for module, roles in layers.items():
+        up, down, scale = thin(module, roles, source)
+        if not keys.is_text_encoder(module):
+            count = int(schedule.open(torch.tensor([float(at)]), len(down)))
+            up, down = up[:, :count], down[:count]
+        kernel = next((roles[role].shape[2:] for role in ("down", "q_layer") if role in roles), ())
+        found[module] = {
+            "up": up.reshape(*up.shape, *(1,) * len(kernel)),
+            "down": down.reshape(len(down), -1, *kernel),
+            "alpha": torch.tensor(scale * len(down)),
+        }
+    return found
 
 
 def spelled(module: str, roles: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -205,7 +236,7 @@ def spelled(module: str, roles: Mapping[str, Tensor], like: Mapping[str, Tensor]
         table = keys.KOHYA
     elif not keys.is_text_encoder(module):
         prefix = f"{'unet' if _UNET.match(module) else 'transformer'}.{module}"
-    kernel = next((like[role].shape[2:] for role in ("down", "delta_r") if role in like), ())
+    kernel = next((like[role].shape[2:] for role in ("down", "delta_r", "q_layer") if role in like), ())
     state = {}
     for role, value in roles.items():
         if kernel and role in _SIDES:

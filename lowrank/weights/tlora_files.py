@@ -1,0 +1,248 @@
+"""T-LoRA files: what says their schedule, the pairs that a prefix of opens, and LyCORIS' format.
+
+Files that are read: ours (plain and orthogonal), our export as a plain LoRA, LyCORIS' and SimpleTuner's
+`tlora`, the authors' (`…processor.to_q_lora.…`). Component i of an orthogonal layer is the neighbours 2i and
+2i + 1 of a plain pair, so that a mask stays a prefix: (pᵢλᵢ, qᵢ − q₀ᵢ) and (pᵢλᵢ − p₀ᵢλ₀ᵢ, q₀ᵢ), whose sum is
+pᵢλᵢqᵢ − p₀ᵢλ₀ᵢq₀ᵢ without a small difference of large products.
+
+Owners of the formats: LyCORIS 4.1 (modules/tlora.py), SimpleTuner (lycoris_config.json, `_tlora_config`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank import ldm
+from lowrank.adapters import keys
+from lowrank.adapters.gate import Schedule
+from lowrank.adapters.method import Chain
+from lowrank.errors import Refused, nearest
+from lowrank.files import atomic
+
+Layers = dict[str, dict[str, Tensor]]
+
+PARTS = ("principal", "middle", "last")  # of singular components, largest first
+ORTHOGONAL, COPY = (
+    Chain(("p_layer", "lambda_layer"), ("q_layer",)),
+    Chain(("base_p", "base_lambda"), ("base_q",)),
+)
+ROLES = (*ORTHOGONAL.up, *ORTHOGONAL.down, *COPY.up, *COPY.down)
+SIDECAR = "lycoris_config.json"
+_CONFIG = ("max_rank", "min_rank", "alpha")  # of SimpleTuner's `_tlora_config`
+# layers that the authors' FLUX processors make for single blocks, and never run
+_DEAD = re.compile(r"^single_transformer_blocks\.\d+\.attn\.(to_out\.0|add_[qkv]_proj)$")
+
+logger = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------ factors
+
+
+def interleaved(roles: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """An orthogonal layer as up (O, 2R) and down (2R, I·k·k), the two of each component side by side."""
+    flat = {role: roles[role].float().flatten(1) for role in ("p_layer", "q_layer", "base_p", "base_q")}
+    U, U_0 = (flat[p] * roles[of].float().flatten() for p, of in (ORTHOGONAL.up, COPY.up))
+    D, D_0 = flat["q_layer"], flat["base_q"]
+    up = torch.stack([U, U - U_0], dim=2).flatten(1)
+    return up, torch.stack([D - D_0, D_0], dim=1).flatten(0, 1)
+
+
+def with_copies(layers: Layers, weight: Callable[[str], Tensor]) -> Layers:
+    """Layers with the initial copies that LyCORIS' files leave out: the principal components of W.
+
+    `weight(module)` is W (O, I). The SVD is the one that LyCORIS computes when it loads the file.
+    """
+    whole = {}
+    for module, roles in layers.items():
+        whole[module] = dict(roles)
+        if "q_layer" in roles and "base_q" not in roles:
+            R = len(roles["q_layer"])
+            P, S, Q = torch.linalg.svd(weight(module).float(), full_matrices=False)
+            whole[module] |= {"base_p": P[:, :R], "base_lambda": S[:R], "base_q": Q[:R]}
+    return whole
+
+
+def without_dead(layers: Layers) -> Layers:
+    """Layers without those that no FLUX has and the authors' files hold."""
+    return {module: roles for module, roles in layers.items() if not _DEAD.match(module)}
+
+
+# ------------------------------------------------------------------ the schedule
+
+
+def schedule_of(
+    path: str | Path, layers: Layers, metadata: Mapping[str, str], config: Mapping[str, Any] | None = None
+) -> Schedule | None:
+    """Which ranks the file's layers open when; None for a file without a schedule.
+
+    `config` is SimpleTuner's `_tlora_config` {max_rank, min_rank, alpha} and goes before the file. Else the
+    file's own metadata tell, then the `lycoris_config.json` beside it, then LyCORIS' metadata, and for its
+    format at last SimpleTuner's defaults (R_min 1, alpha 1), which is said. Raises `Refused` for a config of
+    another rank, and for the authors' orthogonal format without one: it says no schedule.
+    """
+    tlora = [roles for roles in layers.values() if "q_layer" in roles]
+    group = 2 if tlora else int(metadata.get("tlora_group", "1"))
+    told = _told(Path(path), metadata, bool(tlora))
+    if config is not None:
+        told = _configured(config, _rank(layers, group), str(path), told)
+    if told is None:
+        if tlora and any("base_q" in roles for roles in tlora):
+            raise Refused(
+                f"{path} does not say its schedule; pass the one it was trained with as "
+                'config={"max_rank": …, "min_rank": …, "alpha": …}'
+            )
+        if not tlora:
+            return None
+        logger.warning(
+            "%s does not say its schedule; SimpleTuner's defaults are used: from 1 rank up, linear", path
+        )
+        told = Schedule(1)
+    return Schedule(told.min_rank, told.alpha, told.horizon, group)
+
+
+def _rank(layers: Layers, group: int) -> int | None:
+    ranks = {len(roles[role]) for roles in layers.values() for role in ("q_layer", "down") if role in roles}
+    halved = group == 2 and not any("q_layer" in roles for roles in layers.values())
+    return ranks.pop() // (2 if halved else 1) if len(ranks) == 1 else None
+
+
+def _told(path: Path, metadata: Mapping[str, str], tlora: bool) -> Schedule | None:
+    if "tlora_T" in metadata:
+        least = metadata.get("tlora_min_rank")
+        return Schedule(
+            None if least is None else int(least), float(metadata["tlora_alpha"]), int(metadata["tlora_T"])
+        )
+    beside, inside = path.parent / SIDECAR, metadata.get("lycoris_config")
+    for text in (beside.read_text(encoding="utf-8") if tlora and beside.is_file() else None, inside):
+        config = json.loads(text or "null")
+        if isinstance(config, dict) and config.get("algo") == "tlora":
+            return Schedule(int(config.get("tlora_min_rank", 1)), float(config.get("tlora_alpha", 1.0)))
+    return None
+
+
+def _configured(config: Mapping[str, Any], rank: int | None, source: str, told: Schedule | None) -> Schedule:
+    for name in config:
+        if name not in _CONFIG:
+            raise Refused(
+                f"_tlora_config has {name!r}{nearest(name, _CONFIG)}; it holds {', '.join(_CONFIG)}"
+            )
+    if config.get("max_rank", rank) != rank:
+        has = "layers of several ranks" if rank is None else f"rank {rank}"
+        raise Refused(f"max_rank {config['max_rank']} is not that of {source}, which has {has}; give that")
+    asked = Schedule(int(config.get("min_rank", 1)), float(config.get("alpha", 1.0)))
+    if (
+        told is not None
+        and rank is not None
+        and (told.least(rank), told.alpha) != (asked.min_rank, asked.alpha)
+    ):
+        logger.warning(
+            "%s was trained with min_rank %d, alpha %g; the given %d, %g are used", source,
+            told.least(rank), told.alpha, asked.min_rank, asked.alpha,
+        )  # fmt: skip
+    return asked
+
+
+# ------------------------------------------------------------------ LyCORIS
+
+
+def to_lycoris(
+    layers: Layers, metadata: Mapping[str, str], source: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """LyCORIS' `tlora` tensors and the configuration that goes with them.
+
+    The initial copies are written too: LyCORIS' loader of new networks ignores them, its loader into one
+    that is there takes them, and then misses nothing. Raises `Refused` where LyCORIS would load it wrongly.
+    """
+    schedule = schedule_of(source, layers, metadata)
+    made = json.loads(metadata.get("lowrank.options", "{}"))
+    ranks = {
+        (len(roles["q_layer"]), float(roles["alpha"])) for roles in layers.values() if "q_layer" in roles
+    }
+    why = None
+    if schedule is None or not all("q_layer" in roles for roles in layers.values()):
+        why = "is no orthogonal T-LoRA, the only form that LyCORIS has"
+    elif any(keys.is_text_encoder(module) for module in layers):
+        why = "has layers of a text encoder, which LyCORIS would mask"
+    elif any(roles["q_layer"].shape[2:] not in ((), (1, 1)) for roles in layers.values()):
+        why = "has k×k convolutions, which LyCORIS holds as 1×1"
+    elif len(ranks) > 1:
+        why = "has layers of several ranks or alphas, and LyCORIS cuts one mask for all of them"
+    elif not (made.get("use_data_init") and made.get("sig_type") == "principal"):
+        why = "starts from other components than the principal ones of W, which LyCORIS takes on loading"
+    if why is not None or schedule is None:
+        raise Refused(
+            f"{source} {why}, so it would add something else there; write a plain LoRA (--format lora), or "
+            "train with --network_args sig_type=principal use_data_init=True"
+        )
+    state = {}
+    for module, roles in layers.items():
+        name = lycoris_name(module)
+        for role in ROLES:
+            value = (
+                roles[role].reshape(1, -1)
+                if role.endswith("lambda_layer") or role == "base_lambda"
+                else roles[role]
+            )
+            state[f"{name}.{keys.KOHYA[role]}"] = value
+        state[f"{name}.alpha"] = roles["alpha"].reshape(())
+    rank, alpha = ranks.pop()
+    config = {
+        "algo": "tlora",
+        "multiplier": 1.0,
+        "linear_dim": rank,
+        "linear_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "tlora_min_rank": schedule.least(2 * rank),
+        "tlora_alpha": schedule.alpha,
+        "apply_preset": {"target_module": _classes(list(state))},
+    }
+    return state, config
+
+
+def write_sidecar(folder: Path, config: Mapping[str, Any]) -> Path:
+    """`lycoris_config.json`, which LyCORIS' users keep beside the file. Raises `Refused` rather than replace
+    another one."""
+    path, text = folder / SIDECAR, json.dumps(config, indent=2) + "\n"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != config:
+        raise Refused(f"{path} is there and says something else; write to a folder of its own")
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path
+
+
+def lycoris_name(module: str) -> str:
+    """LyCORIS' name of a layer: its path in diffusers' model, from a name in our files."""
+    flat = keys.flat(module)
+    for original, path in _sdxl_blocks().items():
+        if flat.startswith(original):
+            flat = path + flat[len(original) :]
+            break
+    return f"lycoris_{flat}"
+
+
+def _sdxl_blocks() -> dict[str, str]:
+    """What SDXL's attention blocks begin with: kohya's flat name -> diffusers'."""
+    blocks = ldm.Blocks(2, frozenset((0, 1)))
+    paths = [
+        f"{side}_blocks.{i}.attentions.{j}." for side in ("down", "up") for i in range(3) for j in range(3)
+    ]
+    paths.append("mid_block.attentions.0.")
+    return {ldm.unet_name(path, blocks).replace(".", "_"): path.replace(".", "_") for path in paths}
+
+
+def _classes(names: list[str]) -> list[str]:
+    """diffusers' classes of the blocks that the layers are in."""
+    if any("_proj_in." in name or "_proj_out." in name for name in names):
+        return ["Transformer2DModel"]
+    flux = any("single_transformer_blocks" in name or "lycoris_transformer_blocks" in name for name in names)
+    found = ["FluxAttention" if flux else "Attention"] if any("attn" in name for name in names) else []
+    return found + (
+        ["FeedForward"] if any("_ff_" in name or "_ff_context_" in name for name in names) else []
+    )
