@@ -1,4 +1,5 @@
-"""A training step of a FLUX transformer: ΔR, ΔR-triu, QR-LoRA, LoRA, DoRA, beside PEFT's and the frozen base.
+"""A training step of a FLUX transformer: ΔR, ΔR-triu, QR-LoRA, LoRA, DoRA, beside PEFT's and the frozen base;
+T-LoRA also beside LyCORIS' own.
 
     python benchmarks/step_time.py --device cpu          # or cuda
     python benchmarks/step_time.py --quick
@@ -24,10 +25,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 
-from lowrank.adapters.targets import FLUX_TARGETS
+from lowrank.adapters.targets import FLUX_TARGETS, find
 
-METHODS = ("delta_r", "delta_r_triu", "lora", "qrlora", "dora")
+METHODS = ("delta_r", "delta_r_triu", "lora", "qrlora", "dora", "tlora", "tlora plain", "lycoris tlora")
 RIVALS = {"dora": "peft dora"}  # whom a method is compared with, if not with PEFT's LoRA
+TIMESTEP = 500.0  # of every sample: half of the ranks between R_min and R are open
 
 
 def model(hidden: int, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
@@ -60,12 +62,26 @@ def inputs(tokens: int, device: str, dtype: torch.dtype) -> dict:
     }
     made = {name: value.to(device, dtype) for name, value in made.items()}
     more = {
-        "timestep": torch.tensor([0.5], device=device),
+        "timestep": torch.tensor([TIMESTEP / 1000], device=device),
         "guidance": torch.tensor([1.0], device=device),
         "img_ids": ids,
         "txt_ids": torch.zeros(64, 3, device=device),
     }
     return made | more
+
+
+def lycoris_tlora(denoiser: FluxTransformer2DModel, args: argparse.Namespace) -> list[torch.nn.Parameter]:
+    """LyCORIS' T-LoRA on the same layers, its mask set as SimpleTuner does; its trained parameters."""
+    import lycoris
+
+    preset = {"enable_conv": False, "target_module": [], "target_name": [f"*{t}" for t in FLUX_TARGETS]}
+    lycoris.LycorisNetwork.apply_preset(preset | {"use_fnmatch": True})
+    network = lycoris.create_lycoris(denoiser, 1.0, args.rank, args.rank, algo="tlora")
+    network.apply_to()
+    network.to(args.device)
+    lycoris.set_timestep_mask(lycoris.compute_timestep_mask(TIMESTEP, 1000, args.rank, args.rank // 2))
+    assert len(network.loras) == len(find("unet", denoiser)), "not the same layers"
+    return [p for p in network.parameters() if p.requires_grad]
 
 
 def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
@@ -78,10 +94,13 @@ def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Ca
         sizes = {"r": args.rank, "lora_alpha": args.rank, "use_dora": name == "peft dora"}
         denoiser.add_adapter(LoraConfig(target_modules=list(FLUX_TARGETS), **sizes))
         parameters = [p for p in denoiser.parameters() if p.requires_grad]
+    elif name == "lycoris tlora":
+        parameters = lycoris_tlora(denoiser, args)
     else:
-        module = importlib.import_module(f"networks.{name}")
-        cache = {} if name in ("lora", "dora") else {"basis_cache": args.cache}
-        network = module.create_network(1.0, args.rank, args.rank, None, [], denoiser, **cache)
+        module = importlib.import_module(f"networks.{name.split()[0]}")
+        more = {"basis_cache": args.cache} if name in ("delta_r", "delta_r_triu", "qrlora") else {}
+        more |= {"orthogonal": "False"} if name == "tlora plain" else {}
+        network = module.create_network(1.0, args.rank, args.rank, None, [], denoiser, **more)
         network.apply_to([], denoiser, False, True)
         network.cast_frozen(dtype)
         network.to(args.device)
@@ -115,6 +134,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=576)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="fewer write no file")
     parser.add_argument("--bf16", action="store_true", help="base in bf16 under autocast")
     parser.add_argument("--quick", action="store_true", help="small and few: only that it runs")
     args = parser.parse_args()
@@ -123,7 +143,10 @@ def main() -> None:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as args.cache:
-        steps = {name: stepper(name, args, dtype) for name in ("base", "peft", "peft dora", *METHODS)}
+        rivals = {RIVALS[name] for name in args.methods if name in RIVALS}
+        steps = {
+            name: stepper(name, args, dtype) for name in ("base", "peft", *sorted(rivals), *args.methods)
+        }
         for turn in range(args.turns + 2):  # two to warm up
             for name, (step, _) in steps.items():
                 begun = time.perf_counter()
@@ -141,9 +164,13 @@ def main() -> None:
             "compared_with": rival,
             "quartiles": [quartiles[0], quartiles[2]],
             "trained_parameters": parameters,
-            "ratio_to_base": statistics.median(
-                o / b for o, b in zip(times[name], times["base"], strict=True)
-            ),
+            **{
+                f"ratio_to_{other.replace(' ', '_')}": statistics.median(
+                    o / b for o, b in zip(times[name], times[other], strict=True)
+                )
+                for other in ("base", "lora", "lycoris tlora")
+                if other in times
+            },
         }
     settings = {
         "device": args.device,
@@ -156,14 +183,15 @@ def main() -> None:
         "torch": torch.__version__,
     }
     print(settings)
-    print("| method | step s | / PEFT | quartiles | / frozen base | trained |")
-    print("|---|---|---|---|---|---|")
+    print("| method | step s | / PEFT | quartiles | / base | / our LoRA | / LyCORIS tlora | trained |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         print(
             f"| {name} | {row['median_s']:.3f} | {row['ratio_to_peft']:.3f} | {row['quartiles'][0]:.3f}–"
-            f"{row['quartiles'][1]:.3f} | {row['ratio_to_base']:.3f} | {row['trained_parameters']:,} |"
+            f"{row['quartiles'][1]:.3f} | {row['ratio_to_base']:.3f} | {row.get('ratio_to_lora', 0):.3f} | "
+            f"{row.get('ratio_to_lycoris_tlora', 0):.3f} | {row['trained_parameters']:,} |"
         )
-    if not args.quick:
+    if not args.quick and tuple(args.methods) == METHODS:
         path = Path(__file__).parent / "results" / f"step_time_{args.device}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")

@@ -56,8 +56,8 @@ def refuse_masked(adapters: Sequence[Adapter]) -> None:
     masked = [adapter for adapter in adapters if adapter.schedule is not None]
     if masked:
         raise Refused(
-            f"{masked[0].path} is a T-LoRA, another change at every timestep, and a merged file has one; name "
-            "a timestep with --at_timestep"
+            f"{masked[0].path} is a T-LoRA, another change at every timestep, and a merged file has one; "
+            "name a timestep with --at_timestep"
         )
 
 
