@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import lycoris
@@ -19,6 +20,7 @@ from toys import HOSTS, base, network, shake
 from lowrank.adapters import gate
 from lowrank.adapters.gate import Schedule
 from lowrank.adapters.layer import AdaptedLayer
+from lowrank.cli.export import main as tool
 from lowrank.errors import Refused
 from lowrank.tensors import read_tensors
 from lowrank.train.module import create, find_module
@@ -26,7 +28,6 @@ from lowrank.weights.merge import Adapter, Mixture
 from lowrank.weights.names import read_layers, thin
 from lowrank.weights.timestep_ranks import timestep_ranks
 from networks import tlora
-from tools.export_lora import main as export
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = (0, 250, 500, 750, 999)
@@ -210,6 +211,15 @@ def only(model, index, t):
 # ------------------------------------------------------------------ files
 
 
+def export(arguments: list[str]) -> int:
+    """The export tool's exit code, its one sentence on stderr."""
+    try:
+        return tool(arguments)
+    except Refused as refused:
+        print(refused, file=sys.stderr)
+        return 1
+
+
 def trained(model, path, rank=8, **arguments):
     """A T-LoRA file of the model and the outputs with it at TIMES."""
     net = shake(made("tlora", model, None, rank, **arguments), 0.1, seed=3)
@@ -240,7 +250,7 @@ def test_a_file_says_all_that_is_needed(flux, tmp_path):
 def test_the_plain_export_is_the_adapter_at_every_prefix(orthogonal, flux, tmp_path, capsys):
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     want = trained(flux, source, orthogonal=orthogonal, tlora_min_rank="1")
-    assert export([str(source), str(target)]) == 0
+    assert export([str(source), str(target), "--to", "diffusers"]) == 0
     _, metadata = read_tensors(target)
     assert metadata["tlora_group"] == ("2" if orthogonal == "True" else "1")
     assert metadata["tlora_max_rank"] == "8" and metadata["lowrank.base_hash"] == "b" * 64
@@ -260,7 +270,10 @@ def test_the_plain_export_is_the_adapter_at_every_prefix(orthogonal, flux, tmp_p
     with pytest.raises(Refused, match="tlora"):
         made("lora", flux, None, 16).load_weights(str(target))
     for one in (source, target):  # baked: no longer masked, and a plain LoRA for everybody
-        assert export([str(one), str(tmp_path / "c.safetensors"), "--at-timestep", "500"]) == 0
+        assert (
+            export([str(one), str(tmp_path / "c.safetensors"), "--at-timestep", "500", "--to", "diffusers"])
+            == 0
+        )
         assert "tlora_T" not in read_tensors(tmp_path / "c.safetensors")[1]
         flux.load_lora_adapter(read_tensors(tmp_path / "c.safetensors")[0], prefix="transformer")
         torch.testing.assert_close(out(flux, [500, 500], False), want[2], rtol=1e-5, atol=1e-5)
@@ -318,7 +331,7 @@ def test_our_file_in_lycoris(flux, tmp_path, own_presets):
     want = trained(flux, tmp_path / "a.safetensors", alpha=4.0, **LIKE_LYCORIS, tlora_alpha="2")
     target = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     target.parent.mkdir()
-    assert export([str(tmp_path / "a.safetensors"), str(target), "--format", "lycoris-tlora"]) == 0
+    assert export([str(tmp_path / "a.safetensors"), str(target), "--to", "lycoris-tlora"]) == 0
     state, metadata = read_tensors(target)
     config = json.loads((target.parent / "lycoris_config.json").read_text())
     assert json.loads(metadata["lycoris_config"]) == config
@@ -386,7 +399,7 @@ def test_their_file_in_ours(sidecar, flux, tmp_path, own_presets, caplog):
 def test_what_lycoris_would_load_wrongly_is_refused(arguments, words, flux, tmp_path, capsys):
     trained(flux, tmp_path / "a.safetensors", **arguments)
     target = tmp_path / "b.safetensors"
-    assert export([str(tmp_path / "a.safetensors"), str(target), "--format", "lycoris-tlora"]) == 1
+    assert export([str(tmp_path / "a.safetensors"), str(target), "--to", "lycoris-tlora"]) == 1
     assert words in capsys.readouterr().err and not target.exists()
 
 
@@ -394,7 +407,7 @@ def test_another_sidecar_is_kept(flux, tmp_path, capsys):
     trained(flux, tmp_path / "a.safetensors", **LIKE_LYCORIS)
     (tmp_path / "lycoris_config.json").write_text("{}")
     target = str(tmp_path / "b.safetensors")
-    assert export([str(tmp_path / "a.safetensors"), target, "--format", "lycoris-tlora"]) == 1
+    assert export([str(tmp_path / "a.safetensors"), target, "--to", "lycoris-tlora"]) == 1
     assert "says something else" in capsys.readouterr().err
 
 

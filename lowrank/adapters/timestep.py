@@ -59,7 +59,8 @@ class Clock:
 
     def follow(self, denoiser: nn.Module) -> None:
         """Hear the time from this denoiser whenever it runs, where there is a gate and its class is known."""
-        if self._method.gate is not None and type(uncompiled(denoiser)).__name__ in CONVENTIONS:
+        model = uncompiled(denoiser)
+        if self._method.gate is not None and type(model).__name__ in CONVENTIONS and _arguments(model)[1]:
             self._hook = Hook(denoiser, self)
 
     def leave(self) -> None:
@@ -169,13 +170,23 @@ def convention(denoiser: nn.Module) -> Convention:
     return Convention(found.scale / scale) if scale and found is RAW else found
 
 
+def _arguments(model: nn.Module) -> tuple[list[str], str | None]:
+    """The names of a forward's arguments, and that of the timestep among them."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return names, next((name for name in ("timestep", "timesteps") if name in names), None)
+
+
 class Hook:
     """Tells a clock the time whenever the denoiser runs; `remove()` ends it."""
 
     def __init__(self, denoiser: nn.Module, clock: Clock) -> None:
         rule, model = convention(denoiser), uncompiled(denoiser)
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        name = "timestep" if "timestep" in names else "timesteps"
+        names, name = _arguments(model)
+        if name is None:
+            raise Refused(
+                f"this {type(model).__name__} takes no timestep, only {', '.join(names)}; run it inside `with "
+                "network.denoise_at(t)`, t in 0..1000"
+            )
         position = names.index(name)
         device = next(model.parameters()).device
 

@@ -4,6 +4,8 @@ verify."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ from lowrank.models.single import is_file
 from lowrank.train.module import find_module
 from lowrank.weights import checkpoint, places, verify
 from lowrank.weights.convert import PARTS, only, resize, write
+from lowrank.weights.export import export_lora, export_lycoris, ranks_of, worst_difference
 from lowrank.weights.formats import FORMATS, Choices
 from lowrank.weights.static import Plain
 
-MERGED = "merged"
+MERGED, MASKED = "merged", "lycoris-tlora"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("source", help="adapter file of any method or dialect")
     made.add_argument("target", help="file to write; a folder for peft, and for merged where the base is one")
-    made.add_argument("--to", choices=(*FORMATS, MERGED), default="kohya", help="format (kohya)")
+    made.add_argument("--to", choices=(*FORMATS, MASKED, MERGED), default="kohya", help="format (kohya)")
     made.add_argument("--model", help="base model: folder of a diffusers model, or one checkpoint file")
     made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision written (as it is)")
     made.add_argument("--rank", type=int, help="largest rank of a layer, by SVD; what is lost is said")
@@ -48,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
         default="merged",
         help="whose rows DoRA's readers divide by: W + ΔW (merged: LyCORIS), or W (base: ComfyUI; needs "
         "--model)",
+    )
+    made.add_argument(
+        "--at-timestep",
+        "--at_timestep",
+        type=float,
+        help="bake a T-LoRA at this timestep, 0 … 1000",
     )
     made.add_argument("--strength", type=float, default=1.0, help="share of the change that is merged (1)")
     made.add_argument(
@@ -69,9 +78,33 @@ def main(argv: list[str] | None = None) -> int:
         raise Refused("--to merged needs the base model; give it with --model")
     if args.strength != 1.0 and args.to != MERGED:
         raise Refused(f"--strength {args.strength:g} is for --to merged; set it where the adapter is used")
+    if args.to == MASKED:
+        ranks = sorted(ranks_of(export_lycoris(args.source, args.target)))
+        print(
+            f"{args.target}: T-LoRA of rank {', '.join(map(str, ranks))} for LyCORIS; read back, the largest "
+            f"relative difference of a layer is {worst_difference(args.source, args.target):.1e}"
+        )
+        return 0
+    if args.at_timestep is None:
+        return _export(args)
+    with tempfile.TemporaryDirectory() as folder:
+        baked = Path(folder) / Path(args.source).name
+        export_lora(args.source, baked, args.at_timestep)
+        args.source = str(baked)
+        return _export(args)
+
+
+def _export(args: argparse.Namespace) -> int:
     adapter = only(read(args.source, args.base), args.parts)
-    if gated := _gate_told(args.source, adapter):
-        print(gated)
+    method = made_by(args.source)
+    if method is not None and method.gate is not None:
+        group = "1" if method.require_factor().copy is None else "2"  # ranks that open together
+        told = {"tlora_group": group, "lowrank.gated_by": method.name}
+        adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **told})
+        print(
+            f"{method.name} opens fewer ranks at noisy timesteps; the file's metadata say which, and "
+            "programs that do not read them use all at every step (--at-timestep bakes one)"
+        )
     if args.rank is not None:
         adapter, loss = resize(adapter, args.rank)
         print(
@@ -119,16 +152,6 @@ def _described(adapter: Plain) -> str:
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
     told = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
     return f"{len(adapter.layers)} layers of rank {told}"
-
-
-def _gate_told(path: str, adapter: Plain) -> str | None:
-    method = made_by(path)
-    if method is None or method.gate is None:
-        return None
-    return (
-        f"{method.name} opens fewer ranks at noisy timesteps, which this format cannot say: readers use all "
-        f"{max(layer.rank for layer in adapter.layers.values())} at every step"
-    )
 
 
 # ---------- one forward of the model

@@ -200,7 +200,7 @@ def _by_method(
             "matrices nor a convolution's kernels of rank 1 or more; export the adapter again"
         )
     alpha = float(roles["alpha"].reshape(-1)[0]) if "alpha" in roles else float(rank)
-    layer = AdaptedLayer(module, phantom(outs, down.shape[1], kernel), method, rank, alpha, Clock())
+    layer = AdaptedLayer(module, phantom(outs, down.shape[1], kernel), method, rank, alpha, Clock(method))
     layer.load({role: value for role, value in roles.items() if role != "magnitude"}, source)
     with torch.no_grad():
         U, D = (factor.detach() for factor in layer.factors())
