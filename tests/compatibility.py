@@ -12,6 +12,7 @@ METHODS = {  # method -> what its exports are
     "delta_r": "LoRA of rank r: [Q], [ΔR]",
     "delta_r_triu": "LoRA of rank r: [Q], [ΔR]",
     "qrlora": "LoRA of rank 2r: [Q | Q − Q₀], [R − R₀ ; R₀]",
+    "tlora": "LoRA of rank 2r in pairs, all ranks open, or one timestep (`--at-timestep`)",
     "null_lora": "LoRA of rank r, frozen halves inside",
     "universal_lora": "LoRA of the basis' rank, the core in the up",
     "network_null_lalora_plus": "as null_lora; with use_dora LoRA with lengths",

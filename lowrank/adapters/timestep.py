@@ -184,8 +184,8 @@ class Hook:
         names, name = _arguments(model)
         if name is None:
             raise Refused(
-                f"this {type(model).__name__} takes no timestep, only {', '.join(names)}; run it inside `with "
-                "network.denoise_at(t)`, t in 0..1000"
+                f"this {type(model).__name__} takes no timestep, only {', '.join(names)}; run it inside "
+                "`with network.denoise_at(t)`, t in 0..1000"
             )
         position = names.index(name)
         device = next(model.parameters()).device
