@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lowrank.adapters import blocks, rules
 from lowrank.adapters.kohya import Facade
+from lowrank.adapters.targets import Target
 from lowrank.errors import Refused
 from lowrank.tensors import read_tensors, write_tensors
 from networks import lora
@@ -339,10 +340,20 @@ def test_rules_choose_rank_alpha_and_rate():
 
 def test_the_first_rule_holds():
     found = rules.parse("a -> rank=1; b -> rank=2 alpha=0.5 lr=0")
-    assert [rules.first(found, path) for path in ("xa", "b", "ab", "c")] == [0, 1, 0, None]
+
+    def rule_of(path, *inside):
+        return rules.first(found, Target("unet", "", "", torch.nn.Linear(1, 1), path, inside))
+
+    assert [rule_of(path) for path in ("xa", "b", "ab", "c")] == [0, 1, 0, None]
     assert (found[1].rank, found[1].alpha, found[1].lr) == (2, 0.5, 0.0)
     assert rules.parse(None) == rules.parse(" ;\n") == ()
     assert rules.parse("a->b -> off")[0].pattern.pattern == "a->b"
+    # by class: where no pattern holds, and of several the innermost block's, wherever it stands in the text
+    found = rules.parse("class:Block -> rank=1; class:Attention -> rank=2; b -> rank=3")
+    assert rule_of("c", "Linear", "Attention", "Block", "Net") == 1
+    assert rule_of("c", "Linear", "Block", "Net") == 0
+    assert rule_of("b", "Linear", "Attention", "Block", "Net") == 2
+    assert rule_of("c", "Linear", "Net") is None
 
 
 @pytest.mark.parametrize(
@@ -358,7 +369,8 @@ def test_the_first_rule_holds():
         ({"module_rules": "attn1 -> rank=4.5"}, "not a whole number above 0"),
         ({"module_rules": "attn1 -> rank=900"}, "does not fit"),
         ({"module_rules": "attn9 -> rank=4"}, "matches no adapted layer"),
-        ({"module_rules": "attn -> rank=4; attn1 -> off"}, "only layers of earlier rules"),
+        ({"module_rules": "class:Atention -> rank=4"}, "they are in .*Attention"),
+        ({"module_rules": "attn -> rank=4; attn1 -> off"}, "only layers of other rules"),
         ({"module_rules": ". -> off"}, "leave out every layer"),
         ({"block_dims": "4,4"}, "has 2 numbers, and the model 25 blocks"),
         ({"block_dims": ",".join(["x"] * 25)}, "not a list of numbers"),

@@ -195,7 +195,7 @@ class Facade:
         rank = 4 if network_dim is None else int(network_dim)
         alpha = self.default_alpha(rank) if network_alpha is None else float(network_alpha)
         targets = find_all(
-            text_encoder, unet, target=layout.target, exclude=layout.exclude, conv=layout.convolutional
+            text_encoder, unet, exclude=layout.exclude, conv=layout.convolutional, **layout.selection
         )
         size = self._fit(method, targets, sizes(layout, targets, rank, alpha))
         kept = [target for target in targets if target.name in size]
@@ -222,8 +222,8 @@ class Facade:
         method, layout = self._parse({**self._structure(metadata), **given})
         source = file or "the given weights"
         check_made_by(source, metadata, method)
-        everything = layout.target or (".*" if unet is not None else None)
-        targets = find_all(text_encoder, unet, target=everything, exclude=layout.exclude)
+        chosen = layout.selection or {"target": ".*" if unet is not None else None}
+        targets = find_all(text_encoder, unet, exclude=layout.exclude, **chosen)
         found, strange = dialect.read(weights_sd, targets, method, source)
         size = {name: told for name, roles in found.items() if (told := _told(method, roles)) is not None}
         if not size:
@@ -232,7 +232,7 @@ class Facade:
                 "another base"
             )
         kept = [target for target in targets if target.name in size]
-        if not layout.target and not layout.exclude:
+        if not layout.selection and not layout.exclude:
             unread = {keys.flat(told[0]) for key in strange if (told := keys.role_of(key))}
             _tell_unread(source, unread, unet is not None and all(one.part != "unet" for one in kept))
         network = self._network(method, layout, kept, size, multiplier)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -23,10 +24,15 @@ class Layout:
 
     target: str | None = None
     """regular expression over layer paths, replaces the default targets"""
+    target_module: str | None = None
+    """classes of blocks with commas between (Attention,FeedForward): all their layers, likewise"""
+    target_name: str | None = None
+    """several regular expressions set apart by semicolons, likewise; each must match"""
     exclude: str | None = None
     """regular expression over layer paths, taken away from the targets"""
     conv_dim: int | None = None
-    """rank of k×k convolutions; on a U-Net it adds the layers of its convolutional blocks to the targets"""
+    """rank of k×k convolutions; on a U-Net it adds the layers of its convolutional blocks to the targets;
+    0 leaves them out"""
     conv_alpha: float | None = None
     """alpha of k×k convolutions (1 when conv_dim is given)"""
     dropout: float | None = None
@@ -51,7 +57,8 @@ class Layout:
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
     module_rules: str | None = None
-    """rank, alpha and learning rate by layer name: PATTERN -> rank=16 alpha=8 lr=1e-4; PATTERN -> off"""
+    """rank, alpha and learning rate by layer name: PATTERN -> rank=16 alpha=8 lr=1e-4; PATTERN -> off;
+    by class of the block around: class:FeedForward -> rank=8"""
     save_basis: str = "full"
     """frozen tensors in files: full (all), q (what using the file needs), none (found again from the base)"""
 
@@ -66,9 +73,24 @@ class Layout:
                 raise Refused(f"network argument {name}={getattr(self, name):g} is below 0; give 0 or more")
 
     @property
+    def selection(self) -> dict[str, Any]:
+        """What `targets.find` is asked for, where targets are named; else empty."""
+        if (self.target, self.target_module, self.target_name) == (None, None, None):
+            return {}
+        return {
+            "target": self.target,
+            "modules": _split(self.target_module, ","),
+            "names": _split(self.target_name, ";"),
+        }
+
+    @property
     def convolutional(self) -> bool:
         """Whether a U-Net's convolutional blocks are targets too."""
         return bool(self.conv_dim) or self.conv_block_dims is not None
+
+
+def _split(text: str | None, mark: str) -> tuple[str, ...]:
+    return tuple(piece.strip() for piece in (text or "").split(mark) if piece.strip())
 
 
 def sizes(layout: Layout, targets: Sequence[Target], rank: int, alpha: float) -> dict[str, tuple[int, float]]:
@@ -79,18 +101,18 @@ def sizes(layout: Layout, targets: Sequence[Target], rank: int, alpha: float) ->
     conv = (layout.conv_dim, 1.0 if layout.conv_alpha is None else layout.conv_alpha)
     table = _by_block(layout, targets, (rank, alpha), conv)
     weights, by_name = _lr_weights(layout, targets), rules.parse(layout.module_rules)
-    rules.check(by_name, map(_path, targets))
+    rules.check(by_name, targets)
     found = {}
     for target in targets:
         kernel = target.module.kernel_size if isinstance(target.module, nn.Conv2d) else (1, 1)
         wide = tuple(kernel) != (1, 1)
-        own = conv if wide and layout.conv_dim else (rank, alpha)
+        own = conv if wide and layout.conv_dim is not None else (rank, alpha)
         block = blocks.index(target.name)
         if table is not None and block is not None:
             own = table[wide][block]
         if weights is not None and block is not None and weights[block] == 0:
             own = (0, 0.0)
-        position = rules.first(by_name, _path(target))
+        position = rules.first(by_name, target)
         if position is not None:
             rule = by_name[position]
             own = (
@@ -109,16 +131,12 @@ def speeds(layout: Layout, targets: Sequence[Target]) -> dict[str, Speed]:
     weights, by_name = _lr_weights(layout, targets), rules.parse(layout.module_rules)
     found = {}
     for target in targets:
-        block, position = blocks.index(target.name), rules.first(by_name, _path(target))
+        block, position = blocks.index(target.name), rules.first(by_name, target)
         if position is not None and by_name[position].lr is not None:
             found[target.name] = Speed(f"reg_lr_{position}", rate=by_name[position].lr)
         elif weights is not None and block is not None:
             found[target.name] = Speed(f"unet_block{block}", weights[block])
     return found
-
-
-def _path(target: Target) -> str:
-    return f"{target.part}.{target.path}"
 
 
 def _fitting(target: Target, rank: int, alpha: float) -> tuple[int, float]:

@@ -4,8 +4,10 @@
 
 Rules are set apart by semicolons or lines. Each pattern is a regular expression, searched in the part and the
 dotted path of a layer (`unet.mid_block.attentions.0.proj_in`, `te1.text_model.encoder.layers.0.mlp.fc1`); the
-first rule that matches a layer holds for it. `rank` and `alpha` replace --network_dim, --network_alpha and
-every other argument about them, `lr` is the layer's learning rate itself, and `off` leaves the layer out.
+first rule that matches a layer holds for it. `class:FeedForward` is for all layers in blocks of that class:
+it holds where no pattern does, and of several the innermost block's. `rank` and `alpha` replace
+--network_dim, --network_alpha and every other argument about them, `lr` is the layer's learning rate itself,
+and `off` leaves the layer out.
 """
 
 from __future__ import annotations
@@ -15,17 +17,23 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lowrank.adapters.targets import Target
 from lowrank.errors import Refused, nearest
 
+_CLASS = "class:"
 _KINDS = {"rank": int, "alpha": float, "lr": float}
 _WORDS = {"rank": "a whole number above 0", "alpha": "a number above 0", "lr": "a number of 0 or more"}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What holds for layers that the pattern is found in; None leaves a value as it is, rank 0 is `off`."""
+    """What holds for layers that the pattern is found in, or that are in a block of the class `within`.
+
+    None leaves a value as it is, rank 0 is `off`.
+    """
 
     pattern: re.Pattern
+    within: str | None = None
     rank: int | None = None
     alpha: float | None = None
     lr: float | None = None
@@ -43,13 +51,14 @@ def _rule(text: str) -> Rule:
         raise Refused(
             f"module_rules {text!r} is not of the form PATTERN -> rank=8 alpha=4 lr=1e-4, or PATTERN -> off"
         )
+    within = pattern.removeprefix(_CLASS).strip() if pattern.startswith(_CLASS) else None
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise Refused(
             f"module_rules has {pattern!r}, which is not a regular expression ({error}); escape dots as \\."
         ) from error
-    return Rule(compiled, rank=0) if said == "off" else Rule(compiled, **_values(text, said))
+    return Rule(compiled, within, **({"rank": 0} if said == "off" else _values(text, said)))
 
 
 def _values(text: str, said: str) -> dict:
@@ -74,20 +83,30 @@ def _values(text: str, said: str) -> dict:
     return found
 
 
-def first(rules: Sequence[Rule], path: str) -> int | None:
-    """The position of the first rule whose pattern is found in the path, or None."""
-    return next((i for i, rule in enumerate(rules) if rule.pattern.search(path)), None)
+def path(target: Target) -> str:
+    """What patterns are searched in: the part and the dotted path."""
+    return f"{target.part}.{target.path}"
 
 
-def check(rules: Sequence[Rule], paths: Iterable[str]) -> None:
+def first(rules: Sequence[Rule], target: Target) -> int | None:
+    """The position of the rule that holds for a layer, or None."""
+    told = path(target)
+    by_name = (i for i, rule in enumerate(rules) if rule.within is None and rule.pattern.search(told))
+    by_class = (i for word in target.inside for i, rule in enumerate(rules) if rule.within == word)
+    return next(by_name, next(by_class, None))
+
+
+def check(rules: Sequence[Rule], targets: Iterable[Target]) -> None:
     """Raise `Refused` for a rule that holds for none of the layers."""
-    paths = list(paths)
-    used = {first(rules, path) for path in paths}
+    targets = list(targets)
+    used = {first(rules, target) for target in targets}
     for i, rule in enumerate(rules):
         if i not in used:
-            taken = any(rule.pattern.search(path) for path in paths)
-            why = "matches only layers of earlier rules" if taken else "matches no adapted layer"
+            taken = any(first([rule], target) == 0 for target in targets)
+            why = "matches only layers of other rules" if taken else "matches no adapted layer"
+            known = dict.fromkeys(kind for target in targets for kind in target.inside)
+            like = [path(target) for target in targets[:2]] if rule.within is None else known
             raise Refused(
-                f"module_rules pattern {rule.pattern.pattern!r} {why}; layers are named like "
-                f"{', '.join(paths[:2])}"
+                f"module_rules pattern {rule.pattern.pattern!r} {why}; "
+                f"{'layers are named like' if rule.within is None else 'they are in'} {', '.join(like)}"
             )

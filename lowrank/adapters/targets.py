@@ -9,7 +9,7 @@ targets are kohya's networks.lora: 192 layers on SD 1.5 and 722 on SDXL, with co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -98,6 +98,22 @@ HOSTS = (
 )
 
 
+# What LyCORIS' presets, SimpleTuner's documents, kohya's and Black Forest Labs' code call a block, and the
+# classes that are meant where a model has none of that name.
+SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    "Attention": (
+        *("FluxAttention", "Flux2Attention", "Flux2ParallelSelfAttention"),
+        *("CrossAttention", "SelfAttention"),  # kohya's U-Nets and FLUX
+    ),
+    "FeedForward": ("Flux2FeedForward",),
+    "CrossAttention": ("Attention",),
+    "SelfAttention": ("FluxAttention",),
+    "DoubleStreamBlock": ("FluxTransformerBlock", "Flux2TransformerBlock"),
+    "SingleStreamBlock": ("FluxSingleTransformerBlock", "Flux2SingleTransformerBlock"),
+}
+_CONTAINERS = ("ModuleList", "ModuleDict", "Sequential")
+
+
 class Target(NamedTuple):
     """A layer to adapt and its names."""
 
@@ -106,6 +122,7 @@ class Target(NamedTuple):
     native: str  # module in native files: transformer.transformer_blocks.0.attn.to_q; "" = same as `name`
     module: Layer
     path: str = ""  # of the layer in its model
+    inside: tuple[str, ...] = ()  # classes around it, from its own outwards, and their synonyms
 
     @property
     def spellings(self) -> set[str]:
@@ -147,15 +164,17 @@ def find_all(
     unet: nn.Module | None,
     *,
     target: str | None = None,
+    modules: Sequence[str] = (),
+    names: Sequence[str] = (),
     exclude: str | None = None,
     conv: bool = False,
 ) -> list[Target]:
     """The layers to adapt of a whole model, text encoders first, named as its own trainers name them.
 
     `text_encoder` is one encoder, or a list with None for those left alone; `unet` None leaves the denoiser
-    alone. The patterns are for the denoiser. One encoder of a U-Net is `te`, several are `te1`, `te2`; FLUX's
-    are always numbered, and their native keys are diffusers' paths. Where the denoiser is None, a bare
-    encoder is SD's, and a list with a projecting encoder SDXL's.
+    alone. The patterns and classes are for the denoiser. One encoder of a U-Net is `te`, several are `te1`,
+    `te2`; FLUX's are always numbered, and their native keys are diffusers' paths. Where the denoiser is None,
+    a bare encoder is SD's, and a list with a projecting encoder SDXL's.
     """
     several = isinstance(text_encoder, (list, tuple))
     encoders = list(text_encoder) if several else [text_encoder]
@@ -171,7 +190,7 @@ def find_all(
             found = find(part, encoder)
             chosen += [one._replace(native="") for one in found] if kohya else found
     if unet is not None:
-        chosen += find("unet", unet, target=target, exclude=exclude, conv=conv)
+        chosen += find("unet", unet, target=target, modules=modules, names=names, exclude=exclude, conv=conv)
     return chosen
 
 
@@ -180,57 +199,103 @@ def find(
     root: nn.Module,
     *,
     target: str | None = None,
+    modules: Sequence[str] = (),
+    names: Sequence[str] = (),
     exclude: str | None = None,
     conv: bool = False,
 ) -> list[Target]:
     """The Linear and Conv2d layers of `root` to adapt, in the model's order.
 
-    `target` and `exclude` are regular expressions searched in dotted paths; without `target` the model's row
-    in HOSTS decides, with `conv` also for its convolutional blocks. Raises `Refused` for an unknown model
-    without `target`, and for patterns that match nothing.
+    `target`, `names` and `exclude` are regular expressions searched in dotted paths; `modules` are classes of
+    blocks, or synonyms of them, all of whose layers are meant. What any of `target`, `modules` and `names`
+    says is a target; without them the model's row in HOSTS decides, with `conv` also for its convolutional
+    blocks. Raises `Refused` for an unknown model without targets, and for each pattern or class that matches
+    nothing.
     """
-    row = _row(root)
-    if not row.classes and target is None:
+    row, told = _row(root), target is not None or bool(modules or names)
+    if not row.classes and not told:
         known = ", ".join(name for host in HOSTS for name in host.classes)
         raise Refused(
             f"{type(root).__name__} has no default targets (known: {known}); name the layers with "
             "--network_args target=REGEX"
         )
-    if target is None and not (row.targets or row.blocks):
+    if not told and not (row.targets or row.blocks):
         return []
-    if target is None and row.blocks:
-        target = _inside(root, row.blocks + (row.convolutional if conv else ()))
-    wanted = _compiled("target", target if target is not None else ends_with(row.targets))
-    unwanted = _compiled("exclude", exclude) if exclude else None
     layers = {
         path: module for path, module in root.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
     }
-    chosen = {path: module for path, module in layers.items() if wanted.search(path)}
-    if not chosen:
-        hint = nearest(target or "", layers) or f"; its layers are named like {', '.join(list(layers)[:3])}"
-        raise Refused(f"no layer of {type(root).__name__} matches target {wanted.pattern!r}{hint}")
-    if unwanted:
-        kept = {path: module for path, module in chosen.items() if not unwanted.search(path)}
+    inside = _inside(root, layers)
+    if not told and row.blocks:
+        blocks = {*row.blocks, *(row.convolutional if conv else ())}
+        chosen = {path for path, kinds in inside.items() if blocks & set(kinds)}
+        if not chosen:
+            raise Refused(f"this {type(root).__name__} has no layer in {', '.join(sorted(blocks))}")
+    else:
+        patterns = [*names] if told else [ends_with(row.targets)]
+        patterns += [] if target is None else [target]
+        chosen = _of_classes(root, modules, inside) | _of_patterns(root, patterns, layers)
+    if exclude:
+        unwanted = _compiled("exclude", exclude)
+        kept = {path for path in chosen if not unwanted.search(path)}
         if len(kept) in (0, len(chosen)):
             what = "every target layer" if not kept else "no target layer"
             raise Refused(
                 f"exclude {exclude!r} matches {what} of {type(root).__name__}; targets are named like "
-                f"{', '.join(list(chosen)[:3])}"
+                f"{', '.join([path for path in layers if path in chosen][:3])}"
             )
         chosen = kept
     renamed = _takes_sizes(root) and hasattr(root, "down_blocks")  # kohya's own class has the names
     original = ldm.Blocks.of(root) if renamed else None
-    return [_named(part, row, path, module, original) for path, module in chosen.items()]
+    return [
+        _named(part, row, path, module, original)._replace(inside=inside[path])
+        for path, module in layers.items()
+        if path in chosen
+    ]
+
+
+def _of_patterns(root: nn.Module, patterns: Sequence[str], layers: Mapping[str, Layer]) -> set[str]:
+    chosen = set()
+    for pattern in patterns:
+        wanted = _compiled("target", pattern)
+        found = {path for path in layers if wanted.search(path)}
+        if not found:
+            hint = nearest(pattern, layers) or f"; its layers are named like {', '.join(list(layers)[:3])}"
+            raise Refused(f"no layer of {type(root).__name__} matches target {pattern!r}{hint}")
+        chosen |= found
+    return chosen
+
+
+def _of_classes(root: nn.Module, modules: Sequence[str], inside: Mapping[str, tuple[str, ...]]) -> set[str]:
+    chosen = set()
+    for word in modules:
+        found = {path for path, kinds in inside.items() if word in kinds}
+        if not found:
+            known = dict.fromkeys(kind for kinds in inside.values() for kind in kinds)
+            raise Refused(
+                f"{type(root).__name__} has no layer in a {word}{nearest(word, known)}; its blocks with "
+                f"layers are {', '.join(known)}"
+            )
+        chosen |= found
+    return chosen
+
+
+def _inside(root: nn.Module, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """By layer the classes around it, its own first and the root's last, each followed by its synonyms."""
+    kinds = {path: type(module).__name__ for path, module in root.named_modules()}
+    synonyms = {word: own for word, own in SYNONYMS.items() if word not in kinds.values()}
+    words = {kind: (kind, *(w for w, own in synonyms.items() if kind in own)) for kind in {*kinds.values()}}
+    found = {}
+    for layer in layers:
+        parts = layer.split(".")
+        around = [kinds[".".join(parts[:end])] for end in range(len(parts), -1, -1)]
+        found[layer] = tuple(
+            dict.fromkeys(word for kind in around if kind not in _CONTAINERS for word in words[kind])
+        )
+    return found
 
 
 def _row(root: nn.Module) -> Host:
     return next((row for row in HOSTS if type(root).__name__ in row.classes), Host(()))
-
-
-def _inside(root: nn.Module, classes: tuple[str, ...]) -> str:
-    """A pattern that matches what lies in blocks of these classes."""
-    blocks = [re.escape(path) for path, block in root.named_modules() if type(block).__name__ in classes]
-    return r"^(?:" + "|".join(blocks) + r")\."
 
 
 def _takes_sizes(unet: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from lowrank.adapters.targets import ends_with
+from lowrank.cli.lycoris import translate
 from lowrank.errors import Refused
 from lowrank.options import Parsed, pairs
 from lowrank.surfaces.checks import adapter_module
@@ -29,8 +30,9 @@ def record(kind: type, parsed: Parsed) -> Any:
 def with_network(parsed: Parsed, unnamed: str) -> Parsed:
     """The options with the module's name resolved and the module's own flags among its arguments.
 
-    Where no module is named it is `unnamed`.
+    Where no module is named it is `unnamed`, or what --lycoris_config asks for.
     """
+    parsed = _with_lycoris(parsed)
     name = adapter_module(parsed.network, unnamed)
     facade = facade_of(find_module(name))
     arguments = pairs(parsed.flag("network_args"), parsed.value("network_args"))
@@ -50,3 +52,52 @@ def with_network(parsed: Parsed, unnamed: str) -> Parsed:
         network_args=tuple(f"{key}={value}" for key, value in arguments.items()),
     )
     return dataclasses.replace(parsed, groups={**parsed.groups, "network": network})
+
+
+def _with_lycoris(parsed: Parsed) -> Parsed:
+    """The options with what --lycoris_config says. Raises `Refused` where flags say otherwise."""
+    if not parsed.value("lycoris_config"):
+        return parsed
+    told, network = translate(parsed.value("lycoris_config")), parsed.network
+    label = parsed.flag("lycoris_config")
+    module = find_module(told.module)
+    for flag, own in (
+        ("network_module", told.module),
+        ("network_dim", told.rank),
+        ("network_alpha", told.alpha),
+    ):
+        given = parsed.value(flag)
+        same = given == own or (flag == "network_module" and given and find_module(given) is module)
+        if flag in parsed.given and not same:
+            raise Refused(
+                f"{parsed.flag(flag)} is {given}, and {told.path} of {label} means {own}; give one of them"
+            )
+    for flag in ("lora_init_method", "lora_layers", "dim_from_weights", "network_train_text_encoder_only"):
+        if parsed.value(flag):
+            raise Refused(
+                f"{parsed.flag(flag)} and {label} both say what is adapted, and how; give one of them"
+            )
+    arguments = pairs(parsed.flag("network_args"), network.network_args)
+    if "dropout" in told.arguments and network.network_dropout is not None:
+        arguments.setdefault("dropout", f"{network.network_dropout:g}")
+    for name, value in told.arguments.items():
+        if arguments.setdefault(name, value) != value:
+            raise Refused(
+                f"--network_args {name}={arguments[name]}, and {told.path} of {label} means {name}={value}; "
+                "give one of them"
+            )
+    notes = list(told.notes)
+    alone = "train_text_encoder" not in parsed.given
+    if alone and network.train_text_encoder:
+        notes.append(f"{label} is for the denoiser alone; --train_text_encoder adapts the text encoders too")
+    network = dataclasses.replace(
+        network,
+        network_module=told.module,
+        network_dim=told.rank,
+        network_alpha=told.alpha,
+        network_args=tuple(f"{key}={value}" for key, value in arguments.items()),
+        network_train_unet_only=network.network_train_unet_only or alone,
+    )
+    return dataclasses.replace(
+        parsed, groups={**parsed.groups, "network": network}, notes=(*parsed.notes, *notes)
+    )

@@ -50,6 +50,11 @@ class Network:
     )
     network_dropout: float | None = option(None, "dropout in the adapter", low=0, below=1)
     network_args: tuple[str, ...] = option((), "key=value for the module")
+    lycoris_config: str | None = path(
+        None,
+        "LyCORIS' JSON file, or SimpleTuner's config.json that names one: method, rank, alpha, arguments and "
+        "layers",
+    )
     network_weights: str | None = path(None, "adapter file to go on from")
     dim_from_weights: bool = option(False, "take rank and alpha from --network_weights")
     lora_layers: tuple[str, ...] | None = option(
