@@ -1,0 +1,305 @@
+"""Adapter files on ComfyUI's models: one ΔW as weight patches, any other beside the layers of each step.
+
+Static adapters (LoRA, ΔR, QR-LoRA …) become ComfyUI's own LoRA patches, exactly, and DoRA a patch of its own.
+T-LoRA and routed experts are another change at each step or input: `live` puts them beside the layers while
+the denoiser runs. Layers are found through ComfyUI's key maps, which also say where in a fused layer
+(FLUX's qkv) a change belongs.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.lora
+import comfy.utils
+import comfy.weight_adapter
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters import keys
+from lowrank.adapters.host import host_shape
+from lowrank.adapters.magnitude import row_norm
+from lowrank.adapters.method import Gate
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.targets import Layer, find
+from lowrank.errors import Refused
+from lowrank.tensors import read_tensors
+from lowrank.weights.merge import STATIC, Adapter, Mixture
+from lowrank.weights.names import Thin, thin
+from lowrank.weights.tlora_files import with_copies
+
+from .live import Beside, Place
+
+logger = logging.getLogger(__name__)
+_ROUTER = ".router"  # what only files of routed experts have
+
+
+@dataclass(frozen=True)
+class File:
+    """An adapter file. One of routed experts is read only where its network is made."""
+
+    path: str
+    adapter: Adapter | None
+
+    @property
+    def static(self) -> bool:
+        """Whether it adds one ΔW, which has a low rank: all but T-LoRA, routed experts and DoRA."""
+        plain = self.adapter is not None and self.adapter.schedule is None
+        return plain and not any("magnitude" in roles for roles in self.adapter.layers.values())
+
+
+class Hosts:
+    """Where an adapter's layers are in a model: key, and (dimension, start, length) in a fused layer."""
+
+    def __init__(self, patcher: Any, found: Mapping[str, Any]) -> None:
+        self.patcher = patcher
+        pairs = ((name, (to, None) if isinstance(to, str) else (to[0], to[1])) for name, to in found.items())
+        self._where = {keys.flat(name): where for name, where in pairs if where[0].endswith(".weight")}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def place(self, name: str) -> Place:
+        """The layer and the rows of its output that belong to a name as `keys.flat` spells it."""
+        key, part = self._where[name]
+        if part is not None and part[0] != 0:
+            raise Refused(f"{name} is in columns of {key} here, which no adapter can be put beside")
+        return Place(key.removesuffix(".weight"), None if part is None else (part[1], part[2]))
+
+    def patch_key(self, name: str) -> Any:
+        """The key of `add_patches`."""
+        key, part = self._where[name]
+        return key if part is None else (key, part)
+
+    def layer(self, name: str) -> Layer:
+        return self.patcher.model.get_submodule(self.place(name).module)
+
+    def stand_in(self, name: str) -> Layer:
+        """A layer of the shape that the adapter was trained on, whose weight is one zero."""
+        layer, rows = self.layer(name), self.place(name).rows
+        if isinstance(layer, nn.Conv2d):
+            facts = ("kernel_size", "stride", "padding", "dilation", "groups")
+            told: Any = {fact: getattr(layer, fact) for fact in facts}
+            made = nn.Conv2d(layer.in_channels, layer.out_channels, bias=False, device="meta", **told)
+        else:
+            outs = layer.out_features if rows is None else rows[1]
+            made = nn.Linear(layer.in_features, outs, bias=False, device="meta")
+        made.weight = nn.Parameter(torch.zeros(()).expand(made.weight.shape), requires_grad=False)
+        return made
+
+    def weight(self, name: str) -> Tensor:
+        """W (O, I) in fp32, without what is patched onto it."""
+        key, part = self._where[name]
+        told, convert = self.patcher.get_key_patches(key)[key][0]
+        W = convert(told.detach().to("cpu", copy=True), inplace=True).float()
+        return (W if part is None else W.narrow(*part)).flatten(1)
+
+
+def read(path: str, config: Mapping[str, Any] | None = None) -> File:
+    """An adapter file; `config` is a schedule {min_rank, alpha} that goes before what the file says."""
+    routed = any(key.endswith(_ROUTER) for key in read_tensors(path)[0])
+    return File(path, None if routed else Adapter(path, config=config))
+
+
+def put(model: Any, clip: Any, file: File, strength: float, strength_clip: float = 1.0) -> tuple[Any, Any]:
+    """Clones of model and CLIP with an adapter; `clip` may be None. Raises `Refused` for another base's."""
+    model, clip = model.clone(), None if clip is None else clip.clone()
+    denoiser, encoders = _hosts(model, clip)
+    if file.adapter is None:
+        _live(model, _routed(file.path, denoiser), strength)
+        return model, clip
+    adapter = file.adapter
+    named = {keys.flat(module): module for module in adapter.layers}
+    text = [name for name in named if keys.is_flat_text(name)]
+    pairs: dict[str, Any] = {}
+    _check(file.path, [name for name in named if name not in text], denoiser)
+    if adapter.schedule is not None:
+        adapter.layers = with_copies(adapter.layers, lambda module: denoiser.weight(keys.flat(module)))
+        _live(model, _masked(adapter, [n for n in named if n not in text], denoiser), strength)
+        named = {name: named[name] for name in text}  # an encoder knows no timestep: all ranks are open
+    for name, module in named.items():
+        roles = adapter.layers[module]
+        plain = {role: value for role, value in roles.items() if role != "magnitude"}
+        pair = thin(module, plain, file.path, adapter.fact("method"))
+        pairs[name] = Dora(pair, roles["magnitude"]) if "magnitude" in roles else pair
+    _patch(model, denoiser, {n: p for n, p in pairs.items() if n not in text}, strength)
+    _patch_text(clip, encoders, {n: p for n, p in pairs.items() if n in text}, strength_clip)
+    return model, clip
+
+
+def merged(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
+    """Clones with Σ weights·ΔW. Static adapters are added first, and on one basis keep their rank.
+
+    Raises `Refused` for adapters of different bases, or without a layer in common.
+    """
+    adapters = [file.adapter for file in files if file.adapter is not None and file.static]
+    if len(adapters) < len(files):
+        for file, weight in zip(files, weights, strict=True):
+            model, clip = put(model, clip, file, weight, weight)
+        return model, clip
+    mixture = Mixture(adapters)
+    model, clip = model.clone(), None if clip is None else clip.clone()
+    denoiser, encoders = _hosts(model, clip)
+    pairs = {name: Thin(mixture.up(name), mixture.down(name, weights), 1.0) for name in mixture.modules}
+    text = [name for name in pairs if keys.is_flat_text(name)]
+    _check(files[0].path, [name for name in pairs if name not in text], denoiser)
+    _patch(model, denoiser, {n: p for n, p in pairs.items() if n not in text}, 1.0)
+    _patch_text(clip, encoders, {n: p for n, p in pairs.items() if n in text}, 1.0)
+    return model, clip
+
+
+def _hosts(model: Any, clip: Any) -> tuple[Hosts, Hosts]:
+    found = {} if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    patcher = None if clip is None else clip.patcher
+    return Hosts(model, comfy.lora.model_lora_keys_unet(model.model, {})), Hosts(patcher, found)
+
+
+def _check(path: str, names: Sequence[str], hosts: Hosts) -> None:
+    lost = [name for name in names if name not in hosts]
+    if lost:
+        kind = type(hosts.patcher.model).__name__
+        raise Refused(
+            f"{len(lost)} of {len(names)} layers of {path} are not in this {kind}, for example {lost[0]}; "
+            "the adapter is for another model"
+        )
+
+
+# ---------- one ΔW: weight patches
+
+
+class Dora(comfy.weight_adapter.WeightAdapterBase):
+    """W ← W + strength·(m/‖W + ΔW‖·(W + ΔW) − W), the norm of each output row (arXiv 2402.09353, eq. 5).
+
+    ComfyUI's own patch divides by ‖W‖ instead.
+    """
+
+    name = "lowrank_dora"
+
+    def __init__(self, pair: Thin, magnitude: Tensor) -> None:
+        self.loaded_keys, self.weights = set(), (pair.up, pair.down, magnitude.flatten(), pair.scale)
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Callable[[Tensor], Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Any = None,
+    ) -> Tensor:
+        up, down, m = (value.to(weight.device, torch.float32) for value in self.weights[:3])
+        scale, W = self.weights[3], weight.flatten(1).float()
+        norm = row_norm(W, up, down, scale)
+        g = (m / norm.masked_fill(norm == 0, 1))[:, None]
+        change = (g - 1) * W + g * scale * (up @ down)
+        # in place: the weight may be a part of a larger one
+        weight += function(strength * change.reshape(weight.shape)).to(weight.dtype)
+        return weight
+
+
+def _patch(patcher: Any, hosts: Hosts, pairs: Mapping[str, Any], strength: float) -> None:
+    state, patches = {}, {}
+    for name, pair in pairs.items():
+        outs, ins = host_shape(hosts.stand_in(name))
+        up, down = (pair.weights if isinstance(pair, Dora) else pair)[:2]
+        if (up.shape[0], down.shape[1]) != (outs, ins):
+            raise Refused(
+                f"{name} is {up.shape[0]}×{down.shape[1]} in the adapter and {outs}×{ins} in the model; the "
+                "adapter is for another base"
+            )
+        if isinstance(pair, Dora):
+            patches[hosts.patch_key(name)] = pair
+        else:
+            told = {"up": up, "down": down, "alpha": torch.tensor(pair.scale * len(down))}
+            state |= {f"{name}.{keys.KOHYA[role]}": value for role, value in told.items()}
+    names = {name: hosts.patch_key(name) for name in pairs if f"{name}.{keys.KOHYA['up']}" in state}
+    patches |= comfy.lora.load_lora(state, names)
+    if patches:
+        patcher.add_patches(patches, strength)
+
+
+def _patch_text(clip: Any, hosts: Hosts, pairs: Mapping[str, Any], strength: float) -> None:
+    if pairs and clip is None:
+        logger.warning("%d layers of text encoders are left out; connect a CLIP to use them", len(pairs))
+    elif pairs:
+        _check("the adapter", list(pairs), hosts)
+        _patch(clip, hosts, pairs, strength)
+
+
+# ---------- another change at each step: beside the layers
+
+
+def _live(model: Any, found: tuple[AdapterNetwork, dict[str, Place]], strength: float) -> None:
+    network, places = found
+    Beside(network, places, strength).install(model)
+
+
+def _masked(adapter: Adapter, names: Sequence[str], hosts: Hosts) -> tuple[AdapterNetwork, dict[str, Place]]:
+    """A T-LoRA as pairs of factors whose leading ranks open by the timestep."""
+    assert adapter.schedule is not None  # asked by the caller
+    part = copy.copy(adapter)
+    part.layers = {m: roles for m, roles in adapter.layers.items() if keys.flat(m) in names}
+    mixture = Mixture([part])
+    targets = {keys.flat(t.name): t for t in find("unet", _tree(names, hosts), target=".")}
+    gate = Gate(adapter.schedule.open, adapter.schedule.facts)
+    chosen = [targets[name] for name in mixture.modules]
+    ranks = {targets[name].name: mixture.up(name).shape[1] for name in mixture.modules}
+    size = {name: (rank, float(rank)) for name, rank in ranks.items()}
+    network = AdapterNetwork(replace(STATIC, gate=gate), chosen, lambda t: size[t.name])
+    for layer in network.layers():
+        name = keys.flat(layer.name)
+        values = {"up": mixture.up(name), "down": mixture.down(name, [1.0])}
+        shaped = {role: value.reshape(layer.get_buffer(role).shape) for role, value in values.items()}
+        layer.load(shaped, str(adapter.path))
+    return network, {layer.name: hosts.place(keys.flat(layer.name)) for layer in network.layers()}
+
+
+def _routed(path: str, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, Place]]:
+    """A network of routed experts, of the method that its file names."""
+    state, metadata = read_tensors(path)
+    told = metadata.get("ss_network_module") or f"networks.{metadata.get('lowrank.method')}"
+    names = dict.fromkeys(keys.flat(key.removesuffix(_ROUTER)) for key in state if key.endswith(_ROUTER))
+    if text := [name for name in names if keys.is_flat_text(name)]:
+        raise Refused(f"{path} has experts in text encoders ({text[0]}), which are not offered in ComfyUI")
+    modules = {keys.flat((keys.role_of(key) or (key.rpartition(".")[0],))[0]) for key in state}
+    names = list(names | dict.fromkeys(sorted(name for name in modules if not keys.is_flat_text(name))))
+    _check(path, names, hosts)
+    module: Any = importlib.import_module(told)
+    network, _ = module.create_network_from_weights(1.0, path, None, [], _tree(names, hosts))
+    if network.method.magnitude is not None:
+        raise Refused(f"{path} has lengths beside experts, which are not offered in ComfyUI")
+    needed = {role: keys.KOHYA.get(role, role) for role in network.factor.frozen}
+    if absent := [role for role, end in needed.items() if not any(key.endswith(f".{end}") for key in state)]:
+        raise Refused(f"{path} leaves out {', '.join(absent)}; train with --save_basis full to keep it")
+    network.load_weights(path)
+    return network, {layer.name: hosts.place(keys.flat(layer.name)) for layer in network.layers()}
+
+
+def _tree(names: Sequence[str], hosts: Hosts) -> nn.Module:
+    """A model without values that has the adapter's layers under the paths that it was trained on."""
+    told = _paths(hosts.patcher.model)
+    root = nn.Module()
+    for name in names:
+        *above, last = told.get(name, name).split(".")
+        place = root
+        for part in above:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        place.add_module(last, hosts.stand_in(name))
+    return root
+
+
+def _paths(model: Any) -> dict[str, str]:
+    """diffusers' dotted paths by flat names, as far as ComfyUI knows them."""
+    config = model.model_config.unet_config
+    found = {**comfy.utils.unet_to_diffusers(config), **comfy.utils.flux_to_diffusers(config)}
+    paths = (name.removesuffix(".weight") for name in found if name.endswith(".weight"))
+    return {path.replace(".", "_"): path for path in paths}
