@@ -1,5 +1,5 @@
-"""A training step of a FLUX transformer: ΔR, ΔR-triu, QR-LoRA, LoRA, DoRA, beside PEFT's and the frozen base;
-T-LoRA also beside LyCORIS' own.
+"""A training step of a FLUX transformer: ΔR, ΔR-triu, QR-LoRA, LoRA, DoRA, EffiLoRA, beside PEFT's and the
+frozen base; T-LoRA also beside LyCORIS' own.
 
     python benchmarks/step_time.py --device cpu          # or cuda
     python benchmarks/step_time.py --quick
@@ -27,7 +27,7 @@ from peft import LoraConfig
 
 from lowrank.adapters.targets import FLUX_TARGETS, find
 
-METHODS = ("delta_r", "delta_r_triu", "lora", "qrlora", "dora", "tlora", "tlora plain", "lycoris tlora")
+METHODS = ("delta_r", "delta_r_triu", "lora", "qrlora", "dora", "effilora", "tlora", "tlora plain", "lycoris tlora")
 RIVALS = {"dora": "peft dora"}  # whom a method is compared with, if not with PEFT's LoRA
 TIMESTEP = 500.0  # of every sample: half of the ranks between R_min and R are open
 

@@ -15,6 +15,7 @@ METHODS = {  # method -> what its exports are
     "tlora": "LoRA of rank 2r in pairs, all ranks open, or one timestep (`--at-timestep`)",
     "null_lora": "LoRA of rank r, frozen halves inside",
     "universal_lora": "LoRA of the basis' rank, the core in the up",
+    "effilora": "with num_experts=1 LoRA of rank r; several experts are refused",
     "network_null_lalora_plus": "as null_lora; with use_dora LoRA with lengths",
 }
 READERS = {  # format -> who reads it back in the tests, when installed

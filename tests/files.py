@@ -68,6 +68,7 @@ def network(
     arguments = {
         "target": TARGETS[family],
         **({} if method in PLAIN else {"basis_cache": str(cache)}),
+        **({"num_experts": "1"} if method == "effilora" else {}),  # more have no one ΔW
         **more,
     }
     passed = as_passed(text or [], model) if text else []

@@ -186,7 +186,7 @@ def test_the_norm_is_fp32_in_half_precision_and_under_autocast(kind):
             + layer.scale * U.flatten(1).double() @ D.flatten(1).double()
         )
         with torch.autocast("cpu", torch.bfloat16):
-            norm = layer._row_norm(U, D)
+            norm = layer.row_norm(U, D)
         torch.testing.assert_close(norm.double(), V.square().sum(1).sqrt(), rtol=1e-5, atol=0)
 
 

@@ -72,6 +72,9 @@ COUNTS = {
     rank: {**counts, **NULL[rank], **{name: counts["lora"] + more for name, more in MORE.items()}}
     for rank, counts in COUNTS.items()
 }
+# EffiLoRA: a down for picture, text, and the hidden values of each; 4 ups and a router for each layer
+EFFI = {rank: rank * (2 * (3072 + 12288) + 4 * OUTPUTS + 4 * 342) for rank in COUNTS}
+COUNTS = {rank: {**counts, "effilora": EFFI[rank]} for rank, counts in COUNTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,7 @@ NATIVE = {
     "lora": {"lora_A.weight", "lora_B.weight"},
     "dora": {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"},
     "lalora": {"lora_A.weight", "lora_B.weight"},
+    "effilora": {"lora_A.weight", "lora_B.weight", "router"},
     "delta_r": {"lora.q.weight", "lora.base_r.weight", "lora.delta_r.weight"},
     "delta_r_triu": {"lora.q.weight", "lora.base_r.weight", "lora.delta_r.weight"},
     "qrlora": {"lora_A.weight", "lora_B.weight", "lora.q.weight", "lora.base_r.weight"},

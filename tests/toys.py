@@ -137,9 +137,10 @@ def probes() -> dict[str, Method]:
 
 SHIPPED = (
     *("lora", "dora", "lalora", "delta_r", "delta_r_triu", "qrlora"),
-    *("null_lora", "universal_lora", "network_null_lalora_plus", "tlora"),
+    *("null_lora", "universal_lora", "network_null_lalora_plus", "tlora", "effilora"),
 )
 PLAIN = SHIPPED[:3] + SHIPPED[6:]  # start without a cache of bases
+MERGED = tuple(method for method in SHIPPED if method not in ("effilora", "tlora"))  # have one ΔW
 METHODS = (*SHIPPED, *probes())
 
 

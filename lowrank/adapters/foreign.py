@@ -1,7 +1,7 @@
 """What a method needs of a trainer that knows only the task's loss, which is kohya's.
 
 A gate hears its timesteps from the denoiser and rates are optimizer groups: both are the same everywhere. A
-penalty is added as its gradient; a stage before step 0 cannot be added, and says so.
+penalty is added as its gradient; a stage before step 0 and a choice of layers cannot be added, and say so.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ def check(method: Method, args: Any) -> None:
         raise Refused(
             f"{method.name} pulls parameters ({names}) by gradients this trainer does not see, and under "
             "--mixed_precision fp16 it multiplies its own by a scale; train with bf16 or no"
+        )
+    if method.updates:
+        raise Refused(
+            f"{method.name} lets {method.updates.share:g} of its layers learn in a step, and this trainer "
+            "has all of them learn; give effi_update_ratio=1, or run lowrank's own training script"
         )
 
 

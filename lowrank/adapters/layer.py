@@ -139,7 +139,7 @@ class AdaptedLayer(nn.Module):
         """m = ‖W + ΔW‖ per row, by the same function as in the forward, so that g is exactly 1 at step 0."""
         if self.method.magnitude and not self.host.weight.is_meta:
             with torch.no_grad():
-                self.magnitude.copy_(self._row_norm(*self.factors()).reshape(self.magnitude.shape))
+                self.magnitude.copy_(self.row_norm(*self.factors()).reshape(self.magnitude.shape))
 
     # ------------------------------------------------------------------ mathematics
 
@@ -209,7 +209,7 @@ class AdaptedLayer(nn.Module):
         dW, host = self.multiplier * dW, self.host
         return dW.reshape(-1, host.in_channels, *host.kernel_size) if isinstance(host, nn.Conv2d) else dW
 
-    def _row_norm(self, U: Tensor, D: Tensor) -> Tensor:
+    def row_norm(self, U: Tensor, D: Tensor) -> Tensor:
         """‖W + ΔW‖ per row, in fp32 at least: half precision is off by more than training moves it."""
         wide = torch.promote_types(U.dtype, torch.float32)
         if self.method.experts:
@@ -222,7 +222,7 @@ class AdaptedLayer(nn.Module):
         """g = m/‖W + ΔW‖ (O,), exactly 1 at the start: both are rounded to the magnitude's dtype."""
         detach = self.method.magnitude is None or self.method.magnitude.detach
         with torch.no_grad() if detach else contextlib.nullcontext():
-            norm = self._row_norm(U, D).to(self.magnitude.dtype)
+            norm = self.row_norm(U, D).to(self.magnitude.dtype)
         return self.magnitude.flatten() / norm.masked_fill(norm == 0, 1)  # a dead row stays 0 until it moves
 
     def _stretched(self, out: Tensor, y: Tensor, g: Tensor, share: float = 1.0) -> Tensor:
@@ -254,19 +254,21 @@ class AdaptedLayer(nn.Module):
             h = h * _along_rank(kept, h, self.conv)
         return h
 
-    def _expand(self, x: Tensor, h: Tensor, U: Tensor) -> Tensor:
-        if self.method.experts is None:
-            return F.conv2d(h, U) if self.conv else F.linear(h, U)
-        if not self.conv:
-            read = h if self.method.experts.on == "h" else x
-            return experts.mixture(h, U, self.method.experts.route(read, self.router))
-        h = h.movedim(1, -1)  # (B, h, w, R)
-        return experts.mixture(h, U.flatten(2), self.method.experts.route(h, self.router)).movedim(-1, 1)
+    def hidden(self, x: Tensor, D: Tensor) -> Tensor:
+        """What the ups are applied to, channels where the host has them: h, or of experts w ⊗ h."""
+        h, E = self._project(x, D), self.method.experts
+        if E is None:
+            return h
+        h = h.movedim(1, -1) if self.conv else h  # (B, …, R)
+        read = h if E.on == "h" else x
+        wide = experts.widen(h, E.route(read if E.scope == "token" else experts.pooled(read), self.router))
+        return wide.movedim(-1, 1) if self.conv else wide
 
     def delta(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the branch adds to the host's output y = W x + b, in its shape; only a magnitude reads `y`."""
         U, D = self.factors()
-        d = self._expand(x, self._project(x, D), U) * self.scale
+        h, up = self.hidden(x, D), experts.beside(U) if self.method.experts else U
+        d = (F.conv2d(h, up) if self.conv else F.linear(h, up)) * self.scale
         if self.method.magnitude is not None:
             g = self._gain(U, D)
             d = d * (g.reshape(-1, 1, 1) if self.conv else g)
@@ -286,18 +288,18 @@ class AdaptedLayer(nn.Module):
         if isinstance(self.multiplier, Tensor) or not self._fusable(y, mixed):
             return y + self.delta(x, y).to(y.dtype)
         U, D = self.factors()
-        h = self._project(x, D).flatten(0, -2)
+        h, up = self.hidden(x, D).flatten(0, -2), experts.beside(U) if self.method.experts else U
         if self.method.magnitude is not None:
             g = self._gain(U, D)
-            y, U = self._stretched(y, y, g, self.multiplier), g[:, None] * U
+            y, up = self._stretched(y, y, g, self.multiplier), g[:, None] * up
         # y + s·h·Uᵀ in one call: no separate product and sum of the wide output
         sum_ = torch.addmm(
-            y.flatten(0, -2), h.to(y.dtype), U.to(y.dtype).T, alpha=self.scale * self.multiplier
+            y.flatten(0, -2), h.to(y.dtype), up.to(y.dtype).T, alpha=self.scale * self.multiplier
         )
         return sum_.view(y.shape)
 
     def _fusable(self, y: Tensor, mixed: bool) -> bool:
-        if self.conv or y.dim() < 2 or self.method.experts:
+        if self.conv or y.dim() < 2:
             return False
         return mixed or y.dtype == getattr(self, self.factor.chains[0].up[0]).dtype
 

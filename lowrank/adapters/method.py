@@ -23,7 +23,7 @@ Start = tuple[dict[str, dict[str, Tensor]], dict[str, str]]
 
 
 def structural(default: Any) -> Any:
-    """A field of a method's options that decides which tensors there are; read from files."""
+    """A field of a method's options that decides which tensors there are or what they do; read from files."""
     return field(default=default, metadata={"structural": True})
 
 
@@ -110,6 +110,7 @@ class Experts:
     route: Callable[[Tensor, Tensor], Tensor]
     role: str = "up"
     on: str = "h"  # what the router reads: "h" (the R-wide projection) or "x"
+    scope: str = "token"  # each token or pixel has its own weights, or a "sample" those of its mean
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,22 @@ class Warmup:
     run: Callable[[Any, Samples], None]
 
 
+@dataclass(frozen=True)
+class Updates:
+    """Which layers learn in a step, no slot of the equation: the forward stays as it is.
+
+    In each step `share` of the layers are drawn by importance, and `role` stands still in the others. Every
+    `every` steps a probe leaves of the output of `probed` layers only the share `faint`: what a fixed loss
+    rises by makes them important.
+    """
+
+    role: str
+    share: float
+    every: int
+    probed: int
+    faint: float = 0.01
+
+
 # Slots that cannot be filled together, and why: printed at start, rendered into the documentation.
 CONFLICTS: Mapping[tuple[str, str], str] = {
     ("gate", "magnitude"): "the row norm of W+ΔW would change with every timestep of a batch",
@@ -170,6 +187,7 @@ class Method:
     penalty: tuple[Penalty, ...] = ()
     rates: Mapping[str, float] = field(default_factory=dict)  # role -> multiple of the part's learning rate
     warmup: tuple[Warmup, ...] = ()  # in this order
+    updates: Updates | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what a user should know of this combination; logged at the start
 
@@ -197,7 +215,7 @@ class Method:
             "warmup": self.warmup + other.warmup,
             "notes": self.notes + other.notes,
         }
-        for slot in ("factor", "gate", "experts", "magnitude"):
+        for slot in ("factor", "gate", "experts", "magnitude", "updates"):
             mine, theirs = getattr(self, slot), getattr(other, slot)
             if mine is not None and theirs is not None:
                 raise Refused(f"{self.name} and {other.name} both fill the {slot} slot; choose one of them")

@@ -18,7 +18,7 @@ from lowrank.models import memory
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.options import Parsed, pairs
 from lowrank.surfaces.checks import trains_text
-from lowrank.train import abm, dry, early, inputs, metadata, module, optim, setup, state, warmup
+from lowrank.train import abm, dry, early, inputs, metadata, module, optim, setup, state, updates, warmup
 from lowrank.train.adapt import Job, Script, adapt, changes_text, keep_vae, merge_base_weights
 from lowrank.train.log import RunLog, describe_run
 from lowrank.train.loop import Forward, Run, components, train
@@ -156,8 +156,9 @@ def _train(
     log = RunLog(accelerator, folder, components(network), plan.steps, window)
     facts = early.facts(job, loader, models)
     measured = setup.held_out(parsed, held, forward.losses, job.seed)
+    chooser = updates.sampler(network, forward, held, loader, job.seed)
     keeper = Keeper(
-        parsed, accelerator, network, optimizer, told, log, preview, measured, job.names, facts, plan
+        parsed, accelerator, network, optimizer, told, log, preview, measured, chooser, job.names, facts, plan
     )
 
     progress = keeper.resume() if job.value("resume") else Progress()
@@ -186,6 +187,7 @@ def _train(
         keeper.after_step,
         keeper.after_epoch,
         keeper.last_good,
+        chooser.let_through if chooser else lambda step: {},
     )
     if not job.value("resume"):
         boundaries = abm.stage(parsed.abm, run, held) if parsed.abm.abm_enabled else None

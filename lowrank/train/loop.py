@@ -66,6 +66,8 @@ class Run:
     after_step: Callable[[Progress], bool]  # saves and draws; True to stop
     after_epoch: Callable[[Progress], None]
     last_good: Callable[[], Path | None]
+    # called with a step before its gradients are used: may drop some, returns what to log
+    let_through: Callable[[int], dict[str, float]]
 
     @property
     def accelerator(self) -> Accelerator:
@@ -168,8 +170,9 @@ def train(run: Run, progress: Progress) -> Progress:
                 meter.add(micro.components, micro.per_sample, micro.timesteps)
                 images += len(batch.examples) * accelerator.num_processes
                 if accelerator.sync_gradients:
+                    extra = run.let_through(progress.step)
                     average_gradients(accelerator, parameters)
-                    extra = _clip(run, progress, batch, parameters)
+                    extra |= _clip(run, progress, batch, parameters)
                 run.optimizer.step()
                 run.scheduler.step()
                 run.optimizer.zero_grad(set_to_none=True)

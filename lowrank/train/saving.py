@@ -15,6 +15,7 @@ from lowrank.train.ema import Ema
 from lowrank.train.held import HeldOut
 from lowrank.train.log import RunLog
 from lowrank.train.state import Names, Progress
+from lowrank.train.updates import Sampler
 from lowrank.train.watch import Preview
 
 
@@ -31,6 +32,7 @@ class Keeper:
         log: RunLog,
         preview: Preview,
         held: HeldOut | None,
+        chooser: Sampler | None,
         names: Names,
         run_facts: Mapping[str, Any],
         plan: Any,
@@ -47,6 +49,7 @@ class Keeper:
         self.stop_asked = self.stopped = False
         decay = parsed.value("ema_decay")
         self._ema = Ema(network.parameters(), decay) if decay else None
+        self._stateful = [one for one in (self._ema, chooser) if one]  # what checkpoints hold besides
         every = self._options.save_every_n_epochs
         if self._options.save_n_epoch_ratio:
             every = max(1, plan.epochs // self._options.save_n_epoch_ratio)
@@ -117,7 +120,11 @@ class Keeper:
 
     def _state(self, folder: Path, progress: Progress) -> None:
         self._log.say(f"saving checkpoint: {folder}")
-        extra = self._ema.save if self._ema else None
+
+        def extra(part: Path) -> None:
+            for one in self._stateful:
+                one.save(part)
+
         state.save_state(
             folder, self._accelerator, self._network, progress, self._facts, self._metadata(progress), extra
         )
@@ -194,8 +201,8 @@ class Keeper:
         """Continue from `--resume`."""
         folder = state.find_state(self._parsed.value("resume"), self._names.output_dir)
         progress = state.load_state(folder, self._accelerator, self._network, self._facts)
-        if self._ema:
-            self._ema.load(folder)
+        for one in self._stateful:
+            one.load(folder)
         self._good = folder
         self._log.say(
             f"resumed from {folder}: step {progress.step}, epoch {progress.epoch + 1}, batch "
