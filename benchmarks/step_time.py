@@ -27,7 +27,17 @@ from peft import LoraConfig
 
 from lowrank.adapters.targets import FLUX_TARGETS, find
 
-METHODS = ("delta_r", "delta_r_triu", "lora", "qrlora", "dora", "effilora", "tlora", "tlora plain", "lycoris tlora")
+METHODS = (
+    "delta_r",
+    "delta_r_triu",
+    "lora",
+    "qrlora",
+    "dora",
+    "effilora",
+    "tlora",
+    "tlora plain",
+    "lycoris tlora",
+)
 RIVALS = {"dora": "peft dora"}  # whom a method is compared with, if not with PEFT's LoRA
 TIMESTEP = 500.0  # of every sample: half of the ranks between R_min and R are open
 
