@@ -7,6 +7,7 @@ On a shared Q the sum is Q·(Σ wᵢ sᵢ ΔRᵢ) and keeps rank r. On different
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,17 @@ from lowrank.adapters.targets import find
 from lowrank.adapters.timestep import uncompiled
 from lowrank.errors import Refused
 from lowrank.tensors import write_tensors
-from lowrank.weights.names import Thin, baked, read_layers, refuse_magnitudes, shares_basis, spelled, thin
+from lowrank.weights.names import (
+    Layers,
+    Thin,
+    baked,
+    read_layers,
+    refuse_magnitudes,
+    shares_basis,
+    spelled,
+    thin,
+)
+from lowrank.weights.static import static
 from lowrank.weights.tlora_files import schedule_of, without_dead
 
 STATIC = Method("static", Factor(lambda *_: ({}, {}), trained=()))
@@ -39,7 +50,7 @@ class Adapter:
     ) -> None:
         self.path = Path(path)
         layers, self.metadata = read_layers(path)
-        self.layers = without_dead(layers)
+        self.layers = _folded(without_dead(layers), self.metadata, str(path))
         self.schedule = schedule_of(path, self.layers, self.metadata, config)
         self.baked = at is not None and self.schedule is not None
         if at is not None and self.schedule is not None:
@@ -49,6 +60,30 @@ class Adapter:
         """A fact the file states about itself, or None (official files state none)."""
         value = self.metadata.get(f"lowrank.{name}")
         return None if value in (None, "None") else value
+
+
+def _folded(layers: Layers, metadata: Mapping[str, str], source: str) -> Layers:
+    """Layers of a method with cores or frozen halves as one pair of up and down; routed ones as they are."""
+    roles = {role for one in layers.values() for role in one}
+    if not roles & set(keys.PLAIN) or "router" in roles:
+        return layers
+    name = f"networks.{metadata.get('lowrank.method')}"
+    try:
+        method = importlib.import_module(name).create_network.__self__.made(metadata)
+    except ModuleNotFoundError as error:
+        raise Refused(
+            f"{source} was made by {name}, which is not here; use the release that made it"
+        ) from error
+    found = {}
+    for module, own in layers.items():
+        one = static(module, own, source, method=method)
+        found[module] = {
+            "up": one.up.reshape(*one.up.shape, *(1,) * len(one.kernel)),
+            "down": one.down.reshape(one.rank, -1, *one.kernel),
+            "alpha": torch.tensor(one.scale * one.rank),
+            **({} if one.magnitude is None else {"magnitude": own["magnitude"]}),
+        }
+    return found
 
 
 def refuse_masked(adapters: Sequence[Adapter]) -> None:
