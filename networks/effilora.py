@@ -83,7 +83,7 @@ def share(part: str, path: str, shape: tuple[int, ...]) -> Hashable:
 
 def experts(options: Options, factor: Factor) -> Method:
     """Experts of another factor's trained up side, and which layers learn in a step."""
-    if not factor.plus:
+    if not set(factor.plus) & set(factor.trained):
         raise Refused(
             "experts are several ups that are trained, and this factor trains none; leave enable_effilora out"
         )

@@ -6,10 +6,11 @@ import importlib
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import HOSTS, base, shake
 
+from lowrank.cli import importing
 from lowrank.errors import Refused
 from lowrank.weights import legacy_null
 from lowrank.weights.nullspace import least_used, nullity
@@ -186,7 +187,7 @@ def test_strict_and_a_basis_do_not_go_together():
 
 
 @pytest.mark.parametrize(("length", "swapped"), [("s", False), ("m", False), ("s", True)])
-def test_files_of_the_fork_are_plain_loras(length, swapped):
+def test_files_of_the_fork_are_plain_loras(length, swapped, tmp_path):
     O, I, h = 12, 9, 2
     draw = torch.Generator().manual_seed(0)
 
@@ -214,6 +215,14 @@ def test_files_of_the_fork_are_plain_loras(length, swapped):
     assert legacy_null.is_legacy(state)
     ((up, down),) = legacy_null.plain_lora(state, basis, "old.safetensors").values()
     torch.testing.assert_close(x @ down.T @ up.T, want, rtol=1e-4, atol=1e-4)  # fp32 beside float64
+    save_file(state, tmp_path / "old.safetensors")
+    save_file(basis, tmp_path / "basis.safetensors")
+    line = [str(tmp_path / "old.safetensors"), str(tmp_path / "new.safetensors"), "--base", "sd15"]
+    with pytest.raises(Refused, match="--basis"):
+        importing.main(line)
+    assert importing.main([*line, "--basis", str(tmp_path / "basis.safetensors")]) == 0
+    native = load_file(tmp_path / "new.safetensors")
+    torch.testing.assert_close(native["lora_unet_mid_block_proj.lora_up.weight"], up)
     with pytest.raises(Refused, match="routed"):
         legacy_null.plain_lora({**state, f"{name}.gate.weight": rand(3, I)}, basis, "old.safetensors")
     with pytest.raises(Refused, match="basis file it was trained with"):

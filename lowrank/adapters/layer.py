@@ -46,10 +46,6 @@ class AdaptedLayer(nn.Module):
                 f"{name} is a convolution, whose input and output differ in size, so {method.name} cannot "
                 "route on x there; route on h, or exclude it with --network_args exclude=…"
             )
-        if self.factor.copy and (method.experts or len(self.factor.chains) > 1):
-            raise Refused(
-                f"{method.name} subtracts an initial copy, which works with one chain and no experts"
-            )
         if isinstance(host, nn.Conv2d):
             outs, ins, kernel = host.out_channels, host.in_channels, tuple(host.kernel_size)
         else:

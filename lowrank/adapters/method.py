@@ -198,6 +198,11 @@ class Method:
         return self.factor
 
     def __post_init__(self) -> None:
+        if self.factor and self.factor.copy and (self.experts or len(self.factor.chains) > 1):
+            raise Refused(
+                f"{self.name} subtracts an initial copy of its factors, which is defined for one up; leave "
+                "the experts out"
+            )
         for pair, reason in CONFLICTS.items():
             if all(getattr(self, slot) is not None for slot in pair):
                 raise Refused(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lowrank import __version__
+from lowrank.adapters import keys
 from lowrank.cli.adapter import read
 from lowrank.errors import Refused
 from lowrank.models.family import DTYPES, reading
-from lowrank.tensors import write_tensors
-from lowrank.weights import checkpoint, places, static
+from lowrank.tensors import read_tensors, write_tensors
+from lowrank.weights import checkpoint, legacy_null, places, static
 from lowrank.weights.native import METHODS, Native, method_of, to_native
 from lowrank.weights.static import Plain
 from lowrank.weights.verify import difference
@@ -37,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--method", choices=("auto", *METHODS), default="auto", help="method of the file (auto)"
     )
     made.add_argument("--model", help="base model: what a basis, an official QR file or missing lengths need")
+    made.add_argument("--basis", help="basis file, for a file of the fork's null or universal networks")
     made.add_argument("--rank", type=int, help="rank of the basis (that of the adapter)")
     made.add_argument(
         "--basis_dtype",
@@ -56,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         raise Refused(f"{args.target} is no .safetensors name, and a native file is one; give one")
     if args.rank is not None and args.rank < 1:
         raise Refused(f"--rank {args.rank} is below 1; give 1 or more")
-    adapter = (
-        peft_folder(args.source, args.base) if Path(args.source).is_dir() else read(args.source, args.base)
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        source = args.source if Path(args.source).is_dir() else _readable(args, Path(folder))
+        adapter = peft_folder(source, args.base) if Path(source).is_dir() else read(source, args.base)
     if Path(args.target).resolve() == Path(args.source).resolve():
         raise Refused(f"{args.target} is the file that is read, which is not overwritten; give another name")
     method = method_of(adapter) if args.method == "auto" else args.method
@@ -80,6 +83,27 @@ def main(argv: list[str] | None = None) -> int:
         f"{told}; read back, at most {difference(adapter, read(args.target)):.1e} of a layer's change apart"
     )
     return 0
+
+
+def _readable(args: argparse.Namespace, folder: Path) -> str:
+    """The source, or what it is as a plain LoRA where it is a file of the fork's null networks."""
+    state, _ = read_tensors(args.source)
+    if not legacy_null.is_legacy(state):
+        return args.source
+    if not args.basis:
+        raise Refused(
+            f"{args.source} is of the fork's layout (alpha_up, alpha_down), which leaves its basis out; name "
+            "the basis file that it was trained with (--basis)"
+        )
+    pairs = legacy_null.plain_lora(state, read_tensors(args.basis)[0], args.source)
+    plain = {}
+    for name, (up, down) in pairs.items():
+        root = "lora_" + (name.replace("|", "_") if keys.is_flat_text(name) else f"unet_{name}")
+        plain |= {f"{root}.lora_up.weight": up, f"{root}.lora_down.weight": down}
+        plain[f"{root}.alpha"] = torch.tensor(float(len(down)))
+    path = folder / Path(args.source).name
+    write_tensors(path, plain, {})
+    return str(path)
 
 
 def _write(made: Native, target: str, dtype: torch.dtype | None, source: str) -> None:
