@@ -11,4 +11,5 @@ source tools/find_python.sh
 # The tests' matrices are tiny: more threads only make them wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export MPLBACKEND=Agg TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec "$(venv_python .venv)" -m pytest -q "$@"
+# A file's tests stay in one process, because they share what is slow to make.
+exec "$(venv_python .venv)" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"

@@ -125,7 +125,7 @@ def run_of(model: nn.Module, network: AdapterNetwork, target: nn.Module | None =
     optimizer = torch.optim.AdamW(network.parameters())
     nothing = [None] * 4
     return Run(
-        *(forward, model, [], Data(), optimizer, None, [], 10, 5, 0, 0.0, None, log, *nothing[:3]),
+        *(forward, model, [], Data(), optimizer, None, [], 10, 5, 0, 0.0, None, log, *nothing),
     )
 
 

@@ -25,6 +25,7 @@ CALL = {
     "sdxl": {"num_inference_steps": STEPS, "guidance_scale": 3.0},
 }
 AT_ONCE = 25
+PAIRS = 5  # pictures of each unseen pair: 110 of them alone are right in a share known to ± 0.06
 TRIGGER = "zwxqvk"  # pretraining's nonsense words have at most five letters
 
 
@@ -59,7 +60,7 @@ def measure(
     seen = [seen_scenes()[i] for i in chosen]
     sets: dict[str, tuple[list[Scene], list[str]]] = {
         "seen": (seen, [caption(s) for s in seen]),
-        "unseen pairs": (held := held_pair_scenes(), [caption(s) for s in held]),
+        "unseen pairs": (held := held_pair_scenes() * PAIRS, [caption(s) for s in held]),
         "trigger": (seen[:200], [caption(s, trigger=TRIGGER) for s in seen[:200]]),
     }
     found, first = {}, None
