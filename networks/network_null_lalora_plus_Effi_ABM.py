@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Method, structural
+from lowrank.errors import Refused
 from networks import effilora, network_null_lalora_plus
 
 
@@ -24,6 +25,8 @@ class Options(network_null_lalora_plus.Options, effilora.Options):
     def __post_init__(self) -> None:
         network_null_lalora_plus.Options.__post_init__(self)
         effilora.Options.__post_init__(self)
+        if self.abm_batch_size is not None and self.abm_batch_size < 1:
+            raise Refused(f"network argument abm_batch_size={self.abm_batch_size} is below 1; give 1 or more")
 
 
 def method(options: Options) -> Method:

@@ -13,6 +13,7 @@ nothing is added before step 0. The paper was readable only in part: the norms a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ from lowrank.weights.nullspace import Null, least_active, null_spaces, nullity
 from networks.universal_lora import Directions
 
 SOURCES = ("weight", "activation")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ def fit(
 ) -> dict[str, int]:
     """Even ranks; with `null_adaptive_rank` in proportion to the nullity, at least 2."""
     even = {name: max(2, rank - rank % 2) for name, rank in ranks.items()}
+    changed = [name for name in ranks if even[name] != ranks[name]]
+    if changed:
+        logger.warning(
+            "null_lora has two halves: rank %d becomes %d in %d layers, for example %s; give an even one",
+            *(ranks[changed[0]], even[changed[0]], len(changed), changed[0]),
+        )
     if options.null_adaptive_rank and not any(weight.is_meta for weight in weights.values()):
         found = {name: nullity(weights[name], options.null_threshold) for name in ranks}
         mean = sum(found.values()) / len(found) or 1.0

@@ -73,7 +73,9 @@ def network(
     }
     passed = as_passed(text or [], model) if text else []
     module = importlib.import_module(f"networks.{method}")
-    made = module.create_network(1.0, 4, 2.0, None, passed, model, **arguments)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(13)
+        made = module.create_network(1.0, 4, 2.0, None, passed, model, **arguments)
     made.apply_to(passed, model, bool(text), True)
     return shake(made)
 

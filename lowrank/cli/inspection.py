@@ -82,6 +82,9 @@ def lines(one: Mapping[str, Any], every: bool = False, metadata: bool = False) -
         "‖ΔW‖": f"{one['norm']:.4g}",
         "base": _pairs(one["base"]),
         "basis": one["basis_hash"],
+        "routed": f"{one['experts']} experts a layer: ΔW depends on the input, and has no norm"
+        if one["experts"] > 1
+        else None,
         "schedule": _pairs(one["schedule"]),
         "options": _pairs(one["options"]) if isinstance(one["options"], dict) else one["options"],
         "made": _pairs(one["made"]),

@@ -84,6 +84,7 @@ def of(path: str | Path, method: Method | None = None) -> dict[str, Any]:
         "dtypes": _counted(str(v.dtype).removeprefix("torch.") for v in state.values() if v.dim()),
         "parts": _counted(one["part"] for one in told),
         "targets": _counted(_target(one["path"]) for one in told),
+        "experts": max((one["experts"] for one in told), default=1),
         "norm": math.sqrt(sum((one["norm"] or 0.0) ** 2 for one in told)),
         "base": _facts(metadata, BASE) | _lowrank(metadata, ("base_model", "base_hash")),
         "basis_hash": metadata.get("lowrank.basis_hash"),
@@ -112,6 +113,7 @@ def _layer(
         "outputs": None,
         "inputs": None,
         "norm": None,
+        "experts": 1,
         "lengths": "magnitude" in roles,
         "problem": None,
     }
@@ -121,6 +123,14 @@ def _layer(
     odd = [role for role, value in roles.items() if not _finite(value)]
     if odd:
         return one | {"problem": f"NaN or infinite values in {', '.join(odd)}"}
+    experts = roles["router"].shape[0] if roles.get("router", torch.empty(0)).dim() == 2 else 1
+    if experts > 1:  # its ΔW depends on the input and has no norm
+        ranks = (
+            (method.require_factor().rank_in(role, value.shape) for role, value in roles.items())
+            if method
+            else ()
+        )
+        return one | {"rank": next((rank for rank in ranks if rank), None), "experts": experts}
     try:
         layer = _static(module, roles, source, metadata, method)
     except Refused as refused:

@@ -179,7 +179,7 @@ def to_lycoris(
         why = "starts from other components than the principal ones of W, which LyCORIS takes on loading"
     if why is not None or schedule is None:
         raise Refused(
-            f"{source} {why}, so it would add something else there; write a plain LoRA (--format lora), or "
+            f"{source} {why}, so it would add something else there; write a plain LoRA (--to kohya), or "
             "train with --network_args sig_type=principal use_data_init=True"
         )
     state = {}
