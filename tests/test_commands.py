@@ -98,7 +98,7 @@ def test_the_test_command_and_ci_run_the_whole_suite(tree):
     bash(tree, "tools/setup_env.sh", "dev")
     for script, given in (("run_tests.sh", ("tests/test_tree.py", "-x")), (".ci/run", ())):
         arguments, environment = call(tree, script, *given)
-        assert arguments == ["-m", "pytest", "-q", *given]
+        assert arguments == ["-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *given]
         assert environment["OMP_NUM_THREADS"] == "1"
     assert call(tree, "run_tests.sh", OMP_NUM_THREADS="2")[1]["OMP_NUM_THREADS"] == "2"
 
