@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +28,8 @@ from unittest import mock
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image, ImageFile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.data import plan
 from lowrank.data.cache import Cache

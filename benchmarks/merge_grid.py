@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import importlib
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from step_time import inputs, model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.weights.merge import Adapter, Mixture
 

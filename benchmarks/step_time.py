@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.adapters.targets import FLUX_TARGETS, find
 
