@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from compositions import ADDITIONS, FACTORS, export, joined  # noqa: E402
+from compositions import ADDITIONS, FACTORS, export, joined  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from lowrank.adapters.method import CONFLICTS  # noqa: E402
 
