@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from test_networks import TINY
+from files import FLUX
 from torch import nn
 from toys import METHODS, probes, shake
 
@@ -57,8 +57,8 @@ def pair():
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        ours = FluxTransformer2DModel(**TINY).requires_grad_(False).eval()
-        return ours, Flux(ours, TINY["num_layers"]).requires_grad_(False)
+        ours = FluxTransformer2DModel(**FLUX).requires_grad_(False).eval()
+        return ours, Flux(ours, FLUX["num_layers"]).requires_grad_(False)
 
 
 def changes(network: AdapterNetwork, at: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from files import FLUX
 from lycoris.modules.locon import LoConModule
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from test_networks import TINY, made
+from test_networks import made
 from toys import HOSTS, RANK, base, network, shake
 
 from lowrank.adapters import magnitude
@@ -147,8 +148,8 @@ def test_files_of_peft_and_lycoris_are_read(kind):
 
 def test_diffusers_loads_the_native_flux_file(cache, tmp_path):
     torch.manual_seed(0)
-    flux = FluxTransformer2DModel(**TINY).requires_grad_(False)
-    other = FluxTransformer2DModel(**TINY).requires_grad_(False)
+    flux = FluxTransformer2DModel(**FLUX).requires_grad_(False)
+    other = FluxTransformer2DModel(**FLUX).requires_grad_(False)
     other.load_state_dict(flux.state_dict())
     net = shake(made("dora", flux, cache, rank=4, alpha=4.0), 0.1)
     net.save_weights(str(tmp_path / "a.safetensors"), None, {})

@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from files import FLUX
 from safetensors.torch import save_file
-from test_networks import TINY, base_of, made
+from test_networks import base_of, made
 from toys import shake
 
 from lowrank.adapters.host import dense_weight
@@ -25,7 +26,7 @@ from lowrank.weights.residual import check_residual, write_residual
 def flux():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return FluxTransformer2DModel(**TINY).requires_grad_(False).eval()
+        return FluxTransformer2DModel(**FLUX).requires_grad_(False).eval()
 
 
 @pytest.fixture
@@ -186,11 +187,11 @@ def test_mixtures_refuse_what_does_not_belong_together(flux, saved, cache, tmp_p
     double.save_weights(str(tmp_path / "double.safetensors"), None, {})
     with pytest.raises(Refused, match="no layer in common"):
         Mixture([Adapter(tmp_path / "single.safetensors"), Adapter(tmp_path / "double.safetensors")])
-    smaller = FluxTransformer2DModel(**{**TINY, "num_attention_heads": 1})
+    smaller = FluxTransformer2DModel(**{**FLUX, "num_attention_heads": 1})
     with pytest.raises(Refused, match="another base"):
         Mixture([Adapter(style)]).attach(smaller)
     with pytest.raises(Refused, match="not in"):
-        Mixture([Adapter(style)]).attach(FluxTransformer2DModel(**{**TINY, "num_layers": 0}))
+        Mixture([Adapter(style)]).attach(FluxTransformer2DModel(**{**FLUX, "num_layers": 0}))
     with pytest.raises(Refused, match="holds no adapter"):
         torch_file = tmp_path / "none.safetensors"
         save_file({"x": torch.zeros(1)}, torch_file)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from files import FLUX
 from toys import PLAIN, SHIPPED, base, network, shake
 
 from lowrank.adapters import kohya
@@ -17,24 +18,12 @@ from lowrank.models.flux import flux_dev_config
 from lowrank.tensors import read_tensors
 from lowrank.train.module import create, facade_of, find_module, optimizer_groups
 
-TINY = {
-    **flux_dev_config(),
-    "in_channels": 16,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 24,
-    "pooled_projection_dim": 20,
-    "axes_dims_rope": (4, 6, 6),
-}
-
 
 @pytest.fixture
 def flux():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return FluxTransformer2DModel(**TINY).requires_grad_(False)
+        return FluxTransformer2DModel(**FLUX).requires_grad_(False)
 
 
 def made(name: str, model, cache, rank: int = 4, alpha=None, **arguments):
@@ -225,7 +214,7 @@ def test_official_files_are_read(flux, cache, tmp_path):
 
 
 def base_of(model):
-    fresh = type(model)(**TINY)
+    fresh = type(model)(**FLUX)
     fresh.load_state_dict(model.state_dict())
     return fresh.requires_grad_(False)
 

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from pathlib import Path
 
 from lowrank.adapters.method import Method
-from lowrank.errors import Refused
 from lowrank.tensors import read_metadata
-from lowrank.train.module import facade_of, find_module
 from lowrank.weights import static
 from lowrank.weights.static import Plain
 
 
 def made_by(path: str | Path) -> Method | None:
     """The method that a file says it was made by, with its options; None where it says none of ours."""
-    metadata = read_metadata(path)
-    name = metadata.get("lowrank.method")
-    if not name or not name.isidentifier() or importlib.util.find_spec(f"networks.{name}") is None:
-        return None
-    facade = facade_of(find_module(name))
-    try:
-        options = json.loads(metadata.get("lowrank.options", "{}"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise Refused(f"{path} has damaged metadata (lowrank.options: {error}); use another file") from error
-    return None if facade is None or not isinstance(options, dict) else facade.made(metadata)
+    return static.made_by(read_metadata(path), str(path))
 
 
 def read(path: str | Path, family: str | None = None) -> Plain:

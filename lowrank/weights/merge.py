@@ -7,7 +7,6 @@ On a shared Q the sum is Q·(Σ wᵢ sᵢ ΔRᵢ) and keeps rank r. On different
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from lowrank.weights.names import (
     spelled,
     thin,
 )
-from lowrank.weights.static import static
+from lowrank.weights.static import made_by, static
 from lowrank.weights.tlora_files import schedule_of, without_dead
 
 STATIC = Method("static", Factor(lambda *_: ({}, {}), trained=()))
@@ -67,13 +66,10 @@ def _folded(layers: Layers, metadata: Mapping[str, str], source: str) -> Layers:
     roles = {role for one in layers.values() for role in one}
     if not roles & set(keys.PLAIN) or "router" in roles:
         return layers
-    name = f"networks.{metadata.get('lowrank.method')}"
-    try:
-        method = importlib.import_module(name).create_network.__self__.made(metadata)
-    except ModuleNotFoundError as error:
-        raise Refused(
-            f"{source} was made by {name}, which is not here; use the release that made it"
-        ) from error
+    method = made_by(metadata, source)
+    if method is None:
+        name = f"networks.{metadata.get('lowrank.method')}"
+        raise Refused(f"{source} was made by {name}, which is not here; use the release that made it")
     found = {}
     for module, own in layers.items():
         one = static(module, own, source, method=method)
@@ -86,12 +82,16 @@ def _folded(layers: Layers, metadata: Mapping[str, str], source: str) -> Layers:
     return found
 
 
+def masked(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The T-LoRAs among the adapters that are not baked at one timestep."""
+    return [adapter for adapter in adapters if adapter.schedule is not None]
+
+
 def refuse_masked(adapters: Sequence[Adapter]) -> None:
     """Raise `Refused` for a T-LoRA that is not baked at one timestep: it has no one ΔW."""
-    masked = [adapter for adapter in adapters if adapter.schedule is not None]
-    if masked:
+    if gated := masked(adapters):
         raise Refused(
-            f"{masked[0].path} is a T-LoRA, another change at every timestep, and a merged file has one; "
+            f"{gated[0].path} is a T-LoRA, another change at every timestep, and a merged file has one; "
             "name a timestep with --at_timestep"
         )
 
@@ -143,11 +143,6 @@ class Mixture:
         }
 
     @property
-    def masked(self) -> list[Adapter]:
-        """The T-LoRAs among the adapters."""
-        return [adapter for adapter in self.adapters if adapter.schedule is not None]
-
-    @property
     def adapts_text(self) -> bool:
         """Whether a text encoder has layers in the sum."""
         return any(map(keys.is_text_encoder, self.modules.values()))
@@ -186,7 +181,7 @@ class Mixture:
 
         A T-LoRA among others is attached by itself, for its ranks open and close.
         """
-        if len(self.adapters) == 1 or not self.masked:
+        if len(self.adapters) == 1 or not masked(self.adapters):
             return AttachedMixture(self, denoiser, text_encoders, dtype)
         return AttachedParts(self, denoiser, text_encoders, dtype)
 

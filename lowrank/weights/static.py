@@ -7,6 +7,8 @@ compared without a line of its own. Shapes: O out, I in with a convolution's ker
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import bfl
+from lowrank.adapters.kohya import Facade
 from lowrank.adapters.layer import AdaptedLayer, Clock
 from lowrank.adapters.method import Method
 from lowrank.adapters.targets import Layer
@@ -131,6 +134,21 @@ def read(
     if not found:
         raise Refused(f"{path} holds only layers whose change is zero; it has nothing to convert")
     return Plain(str(path), family, found, metadata, raw, tuple(skipped))
+
+
+def made_by(metadata: Mapping[str, str], source: str) -> Method | None:
+    """The method that metadata name, with its options; None where they name none of ours."""
+    name = metadata.get("lowrank.method")
+    if not name or not name.isidentifier() or importlib.util.find_spec(f"networks.{name}") is None:
+        return None
+    facade = getattr(importlib.import_module(f"networks.{name}").create_network, "__self__", None)
+    try:
+        options = json.loads(metadata.get("lowrank.options", "{}"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Refused(
+            f"{source} has damaged metadata (lowrank.options: {error}); use another file"
+        ) from error
+    return facade.made(metadata) if isinstance(facade, Facade) and isinstance(options, dict) else None
 
 
 def roles_of(method: Method) -> tuple[str, ...]:
