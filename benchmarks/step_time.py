@@ -1,5 +1,5 @@
-"""A training step of a FLUX transformer: ΔR, ΔR-triu, QR-LoRA, LoRA, DoRA, EffiLoRA, beside PEFT's and the
-frozen base; T-LoRA also beside LyCORIS' own.
+"""A training step of a FLUX transformer with each method beside PEFT's LoRA and the frozen base; DoRA beside
+PEFT's, T-LoRA also beside LyCORIS'.
 
     python benchmarks/step_time.py --device cpu          # or cuda
     python benchmarks/step_time.py --quick
@@ -30,17 +30,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.adapters.targets import FLUX_TARGETS, find
 
-METHODS = (
-    "delta_r",
-    "delta_r_triu",
-    "lora",
-    "qrlora",
-    "dora",
-    "effilora",
-    "tlora",
-    "tlora plain",
-    "lycoris tlora",
-)
+OURS = {  # the network module's arguments
+    "delta_r": {},
+    "delta_r_triu": {},
+    "lora": {},
+    "qrlora": {},
+    "null_lora": {},
+    "universal_lora": {"basis_path": "auto:random"},
+    "dora": {},
+    "effilora": {},
+    "tlora": {},
+    "tlora plain": {"orthogonal": "False"},
+}
+METHODS = (*OURS, "lycoris tlora")
 RIVALS = {"dora": "peft dora"}  # whom a method is compared with, if not with PEFT's LoRA
 TIMESTEP = 500.0  # of every sample: half of the ranks between R_min and R are open
 
@@ -111,9 +113,8 @@ def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Ca
         parameters = lycoris_tlora(denoiser, args)
     else:
         module = importlib.import_module(f"networks.{name.split()[0]}")
-        more = {"basis_cache": args.cache} if name in ("delta_r", "delta_r_triu", "qrlora") else {}
-        more |= {"orthogonal": "False"} if name == "tlora plain" else {}
-        network = module.create_network(1.0, args.rank, args.rank, None, [], denoiser, **more)
+        cache = {"basis_cache": args.cache} if name in ("delta_r", "delta_r_triu", "qrlora") else {}
+        network = module.create_network(1.0, args.rank, args.rank, None, [], denoiser, **cache, **OURS[name])
         network.apply_to([], denoiser, False, True)
         network.cast_frozen(dtype)
         network.to(args.device)
