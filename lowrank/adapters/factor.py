@@ -304,22 +304,6 @@ def _pivots(core: Tensor, floor: float) -> Tensor:
 # ------------------------------------------------------------------ algebra of factor pairs
 
 
-def low_rank(up: Tensor, core: Tensor | None, down: Tensor) -> Tensor:
-    """ΔW = U C D, (O, I) or (O, I, kh, kw), from up (O, R) or (O, R, 1, 1) and down (R, I) or (R, I, kh, kw).
-
-    core is (R, R), its diagonal (R,), or None for the identity.
-    """
-    rows = down.flatten(1)  # (R, I·kh·kw)
-    if core is not None:
-        rows = core[:, None] * rows if core.dim() == 1 else core @ rows
-    return (up.flatten(1) @ rows).unflatten(1, down.shape[1:])
-
-
-def trapezoid(down: Tensor) -> Tensor:
-    """D (R, I) or (R, I, kh, kw) with zeros below the diagonal of its leading R × R block."""
-    return down.flatten(1).triu().view_as(down)
-
-
 def concat(parts: Sequence[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """One (up, down) for the sum of scale · up · down over `parts`: exact, ranks added, scales in the downs.
 
@@ -334,7 +318,8 @@ def concat(parts: Sequence[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tenso
 def resize(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best (up, down) of a lower rank, balanced, and its relative Frobenius error; no O × I is formed.
 
-    Shapes as in `low_rank`; float64 inside, the inputs' dtypes outside. Raises `Refused` for a higher rank.
+    up is (O, R) or (O, R, 1, 1), down (R, I) or (R, I, kh, kw); float64 inside, the inputs' dtypes outside.
+    Raises `Refused` for a higher rank.
     """
     q_up, r_up = torch.linalg.qr(up.flatten(1).double())  # (O, k), (k, R)
     q_down, r_down = torch.linalg.qr(down.flatten(1).double().mT)  # (I, l), (l, R)

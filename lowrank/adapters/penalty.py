@@ -20,12 +20,6 @@ def quadratic(
     return 0.5 * torch.stack(terms).sum()
 
 
-def orthogonality(matrix: Tensor) -> Tensor:
-    """‖MᵀM − I‖²_F of a tall matrix (O, R), or ‖MMᵀ − I‖²_F of a wide one."""
-    gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
-    return (gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).square().sum()
-
-
 class Spectrum(NamedTuple):
     """A symmetric matrix M = V·diag(v)·Vᵀ + diag(d) that is ≥ 0; leading dimensions are a batch."""
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import resource
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -124,17 +122,3 @@ def tf32(allowed: bool) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def reset_peak(device: str | torch.device) -> None:
-    """Begin a new measurement of `peak` on CUDA; a process's peak on the CPU cannot be reset."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak(device: str | torch.device) -> int:
-    """Most bytes in use so far: tensors on a CUDA device, or resident memory of this process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024  # kilobytes on Linux

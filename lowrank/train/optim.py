@@ -75,11 +75,6 @@ class Plan(NamedTuple):
         """Optimizer steps of about one epoch, at least 1: steps need not end where epochs do."""
         return max(1, self.batches // self.accumulation)
 
-    @property
-    def micro_batches(self) -> int:
-        """Of the whole run, over all processes."""
-        return self.steps * self.accumulation * self.processes
-
 
 def plan(
     batches: int, processes: int, accumulation: int, max_train_steps: int, max_train_epochs: int | None = None
