@@ -67,7 +67,7 @@ SDXL = Kind(
         "projection_class_embeddings_input_dim": 6 * 16 + 64,
     },
     (64, 64),
-    Plan(steps=3500, lr=1e-3, warmup=300, decay=0.999, seed=3),
+    Plan(steps=4500, lr=1e-3, warmup=300, decay=0.999, seed=3),
 )
 
 
