@@ -160,6 +160,10 @@ def test_an_exception_leaves_no_mask_and_removal_no_trace(tmp_path):
             with pytest.raises(RuntimeError, match="inside the model"):
                 model(x, encoder=1, timestep=t)
             assert clock.timestep is None and not clock.masks
+            with torch.enable_grad():
+                with pytest.raises(RuntimeError, match="inside the model"):
+                    model(x, encoder=1, timestep=t)
+                assert clock.timestep is None and not clock.masks
         assert torch.equal(model(x, timestep=t), before)
     assert not model._forward_pre_hooks and not model._forward_hooks and "forward" not in model.first.__dict__
 

@@ -200,8 +200,10 @@ class Hook:
             self._earlier = clock.timestep
             clock.tell(rule.timestep(told, clock.steps()))
 
-        def after(*_: Any) -> None:
-            if not torch.is_grad_enabled():  # a backward may yet recompute this forward, or the one before
+        def after(_module: nn.Module, _args: tuple, out: Any) -> None:
+            # after a forward that raised, torch gives no output; with one and a gradient, a backward may yet
+            # recompute this forward, or the one before
+            if out is None or not torch.is_grad_enabled():
                 clock.tell(self._earlier)
 
         self._earlier: Tensor | None = None
