@@ -4,7 +4,8 @@
 
 Lines of OUT, in the order of the calls: `{"told": [t, …]}` where a denoiser of the checkout begins, and
 `{"layer": name, "open": [n, …]}` where a layer of ours has projected, with the ranks that are not zero in each
-sample; `grad` and `train` are torch's and the network's mode. `{"pull": …}` is what a penalty adds.
+sample; `grad` and `train` are torch's and the network's mode. `pull` is the norm of the gradient that a penalty
+adds in front of a step, and `rates` are the learning rates of the optimizer's groups.
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ def watch(write: Any) -> None:
             )
 
     network.AdapterNetwork.on_step_start = started
+    groups = network.AdapterNetwork.prepare_optimizer_params_with_multiple_te_lrs
+
+    def grouped(made: Any, *args: Any) -> Any:
+        found, told = groups(made, *args)
+        write(rates={name: group["lr"] for name, group in zip(told, found, strict=True)})
+        return found, told
+
+    network.AdapterNetwork.prepare_optimizer_params_with_multiple_te_lrs = grouped
 
 
 def _watch_denoiser(kind: Any, write: Any) -> None:

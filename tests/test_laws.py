@@ -191,6 +191,19 @@ def test_law_8_a_batch_of_timesteps_is_batches_of_one(method, kind, cache):
         )
 
 
+@pytest.mark.parametrize("method", (*MERGED, "tlora"))
+def test_little_learning_is_not_lost_in_half_precision(method, cache):
+    made = shake(network(method, base("linear"), cache), scale=1e-4)
+    with torch.no_grad():
+        before = [layer.delta_weight(torch.zeros(1)) for layer in made.layers()]
+        made.to(torch.bfloat16)
+        for layer, dW in zip(made.layers(), before, strict=True):
+            if layer.method.magnitude is None:  # whose lengths are rounded
+                assert dW is not None and dW.any()
+                after = layer.delta_weight(torch.zeros(1))
+                torch.testing.assert_close(after, dW.to(after), rtol=0, atol=0.02 * float(dW.abs().max()))
+
+
 @pytest.mark.parametrize("kind", HOSTS)
 @pytest.mark.parametrize("method", MERGED)
 def test_merge_to_is_the_live_output_and_restores(method, kind, cache):

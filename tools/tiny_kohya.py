@@ -91,7 +91,7 @@ def make(folder: Path) -> None:
         "projection_class_embeddings_input_dim": 6 * 256 + 128,
     }
     pipe.unet = UNet2DConditionModel(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
-    pipe.text_encoder = tiny.clip(len(vocab), layers=12, hidden_act="quick_gelu")
+    pipe.text_encoder = tiny.clip(len(vocab), num_hidden_layers=12, hidden_act="quick_gelu")
     assert isinstance(pipe.text_encoder_2, CLIPTextModelWithProjection)
     pipe.save_pretrained(folder / "sdxl")
     make_tiny_flux.make(folder / "parts")

@@ -131,6 +131,18 @@ class AdaptedLayer(nn.Module):
         if "alpha" in values:
             self.scale = float(self.alpha) / self.rank
 
+    def _apply(self, fn, recurse=True):
+        """As torch's; where an initial copy is subtracted, no dtype becomes narrower.
+
+        Rounding U and U₀ apart would change U − U₀ by more than training did.
+        """
+
+        def moved(value: Tensor) -> Tensor:
+            made = fn(value)
+            return value.to(made.device) if made.dtype.itemsize < value.dtype.itemsize else made
+
+        return super()._apply(fn if self.factor.copy is None else moved, recurse)
+
     def start_magnitude(self) -> None:
         """m = ‖W + ΔW‖ per row, by the same function as in the forward, so that g is exactly 1 at step 0."""
         if self.method.magnitude and not self.host.weight.is_meta:
