@@ -3,8 +3,8 @@
     SD_SCRIPTS=… python tests/kohya_spy.py OUT.jsonl train_network.py …
 
 Lines of OUT, in the order of the calls: `{"told": [t, …]}` where a denoiser of the checkout begins, and
-`{"layer": name, "open": [n, …]}` where a layer of ours has projected, with the ranks that are not zero in each
-sample; `grad` and `train` are torch's and the network's mode. `pull` is the norm of the gradient that a penalty
+`{"layer": name, "open": [n, …]}` where a layer of ours has projected, with the ranks that are not zero in
+each sample; `grad` is torch's mode. `pull` is the norm of the gradient that a penalty
 adds in front of a step, and `rates` are the learning rates of the optimizer's groups.
 """
 
@@ -19,11 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tools import tiny_kohya
 
 DENOISERS = {
     "library.original_unet": ("UNet2DConditionModel", "InferUNet2DConditionModel"),
@@ -45,7 +40,7 @@ def watch(write: Any) -> None:
         per_rank = h.detach().movedim(1, -1) if layer.conv else h.detach()
         alive = (per_rank != 0).reshape(h.shape[0], -1, h.shape[1 if layer.conv else -1]).any(1)
         ranks = alive.reshape(h.shape[0], -1, layer.rank).any(1)  # of an initial copy too
-        write(layer=layer.name, open=ranks.sum(1).tolist(), grad=torch.is_grad_enabled(), train=layer.training)
+        write(layer=layer.name, open=ranks.sum(1).tolist())
         return h
 
     layers.AdaptedLayer._project = projected
@@ -81,14 +76,16 @@ def _watch_denoiser(kind: Any, write: Any) -> None:
     def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
         told = kwargs.get("timesteps", kwargs.get("timestep", args[1] if len(args) > 1 else None))
         times = torch.as_tensor(told).double().reshape(-1) * scale
-        write(told=times.tolist(), grad=torch.is_grad_enabled(), train=self.training)
+        write(told=times.round(decimals=3).tolist(), grad=torch.is_grad_enabled())
         return forward(self, *args, **kwargs)
 
     kind.forward = heard
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    tiny_kohya: Any = importlib.import_module("tools.tiny_kohya")
     tiny_kohya.shrink()
     with open(sys.argv[1], "w") as out:
         watch(lambda **facts: out.write(json.dumps(facts) + "\n"))
-        tiny_kohya.main(sys.argv[2:])
+        tiny_kohya.call(sys.argv[2:])

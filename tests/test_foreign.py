@@ -53,8 +53,12 @@ def test_what_kohya_cannot_do_is_refused():
     with pytest.raises(Refused, match=r"warmed begins with a stage on data .*--network_weights"):
         foreign.check(WARMED, SimpleNamespace(network_weights=None))
     foreign.check(WARMED, SimpleNamespace(network_weights="warmed.safetensors"))
-    with pytest.raises(Refused, match=r"abm_enabled asks for the ABM stage .* --abm_enabled and give its file"):
-        foreign.check(Method("plain", FACTOR), SimpleNamespace(network_args=["abm_enabled=True", "abm_steps=9"]))
+    with pytest.raises(
+        Refused, match=r"abm_enabled asks for the ABM stage .* --abm_enabled and give its file"
+    ):
+        foreign.check(
+            Method("plain", FACTOR), SimpleNamespace(network_args=["abm_enabled=True", "abm_steps=9"])
+        )
     read = Method("plain", FACTOR, options={"abm_batch_size": 4})
     foreign.check(read, SimpleNamespace(network_args=["abm_batch_size=4"]))
     foreign.check(Method("plain", FACTOR), SimpleNamespace(mixed_precision="fp16"))

@@ -8,6 +8,7 @@ first the tests are skipped. Each trains or draws with the checkout's own script
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lowrank.adapters.gate import open_ranks
+
 ROOT = Path(__file__).resolve().parents[1]
 CHECKOUT = os.environ.get("SD_SCRIPTS")
 PYTHON = os.environ.get("SD_SCRIPTS_PYTHON", sys.executable)
@@ -31,10 +34,11 @@ STAGED = ("network_null_lalora", "network_null_lalora_plus", "universal_lalora",
 SCRIPTS = {"sd": "train_network.py", "sdxl": "sdxl_train_network.py", "flux": "flux_train_network.py"}
 
 
-def run(*line: object, fails: bool = False) -> str:
-    """Output of a script of the checkout, or of `make FOLDER`."""
+def run(*line: object, fails: bool = False, spy: Path | None = None) -> str:
+    """Output of a script of the checkout, or of `make FOLDER`; `spy` is where kohya_spy.py writes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [PYTHON, str(ROOT / "tools" / "tiny_kohya.py"), *map(str, line)]
+    script = (ROOT / "tools" / "tiny_kohya.py",) if spy is None else (ROOT / "tests" / "kohya_spy.py", spy)
+    command = [PYTHON, *map(str, (*script, *line))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
     told = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, told[-3000:]
@@ -52,7 +56,14 @@ def models(tmp_path_factory):
 def train(models, tmp_path):
     """A function (family, network module, flags) that trains two steps; gives the file, or what was said."""
 
-    def call(family: str, network: str, *more: object, fails: bool = False, steps: int = 2):
+    def call(
+        family: str,
+        network: str,
+        *more: object,
+        fails: bool = False,
+        steps: int = 2,
+        spy: Path | None = None,
+    ):
         line = {
             "tokenizer_cache_dir": models / "tokenizers",
             "train_data_dir": models / "data",
@@ -79,7 +90,8 @@ def train(models, tmp_path):
             }
         given = {str(word) for word in more}
         words = [w for k, v in line.items() if f"--{k}" not in given for w in (f"--{k}", v)]
-        told = run(SCRIPTS[family], *words, "--cache_latents", "--no_half_vae", *more, fails=fails)
+        words += ["--cache_latents", "--no_half_vae", *more]
+        told = run(SCRIPTS[family], *words, fails=fails, spy=spy)
         return told if fails else tmp_path / f"{_after('--output_name', more) or 'made'}.safetensors"
 
     return call
@@ -199,7 +211,14 @@ def test_small_memory(family, more, network, train):
     finite(train(family, f"networks.{network}", *more))
 
 
-def picture(models: Path, out: Path, *more: object, family: str = "sd"):
+def picture(
+    models: Path,
+    out: Path,
+    *more: object,
+    family: str = "sd",
+    spy: Path | None = None,
+    fails: bool = False,
+):
     import numpy
     from PIL import Image
 
@@ -215,7 +234,10 @@ def picture(models: Path, out: Path, *more: object, family: str = "sd"):
         "images_per_prompt": 1,
         "sampler": "ddim",
     }
-    run(script, *(w for k, v in line.items() for w in (f"--{k}", v)), "--no_preview", *more)
+    words = [w for k, v in line.items() for w in (f"--{k}", v)]
+    told = run(script, *words, "--no_preview", *more, fails=fails, spy=spy)
+    if fails:
+        return told
     return numpy.asarray(Image.open(next(out.glob("*.png")))).astype(int)
 
 
@@ -229,3 +251,176 @@ def test_gen_img_draws_live_and_merged_alike(family, network, train, models, tmp
     ready = picture(models, tmp_path / "ready", *use, "--network_pre_calc", family=family)
     assert abs(live - base).mean() > 1
     assert abs(merged - live).max() <= 1 and abs(ready - live).max() <= 1
+
+
+# ------------------------------------------------------------------ gates, penalties, rates, experts, stages
+
+TLORA = ("--network_dim", 8, "--network_args", "tlora_min_rank=1")
+VALIDATED = ("--validation_split", 0.34, "--validate_every_n_steps", 1, "--validation_seed", 1)
+ISOTROPIC = ("--network_args", "basis_path=none", "lalora_isotropic=True")
+EVERYTHING = "network_null_lalora_plus_Effi_ABM"
+
+
+def heard(spy: Path) -> list[dict]:
+    return [json.loads(line) for line in spy.read_text().splitlines()]
+
+
+def masks(spy: Path) -> dict[bool, set[tuple[int, ...]]]:
+    """Ranks open in the samples of each call, with and without gradient, each as its timesteps ask."""
+    timesteps, asked, found = torch.empty(0), False, {True: set(), False: set()}
+    for fact in heard(spy):
+        if "told" in fact:
+            timesteps, asked = torch.tensor(fact["told"]), fact["grad"]
+        elif fact.get("layer", "").startswith("lora_unet"):
+            want = open_ranks(timesteps, 8, 1).repeat_interleave(len(fact["open"]) // len(timesteps))
+            assert fact["open"] == want.tolist(), (fact, timesteps)
+            found[asked].add(tuple(fact["open"]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("sd", (*VALIDATED, "--gradient_checkpointing")),
+        ("sdxl", ("orthogonal=False", "--gradient_checkpointing")),
+        ("sdxl", ("--mixed_precision", "bf16", "--full_bf16")),
+        ("flux", ("orthogonal=False",)),
+        ("flux", (*VALIDATED, "--gradient_checkpointing")),
+        ("flux", ("--gradient_checkpointing", "--blocks_to_swap", 2, "--network_train_unet_only")),
+        ("flux", ("--mixed_precision", "bf16", "--fp8_base", "--network_train_unet_only")),
+    ],
+)
+def test_each_sample_has_the_ranks_of_its_timestep(family, more, train, tmp_path):
+    spy = tmp_path / "heard"
+    train(family, "networks.tlora", *TLORA, *more, "--train_batch_size", 2, steps=3, spy=spy)
+    found = masks(spy)
+    assert any(len(set(ranks)) == 2 for ranks in found[True])  # two samples of a batch differ
+    if VALIDATED[0] in more:
+        assert len(found[False]) == 4  # kohya validates at four timesteps
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
+def test_pictures_while_training_have_the_masks(family, train, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a photo of a dog --w 64 --h 64 --d 1 --s 3 --l 5")
+    draw = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 1, "--sample_at_first")
+    spy = tmp_path / "heard"
+    train(family, "networks.tlora", *TLORA, *draw, "--sample_sampler", "ddim", spy=spy)
+    assert len(masks(spy)[False]) == 3
+
+
+def test_the_prior_of_output_preservation_leaves_the_timesteps_alone(train, models, tmp_path):
+    """kohya runs the base between a forward and its backward, which checkpointing recomputes."""
+    (tmp_path / "data.toml").write_text(
+        "[general]\nresolution = 64\ncaption_extension = '.txt'\n[[datasets]]\nbatch_size = 2\n"
+        f"[[datasets.subsets]]\nimage_dir = '{models / 'data' / '4_dog'}'\nnum_repeats = 4\n"
+        "custom_attributes = { diff_output_preservation = true, diff_output_preservation_trigger = 'dog', "
+        "diff_output_preservation_class = 'animal' }\n"
+    )
+    spy, ranks = tmp_path / "heard", []
+    more = ("--dataset_config", tmp_path / "data.toml", "--gradient_checkpointing")
+    train("sd", "networks.tlora", *TLORA, *more, spy=spy)
+    for fact in heard(spy):
+        if fact.get("told") and fact["grad"]:
+            ranks = open_ranks(torch.tensor(fact["told"]), 8, 1).tolist()
+        elif fact.get("layer", "").startswith("lora_unet"):
+            assert fact["open"] == ranks
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_gen_img_draws_with_masks_and_merges_none(family, train, models, tmp_path):
+    file = train(family, "networks.tlora", *TLORA, "--learning_rate", 0.1)
+    use = ("--network_module", "networks.tlora", "--network_weights", file, "--network_mul", 1.0)
+    spy, base = tmp_path / "heard", picture(models, tmp_path / "base", family=family)
+    live = picture(models, tmp_path / "live", *use, family=family, spy=spy)
+    assert abs(live - base).mean() > 1 and len(masks(spy)[False]) == 2
+    asked = picture(models, tmp_path / "merged", *use, "--network_merge", family=family)
+    assert (asked == live).all()  # kohya says that it cannot be merged, and draws live
+    told = picture(models, tmp_path / "ready", *use, "--network_pre_calc", family=family, fails=True)
+    assert "tlora has another ΔW at every timestep; keep it live" in told
+
+
+def test_masked_and_routed_files_go_on_and_are_not_merged_into_the_base(train, tmp_path):
+    first = train("sd", "networks.tlora", *TLORA, "--output_name", "first")
+    told = train("sd", "networks.tlora", *TLORA, "--base_weights", first, fails=True)
+    assert "tlora has another ΔW at every timestep" in told
+    spy = tmp_path / "heard"
+    train("sd", "networks.tlora", "--network_weights", first, "--dim_from_weights", spy=spy)
+    assert masks(spy)[True]  # R_min is the file's
+    module = f"networks.{EVERYTHING}"
+    routed = ("--network_args", "basis_path=none", "enable_effilora=True", "num_experts=3")
+    first = train("sd", module, *routed, "--output_name", "first")
+    assert load_file(first)["lora_unet_mid_block_attentions_0_proj_in.router"].shape == (3, 4)
+    told = train("sd", module, *routed, "--base_weights", first, fails=True)
+    assert "has no one ΔW to merge" in told
+    again = train("sd", module, "--network_weights", first, "--dim_from_weights")
+    assert finite(again).keys() == load_file(first).keys()
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
+def test_everything_at_once_trains(family, train, tmp_path):
+    """Null space, experts, penalty and LoRA+; the penalty is half of it at each of two backwards."""
+    spy = tmp_path / "heard"
+    more = (*ISOTROPIC, "lalora_lambda=0.5", "enable_effilora=True", "num_experts=3")
+    more += ("--gradient_checkpointing", "--gradient_accumulation_steps", 2)
+    state = finite(train(family, f"networks.{EVERYTHING}", *more, spy=spy))
+    assert any(key.endswith(".router") for key in state)
+    pulls = [fact["pull"] for fact in heard(spy) if "pull" in fact]
+    assert pulls[:2] == [0, 0] and pulls[2] > 0  # nothing at the start, and it moves the parameters after it
+    assert pulls[3] == pytest.approx(pulls[2], rel=1e-4)
+    (rates,) = [fact["rates"] for fact in heard(spy) if "rates" in fact]
+    assert (rates["unet"], rates["unet plus"]) == pytest.approx((0.01, 0.16))
+
+
+def test_a_penalty_holds_what_is_trained(train):
+    sizes = []
+    for strength in (0, 100):
+        more = (*ISOTROPIC, f"lalora_lambda={strength}")
+        state = finite(train("sd", "networks.network_null_lalora", *more, steps=6))
+        sizes.append(sum(value.norm() for key, value in state.items() if ".free_" in key))
+    assert sizes[1] < 0.9 * sizes[0]
+
+
+def test_directions_that_need_no_data_train(train):
+    for network in ("universal_lora", "universal_lalora"):
+        state = finite(train("sd", f"networks.{network}", "--network_args", "basis_path=auto:weight"))
+        assert any(value.any() for key, value in state.items() if key.endswith(".core"))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("basis_path=none", "abm_enabled=True", "abm_steps=5"), "own training script with --abm_enabled"),
+        (("basis_path=none", "effi_update_ratio=0.5", "enable_effilora=True"), "give effi_update_ratio=1"),
+        (("basis_path=auto:grad",), "begins with a stage on data before step 0"),
+    ],
+)
+def test_what_has_no_place_there_is_refused(more, said, train):
+    assert said in train("sd", f"networks.{EVERYTHING}", "--network_args", *more, fails=True)
+
+
+def test_a_file_with_its_stages_done_goes_on(train, models, tmp_path):
+    """The basis from the data and the ABM stage in our trainer, further steps in kohya's."""
+    line = {
+        "pretrained_model_name_or_path": models / "sd15",
+        "train_data_dir": models / "data",
+        "resolution": "64,64",
+        "caption_extension": ".txt",
+        "max_train_steps": 1,
+        "network_module": f"networks.{EVERYTHING}",
+        "network_dim": 4,
+        "network_alpha": 4,
+        "abm_steps": 2,
+        "output_dir": tmp_path,
+        "output_name": "staged",
+    }
+    words = [str(w) for k, v in line.items() for w in (f"--{k}", v)]
+    more = ("--abm_enabled", "--network_args", "basis_samples=4", "enable_effilora=True", "num_experts=3")
+    command = [sys.executable, str(ROOT / "train_network_ABM.py"), *words, *more]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=600)
+    staged = tmp_path / "staged.safetensors"
+    more = ("--network_weights", staged, "--dim_from_weights")
+    state, before = finite(train("sd", f"networks.{EVERYTHING}", *more)), load_file(staged)
+    for key, value in before.items():
+        frozen = key.endswith((".basis_up", ".basis_down", ".null_up", ".null_down"))
+        assert state[key].equal(value) or not frozen
+    assert any((state[key] - value).any() for key, value in before.items())

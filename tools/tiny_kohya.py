@@ -117,14 +117,19 @@ def make(folder: Path) -> None:
         (pictures / f"{i}.txt").write_text("a photo of a dog")
 
 
+def call(argv: list[str]) -> None:
+    """Run a script of the checkout."""
+    sys.argv = [str(CHECKOUT / argv[0]), *argv[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def main(argv: list[str]) -> None:
     """Make the models, or run a script of the checkout."""
     shrink()
     if argv[0] == "make":
         make(Path(argv[1]))
     else:
-        sys.argv = [str(CHECKOUT / argv[0]), *argv[1:]]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        call(argv)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ def check(method: Method, args: Any) -> None:
     stage = [name for name in given if name.startswith("abm_") and name not in method.options]
     if stage:
         raise Refused(
-            f"network argument {stage[0]} asks for the ABM stage before step 0, which this trainer has no place "
-            "for; run lowrank's own training script with --abm_enabled and give its file to --network_weights"
+            f"network argument {stage[0]} asks for the ABM stage before step 0, which this trainer has no "
+            "place for; run lowrank's own training script with --abm_enabled and give its file to "
+            "--network_weights"
         )
     if method.penalty and getattr(args, "mixed_precision", None) == "fp16":
         names = ", ".join(penalty.name for penalty in method.penalty)
