@@ -111,7 +111,7 @@ def test_every_command_is_understood(page, monkeypatch):
 
 
 def table(page: str, head: str) -> list[list[str]]:
-    """The cells of the table in docs/PAGE whose first line begins with HEAD, line by line, without that one."""
+    """The cells of the table in docs/PAGE whose first line begins with HEAD, a list for each line."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     lines = text.split(f"\n{head}", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
