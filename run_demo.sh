@@ -27,6 +27,8 @@ fi
 bash tools/setup_env.sh
 source tools/find_python.sh
 PYTHON="$PWD/$(venv_python .venv)"
+# The model is small: more threads gain little, and beside other programs they mostly wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHON HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg TRANSFORMERS_VERBOSITY=error
 
 OUT=demo_output/$FAMILY

@@ -134,6 +134,7 @@ def test_the_demo_walks_the_documented_road(tree, family):
         if "tools/score_pictures.py" not in c["arguments"]:
             assert value(c["arguments"], "--output_dir").startswith(f"{out}/")
             assert c["environment"]["CUDA_VISIBLE_DEVICES"] == ""
+        assert c["environment"]["OMP_NUM_THREADS"] == "1"
     models = {value(c["arguments"], "--pretrained_model_name_or_path") for c in ours[:2]}
     assert models == {f"assets/demo/{family}"} and f"assets/demo/{family}" in ours[-3]["arguments"]
     assert f"replacing {out}/style of an earlier run" in done.stdout
