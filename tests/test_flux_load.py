@@ -377,6 +377,11 @@ def test_single_file_refusals(single, change, said):
 
 
 def test_other_files_are_refused(single, folder, tmp_path):
+    (tmp_path / "sd" / "unet").mkdir(parents=True)
+    with pytest.raises(
+        Refused, match=r"a unet and no transformer: SD 1 and SD 2 .* sdxl_train_network_ABM\.py"
+    ):
+        FLUX.load(Source(str(tmp_path / "sd")), roles=())
     with pytest.raises(Refused, match="diffusers' layout: give its folder"):
         FLUX.load(Source(**{**single.__dict__, "path": str(weights_of(folder, "transformer"))}), roles=())
     with pytest.raises(Refused, match="it is another model"):

@@ -410,6 +410,11 @@ def test_models_of_another_kind_are_refused(folders, tmp_path):
         SD15.load(Source(str(folders["sdxl"])), ())
     with pytest.raises(Refused, match=r"is SD 1 or SD 2; train it with train_network_ABM\.py"):
         SDXL.load(file_source(folders["sd15"]), ())
+    (tmp_path / "flux" / "transformer").mkdir(parents=True)
+    with pytest.raises(
+        Refused, match=r"a transformer and no unet: FLUX is trained with flux_train_qrlora\.py"
+    ):
+        SD15.load(Source(str(tmp_path / "flux")), ())
     with pytest.raises(Refused, match=r"--v2 is given and .* is SD 1; leave it out"):
         SD15.load(Source(str(folders["sd15"]), v2=True), ())
     SD15.load(Source(str(folders["sd2"]), v2=True), ())

@@ -45,6 +45,7 @@ def load(source: Source, roles: Iterable[str] = ROLES) -> Models:
         models = flux_single.open_models(source)
     else:
         models = Models(source, local_folder(source, FluxPipeline.download))
+        parts.check_denoiser(models, "transformer")
         schedule: Any = parts.config(FlowMatchEulerDiscreteScheduler, models.root, "scheduler", "shift")
         models.scheduler = FlowMatchEulerDiscreteScheduler.from_config(schedule)
         models.configs["denoiser"] = parts.config(

@@ -48,6 +48,22 @@ def add(
             raise ValueError(f"{role!r} is not one of {ROLES}")
 
 
+_OTHERS = {  # folder of the denoiser: that of other models, and how those are trained
+    "transformer": (
+        "unet",
+        "SD 1 and SD 2 are trained with train_network_ABM.py, SDXL with sdxl_train_network_ABM.py",
+    ),
+    "unet": ("transformer", "FLUX is trained with flux_train_qrlora.py"),
+}
+
+
+def check_denoiser(models: Models, name: str) -> None:
+    """Refuse a model whose denoiser is of another family, told by the folder that it is in."""
+    other, way_out = _OTHERS[name]
+    if (models.root / other).is_dir() and not (models.root / name).is_dir():
+        raise Refused(f"{models.source.path} holds a {other} and no {name}: {way_out}")
+
+
 def config(kind: Any, root: Path, name: str, needed: str) -> Mapping[str, Any]:
     """The configuration of a component; `Refused` when it lacks `needed`, which tells whose it is."""
     folder = component(root, name, kind.__name__)

@@ -65,6 +65,7 @@ def load(source: Source, roles: Iterable[str] = ROLES, *, xl: bool = False) -> M
     else:
         download = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).download
         models = Models(source, local_folder(source, download))
+        parts.check_denoiser(models, "unet")
         models.configs["denoiser"] = parts.config(
             UNet2DConditionModel, models.root, "unet", "cross_attention_dim"
         )
