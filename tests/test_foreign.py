@@ -12,6 +12,7 @@ from lowrank.adapters import foreign
 from lowrank.adapters.method import Method, Warmup
 from lowrank.adapters.plain import FACTOR
 from lowrank.errors import Refused
+from networks import lalora
 
 PENALISED = probes()["penalty+rates"]
 WARMED = Method("warmed", FACTOR, warmup=Warmup("stage", lambda *_: None))
@@ -39,6 +40,17 @@ def test_a_penalty_is_the_gradient_that_it_is_in_the_loss(accumulated):
     assert penalties[0].item() > 0
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad)
+
+
+def test_a_penalty_of_strength_0_adds_nothing():
+    model = base("linear")
+    made = lalora.create_network(
+        1.0, 4, 4.0, None, [], model, target=".", lalora_isotropic="True", lalora_lambda="0"
+    )
+    made.apply_to([], model, False, True)
+    made.prepare_network(SimpleNamespace())
+    made.on_step_start(None, model)
+    assert all(parameter.grad is None for parameter in made.parameters())
 
 
 def test_our_own_trainer_adds_penalties_itself():

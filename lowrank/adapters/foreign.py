@@ -55,6 +55,8 @@ def pull(args: Any) -> Callable[[nn.Module], None]:
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         with torch.enable_grad():
             value = share * torch.stack([term.float() for term in network.penalties().values()]).sum()
+            if not value.requires_grad:  # of strength 0
+                return
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
