@@ -42,7 +42,11 @@ GUIDANCE=2  # with adapters, less than for words alone
 PROMPT="a <c> dog in <s> style"
 
 step=0 steps=4
-[[ $FAMILY != flux ]] || steps=6
+NEXT="Next, with a GPU: docs/sd.md has the commands for your own SD 1.5 or SDXL and pictures."
+if [[ $FAMILY == flux ]]; then
+  steps=6
+  NEXT="Next, with a GPU and FLUX.1-dev:  bash flux_dir/train_deltaR_sty.sh 0 64"
+fi
 started=$SECONDS
 trap '[[ $? == 0 ]] || echo "run_demo.sh: step $step of $steps failed, see the message above; nothing outside $OUT was touched" >&2' EXIT
 
@@ -115,5 +119,5 @@ cat <<END
   $SIMILARITY/             plots, JSON and summary_statistics.txt: how alike the two adapters are
   $STYLE/, $CONTENT/       the adapters (pytorch_lora_weights.safetensors), checkpoints, loss, validation pictures
   $(venv_python .venv) -m tensorboard.main --logdir $OUT   loss curves and pictures in the browser
-Next, with a GPU and FLUX.1-dev:  bash flux_dir/train_deltaR_sty.sh 0 64
+$NEXT
 END

@@ -8,6 +8,7 @@ write with the original block names.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,14 @@ def flat_sdxl_name(flat: str) -> str:
         path = f"{block}.{found['kind']}.{found['j']}.{found['rest'][1:]}"
         return unet_name(path, SDXL).replace(".", "_")
     return {ours.replace(".", "_"): theirs.replace(".", "_") for ours, theirs in _TOP.items()}.get(flat, flat)
+
+
+_DOWN = re.compile(r"input_blocks\.(\d+)\.0\.op\.")
+
+
+def layers_of(names: Iterable[str]) -> int:
+    """Resnets per block of an original U-Net, by where its first downsampler stands; SD's 2 without one."""
+    return min((int(found[1]) for name in names if (found := _DOWN.search(name))), default=3) - 1
 
 
 _NUMBERED = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)(?:\.(.+))?$")

@@ -14,6 +14,7 @@ from lowrank.cli import flux_train
 from lowrank.models.family import Source
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
+from lowrank.weights.checkpoint import Base
 from lowrank.weights.merge import Adapter, Mixture
 from tools import single_file
 from tools.glyph_world import report, scorer
@@ -118,6 +119,9 @@ def test_a_shipped_model_is_the_same_as_one_file(family, tmp_path):
     ):
         ours, theirs = one.state_dict(), other.state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = Base(DEMO / family), Base(tmp_path / "one" / "model.safetensors")  # as merging finds them
+    layers = [place for place in ours.places() if place.part == "unet" and len(ours.shape(place)) > 1]
+    assert layers and all(torch.equal(ours.weight(one), theirs.weight(one)) for one in layers)
     for part in ("denoiser", "vae"):
         ours, theirs = (dict(getattr(models, part).config) for models in (folder, file))
         for key in ("attention_head_dim", "norm_num_groups", "scaling_factor"):

@@ -87,8 +87,9 @@ class Base:
 
     def _index(self, file: TensorFile, part: str | None) -> None:
         self.files[file.path] = file
+        layers = ldm.layers_of(file.entries)
         for name in file.entries:
-            for place, rows in _owners(file, name, part):
+            for place, rows in _owners(file, name, part, layers):
                 self._rows.setdefault(place, rows)
 
     def __contains__(self, place: object) -> bool:
@@ -166,7 +167,7 @@ def _weights(folder: Path) -> list[Path]:
     return plain or files
 
 
-def _owners(file: TensorFile, name: str, part: str | None) -> Iterator[tuple[Place, Rows]]:
+def _owners(file: TensorFile, name: str, part: str | None, layers: int) -> Iterator[tuple[Place, Rows]]:
     if not name.endswith("weight"):
         return
     module = name.removesuffix(".weight")
@@ -175,7 +176,7 @@ def _owners(file: TensorFile, name: str, part: str | None) -> Iterator[tuple[Pla
     elif part:
         yield _text(part, module), Rows(file, name)
     else:
-        yield from _original(file, name, module)
+        yield from _original(file, name, module, layers)
 
 
 def _text(part: str, module: str) -> Place:
@@ -184,7 +185,7 @@ def _text(part: str, module: str) -> Place:
     return Place(part, module if module.startswith("text_") else f"text_model.{module}")
 
 
-def _original(file: TensorFile, name: str, module: str) -> Iterator[tuple[Place, Rows]]:
+def _original(file: TensorFile, name: str, module: str, layers: int) -> Iterator[tuple[Place, Rows]]:
     for prefix, (part, open_clip) in _ENCODERS.items():
         if name.startswith(prefix):
             if open_clip:
@@ -196,7 +197,7 @@ def _original(file: TensorFile, name: str, module: str) -> Iterator[tuple[Place,
     for ours, piece in bfl.modules(path):
         yield Place("unet", ours), Rows(file, name, *piece[1:], swapped=path == bfl.SWAPPED)
     if not bfl.modules(path) and name.startswith(_DENOISER):
-        yield Place("unet", ldm.diffusers_name(path)), Rows(file, name)
+        yield Place("unet", ldm.diffusers_name(path, layers)), Rows(file, name)
 
 
 def _of_open_clip(file: TensorFile, name: str, key: str, part: str) -> Iterator[tuple[Place, Rows]]:
