@@ -26,7 +26,7 @@ PARSERS = {
     "tools/inspect_lora.py": inspection.parser,
 }
 # flags of other programs, and of the lines of a prompt file, that pages speak of
-FOREIGN = {"--check", "--ss", "--network_merge", "--network_pre_calc"}
+FOREIGN = {"--check", "--ss", "--network_merge", "--network_pre_calc", "--fp16"}
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]+")
 
 # files of the reader that a command needs while it is read
