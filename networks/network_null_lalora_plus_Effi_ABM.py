@@ -1,7 +1,9 @@
 """Everything at once, the user's recommended network: `network_null_lalora_plus` with EffiLoRA's experts.
 
-enable_effilora=True gives each layer num_experts of its trained up side, mixed per position by a router; the
-trainer's --abm_enabled adds the ABM stage before step 0. A routed adapter has no one ΔW and cannot be merged.
+enable_effilora=True gives each layer num_experts of its trained up side, mixed per position by a router;
+without it there is one, whatever num_experts says. The trainer's --abm_enabled adds the ABM stage before
+step 0. A routed adapter has no one ΔW and cannot be merged; tools/export_lora.py --calibrate writes the
+nearest that has.
 """
 
 from __future__ import annotations
@@ -31,7 +33,12 @@ class Options(network_null_lalora_plus.Options, effilora.Options):
 
 def method(options: Options) -> Method:
     made = network_null_lalora_plus.method(options)
-    if options.enable_effilora and options.num_experts > 1:
+    if not options.enable_effilora:
+        if options.num_experts != effilora.Options.num_experts:
+            told = f"num_experts={options.num_experts} has no effect without enable_effilora=True: it is 1"
+            made = dataclasses.replace(made, notes=(*made.notes, told))
+        made = dataclasses.replace(made, options={**made.options, "num_experts": 1})
+    elif options.num_experts > 1:
         made = made | effilora.experts(options, made.require_factor())
     return dataclasses.replace(made, name="network_null_lalora_plus_Effi_ABM")
 

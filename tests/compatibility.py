@@ -15,8 +15,12 @@ METHODS = {  # method -> what its exports are
     "tlora": "LoRA of rank 2r in pairs, all ranks open, or one timestep (`--at-timestep`)",
     "null_lora": "LoRA of rank r, frozen halves inside",
     "universal_lora": "LoRA of the basis' rank, the core in the up",
-    "effilora": "with num_experts=1 LoRA of rank r; several experts are refused",
+    "effilora": "with num_experts=1 LoRA of rank r; several experts: below",
     "network_null_lalora_plus": "as null_lora; with use_dora LoRA with lengths",
+}
+ROUTED = {  # method of several experts -> what its exports by calibration are; in tests/test_calibrate.py
+    "effilora": "LoRA of rank r",
+    "network_null_lalora_plus_Effi_ABM": "LoRA of rank r, frozen halves inside; with use_dora with lengths",
 }
 READERS = {  # format -> who reads it back in the tests, when installed
     "kohya": "lycoris.kohya",

@@ -65,7 +65,7 @@ def joined(factor: str, addition: str, cache: str = "") -> Method | str:
 def export(method: Method) -> str:
     """What a file of this combination becomes for other programs."""
     if method.experts is not None:
-        return "native alone: it is routed"
+        return "the nearest LoRA, `--calibrate`"
     if method.gate is not None:
         return "LoRA with all ranks open, or one timestep"
     return "LoRA with lengths" if method.magnitude is not None else "LoRA, exact"

@@ -319,20 +319,31 @@ def test_lambda_zero_is_the_same_run_and_a_huge_one_stands_still(tmp_path):
     assert seen[0][1] == 0 and all(row[1] > 0 for row in seen[1:])
 
 
-def test_a_held_adapter_forgets_less_than_l2_at_the_same_target(tmp_path):
-    """Source inputs and target inputs share a layer; the directions that only the target uses are free."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_half_of_the_forgetting_goes_at_two_percent_of_the_target(seed, tmp_path):
+    """Source and target inputs fill 8 of a layer's 24 dimensions each, as low-dimensional data do; outputs
+    and hidden values they share. Against a plain LoRA, against L2 of any strength about the same target loss,
+    and against the curvature of the target's own data."""
+    torch.manual_seed(seed)
     model = base("linear").requires_grad_(False)
-    mix_s, mix_t = torch.randn(12, 24) / 3.5, torch.randn(12, 24) / 3.5
-    source, target = torch.randn(64, 5, 12) @ mix_s, torch.randn(64, 5, 12) @ mix_t
+    mix_s, mix_t = torch.randn(8, 24) / 3.5, torch.randn(8, 24) / 3.5
+    source, target = torch.randn(64, 5, 8) @ mix_s, torch.randn(64, 5, 8) @ mix_t
     wanted_s = model(source) + 0.1 * torch.randn(64, 5, 16)
     wanted_t = model(target) + torch.tanh(target[..., :16])
-    fisher = Fisher(find("unet", model, target="."), "kfac_lr", 16, 0, "cpu")
-    with fisher.watching():
-        fisher.add(64, lambda: (model(source) - wanted_s).square().flatten(1).mean(1))
-    write_context(tmp_path / "c.safetensors", fisher.context({}))
+
+    def context(name: str, x: Tensor, wanted: Tensor) -> str:
+        fisher = Fisher(find("unet", model, target="."), "kfac_lr", 16, 0, "cpu")
+        with fisher.watching():
+            fisher.add(64, lambda: (model(x) - wanted).square().flatten(1).mean(1))
+        write_context(tmp_path / name, fisher.context({}))
+        return str(tmp_path / name)
+
+    of_source = context("source.safetensors", source, wanted_s)
+    of_target = context("target.safetensors", target, wanted_t)
+    begun = float((model(source) - wanted_s).square().mean())
 
     def run(options: lalora.Options) -> tuple[float, float]:
+        """The target's loss, and what the source's has risen by."""
         torch.manual_seed(0)
         own, made = joined("linear", lalora.method(options), rank=8, alpha=8.0)
         optimizer = torch.optim.AdamW(made.parameters(), lr=5e-3)
@@ -342,18 +353,15 @@ def test_a_held_adapter_forgets_less_than_l2_at_the_same_target(tmp_path):
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
-            losses = (own(target) - wanted_t).square().mean(), (own(source) - wanted_s).square().mean()
-        return float(losses[0]), float(losses[1])
+            told = float((own(target) - wanted_t).square().mean())
+            return told, float((own(source) - wanted_s).square().mean()) - begun
 
-    begun = (
-        float((model(target) - wanted_t).square().mean()),
-        float((model(source) - wanted_s).square().mean()),
-    )
-    plain, flat = run(lalora.Options()), run(lalora.Options(None, 2e-3, True))
-    held = run(lalora.Options(str(tmp_path / "c.safetensors"), 1e-3))
-    assert begun[0] - held[0] > 0.97 * (begun[0] - plain[0])  # it learns what the plain one learns
-    assert held[1] - begun[1] < 0.6 * (plain[1] - begun[1])  # and forgets little more than half as much
-    assert held[0] < flat[0] and held[1] < 0.8 * flat[1]  # better at both than holding all directions alike
+    plain, held = run(lalora.Options()), run(lalora.Options(of_source, 1e-3))
+    assert held[0] < 1.02 * plain[0] and held[1] < 0.5 * plain[1]
+    flat = [run(lalora.Options(None, strength, True)) for strength in (3e-4, 1e-3)]
+    assert flat[-1][0] > held[0]  # the strengths reach past the held one's target loss
+    assert all(held[1] < 0.5 * one[1] for one in flat)
+    assert held[1] < 0.5 * run(lalora.Options(of_target, 1e-3))[1]
 
 
 # ---------- files
@@ -541,13 +549,16 @@ def test_training_with_a_context(line, arguments, tiny_sd, tiny_sdxl, tmp_path):
     assert sd(arguments("plain", *common)) == 0
     for out, strength in (("zero", 0), ("held", 1)):
         own = (*common, path, f"lalora_lambda={strength}", "--network_module", "networks.lalora")
-        assert sd(arguments(out, *own)) == 0
+        assert sd(arguments(out, *own, "--save_state")) == 0
     plain, zero, held = (load_file(tmp_path / out / "cat.safetensors") for out in ("plain", "zero", "held"))
     assert all(torch.equal(plain[key], zero[key]) for key in plain) and plain.keys() == zero.keys()
     assert any(not torch.equal(plain[key], held[key]) for key in plain)
     told = [float(row["lalora"]) for row in rows(tmp_path / "held")]
     assert told[0] == 0 and told[1] > 0
     assert [float(row["lalora"]) for row in rows(tmp_path / "zero")] == [0, 0]
+    assert main(line(tiny_sd, "--target", "up_blocks", "--network_train_unet_only", "--seed", "1")) == 0
+    with pytest.raises(Refused, match="other contents of the files that --network_args names"):
+        sd(arguments("on", *own, "--resume", str(tmp_path / "held" / "cat-state")))
     own = (*common[:-1], path, "--network_module", "networks.lalora")
     with pytest.raises(Refused, match="of another base model"):
         sdxl(arguments("other", *own, model=tiny_sdxl))

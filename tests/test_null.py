@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from toys import HOSTS, base, shake
 
 from lowrank.cli import importing
 from lowrank.errors import Refused
+from lowrank.tensors import read_metadata
 from lowrank.weights import legacy_null
 from lowrank.weights.nullspace import least_used, nullity
 
@@ -227,3 +229,13 @@ def test_files_of_the_fork_are_plain_loras(length, swapped, tmp_path):
         legacy_null.plain_lora({**state, f"{name}.gate.weight": rand(3, I)}, basis, "old.safetensors")
     with pytest.raises(Refused, match="basis file it was trained with"):
         legacy_null.plain_lora(state, {}, "old.safetensors")
+
+
+def test_experts_that_are_not_enabled_are_one_and_said(caplog, tmp_path):
+    for given, said in (({"num_experts": "8"}, True), ({"num_experts": "4"}, False), ({}, False)):
+        caplog.clear()
+        found = made(USER[2], base("linear"), basis_path="none", **given)
+        assert ("num_experts=8 has no effect without enable_effilora=True" in caplog.text) == said
+        assert found.method.experts is None and found.method.options["num_experts"] == 1
+    found.save_weights(str(tmp_path / "a.safetensors"), None, {})
+    assert json.loads(read_metadata(tmp_path / "a.safetensors")["lowrank.options"])["num_experts"] == 1

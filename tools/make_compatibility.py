@@ -52,6 +52,10 @@ def page() -> str:
     exports = [
         [f"`{m}`", told, *(cell(m, to) for to in FORMATS), "exact"] for m, told in known.METHODS.items()
     ]
+    routed = [
+        [f"`{m}`", told, *("–" if to == "qrlora" else "nearest" for to in FORMATS), "nearest"]
+        for m, told in known.ROUTED.items()
+    ]
     formats = [
         [f"`{to}`", form.readers, known.READERS.get(to, "our own reader")] for to, form in FORMATS.items()
     ]
@@ -63,6 +67,11 @@ def page() -> str:
         + "\n`merged` rounds once to the precision of the checkpoint and says what that loses. DoRA has two "
         "conventions\nof norm, `--dora_norm`; diffusers leaves kohya's `dora_scale` out, and reads "
         "`--to diffusers`.\n"
+        + "\n### Several experts, by calibration\n\n"
+        + "Their ΔW depends on the input. `--model BASE --calibrate PROMPTS` draws pictures with the\n"
+        "adapter and exports the LoRA that is nearest over all its layers' inputs. What that loses is\n"
+        "printed and in the metadata; files hold that LoRA exactly. Without the flag they are refused.\n\n"
+        + table(["method", "as", *(f"`{to}`" for to in FORMATS), "`merged`"], routed)
         + "\n## Formats\n\n"
         + table(["`--to`", "read by", "read back in the tests by"], formats)
         + "\n## Imports\n\n"

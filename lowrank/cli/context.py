@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lowrank.adapters.targets import Target, as_passed, find_all
 from lowrank.cli import source as pictures
 from lowrank.cli.base import base, device_of, family_of, own_side
 from lowrank.cli.options import record
+from lowrank.cli.said import Said
 from lowrank.data.cache import Cache
 from lowrank.data.loader import Batch, Loader
 from lowrank.errors import Refused
@@ -37,7 +38,6 @@ from lowrank.train import setup
 from lowrank.train.adapt import choose_attention
 from lowrank.train.fisher import Fisher
 from lowrank.train.loop import stream
-from lowrank.train.prompts import Prompt
 from lowrank.weights.curvature import Context, write_context
 
 logger = logging.getLogger(__name__)
@@ -65,11 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     setup.check_prediction(objective, family, models)
     sides = sources.resolution or (own_side(models), own_side(models))
     if sources.source_prompts:
-        scale = {} if family is FLUX else {"sample_steps": 30, "scale": 7.5, "guidance_scale": None}
-        default = Prompt("", width=sides[0], height=sides[1], **scale)
+        default = pictures.default_prompt(family, sides)
         pictures.draw_source(family, models, switches, sources, measure.seed, folder, default)
     loader = _loader(parsed, family, models, folder, sides)
-    text = _Text(family, models, switches, loader.captions() or (), not measure.network_train_unet_only)
+    text = Said(family, models, switches, loader.captions() or (), not measure.network_train_unet_only)
     loader = _encoded(loader, family, models)
     targets = _prepared(parsed, family, models, text.encoders)
     count = measure.num_samples or measure.max_steps * measure.batch_size
@@ -157,28 +156,6 @@ def _prepared(parsed: Parsed, family: Family, models: Models, encoders: Sequence
     return targets
 
 
-class _Text:
-    """Captions to conditions: what adapters can change is made at every step, the rest once."""
-
-    def __init__(
-        self, family: Family, models: Models, switches: Any, captions: Sequence[str], trains: bool
-    ) -> None:
-        family.add(models, ("text",))
-        align(models)
-        self._make: Callable[[list[str]], dict[str, Tensor]] | None = None
-        self._held = dict(zip(captions, family.encode_text(models, list(captions), switches), strict=True))
-        self._family, self.encoders = family, []
-        if trains:
-            self.encoders = family.keep_trained_text(models)
-            self._make = lambda texts: family.trained_text(models, texts, switches)
-        else:
-            release(models, ("text",))
-
-    def __call__(self, captions: list[str]) -> dict[str, Tensor]:
-        said = self._family.stack_text([self._held[caption] for caption in captions])
-        return said | (self._make(captions) if self._make else {})
-
-
 # ------------------------------------------------------------------ measuring
 
 
@@ -202,7 +179,7 @@ def _run(
     objective: Any,
     switches: Any,
     loader: Loader,
-    text: _Text,
+    text: Said,
     count: int,
     size: int,
     seed: int,

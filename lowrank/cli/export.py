@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from lowrank import __version__
-from lowrank.adapters.targets import as_passed
 from lowrank.cli.adapter import made_by, read
 from lowrank.cli.base import base as base_source
 from lowrank.cli.base import family_of
+from lowrank.cli.calibrate import attached, write_nearest
 from lowrank.errors import Refused
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
-from lowrank.train.module import find_module
 from lowrank.weights import checkpoint, places, verify
 from lowrank.weights.convert import PARTS, only, resize, write
 from lowrank.weights.export import export_lora, export_lycoris, ranks_of, worst_difference
@@ -58,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         help="bake a T-LoRA at this timestep, 0 … 1000",
     )
+    made.add_argument(
+        "--calibrate",
+        metavar="PROMPTS",
+        help="file of prompts (.txt, .toml, .json) that --model draws with an adapter of several experts; "
+        "the LoRA nearest to it over all steps is exported, and its error is printed",
+    )
     made.add_argument("--strength", type=float, default=1.0, help="share of the change that is merged (1)")
     made.add_argument(
         "--verify",
@@ -78,6 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         raise Refused("--to merged needs the base model; give it with --model")
     if args.strength != 1.0 and args.to != MERGED:
         raise Refused(f"--strength {args.strength:g} is for --to merged; set it where the adapter is used")
+    if args.calibrate and not args.model:
+        raise Refused("--calibrate draws pictures with the base model; give it with --model")
+    if args.calibrate and args.at_timestep is not None:
+        raise Refused("--calibrate is for experts and --at-timestep for T-LoRA; leave one out")
     if args.to == MASKED:
         ranks = sorted(ranks_of(export_lycoris(args.source, args.target)))
         print(
@@ -85,11 +94,14 @@ def main(argv: list[str] | None = None) -> int:
             f"relative difference of a layer is {worst_difference(args.source, args.target):.1e}"
         )
         return 0
-    if args.at_timestep is None:
+    if args.at_timestep is None and not args.calibrate:
         return _export(args)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # a file with one ΔW stands for the one without
         baked = Path(folder) / Path(args.source).name
-        export_lora(args.source, baked, args.at_timestep)
+        if args.calibrate:
+            print(write_nearest(args.source, args.model, args.calibrate, baked))
+        else:
+            export_lora(args.source, baked, args.at_timestep)
         args.source = str(baked)
         return _export(args)
 
@@ -116,6 +128,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.to == MERGED:
         assert base is not None  # checked above
         told = {"lowrank.version": __version__, "lowrank.merged": Path(args.source).name}
+        told |= {key: value for key, value in adapter.metadata.items() if key.startswith("lowrank.unrouted")}
         lost = checkpoint.merge(base, adapter.layers, args.target, told, args.strength, dtype)
         print(
             f"{args.target}: {len(adapter.layers)} layers merged at strength {args.strength:g}; rounding to "
@@ -189,11 +202,7 @@ def forward_difference(
     models = family.load(origin, ("denoiser",))
     inputs = probe(models, family)
     denoiser: Any = models.denoiser
-    module = find_module(method.name)
-    network, _ = module.create_network_from_weights(strength, source, None, as_passed((), denoiser), denoiser)
-    network.load_weights(source)
-    network.apply_to([], denoiser, False, True)
-    network.set_multiplier(strength)
+    network = attached(method, source, models, strength)
     with network.denoise_at(inputs["timesteps"]):
         ours = _ask(models, family, inputs)
     network.restore()

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from lowrank.adapters.targets import find
 from lowrank.cli.base import base, family_of, own_side
+from lowrank.cli.said import Said
 from lowrank.cli.sheet import sheet
 from lowrank.data import images
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
-from lowrank.models.family import Family, Models, release
+from lowrank.models.family import Family, Models
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
 from lowrank.options import Parsed
@@ -60,11 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     _check_sides(options, family.bucket_step(models))
     _check_base(mixture, family, models)
     # text first, and gone before the denoiser comes: the peak is the denoiser, not the sum
-    text = None if options.skip_images else _Said(options, mixture, family, models, switches)
+    prompts = [options.prompt, *([] if family is FLUX else [options.negative_prompt or ""])]
+    text = None if options.skip_images else Said(family, models, switches, prompts, mixture.adapts_text)
     if options.residual_path:
         _check_residual(options.residual_path, mixture, family, models)
     if text is not None:
-        _draw(options, mixture, family, models, switches, text, folder, names, references)
+        _draw(options, mixture, family, models, switches, text, prompts, folder, names, references)
     if options.save_merged:
         for pair, name in names.items():
             path = folder / f"merged_{name}.safetensors"
@@ -137,42 +138,14 @@ def _switches(parsed: Parsed, family: Family) -> Any:
     return FluxOptions(t5xxl_max_token_length=options.max_sequence_length, **strength)
 
 
-class _Said:
-    """What the prompts say to the model: as the base encodes them, or as its adapted encoders do."""
-
-    def __init__(
-        self, options: Any, mixture: Ensemble, family: Family, models: Models, switches: Any
-    ) -> None:
-        self._family, self._models, self._switches = family, models, switches
-        self._prompts = [options.prompt] + ([] if family is FLUX else [options.negative_prompt or ""])
-        family.add(models, ("text",))
-        with torch.no_grad():
-            encoded = family.encode_text(models, self._prompts, switches)
-        self._base = [family.stack_text([one]) for one in encoded]
-        if mixture.adapts_text:  # of the text encoders, those that are adapted stay in memory
-            family.keep_trained_text(models)
-        else:
-            release(models, ("text",))
-
-    def now(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """The conditions of the prompt and of the negative one, at the present strengths."""
-        said = self._base
-        if self._models.text_encoders:
-            with torch.no_grad():
-                said = [
-                    base | self._family.trained_text(self._models, [prompt], self._switches)
-                    for base, prompt in zip(said, self._prompts, strict=True)
-                ]
-        return said[0], said[1] if len(said) > 1 else None
-
-
 def _draw(
     options: Any,
     mixture: Ensemble,
     family: Family,
     models: Models,
     switches: Any,
-    text: _Said,
+    text: Said,
+    prompts: list[str],
     folder: Path,
     names: dict[tuple[float, float], str],
     references: dict[str, Image.Image],
@@ -186,7 +159,8 @@ def _draw(
     cells: dict[tuple[float, float], Image.Image] = {}
     for pair, name in tqdm(names.items(), desc="images"):
         attached.set((*pair, *(strength for _, strength in _more(options.more_loras))))
-        said, negative = text.now()
+        with torch.no_grad():
+            said, *negative = (text([prompt]) for prompt in prompts)
         for copy in range(options.num_images):
             seed = options.seed + copy
             image = family.sample(
@@ -197,8 +171,8 @@ def _draw(
                 width=width,
                 steps=options.num_inference_steps,
                 generator=torch.Generator().manual_seed(seed),
-                negative=negative,
-                scale=strength if negative is not None else 1.0,
+                negative=negative[0] if negative else None,
+                scale=strength if negative else 1.0,
                 sampler=options.sample_sampler,
             )[0]
             path = folder / (f"inference_{name}.png" if copy == 0 else f"inference_{name}_{copy}.png")

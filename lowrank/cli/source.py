@@ -16,6 +16,7 @@ from lowrank.data.sources import folder_of, from_folders, from_instance
 from lowrank.errors import Refused
 from lowrank.files import atomic, writable_folder
 from lowrank.models.family import Family, Models
+from lowrank.models.flux import FLUX
 from lowrank.train.inputs import draw_files
 from lowrank.train.prompts import Prompt, read_prompts
 
@@ -54,6 +55,12 @@ def check_source(source: Path, trained: str | None, force: bool) -> None:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def default_prompt(family: Family, sides: tuple[int, int]) -> Prompt:
+    """What a line of a prompt file leaves open: `sides` are width and height in pixels."""
+    scale = {} if family is FLUX else {"sample_steps": 30, "scale": 7.5, "guidance_scale": None}
+    return Prompt("", width=sides[0], height=sides[1], **scale)
 
 
 def draw_source(

@@ -7,7 +7,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import nn
 from lowrank.adapters.targets import as_passed
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
-from lowrank.files import writable_folder
+from lowrank.files import sha256, writable_folder
 from lowrank.models.family import Models, align
 from lowrank.options import Parsed
 from lowrank.surfaces.checks import trains_text
@@ -35,6 +37,7 @@ _RESUMED = (
     *("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "train_batch_size"),
     *("gradient_accumulation_steps", "resolution", "ema_decay"),
 )
+_PLACES = ("basis_cache", "svd_cache_path")  # network arguments that are no settings: caches
 
 
 # ------------------------------------------------------------------ before the model is looked at
@@ -124,11 +127,13 @@ def facts(job: Job, loader: Loader, models: Models) -> dict[str, Any]:
     pictures = [
         (e.path.name, e.path.stat().st_size, e.captions, e.size, e.repeats, e.is_reg) for e in examples
     ]
-    arguments = {k: v for k, v in job.arguments.items() if k != "basis_cache"}  # a place, not a setting
+    arguments = {k: v for k, v in job.arguments.items() if k not in _PLACES}
+    files = {k: sha256(Path(v)) for k, v in arguments.items() if isinstance(v, str) and os.path.isfile(v)}
     told = {name: job.value(name) for name in _RESUMED} | {
         "network_module": job.networks.__name__,
         "text_encoders_trained": trains_text(job.parsed),
         "network_args": arguments,
+        "argument_files": files or None,
         "seed": job.seed,
         "base": job.family.model_hash(models, "denoiser"),
         "base_weights": merged(job.parsed) or None,

@@ -128,6 +128,7 @@ _HASHED = {
     "base": "base model",
     "base_weights": "--base_weights or their multipliers",
     "pictures": "pictures, captions or repeats",
+    "argument_files": "contents of the files that --network_args names",
 }
 
 

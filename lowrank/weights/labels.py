@@ -54,11 +54,13 @@ def kept_facts(adapter: Plain) -> dict[str, str]:
     kept = {
         key: value
         for key, value in adapter.metadata.items()
-        if key.startswith(("ss_", "modelspec.", "tlora_", "lowrank.base", "lowrank.command"))
+        if key.startswith(
+            ("ss_", "modelspec.", "tlora_", "lowrank.base", "lowrank.command", "lowrank.unrouted")
+        )
     }
     gated = adapter.fact("gated_by")  # whoever loads the file must not take it for a LoRA
     return {
         **kept,
         **({"lowrank.method": gated} if gated else {}),
-        "lowrank.exported_from": adapter.fact("method") or adapter.fact("exported_from") or "lora",
+        "lowrank.exported_from": adapter.fact("exported_from") or adapter.fact("method") or "lora",
     }

@@ -169,7 +169,8 @@ def static(
     if experts > 1:
         raise Refused(
             f"{module} in {source} has {experts} experts and a router: its ΔW depends on the input, so no "
-            "file with one ΔW can hold it; use it live, or see docs/effilora.md for the nearest one"
+            "file with one ΔW can hold it; use it live, or let tools/export_lora.py write the nearest one "
+            "with --model BASE --calibrate PROMPTS"
         )
     if "alpha" in roles and roles["alpha"].numel() == 1 and float(roles["alpha"]) == 0:
         raise Refused(

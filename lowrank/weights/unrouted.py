@@ -12,7 +12,9 @@ gathered: it gives B̄ and the error. In directions of u that no data had, B̄ i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +27,29 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.errors import Refused
 
 
-def least_squares(ups: Tensor, moments: Tensor) -> tuple[Tensor, float]:
-    """B̄ (O, R) and its relative error √(Σ‖B u′ − B̄ u‖² / Σ‖B u′‖²), 0 where the layer added nothing.
+class Lost(NamedTuple):
+    """What a static up leaves out over the data: √Σ‖B u′ − B̄ u‖², and √Σ‖B u′‖² to compare it with."""
+
+    lost: float
+    whole: float
+
+    @property
+    def share(self) -> float:
+        """The relative error, 0 where the layer added nothing."""
+        return self.lost / self.whole if self.whole else 0.0
+
+    def scaled(self, by: float) -> Lost:
+        return Lost(by * self.lost, by * self.whole)
+
+
+def together(errors: Iterable[Lost]) -> Lost:
+    """The error of many layers as one."""
+    lost, whole = zip(*errors, strict=True)
+    return Lost(math.hypot(*lost), math.hypot(*whole))
+
+
+def least_squares(ups: Tensor, moments: Tensor) -> tuple[Tensor, Lost]:
+    """B̄ (O, R) and its error.
 
     ups (E, O, R), moments M (E·R, E·R) as a sum or mean of u′ u′ᵀ; computed in float64.
     """
@@ -38,13 +61,13 @@ def least_squares(ups: Tensor, moments: Tensor) -> tuple[Tensor, float]:
     static = mean + rest @ M @ S.T @ torch.linalg.pinv(C, hermitian=True, rtol=1e-12)
     left = B - static @ S
     lost, whole = (((part @ M) * part).sum().clamp_min(0) for part in (left, B))
-    return static, float((lost / whole).sqrt()) if whole > 0 else 0.0
+    return static, Lost(float(lost.sqrt()), float(whole.sqrt()))
 
 
 def unrouted(
     network: AdapterNetwork, calibrate: Callable[[], object]
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """(tensors of a LoRA under native keys, relative error by layer) of a network with experts.
+) -> tuple[dict[str, Tensor], dict[str, Lost]]:
+    """(tensors of a LoRA under native keys, what each layer loses of its output) of a network with experts.
 
     `calibrate` runs the model, network attached, on data like that of its use. The lengths of a DoRA are
     rescaled so that the gain of each row stays what it was. Raises `Refused` for a network without experts,
@@ -52,7 +75,9 @@ def unrouted(
     """
     method = network.method
     if method.experts is None:
-        raise Refused(f"{method.name} has one ΔW and needs no calibration; use tools/export_lora.py")
+        raise Refused(
+            f"{method.name} has one ΔW and needs no calibration; use tools/export_lora.py without --calibrate"
+        )
     if method.gate is not None:
         raise Refused(
             f"{method.name} has another ΔW at every timestep as well as for every input; use it where it was "
@@ -77,8 +102,8 @@ def unrouted(
 
 
 @torch.no_grad()
-def _static(layer: AdaptedLayer, moments: Tensor) -> tuple[dict[str, Tensor], float]:
-    """The layer's tensors with one up, and the relative error of what it adds."""
+def _static(layer: AdaptedLayer, moments: Tensor) -> tuple[dict[str, Tensor], Lost]:
+    """The layer's tensors with one up, and the error of what it adds to the host's output."""
     U, D = layer.factors()  # (E, O, R[, 1, 1]), (R, I[, k, k])
     gain = torch.ones(U.shape[1], dtype=torch.float64, device=U.device)
     before = layer.row_norm(U, D) if layer.method.magnitude else gain
@@ -91,7 +116,7 @@ def _static(layer: AdaptedLayer, moments: Tensor) -> tuple[dict[str, Tensor], fl
         after = layer.row_norm(up[None], D)
         kept = torch.where(before == 0, torch.ones_like(before), after / before)
         roles["magnitude"] = layer.magnitude.detach() * kept.reshape(layer.magnitude.shape).to(D.dtype)
-    return roles, error
+    return roles, error.scaled(abs(layer.scale))
 
 
 @contextlib.contextmanager

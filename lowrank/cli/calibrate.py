@@ -1,0 +1,89 @@
+"""A routed adapter as the nearest LoRA, on what its layers read while the model draws pictures with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lowrank.adapters import keys
+from lowrank.adapters.method import Method
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.targets import as_passed
+from lowrank.cli.adapter import made_by
+from lowrank.cli.base import base, device_of, family_of, own_side
+from lowrank.cli.said import Said
+from lowrank.cli.source import default_prompt
+from lowrank.errors import Refused
+from lowrank.models.family import Models, align
+from lowrank.tensors import TensorFile, read_metadata, write_tensors
+from lowrank.train.inputs import draw
+from lowrank.train.module import find_module
+from lowrank.train.prompts import read_prompts
+from lowrank.weights.unrouted import together, unrouted
+
+
+def attached(method: Method, source: str, models: Models, strength: float = 1.0) -> AdapterNetwork:
+    """The network of a file of `method`, live on the parts of the model that are in memory."""
+    encoders, denoiser = list(models.text_encoders), models.denoiser
+    module, passed = find_module(method.name), as_passed(encoders, denoiser)
+    network, _ = module.create_network_from_weights(strength, source, None, passed, denoiser)
+    network.load_weights(source)
+    network.apply_to(passed, denoiser, bool(encoders), True)
+    network.set_multiplier(strength)
+    network.to(next(denoiser.parameters()).device)
+    return network
+
+
+def write_nearest(source: str, model: str, prompts: str, target: Path) -> str:
+    """Write the nearest LoRA, or DoRA, of a routed adapter as a native file, and say how near it is.
+
+    Each prompt is one picture, drawn with the adapter attached; all positions of all its steps count, with
+    and without the prompt where the guidance asks for both. The file's metadata keep the errors. Raises
+    `Refused`.
+    """
+    method = made_by(source)
+    if method is None or method.experts is None:
+        raise Refused(
+            f"{source} has one ΔW, or is of no method here, and needs no calibration; leave --calibrate out"
+        )
+    device = device_of(None)
+    origin = base(model, "fp32" if device == "cpu" else "bf16", device, flag="model")
+    family = family_of(origin)
+    models, switches = family.load(origin, ()), family.options()
+    side = own_side(models)
+    asked = read_prompts(
+        prompts, default_prompt(family, (side, side)), family.bucket_step(models), "--calibrate"
+    )
+    if not asked:
+        raise Refused(f"--calibrate {prompts} is empty; write a prompt per line")
+    texts = [text for one in asked for text in (one.prompt, one.negative_prompt or "")]
+    trains = any(map(keys.is_text_encoder, TensorFile(Path(source)).entries))
+    said = Said(family, models, switches, texts, trains)
+    family.add(models, ("denoiser", "vae"))
+    align(models)
+    network = attached(method, source, models)
+
+    def calibrate() -> None:
+        for index, one in enumerate(tqdm(asked, desc="calibrating", unit="picture")):
+            draw(family, models, switches, said, one, index if one.seed is None else one.seed)
+
+    state, errors = unrouted(network, calibrate)
+    network.restore()
+    worst = max(errors, key=lambda name: errors[name].share)
+    whole = together(errors.values()).share
+    told = {
+        "method": "dora" if method.magnitude else "lora",
+        "options": "{}",
+        "exported_from": method.name,
+        "unrouted_error": f"{whole:.6g}",
+        "unrouted_worst": f"{errors[worst].share:.6g} {worst}",
+        "unrouted_on": f"{len(asked)} pictures of {Path(prompts).name}",
+    }
+    facts = read_metadata(source) | {f"lowrank.{name}": value for name, value in told.items()}
+    write_tensors(target, {key: value.cpu() for key, value in state.items()}, facts)
+    return (
+        f"{method.experts.count} experts become one up by least squares over {len(asked)} pictures: "
+        f"{whole:.2%} of what they add to the layers' outputs is lost, {errors[worst].share:.2%} in the "
+        f"worst layer ({worst})"
+    )
