@@ -304,6 +304,47 @@ def test_a_teacher_of_the_task_helps_and_leaves_nothing_else_behind(planted):
     assert scores[60] < 0.97 * scores[0]
 
 
+def test_the_tasks_own_teacher_gives_a_head_start_and_takes_nothing_later(tmp_path):
+    """A LoRA of the same task as teacher, and a task that no LoRA of that rank solves: far ahead at step 10,
+    not behind at 300. That many steps of the task itself in place of the stage are the better start."""
+    target, draw = Toy(), torch.Generator().manual_seed(50)
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=draw))
+
+    def measured(run: Run) -> float:
+        batches = [batch for epoch in range(1000, 1015) for batch in Data().epoch(epoch)]
+        with torch.no_grad():
+            losses = [run.forward.losses(batch, warmup.noise(run, batch))[0].mean() for batch in batches]
+        return float(torch.stack(losses).mean())
+
+    def fit(run: Run, steps: int, first: int = 0) -> dict[int, float]:
+        optimizer, seen = torch.optim.AdamW(run.network.parameters(), 1e-2), {}
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+        for step in range(1, steps + 1):
+            for batch in Data().epoch(first + step):
+                run.forward.losses(batch, warmup.noise(run, batch))[0].mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if step in (10, 300):
+                seen[step] = measured(run)
+        return seen
+
+    plain = run_of(model := Toy(), on(model), target)
+    alone = fit(plain, 300)
+    path = tmp_path / "teacher.safetensors"
+    plain.network.save_weights(str(path), None, {"ss_network_module": "networks.lora"})
+    staged = run_of(model := Toy(), on(model), target)
+    given = options(abm_teacher=str(path), abm_steps=60, abm_weight_strategy="linear")
+    warmup.warm_up(staged, abm.stage(given, staged, None))
+    ahead = fit(staged, 300)
+    control = run_of(model := Toy(), on(model), target)
+    fit(control, 60, 5000)
+    assert ahead[10] < 0.8 * alone[10] and ahead[300] < 1.01 * alone[300]
+    assert fit(control, 10)[10] < ahead[10]
+
+
 def test_the_guard_undoes_what_does_harm(planted):
     run = run_of(model := Toy(), on(model), Toy())  # the task is the base's own, the teacher's another
     before = values(run.network)
