@@ -165,6 +165,12 @@ def test_a_dead_input_has_no_precision_and_a_layer_outside_no_curvature():
     assert not context.layers["lora_unet_second"].G.main.any()
 
 
+def test_a_grouped_convolution_is_not_measured():
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=2))
+    with pytest.raises(Refused, match=r"lora_unet_0 is a grouped convolution \(groups=2\).*--exclude"):
+        Fisher(find("unet", model, target="."), "kfac", 4, 0, "cpu")
+
+
 def test_a_sketch_is_exact_at_its_rank_and_close_above():
     torch.manual_seed(0)
     thin = torch.randn(300, 20) @ torch.randn(20, 200)

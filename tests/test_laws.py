@@ -11,6 +11,7 @@ from toys import HOSTS, MERGED, METHODS, SHIPPED, base, network, shake
 
 from lowrank.adapters import gate, penalty
 from lowrank.adapters.host import dense_weight
+from lowrank.errors import Refused
 from lowrank.models.memory import checkpointed
 
 CASES = [
@@ -250,3 +251,12 @@ def test_a_quantised_base_is_adapted_and_untouched(method, bits, cache):
         torch.testing.assert_close(model(x), before + delta, rtol=1e-4, atol=1e-4)
     made.restore()
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_a_grouped_convolution_is_refused_by_name(method, cache):
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1, groups=4)).requires_grad_(False)
+    with pytest.raises(Refused, match=r"lora_unet_0 is a grouped convolution \(groups=4\)"):
+        network(method, model, cache)
+    model(torch.randn(1, 8, 5, 5))  # and the model is as it was
+    assert not {"forward"} & model[0].__dict__.keys()
