@@ -116,9 +116,11 @@ def only_writer(folder: Path) -> Iterator[None]:
             (folder / ".lock").unlink(missing_ok=True)
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """Hex SHA-256 of a file's bytes."""
+def sha256(path: str | os.PathLike, first: int | None = None) -> str:
+    """Hex SHA-256 of a file's bytes, or of the `first` of them."""
     with open(path, "rb") as file:
+        if first is not None:
+            return hashlib.sha256(file.read(first)).hexdigest()
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)

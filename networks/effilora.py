@@ -26,6 +26,7 @@ from lowrank.adapters.plain import FACTOR
 from lowrank.errors import Refused, nearest
 
 INPUTS, SCOPES = ("h", "x"), ("token", "sample")
+MOST = 256  # experts; a typing error would otherwise fill the memory
 
 # What a layer reads, by the end of its path; the first row that fits, and all others read the picture's
 # tokens or pixels. Names of diffusers, transformers, kohya's U-Nets and Black Forest Labs' FLUX.
@@ -64,6 +65,11 @@ class Options:
         for name in ("num_experts", "effi_probe_every", "effi_probe_layers"):
             if getattr(self, name) < 1:
                 raise Refused(f"network argument {name}={getattr(self, name)} is below 1; give 1 or more")
+        if self.num_experts > MOST:
+            raise Refused(
+                f"network argument num_experts={self.num_experts} is above {MOST}; each is an up of every "
+                "layer, 4 is usual"
+            )
         if not 0 < self.effi_update_ratio <= 1:
             raise Refused(
                 f"network argument effi_update_ratio={self.effi_update_ratio:g} is not above 0 and up to 1; "

@@ -14,6 +14,7 @@ from test_train_sd import arguments, folders  # noqa: F401 (fixtures)
 from lowrank.cli.sd_train import main as sd
 from lowrank.errors import Refused
 from lowrank.train import launch
+from tools import extract_universal_basis
 
 STATE = ("--save_every_n_steps", "2", "--save_state", "--save_state_on_train_end")
 
@@ -93,11 +94,14 @@ def test_a_log_folder_that_cannot_be_written_to_is_refused(early, tmp_path):
     ("flags", "said"),
     [
         (("--network_module", "networks.dora"), "its network_module is networks.lora and this run's is"),
-        (("--network_args", "rank_dropout=0.1"), "its network_args is {} and this run's is {'rank_dropout'"),
+        (
+            ("--network_args", "rank_dropout=0.1"),
+            "its network argument rank_dropout is unset and this run's is 0.1",
+        ),
         (("--network_dim", "2"), "its network_dim is 4 and this run's is 2"),
-        (("--optimizer_type", "AdaFactor"), "its optimizer_type is"),
+        (("--optimizer_type", "AdaFactor"), "its optimizer_type is unset and this run's is AdaFactor"),
         (("--seed", "1"), "its seed is 0 and this run's is 1"),
-        (("--train_data_dir", "{tmp}/pictures"), "it had other pictures, captions or repeats"),
+        (("--train_data_dir", "{tmp}/pictures"), "it had other pictures, masks, captions or repeats"),
         (("--base_weights", "{run}/cat.safetensors"), "it had other --base_weights or their multipliers"),
         (("--max_train_steps", "3"), "is at step 4 and the run ends at 3; raise --max_train_steps"),
     ],
@@ -110,12 +114,53 @@ def test_a_state_of_another_run_is_refused(flags, said, early, trained, folders,
     assert said in told and ("--network_weights" in told or "--max_train_steps" in told)
 
 
+def test_pictures_are_told_by_their_content(early, trained, folders, tmp_path):  # noqa: F811
+    """One painted over in the same number of bytes is another."""
+    shutil.copytree(folders / "train", tmp_path / "pictures")
+    resume = ("--train_data_dir", str(tmp_path / "pictures"), "--resume", str(trained / "cat-state"))
+    assert "raise --max_train_steps" in early(*resume, "--max_train_steps", "3")  # a copy is the same
+    picture = next((tmp_path / "pictures").rglob("*.png"))
+    data = bytearray(picture.read_bytes())
+    data[-20] ^= 1
+    picture.write_bytes(data)
+    assert "it had other pictures" in early(*resume)
+
+
+def test_files_of_network_arguments_are_told_by_their_content(arguments, early, tmp_path):
+    """A basis may move, and may not be another one under the same name; a cache may be anywhere."""
+
+    def basis(name: str, seed: int) -> str:
+        draw, name_of = torch.Generator().manual_seed(seed), "mid_block_attentions_0_proj_in"
+        for one in range(3):
+            state = {
+                f"lora_unet_{name_of}.lora_down.weight": torch.randn(4, 64, 1, 1, generator=draw),
+                f"lora_unet_{name_of}.lora_up.weight": torch.randn(64, 4, 1, 1, generator=draw),
+            }
+            save_file(state, tmp_path / f"{one}.safetensors")
+        path = tmp_path / name
+        given = [str(tmp_path / f"{one}.safetensors") for one in range(3)]
+        extract_universal_basis.main(["--lora_dir", *given, "--output", str(path), "--rank", "4"])
+        return f"basis_path={path}"
+
+    line = ("--network_module", "universal_lora", "--network_train_unet_only", *STATE, "--network_args")
+    first = basis("a.safetensors", 0)
+    assert sd(arguments("run", *line, first)) == 0
+    resume = ("--resume", str(tmp_path / "run" / "cat-state"))
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "moved.safetensors")
+    moved = f"basis_path={tmp_path / 'moved.safetensors'}"
+    assert "the run ends at 3" in early(*line, moved, *resume, "--max_train_steps", "3")
+    basis("a.safetensors", 1)
+    assert "it had another file for its network argument basis_path" in early(*line, first, *resume)
+    told = early(*line, "basis_path=auto:random", *resume)
+    assert "network argument basis_path is sha256:" in told and "this run's is auto:random" in told
+
+
 def test_a_state_on_another_base_is_refused(early, trained, tiny_sd, tmp_path):
     shutil.copytree(tiny_sd, tmp_path / "base")
     (weights,) = (tmp_path / "base" / "unet").glob("*.safetensors")
     save_file({key: value * 1.5 for key, value in load_file(weights).items()}, weights)
     told = early("--resume", str(trained / "cat-state"), model=tmp_path / "base")
-    assert "it had other base model than this run" in told
+    assert "it had another base model than this run" in told
 
 
 def test_base_weights_are_told_by_their_content(arguments, early, trained, tmp_path):

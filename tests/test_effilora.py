@@ -246,6 +246,7 @@ def test_experts_of_a_null_space_with_free_lengths(kind, tmp_path):
 def test_mistakes_are_one_sentence():
     for given, words in (
         ({"num_experts": 0}, "num_experts=0 is below 1"),
+        ({"num_experts": 1_000_000}, "num_experts=1000000 is above 256"),
         ({"router_input": "y"}, "router_input=y is not one of h, x"),
         ({"router_scope": "tokens"}, "did you mean"),
         ({"effi_update_ratio": 0.0}, "effi_update_ratio=0"),

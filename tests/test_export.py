@@ -500,9 +500,10 @@ def test_the_command_says_why_not(saved, tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_the_command_compares_one_forward(tiny_sd, bases, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["delta_r", "tlora"])  # the second one masked at the probe's timestep
+def test_the_command_compares_one_forward(method, tiny_sd, bases, tmp_path, capsys):
     unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
-    made = files.network("sd15", "delta_r", unet, None, bases)
+    made = files.network("sd15", method, unet, None, bases)
     made.save_weights(str(tmp_path / "in.safetensors"), None, {})
     words = [str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--model", str(tiny_sd)]
     assert export.main(words) == 0

@@ -193,6 +193,8 @@ def test_every_layer_without_a_preset_as_in_lycoris(written, full):
     assert wide == {(2, 1.0)}
     made = network(written(linear_dim=4, apply_preset={"enable_conv": False}), full["sd15"]).layers()
     assert Counter(type(layer.host).__name__ for layer in made) == {"Linear": 160 + 2 + 22}
+    linear = [m for m in full["flux"].modules() if type(m).__name__ == "Linear"]
+    assert len(network(narrow, full["flux"]).layers()) == len(linear)  # a model without any convolution
 
 
 @pytest.mark.parametrize(
@@ -331,6 +333,7 @@ def test_mistakes_in_a_file(keys, words, written):
     [
         ("{", "is not JSON"),
         ("[]", "is not a table"),
+        ("[" * 100_000, "is not JSON"),
         ('{"algo": "lora", "algo": "tlora"}', "has algo twice"),
         ('{"lycoris_config": "gone.json"}', "names gone.json, which is not there"),
         ('{"lycoris_config": "x.json", "learning_rate": 1}', "has learning_rate.*with this script's flags"),

@@ -189,8 +189,8 @@ def forward_difference(
 ) -> float | str:
     """‖theirs − ours‖/‖ours‖ of the denoiser's answer to one noise, or a sentence why none can be compared.
 
-    Ours is the live network of the file's own method; theirs what the program that the export is for makes of
-    it. The model is loaded in fp32.
+    Ours is the live network of the file's own method, with all ranks open, as an export has them; theirs what
+    the program that the export is for makes of it. The model is loaded in fp32.
     """
     method = made_by(source)
     if method is None:
@@ -203,7 +203,7 @@ def forward_difference(
     inputs = probe(models, family)
     denoiser: Any = models.denoiser
     network = attached(method, source, models, strength)
-    with network.denoise_at(inputs["timesteps"]):
+    with network.denoise_at(torch.zeros_like(inputs["timesteps"])):
         ours = _ask(models, family, inputs)
     network.restore()
     if to == MERGED:

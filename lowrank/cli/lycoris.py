@@ -19,7 +19,6 @@ from lowrank.fields import option, specs
 from lowrank.tensors import existing_file
 
 _OTHERS = ("loha", "lokr", "dylora", "glora", "full", "diag-oft", "boft", "ia3")
-_LAYERS = ("Linear", "Conv2d")  # LyCORIS' targets where a file names none
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def _json(path: Path) -> dict[str, Any]:
     text = existing_file(path, "correct --lycoris_config").read_text(encoding="utf-8-sig", errors="replace")
     try:
         found = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise Refused(f"{path} is not JSON: {error}; correct the file") from error
     return _table(path, "the file", found)
 
@@ -331,9 +330,10 @@ def _alpha(config: Config, alpha: float, rank: int) -> float:
 def _targets(preset: Preset, maps: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     classes = dict.fromkeys((*preset.target_module, *preset.unet_target_module, *maps["module_algo_map"]))
     names = dict.fromkeys((*preset.target_name, *preset.unet_target_name, *maps["name_algo_map"]))
-    if not classes and not names:
-        classes = dict.fromkeys(_LAYERS if preset.enable_conv else _LAYERS[:1])
+    if not classes and not names and not preset.enable_conv:
+        classes = {"Linear": None}
     found = {
+        "target": "" if classes or names else ".",  # every Linear and Conv2d, of which a model may have none
         "target_module": ",".join(classes),
         "target_name": ";".join(_pattern(preset, name) for name in names),
         "exclude": "|".join(_pattern(preset, name, block=True) for name in preset.exclude_name),

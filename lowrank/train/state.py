@@ -125,11 +125,11 @@ def find_state(wanted: str, output_dir: Path) -> Path:
 
 # facts that are told by a hash, in words
 _HASHED = {
-    "base": "base model",
-    "base_weights": "--base_weights or their multipliers",
-    "pictures": "pictures, captions or repeats",
-    "argument_files": "contents of the files that --network_args names",
+    "base": "another base model",
+    "base_weights": "other --base_weights or their multipliers",
+    "pictures": "other pictures, masks, captions or repeats",
 }
+CONTENT = "sha256:"  # begins the fact of a file that is told by its content
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -159,13 +159,22 @@ def agree(folder: Path, before: Mapping[str, Any], run: Mapping[str, Any]) -> No
     for key, value in run.items():
         if before.get(key) == value:
             continue
-        told = f"its {key} is {before.get(key)} and this run's is {value}"
-        if key in _HASHED:
-            told = f"it had other {_HASHED[key]} than this run"
         raise Refused(
-            f"{folder} belongs to another run: {told}; use the same settings, or start from its weights with "
-            "--network_weights"
+            f"{folder} belongs to another run: {_difference(key, before.get(key), value)}; use the same "
+            "settings, or start from its weights with --network_weights"
         )
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if name in _HASHED:
+        return f"it had {_HASHED[name]} than this run"
+    if isinstance(old, Mapping) and isinstance(new, Mapping):  # network_args
+        one = next(one for one in (*new, *old) if old.get(one) != new.get(one))
+        return _difference(f"network argument {one}", old.get(one), new.get(one))
+    if all(str(value).startswith(CONTENT) for value in (old, new)):
+        return f"it had another file for its {name} than this run"
+    old, new = ("unset" if value in (None, "") else value for value in (old, new))
+    return f"its {name} is {old} and this run's is {new}"
 
 
 def seed_of(folder: Path) -> int:
