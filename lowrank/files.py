@@ -59,7 +59,10 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     own = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _replacing(path, own, lambda part: part.unlink(missing_ok=True)) as part:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors 0.8 lets nobody else read its files
         _sync(part)
         os.replace(part, path)
         _sync(path.parent)

@@ -22,6 +22,7 @@ from lowrank.cli.merge import main as merge
 from lowrank.cli.residual import main as residual
 from lowrank.cli.sheet import _shortened, sheet
 from lowrank.errors import Refused
+from lowrank.tensors import write_tensors
 
 
 @pytest.fixture
@@ -261,3 +262,10 @@ def test_two_processes_are_one_with_twice_the_accumulation(arguments, tmp_path):
         torch.testing.assert_close(two[key], value, rtol=0, atol=1e-6)
     saved = {p.name for p in (tmp_path / "two" / "checkpoint-2").iterdir()}
     assert saved >= {"random_states_0.pkl", "random_states_1.pkl"}
+
+
+def test_a_file_is_as_readable_as_any_other(tmp_path):
+    """safetensors 0.8 makes its files for their owner alone; a program of another user draws with ours."""
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode

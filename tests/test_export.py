@@ -260,6 +260,19 @@ def test_joined_layers_of_other_ranks_scales_and_gaps_are_exact(tmp_path):
     )
     back = read(path)
     assert verify.difference(adapter, back) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "name", ["single_transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.add_k_proj"]
+)
+def test_diffusers_reads_a_joined_layer_of_which_one_part_is_adapted(name, tmp_path):
+    """Zeros for the layers beside it are no unexpected keys: a model has them."""
+    adapter = _flux({name: _random(3072, 3072, 1, 0.5)})
+    write(adapter, "kohya", tmp_path / "out.safetensors", Choices())
+    told = verify.check(adapter, "kohya", tmp_path / "out.safetensors", Choices())
+    assert {one.reader: one.layers for one in told}["diffusers"] == 1
+    small = _flux({"single_transformer_blocks.0.proj_mlp": _random(32, 8, 1, 0.5)})  # unknown to diffusers
+    assert "diffusers" not in verify.readers("kohya", small, Choices())
     assert {one.rank for one in back.layers.values()} == {2, 3, 1}  # each its own again
 
 

@@ -22,7 +22,8 @@ def run(name: str) -> NoReturn:
     try:
         code = importlib.import_module(f"lowrank.cli.{name}").main(None)
     except Refused as refused:
-        print(f"error: {refused}", file=sys.stderr)
+        said = "".join(c if c.isprintable() else " " for c in str(refused))  # it may quote a stranger's file
+        print(f"error: {said}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("stopped by the keyboard; files already written are whole", file=sys.stderr)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lowrank.weights.checkpoint import Base
 from lowrank.weights.formats import Choices
 from lowrank.weights.places import Place
 from lowrank.weights.probes import Checked, Tree, Unread, compared, host, hosts
-from lowrank.weights.static import Plain, Static
+from lowrank.weights.static import Plain, Static, phantom
 
 # What a half-precision file may differ by, and what fp32 may: a layer's answer, relative to the change in it.
 LIMITS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -62,12 +62,12 @@ def readers(to: str, adapter: Plain, choices: Choices) -> dict[str, Callable[[Pa
     """Who can be asked about a file of a format here: name -> function of the file's path."""
     lengths_by_base = choices.dora_norm == "base"
     dora = any(layer.magnitude is not None for layer in adapter.layers.values())
-    wide = [
-        layer.up.shape[0]
+    wide = {
+        layer.up.shape[0] // (piece.stop - piece.start)
         for place, layer in adapter.layers.items()
-        if place.path.startswith("single_transformer_blocks") and place.path.endswith("attn.to_q")
-    ]
-    published = not wide or set(wide) == {FULL_WIDTH}
+        if (piece := bfl.piece(place.path)) and piece.module.endswith("linear1")
+    }
+    published = wide <= {FULL_WIDTH}
     found: dict[str, Callable[[Path], Checked]] = {}
     if to == "kohya" and installed("lycoris") and not lengths_by_base:
         found["lycoris.kohya"] = lambda path: _by_lycoris_kohya(path, adapter, choices.base)
@@ -152,6 +152,8 @@ def _by_diffusers(path: Path, adapter: Plain) -> Checked:
     for part in _parts(adapter):
         if part == "unet":
             tree = hosts(adapter.layers, part)
+            for name, beside in _beside(adapter):
+                tree.put(name, beside)
             tree.__class__ = type("Tree", (Tree, PeftAdapterMixin), {})
             load_by_diffusers(path, adapter, tree)
             pairs += _pairs(adapter, part, tree)
@@ -159,6 +161,16 @@ def _by_diffusers(path: Path, adapter: Plain) -> Checked:
             component = places.component(part, adapter.family)
             _check_text(_diffusers_state(path, adapter)[0], component, adapter, part)
     return compared(pairs, "diffusers")
+
+
+def _beside(adapter: Plain) -> Iterator[tuple[str, Any]]:
+    """Hosts of FLUX's layers that are not adapted, and that kohya's files have as zeros in a joined layer."""
+    for place, layer in adapter.layers.items():
+        own = bfl.piece(place.path) if adapter.family == "flux" and place.part == "unet" else None
+        for path, other in bfl.modules(own.module) if own is not None and own.total > 1 else ():
+            if own is not None and place._replace(path=path) not in adapter.layers:
+                outs = layer.up.shape[0] // (own.stop - own.start) * (other.stop - other.start)
+                yield path, phantom(outs, layer.down.shape[1], ())
 
 
 class _TwoLayers:
