@@ -134,7 +134,6 @@ def facts(job: Job, loader: Loader, models: Models) -> dict[str, Any]:
         "network_module": job.networks.__name__,
         "text_encoders_trained": trains_text(job.parsed),
         "network_args": arguments,
-        "argument_files": files or None,
         "seed": job.seed,
         "base": job.family.model_hash(models, "denoiser"),
         "base_weights": merged(job.parsed) or None,
