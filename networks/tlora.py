@@ -16,7 +16,6 @@ such a matrix, whose entries are χ-distributed (Golub and Kahan; Silverstein 19
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +28,7 @@ from lowrank.adapters.method import Factor, Gate, Method, Start, structural
 from lowrank.adapters.plain import FACTOR
 from lowrank.errors import Refused, nearest
 from lowrank.weights.basis import basis_hash
-from lowrank.weights.tlora_files import COPY, ORTHOGONAL, PARTS
+from lowrank.weights.tlora_files import COPY, ORTHOGONAL, PARTS, components, part
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,6 @@ class Options:
             raise Refused(f"tlora_alpha {self.tlora_alpha:g} is not above 0; 1.0 is the linear schedule")
 
 
-def part(sig_type: str, count: int, rank: int) -> slice:
-    """Which `rank` of `count` singular components, largest first; the middle ones as the authors count."""
-    begin = {"principal": 0, "middle": math.ceil((count - rank) / 2), "last": count - rank}[sig_type]
-    return slice(begin, begin + rank)
-
-
 def singular_values(outs: int, ins: int, std: float) -> Tensor:
     """The singular values (min(O, I),) of a random O × I matrix N(0, std²), largest first, in float64."""
     short, long = sorted((outs, ins))
@@ -85,14 +78,13 @@ def start(weights, ranks, scales, options: Options) -> Start:
     for name in weights:
         W, R = weights[name], ranks[name]
         outs, ins = W.shape
-        chosen = part(options.sig_type, min(outs, ins), R)
-        if options.use_data_init:  # as LyCORIS computes it, to agree with it
-            P, S, Q = torch.linalg.svd(W.float(), full_matrices=False)
-            P, S, Q = P[:, chosen], S[chosen], Q[chosen]
+        if options.use_data_init:
+            P, S, Q = components(W, options.sig_type, R)
         else:
             spectrum = spectra.get((outs, ins, R))
             if spectrum is None:
                 spectrum = spectra[outs, ins, R] = singular_values(outs, ins, 1 / R)
+            chosen = part(options.sig_type, min(outs, ins), R)
             P, S, Q = uniform_frame(outs, R), spectrum[chosen].float(), uniform_frame(ins, R).T
         own = {"p_layer": P, "lambda_layer": S, "q_layer": Q}
         values[name] = own | {"base_p": P, "base_lambda": S, "base_q": Q}
@@ -100,8 +92,12 @@ def start(weights, ranks, scales, options: Options) -> Start:
     return values, facts
 
 
+def gate(schedule: Schedule) -> Gate:
+    """Open ranks by a schedule; in a network of rank R, every layer in proportion to R."""
+    return Gate(schedule.open, schedule.facts, lambda rank: gate(schedule.of(rank)))
+
+
 def method(options: Options) -> Method:
-    schedule = Schedule(options.tlora_min_rank, options.tlora_alpha)
     factor = FACTOR
     if options.orthogonal:
         factor = Factor(
@@ -113,7 +109,7 @@ def method(options: Options) -> Method:
             unique="" if options.use_data_init else "are drawn at random into the file of a run",
             plus=("p_layer",),
         )
-    return Method("tlora", factor, Gate(schedule.open, schedule.facts))
+    return Method("tlora", factor, gate(Schedule(options.tlora_min_rank, options.tlora_alpha)))
 
 
 create_network, create_network_from_weights = bind(method, Options, alpha_is_rank=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def open_ranks(timestep: Tensor, rank: int, min_rank: int, alpha: float = 1.0, h
     1 ≤ min_rank ≤ rank and alpha > 0.
     """
     if not 1 <= min_rank <= rank:
-        raise Refused(f"tlora_min_rank {min_rank} is not between 1 and rank {rank}; choose one that is")
+        _refuse(min_rank, rank)
     if not alpha > 0:
         raise Refused(f"tlora_alpha {alpha} must be above 0; 1.0 is the linear schedule")
     t = timestep.reshape(-1).clamp(0, horizon)
@@ -26,6 +27,10 @@ def open_ranks(timestep: Tensor, rank: int, min_rank: int, alpha: float = 1.0, h
         return torch.div((horizon - t) * (rank - min_rank), horizon, rounding_mode="floor").long() + min_rank
     left = ((horizon - t.double()) / horizon).pow(alpha)
     return (left * (rank - min_rank)).floor().long() + min_rank
+
+
+def _refuse(min_rank: int | None, rank: int) -> NoReturn:
+    raise Refused(f"tlora_min_rank {min_rank} is not between 1 and rank {rank}; choose one that is")
 
 
 def prefix(open_: Tensor, rank: int) -> Tensor:
@@ -44,12 +49,27 @@ def per_sample(mask: Tensor, batch: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many ranks a layer has open at a timestep; of `group` neighbours, all or none."""
+    """How many ranks a layer has open at a timestep; of `group` neighbours, all or none.
+
+    A layer of another rank than `max_rank`, as one that is too small for it, has its share of `min_rank`.
+    Raises `Refused` where the one is not between 1 and the other.
+    """
 
     min_rank: int | None = None  # open at pure noise, counted in groups; None is half of them
     alpha: float = 1.0
     horizon: int = 1000
     group: int = 1
+    max_rank: int | None = None  # what min_rank is of; None: of every layer's own rank, whatever it is
+
+    def __post_init__(self) -> None:
+        if self.max_rank is not None and not 1 <= (self.min_rank or 1) <= self.max_rank:
+            _refuse(self.min_rank, self.max_rank)
+
+    def of(self, rank: int) -> Schedule:
+        """The schedule of a network of this rank, which all its layers follow in proportion."""
+        return replace(
+            self, min_rank=max(1, rank // 2) if self.min_rank is None else self.min_rank, max_rank=rank
+        )
 
     def open(self, timestep: Tensor, rank: int) -> Tensor:
         """Open ranks (B,) of a layer of `rank` at timesteps (B,); see `open_ranks`."""
@@ -58,8 +78,11 @@ class Schedule:
         )
 
     def least(self, rank: int) -> int:
-        """R_min of a layer of this rank, in groups."""
-        return max(1, rank // self.group // 2) if self.min_rank is None else self.min_rank
+        """R_min of a layer of this rank, in groups: ⌊min_rank·rank/max_rank⌋, at least 1."""
+        rank //= self.group
+        if self.min_rank is None:
+            return max(1, rank // 2)
+        return self.min_rank if self.max_rank is None else max(1, self.min_rank * rank // self.max_rank)
 
     def facts(self, rank: int | None) -> dict[str, str]:
         """What a file's metadata says; a rank of None, where layers differ, leaves out what depends on it."""
@@ -68,8 +91,7 @@ class Schedule:
             "tlora_T": str(self.horizon),
             "tlora_group": str(self.group),
         }
-        if rank is not None:
-            told["tlora_max_rank"] = str(rank // self.group)
-        if rank is not None or self.min_rank is not None:
-            told["tlora_min_rank"] = str(self.least(rank or 0))
-        return told
+        most = rank // self.group if self.max_rank is None and rank is not None else self.max_rank
+        least = self.least(rank) if self.min_rank is None and rank is not None else self.min_rank
+        told |= {} if most is None else {"tlora_max_rank": str(most)}
+        return told | ({} if least is None else {"tlora_min_rank": str(least)})

@@ -94,7 +94,7 @@ class Facade:
 
     def made(self, metadata: Mapping[str, str]) -> Method:
         """The method as a file of it tells, in all that decides which tensors there are."""
-        return self._parse(self._structure(metadata))[0]
+        return self._parse(self._structure(metadata))[0].of(_network_rank(metadata))
 
     def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, Layout]:
         read = []
@@ -197,7 +197,11 @@ class Facade:
         targets = find_all(
             text_encoder, unet, exclude=layout.exclude, conv=layout.convolutional, **layout.selection
         )
-        size = self._fit(method, targets, sizes(layout, targets, rank, alpha))
+        method = method.of(rank)
+        clamp = (
+            method.gate is not None
+        )  # a gate counts shares of ranks, and a rank that is never used is none
+        size = self._fit(method, targets, sizes(layout, targets, rank, alpha, clamp))
         kept = [target for target in targets if target.name in size]
         network = self._network(method, layout, kept, size, multiplier)
         network.start()
@@ -220,7 +224,7 @@ class Facade:
             weights_sd, metadata = read_tensors(file or "")
         given = {k: v for k, v in arguments.items() if k in self.known}
         method, layout = self._parse({**self._structure(metadata), **given})
-        source = file or "the given weights"
+        method, source = method.of(_network_rank(metadata)), file or "the given weights"
         check_made_by(source, metadata, method)
         chosen = layout.selection or {"target": ".*" if unet is not None else None}
         targets = find_all(text_encoder, unet, exclude=layout.exclude, **chosen)
@@ -240,6 +244,11 @@ class Facade:
             f"{name}.{keys.KOHYA.get(role, role)}": v for name in size for role, v in found[name].items()
         }
         return network, {**names, **{key: weights_sd[key] for key in strange}}
+
+
+def _network_rank(metadata: Mapping[str, str]) -> int | None:
+    """The rank that a file's gate counts by, where the file says it."""
+    return None if (told := metadata.get("tlora_max_rank")) is None else int(told)
 
 
 def _told(method: Method, roles: Mapping[str, Tensor]) -> tuple[int, float] | None:

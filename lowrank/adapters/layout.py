@@ -5,6 +5,7 @@ Names and meanings up to `loraplus_…` are those of kohya sd-scripts (networks/
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from lowrank.adapters.host import host_shape
 from lowrank.adapters.rates import Speed
 from lowrank.adapters.targets import Target
 from lowrank.errors import Refused
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,20 @@ def _split(text: str | None, mark: str) -> tuple[str, ...]:
     return tuple(piece.strip() for piece in (text or "").split(mark) if piece.strip())
 
 
-def sizes(layout: Layout, targets: Sequence[Target], rank: int, alpha: float) -> dict[str, tuple[int, float]]:
+def sizes(
+    layout: Layout, targets: Sequence[Target], rank: int, alpha: float, clamp: bool = False
+) -> dict[str, tuple[int, float]]:
     """(rank, alpha) by layer name; a layer that is left out has none. An alpha of 0 is the rank.
 
-    Raises `Refused` for a rank that does not fit its layer, and when no layer is left.
+    Raises `Refused` for a rank that does not fit its layer, and when no layer is left. With `clamp` such a
+    rank is lowered to min(O, I) at the same scale alpha/rank, which is said once.
     """
     conv = (layout.conv_dim, 1.0 if layout.conv_alpha is None else layout.conv_alpha)
     table = _by_block(layout, targets, (rank, alpha), conv)
     weights, by_name = _lr_weights(layout, targets), rules.parse(layout.module_rules)
     rules.check(by_name, targets)
-    found = {}
+    found: dict[str, tuple[int, float]] = {}
+    lowered: dict[str, tuple[int, int]] = {}
     for target in targets:
         kernel = target.module.kernel_size if isinstance(target.module, nn.Conv2d) else (1, 1)
         wide = tuple(kernel) != (1, 1)
@@ -120,7 +127,16 @@ def sizes(layout: Layout, targets: Sequence[Target], rank: int, alpha: float) ->
                 own[1] if rule.alpha is None else rule.alpha,
             )
         if own[0]:
-            found[target.name] = _fitting(target, int(own[0]), float(own[1]) or float(own[0]))
+            found[target.name] = _fitting(target, int(own[0]), float(own[1]) or float(own[0]), clamp)
+            if found[target.name][0] < own[0]:
+                lowered[target.native or target.name] = (int(own[0]), found[target.name][0])
+    if lowered:
+        name, (asked, most) = next(iter(lowered.items()))
+        logger.warning(
+            "rank %d is more than %d layers have, for example %s: there it is min(out, in) = %d, and fewer "
+            "ranks open in proportion",
+            *(asked, len(lowered), name, most),
+        )
     if targets and not found:
         raise Refused("network arguments leave out every layer; give at least one a rank above 0")
     return found
@@ -139,8 +155,10 @@ def speeds(layout: Layout, targets: Sequence[Target]) -> dict[str, Speed]:
     return found
 
 
-def _fitting(target: Target, rank: int, alpha: float) -> tuple[int, float]:
+def _fitting(target: Target, rank: int, alpha: float, clamp: bool) -> tuple[int, float]:
     outs, ins = host_shape(target.module)
+    if clamp and rank > min(outs, ins):
+        rank, alpha = min(outs, ins), alpha * min(outs, ins) / rank
     if not 1 <= rank <= min(outs, ins):
         raise Refused(
             f"rank {rank} does not fit {target.native or target.name} (out={outs}, in={ins}); choose "

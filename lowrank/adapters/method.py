@@ -95,11 +95,13 @@ class Factor:
 class Gate:
     """`open(timestep (B,), rank) -> (B,)`: how many leading ranks are open.
 
-    `facts(rank, or None where layers differ)`: what files say about it.
+    `facts(rank, or None where layers differ)`: what files say about it. `of(rank)`: the gate of a network of
+    this rank, where layers of other ranks have their share of it.
     """
 
     open: Callable[[Tensor, int], Tensor]
     facts: Callable[[int | None], Mapping[str, str]] = lambda rank: {}
+    of: Callable[[int], Gate] | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,12 @@ class Method:
         if self.factor is None:
             raise Refused(f"{self.name} has no factor; join it with a method that has one, as in `a | b`")
         return self.factor
+
+    def of(self, rank: int | None) -> Method:
+        """The method for a network of this rank, which a gate may count by; None where nobody knows it."""
+        if self.gate is None or self.gate.of is None or rank is None:
+            return self
+        return dataclasses.replace(self, gate=self.gate.of(rank))
 
     def __post_init__(self) -> None:
         if self.factor and self.factor.copy and (self.experts or len(self.factor.chains) > 1):

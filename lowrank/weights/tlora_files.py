@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank import ldm
@@ -55,6 +58,25 @@ def interleaved(roles: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return up, torch.stack([D - D_0, D_0], dim=1).flatten(0, 1)
 
 
+def part(sig_type: str, count: int, rank: int) -> slice:
+    """Which `rank` of `count` singular components, largest first; the middle ones as the authors count."""
+    begin = {"principal": 0, "middle": math.ceil((count - rank) / 2), "last": count - rank}[sig_type]
+    return slice(begin, begin + rank)
+
+
+def components(weight: Tensor, sig_type: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """P (O, R), Λ (R,), Q (R, I): singular components of W (O, I), by the SVD that LyCORIS computes.
+
+    Of a rank that W does not have, which only LyCORIS' files give small layers, the rest is zero, as there.
+    """
+    P, S, Q = torch.linalg.svd(weight.float(), full_matrices=False)
+    if len(S) < rank:
+        more = rank - len(S)
+        return F.pad(P, (0, more)), F.pad(S, (0, more)), F.pad(Q, (0, 0, 0, more))
+    chosen = part(sig_type, len(S), rank)
+    return P[:, chosen], S[chosen], Q[chosen]
+
+
 def with_copies(layers: Layers, weight: Callable[[str], Tensor]) -> Layers:
     """Layers with the initial copies that LyCORIS' files leave out: the principal components of W.
 
@@ -64,9 +86,8 @@ def with_copies(layers: Layers, weight: Callable[[str], Tensor]) -> Layers:
     for module, roles in layers.items():
         whole[module] = dict(roles)
         if "q_layer" in roles and "base_q" not in roles:
-            R = len(roles["q_layer"])
-            P, S, Q = torch.linalg.svd(weight(module).float(), full_matrices=False)
-            whole[module] |= {"base_p": P[:, :R], "base_lambda": S[:R], "base_q": Q[:R]}
+            P, S, Q = components(weight(module), "principal", len(roles["q_layer"]))
+            whole[module] |= {"base_p": P, "base_lambda": S, "base_q": Q}
     return whole
 
 
@@ -86,13 +107,15 @@ def schedule_of(
     `config` is SimpleTuner's `_tlora_config` {max_rank, min_rank, alpha} and goes before the file. Else the
     file's own metadata tell, then the `lycoris_config.json` beside it, then LyCORIS' metadata, and for its
     format at last SimpleTuner's defaults (R_min 1, alpha 1), which is said. Raises `Refused` for a config of
-    another rank, and for the authors' orthogonal format without one: it says no schedule.
+    another rank, for the authors' orthogonal format without one, which says no schedule, for LyCORIS' files
+    of several ranks, which it cuts from one mask, and for values that are no numbers.
     """
     tlora = [roles for roles in layers.values() if "q_layer" in roles]
-    group = 2 if tlora else int(metadata.get("tlora_group", "1"))
-    told = _told(Path(path), metadata, bool(tlora))
+    group = 2 if tlora else _number(int, metadata.get("tlora_group", 1), "tlora_group", str(path))
+    ranks = _ranks(layers, group)
+    told = _told(Path(path), metadata, ranks if tlora else None)
     if config is not None:
-        told = _configured(config, _rank(layers, group), str(path), told)
+        told = _configured(config, ranks, str(path), told)
     if told is None:
         if tlora and any("base_q" in roles for roles in tlora):
             raise Refused(
@@ -104,49 +127,99 @@ def schedule_of(
         logger.warning(
             "%s does not say its schedule; SimpleTuner's defaults are used: from 1 rank up, linear", path
         )
-        told = Schedule(1)
-    return Schedule(told.min_rank, told.alpha, told.horizon, group)
+        told = Schedule(1, max_rank=_one_rank(ranks, str(path)))
+    return replace(told, group=group)
 
 
-def _rank(layers: Layers, group: int) -> int | None:
+def _ranks(layers: Layers, group: int) -> set[int]:
+    """The ranks of a file's layers, as a schedule counts them."""
     ranks = {len(roles[role]) for roles in layers.values() for role in ("q_layer", "down") if role in roles}
     halved = group == 2 and not any("q_layer" in roles for roles in layers.values())
-    return ranks.pop() // (2 if halved else 1) if len(ranks) == 1 else None
+    return {rank // (2 if halved else 1) for rank in ranks}
 
 
-def _told(path: Path, metadata: Mapping[str, str], tlora: bool) -> Schedule | None:
-    if "tlora_T" in metadata:
-        least = metadata.get("tlora_min_rank")
-        return Schedule(
-            None if least is None else int(least), float(metadata["tlora_alpha"]), int(metadata["tlora_T"])
+def _one_rank(ranks: set[int], source: str) -> int:
+    if len(ranks) > 1:
+        raise Refused(
+            f"{source} has layers of rank {', '.join(map(str, sorted(ranks)))}, and LyCORIS cuts one mask "
+            "for all of them, which is no share of each; use it there"
         )
+    return next(iter(ranks))
+
+
+def _number(kind: type, told: Any, name: str, source: str) -> Any:
+    """A number of somebody's metadata. Raises `Refused` for what is none, and for those of 0 or less."""
+    try:
+        value = kind(told)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise Refused(
+            f"{source} says {name} {told!r}, which is no number above 0; correct it, or use another file"
+        )
+    return value
+
+
+def _told(path: Path, metadata: Mapping[str, str], lycoris: set[int] | None) -> Schedule | None:
+    """What metadata say, or LyCORIS' configuration, also beside a file in its format, which has these ranks."""
+    if "tlora_T" in metadata:
+        told = {
+            name: _number(int, metadata[name], name, str(path)) if name in metadata else None
+            for name in ("tlora_min_rank", "tlora_max_rank", "tlora_T")
+        }
+        alpha = _number(float, metadata.get("tlora_alpha", 1.0), "tlora_alpha", str(path))
+        return Schedule(told["tlora_min_rank"], alpha, told["tlora_T"] or 1000, 1, told["tlora_max_rank"])
     beside, inside = path.parent / SIDECAR, metadata.get("lycoris_config")
-    for text in (beside.read_text(encoding="utf-8") if tlora and beside.is_file() else None, inside):
-        config = json.loads(text or "null")
+    texts = {f"lycoris_config of {path}": inside}
+    if lycoris is not None and beside.is_file():
+        texts = {str(beside): beside.read_bytes().decode("utf-8", "replace"), **texts}
+    for source, text in texts.items():
+        try:
+            config = json.loads(text or "null")
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"{source} is no JSON ({error}); correct it, or take it away") from error
         if isinstance(config, dict) and config.get("algo") == "tlora":
-            return Schedule(int(config.get("tlora_min_rank", 1)), float(config.get("tlora_alpha", 1.0)))
+            return _of_lycoris(config, lycoris or set(), source, path)
     return None
 
 
-def _configured(config: Mapping[str, Any], rank: int | None, source: str, told: Schedule | None) -> Schedule:
+def _of_lycoris(config: Mapping[str, Any], ranks: set[int], source: str, path: Path) -> Schedule:
+    rank = _one_rank(ranks, str(path)) if ranks else None
+    if rank is not None and config.get("linear_dim", rank) != rank:
+        raise Refused(
+            f"{source} is of a file of rank {config['linear_dim']} and {path} has {rank}; put its own "
+            "beside it"
+        )
+    least, alpha = (config.get(name, 1) for name in ("tlora_min_rank", "tlora_alpha"))
+    return Schedule(
+        _number(int, least, "tlora_min_rank", source),
+        _number(float, alpha, "tlora_alpha", source),
+        max_rank=rank,
+    )
+
+
+def _configured(config: Mapping[str, Any], ranks: set[int], source: str, told: Schedule | None) -> Schedule:
     for name in config:
         if name not in _CONFIG:
             raise Refused(
                 f"_tlora_config has {name!r}{nearest(name, _CONFIG)}; it holds {', '.join(_CONFIG)}"
             )
+    rank = next(iter(ranks)) if len(ranks) == 1 else None
+    rank = rank if told is None or told.max_rank is None else told.max_rank
     if config.get("max_rank", rank) != rank:
         has = "layers of several ranks" if rank is None else f"rank {rank}"
         raise Refused(f"max_rank {config['max_rank']} is not that of {source}, which has {has}; give that")
-    asked = Schedule(int(config.get("min_rank", 1)), float(config.get("alpha", 1.0)))
-    if (
-        told is not None
-        and rank is not None
-        and (told.least(rank), told.alpha) != (asked.min_rank, asked.alpha)
-    ):
+    asked = Schedule(
+        _number(int, config.get("min_rank", 1), "min_rank", "_tlora_config"),
+        _number(float, config.get("alpha", 1.0), "alpha", "_tlora_config"),
+        max_rank=rank,
+    )
+    before = None if told is None else (told.least(rank or 1), told.alpha)
+    if rank is not None and before is not None and before != (asked.min_rank, asked.alpha):
         logger.warning(
-            "%s was trained with min_rank %d, alpha %g; the given %d, %g are used", source,
-            told.least(rank), told.alpha, asked.min_rank, asked.alpha,
-        )  # fmt: skip
+            "%s was trained with min_rank %d, alpha %g; the given %d, %g are used",
+            *(source, *before, asked.min_rank, asked.alpha),
+        )
     return asked
 
 
@@ -186,11 +259,7 @@ def to_lycoris(
     for module, roles in layers.items():
         name = lycoris_name(module)
         for role in ROLES:
-            value = (
-                roles[role].reshape(1, -1)
-                if role.endswith("lambda_layer") or role == "base_lambda"
-                else roles[role]
-            )
+            value = roles[role].reshape(1, -1) if "lambda" in role else roles[role]
             state[f"{name}.{keys.KOHYA[role]}"] = value
         state[f"{name}.alpha"] = roles["alpha"].reshape(())
     rank, alpha = ranks.pop()
