@@ -119,7 +119,9 @@ def put(model: Any, clip: Any, file: File, strength: float, strength_clip: float
     pairs: dict[str, Any] = {}
     _check(file.path, [name for name in named if name not in text], denoiser)
     if adapter.schedule is not None:
-        adapter.layers = with_copies(adapter.layers, lambda module: denoiser.weight(keys.flat(module)))
+        adapter.layers = with_copies(
+            adapter.layers, lambda one: denoiser.weight(keys.flat(one)), adapter.metadata, file.path
+        )
         _live(model, _masked(adapter, [n for n in named if n not in text], denoiser), strength)
         named = {name: named[name] for name in text}  # an encoder knows no timestep: all ranks are open
     for name, module in named.items():

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_export import _flux, _random
 
-from lowrank.adapters import keys
+from lowrank.adapters import dialect, keys
 from lowrank.cli import export, importing, inspection
 from lowrank.cli.adapter import read
 from lowrank.errors import Refused
@@ -268,9 +268,7 @@ def test_a_hostile_file_is_one_sentence(what, tmp_path, capsys):
         Mixture([Adapter(path)])
     model = files.denoiser("sd15")
     net = lora.create_network(1.0, 2, 1.0, None, [], model, target=r"mid_block\.attentions\.0\.proj")
-    if what == "half a layer":  # it is said which tensors are missing
-        assert net.load_weights(str(path)).missing_keys == [f"{B}.lora_up.weight"]
-    elif what not in ("whole numbers", "alpha of two numbers", "three axes"):
+    if what not in ("whole numbers", "alpha of two numbers", "three axes"):
         with pytest.raises(Refused):
             net.load_weights(str(path))
 
@@ -287,15 +285,55 @@ def test_mixed_precisions_are_read(dtype, tmp_path, capsys):
     assert inspection.main([str(path)]) == 0 and str(dtype).removeprefix("torch.") in capsys.readouterr().out
 
 
-def test_an_alpha_of_zero_is_said(tmp_path, capsys):
-    """kohya reads it as the rank, others as nothing: no export is right for both."""
-    path = tmp_path / "in.safetensors"
-    save_file({**whole(A), **whole(B), f"{A}.alpha": torch.tensor(0.0)}, path)
+def test_an_alpha_of_zero_is_no_strength_everywhere(tmp_path, capsys, caplog):
+    """As in ComfyUI, A1111 and diffusers; kohya's networks take the rank. No file that is written has one."""
+    path, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    zero = {f"{A}.alpha": torch.tensor(0.0)}
+    save_file({**whole(A), **whole(B), **zero}, path)
     assert inspection.main([str(path)]) == 0
     assert "alpha is 0" in capsys.readouterr().out
     for main in (export.main, importing.main):
-        with pytest.raises(Refused, match="alpha is 0"):
-            main([str(path), str(tmp_path / "out.safetensors")])
+        caplog.clear()
+        assert main([str(path), str(target)]) == 0
+        assert f"alpha is 0 in 1 of 2 layers, for example {A}" in caplog.text
+        assert {key.rpartition(".lora_")[0] for key in load_file(target) if "lora_" in key[9:]} == {B}
+    mixture = Mixture([Adapter(path)])
+    changes = {n: mixture.up(n) @ mixture.down(n, [1.0]) for n in mixture.modules}
+    assert [bool(dW.any()) for dW in changes.values()] == [False, True]
+    net = lora.create_network(
+        1.0, 2, 1.0, None, [], files.denoiser("sd15"), target=r"mid_block\.attentions\.0\.proj"
+    )
+    caplog.clear()
+    net.load_weights(str(path))
+    assert "alpha is 0 in 1 of 2 layers" in caplog.text
+    assert {layer.name: layer.scale for layer in net.layers()} == {A: 0.0, B: 0.5}
+    save_file({**whole(A), **zero}, path)
+    for main in (export.main, importing.main):
+        with pytest.raises(Refused, match="nothing to convert"):
+            main([str(path), str(target)])
+    lengths = {**whole(A), **zero, f"{A}.dora_scale": torch.ones(64, 1, 1, 1)}
+    save_file(lengths, path)  # W′ = m·W/‖W‖ is a change all the same
+    assert importing.main([str(path), str(target)]) == 0
+    state = load_file(target)
+    assert state[f"{A}.alpha"] == 2 and not state[f"{A}.lora_up.weight"].any()
+
+
+def test_joined_layers_with_an_alpha_of_zero():
+    """q adds nothing, k and v what they did; the first part does not decide for all."""
+    made = torch.Generator().manual_seed(0)
+    parts = [
+        {
+            "down": torch.randn(2, 6, generator=made),
+            "up": torch.randn(4, 2, generator=made),
+            "alpha": torch.tensor(alpha),
+        }
+        for alpha in (0.0, 1.0, 2.0)
+    ]
+    joined = dialect.join(parts, [4, 4, 4])
+    dW = dialect.strength(joined, 6) * joined["up"] @ joined["down"]
+    want = [dialect.strength(part, 2) * part["up"] @ part["down"] for part in parts]
+    torch.testing.assert_close(dW, torch.cat(want))
+    assert not want[0].any() and want[1].any()
 
 
 class Code:

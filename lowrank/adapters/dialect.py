@@ -10,6 +10,7 @@ Parts that come of one joined layer, with one D, are joined to what they were.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -23,8 +24,30 @@ from lowrank.adapters.method import Method
 from lowrank.adapters.targets import Target
 from lowrank.errors import Refused
 
+logger = logging.getLogger(__name__)
+
 Roles = dict[str, Tensor]
 OUTPUTS = frozenset({"up", "q", "magnitude"})  # roles whose rows are the layer's outputs
+
+
+def strength(roles: Mapping[str, Tensor], rank: int) -> float:
+    """s = alpha/rank of a file's layer of this rank, 1 without an alpha; an alpha of 0 is a strength of 0.
+
+    ComfyUI, A1111, diffusers and kohya's merging read a file so. kohya's and LyCORIS' networks take a 0 for
+    the rank, as one does who asks for a new network.
+    """
+    return float(roles["alpha"].reshape(-1)[0]) / rank if "alpha" in roles else 1.0
+
+
+def tell_zeros(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Warn of layers whose alpha is 0, which programs read in two ways."""
+    zeros = [name for name, roles in layers.items() if "alpha" in roles and not roles["alpha"].any()]
+    if zeros:
+        logger.warning(
+            "%s: alpha is 0 in %d of %d layers, for example %s: they add nothing, as in ComfyUI, A1111 and "
+            "diffusers; kohya's and LyCORIS' networks take the rank for it, and if that is meant, set it",
+            *(source, len(zeros), len(layers), min(zeros)),
+        )
 
 
 def cut(roles: Mapping[str, Tensor], rows: slice, outputs: Iterable[str] = OUTPUTS) -> Roles:
@@ -60,7 +83,8 @@ def join(
     given = [part for part in parts if part is not None]
     outputs, cores, first, same = set(outputs), set(cores), given[0], alike(parts, outputs)
     wide = next(role for role in first if role not in outputs | cores | {"alpha"})
-    strengths = [float(part["alpha"]) / part[wide].shape[0] if "alpha" in part else 1.0 for part in given]
+    strengths = [strength(part, part[wide].shape[0]) for part in given]
+    common = next(filter(None, strengths), 1.0)  # one alpha for all: what differs from it goes into U
     found: Roles = {}
     for role, value in first.items():
         if role == "magnitude":
@@ -72,14 +96,14 @@ def join(
             for part, count in zip(parts, rows, strict=True):
                 if part is None:
                     blocks.append(value.new_zeros(*value.shape[:-2], count, value.shape[-1] if same else 0))
-                else:  # one alpha for all: strengths that differ go into U
-                    strength = next(left) / strengths[0]
-                    blocks.append(part[role] if strength == 1 else part[role] * strength)
+                else:
+                    share = next(left) / common
+                    blocks.append(part[role] if share == 1 else part[role] * share)
             found[role] = torch.cat(blocks, -2) if same else torch.block_diag(*blocks)
         elif same:
             found[role] = value
         elif role == "alpha":
-            found[role] = value * (sum(part[wide].shape[0] for part in given) / first[wide].shape[0])
+            found[role] = value.new_tensor(common * sum(part[wide].shape[0] for part in given))
         elif role in cores and value.dim() == 2:
             found[role] = torch.block_diag(*(part[role] for part in given))
         else:
@@ -143,7 +167,45 @@ def read(
         used |= sources
         if not found[target.name]:
             del found[target.name]
+        else:
+            _check_whole(target.name, found[target.name], method, source)
     return found, [key for name, given in spelled.items() if name not in used for key in given]
+
+
+def _check_whole(name: str, roles: Roles, method: Method, source: str) -> None:
+    """Raise `Refused` for a layer that has only a part of what its method trains."""
+    factor = method.require_factor()
+    trained = set(factor.trained) - {factor.shared}
+    strange = roles.keys() - trained - factor.frozen - {"alpha", "magnitude", "router", *factor.record}
+    if (absent := trained - roles.keys()) and (trained & roles.keys() or not strange):
+        raise Refused(
+            f"{name} in {source} has no {', '.join(sorted(absent))}, only {', '.join(sorted(roles))}; the "
+            "file is not whole, use another"
+        )
+
+
+def check_start(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str], method: Method, source: str
+) -> None:
+    """Raise `Refused` for a plain LoRA where a method subtracts a start, which would come from the base.
+
+    QR-LoRA's official files have no start either, and the keys of diffusers before PEFT: that is said.
+    """
+    factor = method.require_factor()
+    roles = {told[1] for key in state if (told := keys.role_of(key))}
+    plain = {"up", "down"} <= roles.intersection(factor.trained) and not roles.intersection(factor.copies)
+    if factor.copy is None or not plain or "lowrank.method" in metadata:
+        return
+    if not any(key.endswith(f".{keys.OLD_UP}") for key in state):
+        raise Refused(
+            f"{source} holds pairs of a plain LoRA and does not say that {method.name} made it, which would "
+            "subtract a start that these never had; use --network_module lora"
+        )
+    logger.warning(
+        "%s is read as an official QR-LoRA file, whose start comes from this base; a LoRA of diffusers "
+        "before PEFT has the same keys, and is one for --network_module lora",
+        source,
+    )
 
 
 def _other_flux(

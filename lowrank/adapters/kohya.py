@@ -92,9 +92,9 @@ class Facade:
                 )
         self._parse(arguments)
 
-    def made(self, metadata: Mapping[str, str]) -> Method:
+    def made(self, metadata: Mapping[str, str], source: str = "the file") -> Method:
         """The method as a file of it tells, in all that decides which tensors there are."""
-        return self._parse(self._structure(metadata))[0].of(_network_rank(metadata))
+        return self._parse(self._structure(metadata, source))[0].of(_network_rank(metadata, source))
 
     def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, Layout]:
         read = []
@@ -137,9 +137,9 @@ class Facade:
             network.role_rates |= {(part, role): ratio or 1.0 for role in ups if ratio is not None}
         return network
 
-    def _structure(self, metadata: Mapping[str, str]) -> dict[str, Any]:
+    def _structure(self, metadata: Mapping[str, str], source: str) -> dict[str, Any]:
         """The options of a file that decide which tensors it has."""
-        stored = json.loads(metadata.get("lowrank.options", "{}"))
+        stored = options_of(metadata, source)
         names = {f.name for f in dataclasses.fields(self._options) if f.metadata.get("structural")}
         return {name: stored[name] for name in names & stored.keys()}
 
@@ -220,12 +220,15 @@ class Facade:
     ) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
         """A network of the file's shapes (ranks, alphas, layers) without values, and the file's tensors."""
         metadata: Mapping[str, str] = {}
+        whole, source = weights_sd is None, file or "the given weights"
         if weights_sd is None:
             weights_sd, metadata = read_tensors(file or "")
         given = {k: v for k, v in arguments.items() if k in self.known}
-        method, layout = self._parse({**self._structure(metadata), **given})
-        method, source = method.of(_network_rank(metadata)), file or "the given weights"
+        method, layout = self._parse({**self._structure(metadata, source), **given})
+        method = method.of(_network_rank(metadata, source))
         check_made_by(source, metadata, method)
+        if whole:
+            dialect.check_start(weights_sd, metadata, method, source)
         chosen = layout.selection or {"target": ".*" if unet is not None else None}
         targets = find_all(text_encoder, unet, exclude=layout.exclude, **chosen)
         found, strange = dialect.read(weights_sd, targets, method, source)
@@ -246,16 +249,32 @@ class Facade:
         return network, {**names, **{key: weights_sd[key] for key in strange}}
 
 
-def _network_rank(metadata: Mapping[str, str]) -> int | None:
+def options_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
+    """The options that a file says its method had. Raises `Refused` for what is no JSON object."""
+    try:
+        stored = json.loads(metadata.get("lowrank.options", "{}"))
+        if not isinstance(stored, dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
+        raise Refused(
+            f"{source} has damaged metadata (lowrank.options: {error}); use another file"
+        ) from error
+    return stored
+
+
+def _network_rank(metadata: Mapping[str, str], source: str) -> int | None:
     """The rank that a file's gate counts by, where the file says it."""
-    return None if (told := metadata.get("tlora_max_rank")) is None else int(told)
+    told = metadata.get("tlora_max_rank")
+    if told is not None and not (told.isdecimal() and told.isascii() and int(told[:9])):
+        raise Refused(f"{source} has damaged metadata (tlora_max_rank: {told!r}); use another file")
+    return None if told is None else int(told[:9])
 
 
 def _told(method: Method, roles: Mapping[str, Tensor]) -> tuple[int, float] | None:
     """(rank, alpha) of a file's layer, or None for one without a factor."""
     ranks = (method.require_factor().rank_in(role, value.shape) for role, value in roles.items())
     rank = next((rank for rank in ranks if rank), None)
-    return None if rank is None else (rank, float(roles.get("alpha", rank)))
+    return None if rank is None else (rank, rank * dialect.strength(roles, rank))
 
 
 def bind(

@@ -295,6 +295,7 @@ class AdapterNetwork(nn.Module):
     def load_weights(self, file: str):
         """Read a file of any dialect; returns torch's named tuple of missing and unexpected keys."""
         state, metadata = read_tensors(Path(file))
+        dialect.check_start(state, metadata, self.method, file)
         return self.read_state(state, metadata, str(file))
 
     def read_state(self, state: Mapping[str, Tensor], metadata: Mapping[str, str], source: str):
@@ -309,6 +310,7 @@ class AdapterNetwork(nn.Module):
                 f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model "
                 f"has {', '.join(list(self.targets)[:2])}; it was made for another base"
             )
+        dialect.tell_zeros(source, found)
         for name, values in found.items():
             self._check_shared(name, found, source)
             self._made[name].load(values, source)

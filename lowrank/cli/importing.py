@@ -13,13 +13,15 @@ import torch
 
 from lowrank import __version__
 from lowrank.adapters import keys
-from lowrank.cli.adapter import read
+from lowrank.cli.adapter import read, tell_skipped
 from lowrank.errors import Refused
 from lowrank.models.family import DTYPES, reading
 from lowrank.tensors import read_tensors, write_tensors
-from lowrank.weights import checkpoint, legacy_null, places, static
+from lowrank.weights import checkpoint, legacy_null, native_tlora, places, static
+from lowrank.weights.names import read_contents, read_layers
 from lowrank.weights.native import METHODS, Native, method_of, to_native
 from lowrank.weights.static import Plain
+from lowrank.weights.tlora_files import schedule_of, with_copies, without_copies, without_dead
 from lowrank.weights.verify import difference
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # in PEFT's folders
@@ -36,8 +38,14 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("target", help="native .safetensors file to write")
     made.add_argument(
-        "--method", choices=("auto", *METHODS), default="auto", help="method of the file (auto)"
+        "--method", choices=("auto", *METHODS, "tlora"), default="auto", help="method of the file (auto)"
     )
+    made.add_argument(
+        "--tlora_min_rank",
+        type=int,
+        help="ranks a T-LoRA has open at pure noise, where the file does not say",
+    )
+    made.add_argument("--tlora_alpha", type=float, help="exponent of that schedule (1)")
     made.add_argument("--model", help="base model: what a basis, an official QR file or missing lengths need")
     made.add_argument("--basis", help="basis file, for a file of the fork's null or universal networks")
     made.add_argument("--rank", type=int, help="rank of the basis (that of the adapter)")
@@ -59,11 +67,14 @@ def main(argv: list[str] | None = None) -> int:
         raise Refused(f"{args.target} is no .safetensors name, and a native file is one; give one")
     if args.rank is not None and args.rank < 1:
         raise Refused(f"--rank {args.rank} is below 1; give 1 or more")
-    with tempfile.TemporaryDirectory() as folder:
-        source = args.source if Path(args.source).is_dir() else _readable(args, Path(folder))
-        adapter = peft_folder(source, args.base) if Path(source).is_dir() else read(source, args.base)
     if Path(args.target).resolve() == Path(args.source).resolve():
         raise Refused(f"{args.target} is the file that is read, which is not overwritten; give another name")
+    with tempfile.TemporaryDirectory() as folder:
+        source = args.source if Path(args.source).is_dir() else _readable(args, Path(folder))
+        if not Path(source).is_dir() and (told := _masked(args, source)):
+            print(told)
+            return 0
+        adapter = peft_folder(source, args.base) if Path(source).is_dir() else read(source, args.base)
     method = method_of(adapter) if args.method == "auto" else args.method
     base = checkpoint.Base(args.model) if args.model else None
     precision = DTYPES[args.basis_dtype] if args.basis_dtype else None
@@ -83,6 +94,49 @@ def main(argv: list[str] | None = None) -> int:
         f"{told}; read back, at most {difference(adapter, read(args.target)):.1e} of a layer's change apart"
     )
     return 0
+
+
+def _masked(args: argparse.Namespace, source: str) -> str | None:
+    """Import a T-LoRA, with what is said of it; None for a file of another method."""
+    given = {"min_rank": args.tlora_min_rank, "alpha": args.tlora_alpha}
+    config = {name: value for name, value in given.items() if value is not None}
+    if args.tlora_alpha is not None and args.tlora_min_rank is None:
+        raise Refused("--tlora_alpha is of a schedule that begins at --tlora_min_rank ranks; give that too")
+    if args.method not in ("auto", "tlora"):
+        return None
+    layers, metadata, skipped = read_contents(source)
+    if args.method == "auto" and not config and not native_tlora.is_masked(layers, metadata):
+        return None
+    left_out, precision = without_copies(layers), DTYPES[args.basis_dtype] if args.basis_dtype else None
+    layers = without_dead(layers)
+    schedule = schedule_of(source, layers, metadata, config or None)
+    if schedule is None:
+        raise Refused(
+            f"{source} has the tensors of a plain LoRA and says no schedule; give the ranks that were open "
+            "at pure noise with --tlora_min_rank, or --method lora"
+        )
+    if left_out:
+        if not args.model:
+            raise Refused(
+                f"{source} leaves out the start of {left_out[0]}, components of the base's weights; give the "
+                "base that it was trained on with --model"
+            )
+        base = checkpoint.Base(args.model)
+        layers = with_copies(
+            layers, lambda one: base.stored(places.places(one)[0][0], precision), metadata, source
+        )
+    family = args.base or places.family_of(layers, metadata, source)
+    made = native_tlora.to_native(layers, metadata, schedule, family, source, bool(left_out))
+    _write(made, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
+    tell_skipped(source, skipped)
+    back, told = read_layers(args.target)
+    opened = schedule_of(args.target, back, told)
+    assert opened is not None  # it was written
+    return (
+        f"{args.target}: {len(back)} layers of {family} as tlora; read back, at most "
+        f"{native_tlora.apart(layers, schedule, back, opened):.1e} of a layer's change apart at "
+        f"t = {', '.join(map(str, native_tlora.TIMES))}"
+    )
 
 
 def _readable(args: argparse.Namespace, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from lowrank.models.sd import SdOptions
 from lowrank.options import Parsed
 from lowrank.surfaces.tools import INFERENCE_MERGE
 from lowrank.train.watch import save_png
+from lowrank.weights.checkpoint import Base
 from lowrank.weights.ensemble import Ensemble, Part, shares
 from lowrank.weights.merge import refuse_masked
+from lowrank.weights.places import places
 from lowrank.weights.residual import check_residual, residual_file
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         if (picture := getattr(options, f"{what}_reference"))
     }
     folder = writable_folder(options.output_dir)
-    mixture = Ensemble(_parts(options), options.at_timestep)
+    stored = functools.cache(lambda: Base(options.model_path))
+    mixture = Ensemble(
+        _parts(options),
+        options.at_timestep,
+        lambda module: stored().stored(places(module)[0][0], source.dtype),  # as LyCORIS would find it
+    )
     if options.save_merged:
         refuse_masked(mixture.adapters)
     extra = [strength for _, strength in _more(options.more_loras)]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters import keys
+from lowrank.adapters.dialect import strength
 from lowrank.errors import Refused
 from lowrank.weights.names import missing, sizes, thin
 
@@ -212,7 +213,7 @@ def _compare_matrix(matrix: str, module: str, one: Roles, two: Roles, names: Nam
     if matrix == "deltaR" and not zero:
         layer = replace(layer, row_overlap=row_overlap(a, b))
         if alike:
-            a, b = a * _scale(one, a.shape[0]), b * _scale(two, b.shape[0])
+            a, b = a * strength(one, a.shape[0]), b * strength(two, b.shape[0])
             product, energies = (a * b).sum().item(), (a.square().sum().item(), b.square().sum().item())
             layer = replace(layer, interference=interference(product, *energies))
     return layer
@@ -240,10 +241,6 @@ def _compare_updates(module: str, one: Update, two: Update, rank: int, names: Na
         interference=interference(product, *energies),
         row_overlap=row_overlap(rows(one), rows(two)),
     )
-
-
-def _scale(roles: Roles, rank: int) -> float:
-    return float(roles["alpha"]) / rank if "alpha" in roles else 1.0
 
 
 def _rank(roles: Roles) -> int:

@@ -9,20 +9,24 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.adapters import keys
+from lowrank.adapters.dialect import strength
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused
 from lowrank.weights.merge import Adapter, Mixture, refuse_masked
+from lowrank.weights.static import made_by
+from lowrank.weights.tlora_files import ROLES
 
-THIN = frozenset({"up", "down", "q", "base_r", "delta_r", "alpha"})  # roles of a ΔW that is a thin pair
+# roles of a ΔW that is a thin pair, also of one whose ranks open by the timestep
+THIN = frozenset({"up", "down", "q", "base_r", "delta_r", "alpha", *ROLES})
 
 
 class Share(NamedTuple):
@@ -65,12 +69,17 @@ class Part(NamedTuple):
 class Ensemble:
     """Adapters of one base, their weights free to change. Raises `Refused` for what cannot go together.
 
-    `at`, in 0..1000, bakes T-LoRAs at one timestep.
+    `at`, in 0..1000, bakes T-LoRAs at one timestep; `weight` as for `Adapter`.
     """
 
-    def __init__(self, parts: Sequence[Part], at: float | None = None) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        at: float | None = None,
+        weight: Callable[[str], Tensor] | None = None,
+    ) -> None:
         self.parts = list(parts)
-        self.adapters = [Adapter(part.path, at=at) for part in parts]
+        self.adapters = [Adapter(part.path, at=at, weight=weight) for part in parts]
         self._live = [i for i, adapter in enumerate(self.adapters) if _runs(adapter)]
         self._still = [i for i in range(len(parts)) if i not in self._live]
         for i, part in enumerate(self.parts):
@@ -191,20 +200,19 @@ def _method(adapter: Adapter) -> str:
 def _fold(adapter: Adapter, rules: Sequence[Share]) -> None:
     """Multiply the alphas by the strengths of their layers."""
     for name, roles in adapter.layers.items():
-        down: Any = roles.get("delta_r", roles.get("down"))
-        alpha = roles.get("alpha", torch.tensor(float(len(down))))
-        adapter.layers[name] = {**roles, "alpha": alpha * share_of(rules, name)}
+        down = next(roles[role] for role in ("delta_r", "down", "q_layer") if role in roles)
+        alpha = len(down) * strength(roles, len(down)) * share_of(rules, name)
+        adapter.layers[name] = {**roles, "alpha": torch.tensor(alpha)}
 
 
 def _network(adapter: Adapter, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> AdapterNetwork:
     """The adapter as the network that made it, on its layers, at strength 0."""
     name = _method(adapter)
-    try:
-        module: Any = importlib.import_module(f"networks.{name}")
-    except ModuleNotFoundError as error:
+    if made_by({"lowrank.method": name}, str(adapter.path)) is None:
         raise Refused(
             f"{adapter.path} was made by {name}, and there is no networks/{name}.py; use its release"
-        ) from error
+        )
+    module: Any = importlib.import_module(f"networks.{name}")
     encoders = as_passed(text_encoders, denoiser) if text_encoders else []
     made, _ = module.create_network_from_weights(
         0.0, str(adapter.path), None, encoders, denoiser, for_inference=True

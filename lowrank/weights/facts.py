@@ -140,6 +140,7 @@ def _layer(
         "outputs": layer.up.shape[0],
         "inputs": layer.down.shape[1],
         "norm": layer.norm(),
+        "problem": None if layer.scale else "alpha is 0: it adds nothing here, and its rank's worth in kohya",
     }
 
 

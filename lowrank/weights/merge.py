@@ -7,7 +7,7 @@ On a shared Q the sum is Q·(Σ wᵢ sᵢ ΔRᵢ) and keeps rank r. On different
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from lowrank.weights.names import (
     thin,
 )
 from lowrank.weights.static import made_by, static
-from lowrank.weights.tlora_files import schedule_of, without_dead
+from lowrank.weights.tlora_files import schedule_of, with_copies, without_dead
 
 STATIC = Method("static", Factor(lambda *_: ({}, {}), trained=()))
 
@@ -41,16 +41,24 @@ STATIC = Method("static", Factor(lambda *_: ({}, {}), trained=()))
 class Adapter:
     """An adapter file: its layers, its metadata, the schedule of its ranks if it is a T-LoRA, its path.
 
-    `at`, in 0..1000, bakes a T-LoRA at one timestep; `config` is SimpleTuner's `_tlora_config`.
+    `at`, in 0..1000, bakes a T-LoRA at one timestep; `config` is SimpleTuner's `_tlora_config`;
+    `weight(module)`, W (O, I) of the base, is asked where a T-LoRA of LyCORIS leaves out its start.
     """
 
     def __init__(
-        self, path: str | Path, *, at: float | None = None, config: Mapping[str, Any] | None = None
+        self,
+        path: str | Path,
+        *,
+        at: float | None = None,
+        config: Mapping[str, Any] | None = None,
+        weight: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.path = Path(path)
         layers, self.metadata = read_layers(path)
         self.layers = _folded(without_dead(layers), self.metadata, str(path))
         self.schedule = schedule_of(path, self.layers, self.metadata, config)
+        if weight is not None:
+            self.layers = with_copies(self.layers, weight, self.metadata, str(path))
         self.baked = at is not None and self.schedule is not None
         if at is not None and self.schedule is not None:
             self.layers, self.schedule = baked(self.layers, self.schedule, at, str(path)), None

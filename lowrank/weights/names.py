@@ -105,6 +105,7 @@ def read_contents(path: str | Path, roles: Collection[str] = ()) -> Contents:
             "initial copy, it needs the residual it was trained on and is not what it adds",
             path,
         )
+    dialect.tell_zeros(str(path), layers)
     return Contents(layers, metadata, strange)
 
 
@@ -192,10 +193,12 @@ def thin(
     if absent := missing(roles, method):
         kept = set(absent) <= {*_BASIS, *COPY.up, *COPY.down}
         way_out = "train with --save_basis full to keep it" if kept else "the file is not whole, use another"
+        if kept and "q_layer" in roles:
+            way_out = "put it in with tools/import_lora.py --model BASE, as LyCORIS' files leave it out"
         raise Refused(
             f"{module} in {source} has no {', '.join(absent)}, only {', '.join(sorted(roles))}; {way_out}"
         )
-    scale = float(roles["alpha"]) / rank if "alpha" in roles else 1.0
+    scale = dialect.strength(roles, rank)
     if "q_layer" in roles:
         return Thin(*interleaved(roles), scale)
     flat = {role: roles[role].flatten(1) for role in _SIDES if role in roles}

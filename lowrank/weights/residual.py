@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lowrank.adapters.dialect import strength
 from lowrank.adapters.targets import Layer
 from lowrank.errors import Refused
 from lowrank.tensors import existing_file, stream_tensors
@@ -112,7 +113,7 @@ def _check_layer(
             "bf16; make it again with save_flux_residual.py"
         )
     q, r = roles["q"].float().flatten(1), roles["base_r"].float().flatten(1)
-    scale = float(roles["alpha"]) / q.shape[1] if "alpha" in roles else 1.0
+    scale = strength(roles, q.shape[1])
     error = float(torch.linalg.norm(residual.float() + scale * (q @ r) - W) / torch.linalg.norm(W))
     limit = max(_ROUNDING[t] for t in (residual.dtype, weight.dtype, roles["q"].dtype))
     if error > limit:

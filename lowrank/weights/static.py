@@ -8,7 +8,6 @@ compared without a line of its own. Shapes: O out, I in with a convolution's ker
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import bfl
+from lowrank.adapters.dialect import strength
 from lowrank.adapters.kohya import Facade
 from lowrank.adapters.layer import AdaptedLayer, Clock
 from lowrank.adapters.method import Method
@@ -126,8 +126,10 @@ def read(
                 )
             seen[place] = module
             part = _cut(whole, piece, module, str(path))
-            if piece is not None and not bool(part.up.any()) and part.magnitude is None:
-                continue  # zero rows stand for a layer that was not adapted
+            if part.scale == 0:  # an alpha of 0 in another file would be read in two ways
+                part = part._replace(up=torch.zeros_like(part.up), scale=1.0)
+            if (piece is not None or whole.scale == 0) and not part.up.any() and part.magnitude is None:
+                continue  # zero rows of a joined layer stand for one that was not adapted
             found[place] = part
             if piece is None:
                 raw[place] = roles
@@ -141,14 +143,9 @@ def made_by(metadata: Mapping[str, str], source: str) -> Method | None:
     name = metadata.get("lowrank.method")
     if not name or not name.isidentifier() or importlib.util.find_spec(f"networks.{name}") is None:
         return None
-    facade = getattr(importlib.import_module(f"networks.{name}").create_network, "__self__", None)
-    try:
-        options = json.loads(metadata.get("lowrank.options", "{}"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise Refused(
-            f"{source} has damaged metadata (lowrank.options: {error}); use another file"
-        ) from error
-    return facade.made(metadata) if isinstance(facade, Facade) and isinstance(options, dict) else None
+    create = getattr(importlib.import_module(f"networks.{name}"), "create_network", None)
+    facade = getattr(create, "__self__", None)
+    return facade.made(metadata, source) if isinstance(facade, Facade) else None
 
 
 def roles_of(method: Method) -> tuple[str, ...]:
@@ -171,11 +168,6 @@ def static(
             f"{module} in {source} has {experts} experts and a router: its ΔW depends on the input, so no "
             "file with one ΔW can hold it; use it live, or let tools/export_lora.py write the nearest one "
             "with --model BASE --calibrate PROMPTS"
-        )
-    if "alpha" in roles and roles["alpha"].numel() == 1 and float(roles["alpha"]) == 0:
-        raise Refused(
-            f"{source}: {module}.alpha is 0, which kohya takes for the rank and others for no strength; "
-            "set the alpha that it was trained with"
         )
     if method is None:
         up, down, scale = thin(module, roles, source, made_by)
@@ -218,8 +210,9 @@ def _by_method(
             f"{source}: {module} has factors of {tuple(up.shape)} and {tuple(down.shape)}, which are neither "
             "matrices nor a convolution's kernels of rank 1 or more; export the adapter again"
         )
-    alpha = float(roles["alpha"].reshape(-1)[0]) if "alpha" in roles else float(rank)
-    layer = AdaptedLayer(module, phantom(outs, down.shape[1], kernel), method, rank, alpha, Clock(method))
+    scale = strength(roles, rank)
+    host = phantom(outs, down.shape[1], kernel)
+    layer = AdaptedLayer(module, host, method, rank, scale * rank, Clock(method))
     layer.load({role: value for role, value in roles.items() if role != "magnitude"}, source)
     with torch.no_grad():
         U, D = (factor.detach() for factor in layer.factors())
@@ -229,7 +222,7 @@ def _by_method(
     if method.gate is not None and factor.copy is not None:  # so that the leading ranks are still a prefix
         U = U.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
         D = D.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
-    return U.to(stored), D.to(stored), alpha / rank, kernel
+    return U.to(stored), D.to(stored), scale, kernel
 
 
 def phantom(outs: int, ins: int, kernel: tuple[int, ...], value: Tensor | None = None) -> Layer:

@@ -53,7 +53,7 @@ class TimestepRanks:
                 f"{file} says no schedule, so it is no T-LoRA that can be masked; load it with "
                 'pipe.load_lora_weights, or pass config={"max_rank": …, "min_rank": …, "alpha": …}'
             )
-        adapter.layers = with_copies(adapter.layers, _Weights(denoiser))
+        adapter.layers = with_copies(adapter.layers, _Weights(denoiser), adapter.metadata, str(file))
         encoders = [
             getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
         ]

@@ -26,6 +26,7 @@ from torch import Tensor
 from lowrank import ldm
 from lowrank.adapters import keys
 from lowrank.adapters.gate import Schedule
+from lowrank.adapters.kohya import options_of
 from lowrank.adapters.method import Chain
 from lowrank.errors import Refused, nearest
 from lowrank.files import atomic
@@ -37,6 +38,7 @@ ORTHOGONAL, COPY = (
     Chain(("p_layer", "lambda_layer"), ("q_layer",)),
     Chain(("base_p", "base_lambda"), ("base_q",)),
 )
+COPIES = (*COPY.up, *COPY.down)
 ROLES = (*ORTHOGONAL.up, *ORTHOGONAL.down, *COPY.up, *COPY.down)
 SIDECAR = "lycoris_config.json"
 _CONFIG = ("max_rank", "min_rank", "alpha")  # of SimpleTuner's `_tlora_config`
@@ -77,17 +79,41 @@ def components(weight: Tensor, sig_type: str, rank: int) -> tuple[Tensor, Tensor
     return P[:, chosen], S[chosen], Q[chosen]
 
 
-def with_copies(layers: Layers, weight: Callable[[str], Tensor]) -> Layers:
-    """Layers with the initial copies that LyCORIS' files leave out: the principal components of W.
+def without_copies(layers: Layers) -> list[str]:
+    """The orthogonal layers that lack their initial copies, as LyCORIS' files do."""
+    return [
+        module for module, roles in layers.items() if "q_layer" in roles and not {*COPIES} <= roles.keys()
+    ]
 
-    `weight(module)` is W (O, I). The SVD is the one that LyCORIS computes when it loads the file.
+
+def start_of(metadata: Mapping[str, str], source: str) -> str:
+    """Which components of W the copies are that a file leaves out: in LyCORIS' the principal ones."""
+    told = options_of(metadata, source).get("sig_type", PARTS[0])
+    if told not in PARTS:
+        raise Refused(f"{source} has damaged metadata (sig_type {told!r}); use another file")
+    return told
+
+
+def with_copies(
+    layers: Layers, weight: Callable[[str], Tensor], metadata: Mapping[str, str], source: str
+) -> Layers:
+    """Layers with the initial copies that LyCORIS' files leave out, and ours with save_basis=none.
+
+    `weight(module)` is W (O, I). The SVD is the one that LyCORIS computes when it loads the file. Raises
+    `Refused` where the factors are not of W's size.
     """
-    whole = {}
-    for module, roles in layers.items():
-        whole[module] = dict(roles)
-        if "q_layer" in roles and "base_q" not in roles:
-            P, S, Q = components(weight(module), "principal", len(roles["q_layer"]))
-            whole[module] |= {"base_p": P, "base_lambda": S, "base_q": Q}
+    whole = dict(layers)
+    for module in without_copies(layers):
+        roles, W = layers[module], weight(module)
+        P, S, Q = components(W, start_of(metadata, source), len(roles["q_layer"]))
+        have = tuple(roles[role].flatten(1).shape[side] for role, side in (("p_layer", 0), ("q_layer", 1)))
+        if have != W.shape:
+            raise Refused(
+                f"{module} is {have[0]}×{have[1]} in {source} and {W.shape[0]}×{W.shape[1]} in the model; "
+                "the adapter is for another base, or a k×k convolution, which LyCORIS holds as 1×1"
+            )
+        copies = {"base_p": P.reshape(roles["p_layer"].shape), "base_q": Q.reshape(roles["q_layer"].shape)}
+        whole[module] = {**roles, **copies, "base_lambda": S}
     return whole
 
 
@@ -120,7 +146,7 @@ def schedule_of(
         if tlora and any("base_q" in roles for roles in tlora):
             raise Refused(
                 f"{path} does not say its schedule; pass the one it was trained with as "
-                'config={"max_rank": …, "min_rank": …, "alpha": …}'
+                'config={"max_rank": …, "min_rank": …, "alpha": …}, or import it with --tlora_min_rank'
             )
         if not tlora:
             return None
@@ -161,7 +187,7 @@ def _number(kind: type, told: Any, name: str, source: str) -> Any:
 
 
 def _told(path: Path, metadata: Mapping[str, str], lycoris: set[int] | None) -> Schedule | None:
-    """What metadata say, or LyCORIS' configuration, also beside a file in its format, which has these ranks."""
+    """What metadata say, or LyCORIS' configuration; for a file in its format (these ranks) also beside it."""
     if "tlora_T" in metadata:
         told = {
             name: _number(int, metadata[name], name, str(path)) if name in metadata else None
@@ -235,7 +261,7 @@ def to_lycoris(
     that is there takes them, and then misses nothing. Raises `Refused` where LyCORIS would load it wrongly.
     """
     schedule = schedule_of(source, layers, metadata)
-    made = json.loads(metadata.get("lowrank.options", "{}"))
+    made = options_of(metadata, source)
     ranks = {
         (len(roles["q_layer"]), float(roles["alpha"])) for roles in layers.values() if "q_layer" in roles
     }
