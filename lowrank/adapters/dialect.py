@@ -155,7 +155,13 @@ def read(
         module, role = keys.role_of(key) or (key.rpartition(".")[0], key.rpartition(".")[2])
         if key.endswith(keys.PEFT["magnitude"]):
             value = value.flatten()  # PEFT's has an axis in front for a convolution
-        by_module.setdefault(keys.flat(module), {})[role] = value
+        own = by_module.setdefault(keys.flat(module), {})
+        if role in own:
+            raise Refused(
+                f"{source} gives the {role} of {module} twice, once as {key}; it holds two adapters at once, "
+                "take one of them out"
+            )
+        own[role] = value
         spelled.setdefault(keys.flat(module), []).append(key)
     found, used = {}, set()
     for target in targets:

@@ -55,6 +55,7 @@ class Adapter:
     ) -> None:
         self.path = Path(path)
         layers, self.metadata = read_layers(path)
+        _check_once(layers, str(path))
         self.layers = _folded(without_dead(layers), self.metadata, str(path))
         self.schedule = schedule_of(path, self.layers, self.metadata, config)
         if weight is not None:
@@ -67,6 +68,17 @@ class Adapter:
         """A fact the file states about itself, or None (official files state none)."""
         value = self.metadata.get(f"lowrank.{name}")
         return None if value in (None, "None") else value
+
+
+def _check_once(layers: Layers, source: str) -> None:
+    """Raise `Refused` for a layer that a file has in two dialects."""
+    seen: dict[str, str] = {}
+    for module in layers:
+        if (other := seen.setdefault(keys.flat(module), module)) != module:
+            raise Refused(
+                f"{source} names one layer twice, as {other} and as {module}; it holds two adapters at once, "
+                "take one of them out"
+            )
 
 
 def _folded(layers: Layers, metadata: Mapping[str, str], source: str) -> Layers:
