@@ -48,6 +48,8 @@ IMPORTS = {
     "ComfyUI": ("`diffusion_model.…` with original names, `text_encoders.clip_l.…`", "exact"),
     "official QR-LoRA, ΔR": ("`….lora.q.weight`, `….lora.delta_r.weight`", "exact"),
     "official QR-LoRA, QR": ("`….lora.up.weight`; its start comes from `--model`", "to the basis' 1e-4"),
+    "LyCORIS T-LoRA": ("`….lambda_layer`; its start comes from `--model`", "exact at every timestep"),
+    "official T-LoRA": ("`….processor.to_q_lora.…`; `--tlora_min_rank`", "exact at every timestep"),
     "any LoRA as ΔR": ("`--method delta_r --model BASE`: Qᵀ·ΔW", "the loss is said"),
     "LoHa, LoKr, OFT, GLoRA, full": ("other mathematics", "refused, or counted among the left out"),
     "DoRA with a length for each input": ("LyCORIS' wd_on_output=False", "refused"),

@@ -17,6 +17,7 @@ from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
+from lowrank.train.module import find_module
 from lowrank.weights.merge import Adapter, Mixture
 from lowrank.weights.timestep_ranks import TimestepRanks, timestep_ranks
 from networks import tlora
@@ -281,6 +282,8 @@ def test_t_loras_mix_with_others(tmp_path):
 
 # ------------------------------------------------------------------ stock pipelines
 
+RANKS = {"sd": [2, 3, 5, 6, 7], "sdxl": [2, 3, 5, 6, 7], "flux": [1, 1, 3, 4, 6]}  # of R = 8, R_min = 1
+
 
 @pytest.fixture
 def stock(request, tiny_flux, tiny_sd, tiny_sdxl):
@@ -314,7 +317,7 @@ def test_stock_pipelines_open_the_ranks_of_each_step(stock, tmp_path):
     with_hook = draw()
     steps = [t[0] for t in told]
     opened = [int(gate.open_ranks(torch.tensor([t]), R, 1)) for t in dict.fromkeys(steps)]
-    assert len(opened) == STEPS and opened == sorted(opened) and opened[0] < opened[-1]
+    assert len(opened) == STEPS and opened == RANKS[family.name]
     network.clock.leave()  # the same by hand: each call of the denoiser inside `denoise_at`
     original, index = models.denoiser.forward, iter(steps)
 
@@ -329,3 +332,11 @@ def test_stock_pipelines_open_the_ranks_of_each_step(stock, tmp_path):
         del models.denoiser.forward
     ranks.remove()
     assert torch.equal(draw(), before)
+    # as pictures while training have it: the network itself on its denoiser, on the same steps
+    live = find_module("tlora").create_network_from_weights(1.0, str(path), None, [], models.denoiser)[0]
+    live.apply_to([], models.denoiser, False, True)
+    live.load_weights(str(path))
+    told = heard(live)
+    close = (draw().int() - with_hook.int()).abs().max() <= 1  # one adds Q and Q − Q₀, one their pairs
+    assert close and [t[0] for t in told] == steps
+    live.restore()

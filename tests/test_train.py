@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lowrank.cli.flux_train import main
 from lowrank.errors import Refused
 from lowrank.files import only_writer
+from lowrank.tensors import read_metadata
 from tools.make_tiny_flux import make
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +129,10 @@ def test_four_steps_are_two_and_two(method, arguments, tmp_path):
         == load_file(tmp_path / "whole" / "checkpoint-2" / WEIGHTS).keys()
     )
     assert not same(tmp_path / "whole" / WEIGHTS, tmp_path / "whole" / "checkpoint-2" / WEIGHTS)
+    facts = [read_metadata(tmp_path / "whole" / file) for file in (WEIGHTS, f"checkpoint-2/{WEIGHTS}")]
+    said = [{k: v for k, v in told.items() if k.startswith(("tlora_", "lowrank."))} for told in facts]
+    assert said[0] == said[1] and (method == "lycoris" or "lowrank.base_hash" in said[0])
+    assert ("tlora" in method) is ({"tlora_max_rank", "tlora_min_rank", "tlora_T"} <= said[0].keys())
 
 
 def test_resume_after_kill(arguments, tmp_path):
