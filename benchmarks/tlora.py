@@ -7,7 +7,7 @@ closed ranks keep noise from showing the picture.
 
 `start`: seconds until every layer of the set has its values, of random singular components (the default) and
 of W's (an SVD each), and the bytes that the network holds, as a multiple of LoRA's. Limits: 60 s on one GPU,
-2.1 times. `--layers N` takes N of each shape, and tells what all would take.
+2.1 times. `--layers N` takes N of each shape where each needs an SVD, and tells what all would take.
 
 `memory`: a LoRA and a T-LoRA (R_min = 1) of equal rank learn one picture from the same noise. Where their
 loss at t ≤ 200 is the same, the T-LoRA must reproduce the picture less at t ≥ 800: a higher loss, as a
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.models.sd_single import facts
+from lowrank.weights.static import phantom
 from tools import make_tiny_sd
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,24 +65,31 @@ def network(kind: str, model: nn.Module, rank: int, **more: str) -> AdapterNetwo
 
 def start(args: argparse.Namespace) -> dict:
     """Seconds and bytes of each kind."""
-    counts = Counter(attention_layers())
-    told: dict = {"layers": sum(counts.values()), "rank": args.rank, "measured": 0}
-    for kind in KINDS:
-        torch.manual_seed(0)
-        seconds, held = 0.0, 0
-        for (outs, ins), count in counts.items():
-            several = min(count, args.layers or count)
-            layers = [nn.Linear(ins, outs, bias=False, device=args.device) for _ in range(several)]
+    shapes = attention_layers()
+    told: dict = {"layers": len(shapes), "rank": args.rank}
+    for kind, (_, arguments) in KINDS.items():
+        network(kind, nn.ModuleList([nn.Linear(64, 64)]), 4, target=".")  # to warm up
+        if arguments:  # an SVD of each weight: so many of each shape, times how many there are
+            several = {shape: min(count, args.layers or count) for shape, count in Counter(shapes).items()}
+            parts = [([shape] * n, Counter(shapes)[shape] / n) for shape, n in several.items()]
+        else:
+            parts = [(shapes, 1.0)]
+        seconds, held = 0.0, 0.0
+        for some, times in parts:
+            hosts = [
+                nn.Linear(ins, outs, bias=False, device=args.device) if arguments else phantom(outs, ins, ())
+                for outs, ins in some
+            ]
+            torch.manual_seed(0)
             with torch.device(args.device):
                 begin = time.perf_counter()
-                made = network(kind, nn.ModuleList(layers), args.rank, target=".")
+                made = network(kind, nn.ModuleList(hosts), args.rank, target=".")
                 if args.device == "cuda":
                     torch.cuda.synchronize()
-                seconds += (time.perf_counter() - begin) * count / several
+            seconds += (time.perf_counter() - begin) * times
             own = [value for layer in made.layers() for value in layer.tensors().values()]
-            held += sum(value.nbytes for value in own) * count // several
-            told["measured"] += several if kind == "lora" else 0
-        told[kind] = {"seconds": round(seconds, 2), "bytes": held}
+            held += sum(value.nbytes for value in own) * times
+        told[kind] = {"seconds": round(seconds, 2), "bytes": round(held)}
         told[kind]["bytes_by_lora"] = round(held / told["lora"]["bytes"], 3)
         print(f"{kind}: {seconds:.1f} s, {held / 2**20:.0f} MiB, {told[kind]['bytes_by_lora']:.2f} of LoRA's")
     return told
@@ -90,7 +98,7 @@ def start(args: argparse.Namespace) -> dict:
 def memory(args: argparse.Namespace) -> dict:
     """How well noise shows the learned picture, with closed ranks and without, at equal loss of t ≤ 200."""
     torch.manual_seed(0)
-    picture = torch.randn(1, 4, 16, 16, device=args.device)
+    picture = torch.randn(1, 4, 8, 8, device=args.device)
     text = torch.randn(1, 5, make_tiny_sd.unet("sd15", 4).config.cross_attention_dim, device=args.device)
     clean, noisy = range(0, 201, 20), range(800, 1000, 20)
     told: dict = {"rank": args.rank, "steps": args.steps}
@@ -99,7 +107,7 @@ def memory(args: argparse.Namespace) -> dict:
         torch.manual_seed(1)
         unet = make_tiny_sd.unet("sd15", 4).to(args.device).requires_grad_(False)
         torch.manual_seed(2)
-        net = network(kind, unet, args.rank, target="attn|ff|proj|conv", **arguments).to(args.device)
+        net = network(kind, unet, args.rank, target=r"attn|ff|resnets.*conv", **arguments).to(args.device)
         net.apply_to([], unet, False, True)
         optimizer = torch.optim.AdamW(net.parameters(), lr=args.rate, weight_decay=0.0)
         curve, made = [], torch.Generator().manual_seed(3)
@@ -151,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=None, help="64 for start, 16 for memory")
     parser.add_argument("--layers", type=int, help="of each shape, for start (all)")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--rate", type=float, default=2e-3)
     args = parser.parse_args(argv)
     args.rank = args.rank or {"start": 64, "memory": 16}[args.what]
