@@ -36,7 +36,8 @@ MODEL=assets/demo/$FAMILY
 RANK_USED=32
 STYLE=$OUT/style CONTENT=$OUT/content ONE=$OUT/one-subject RESIDUAL=$OUT/residual
 IMAGES=$OUT/images SIMILARITY=$OUT/similarity
-STEPS_STYLE=250 STEPS_CONTENT=150 RATE=1e-3
+STEPS_STYLE=250 STEPS_CONTENT=150
+RATE_STYLE=1e-3 RATE_CONTENT=2e-3  # of ΔR-triu; what benchmarks/demo_merge.py found best on FLUX and SD 1.5
 GRID_STYLE=0.7,1.0,1.3 GRID_CONTENT=0.7,1.0,1.3
 GUIDANCE=2  # with adapters, less than for words alone
 PROMPT="a <c> dog in <s> style"
@@ -86,10 +87,10 @@ export RESOLUTION=64 TRAIN_BATCH_SIZE=4 CHECKPOINTING_STEPS=100 GRADIENT_ACCUMUL
 export VALIDATION_EPOCHS=100 NUM_VALIDATION_IMAGES=1
 
 begin "$STYLE" "train the style: assets/sty/cat"
-train "$STYLE" assets/sty/cat "a cat in <s> style" "a car in <s> style" $STEPS_STYLE $RATE
+train "$STYLE" assets/sty/cat "a cat in <s> style" "a car in <s> style" $STEPS_STYLE $RATE_STYLE
 
 begin "$CONTENT" "train the content: assets/cnt/dog"
-train "$CONTENT" assets/cnt/dog "a photo of a <c> dog" "a photo of a <c> dog on a beach" $STEPS_CONTENT $RATE
+train "$CONTENT" assets/cnt/dog "a photo of a <c> dog" "a photo of a <c> dog on a beach" $STEPS_CONTENT $RATE_CONTENT
 
 if [[ $FAMILY == flux ]]; then
   begin "$ONE" "train one subject with Q and R free"

@@ -134,16 +134,17 @@ def test_what_the_demos_models_draw_is_what_was_measured():
 
 
 def test_the_demos_merges_are_what_was_measured():
-    measured = results("benchmarks/results/demo_merge_flux.json")
     names = {"ΔR-triu": "delta_r_triu", "ΔR": "delta_r", "QR-LoRA": "qrlora", "LoRA": "lora"}
+    families = {"FLUX": "flux", "SD 1.5": "sd15", "SDXL": "sdxl"}
 
     def shown(share: dict[str, float]) -> str:
         return f"{share['share']:.2f} ({share['low']:.2f}–{share['high']:.2f})"
 
     rows = table("demo.md", "| method | rank |")
-    assert len(rows) == len(names)
+    assert [row[0] for row in rows] == [f"{family}, {name}" for family in families for name in names]
     for row, *cells in rows:
-        of = measured[names[row]]
+        family, name = row.split(", ")
+        of = results(f"benchmarks/results/demo_merge_{families[family]}.json")[names[name]]
         rates, alone, merged = of["learning rates"], of["style alone"], of["merge"]
         best = max(merged, key=lambda pair: merged[pair]["both"]["share"])
         assert cells == [
