@@ -563,7 +563,7 @@ def test_training_with_a_context(line, arguments, tiny_sd, tiny_sdxl, tmp_path):
     assert told[0] == 0 and told[1] > 0
     assert [float(row["lalora"]) for row in rows(tmp_path / "zero")] == [0, 0]
     assert main(line(tiny_sd, "--target", "up_blocks", "--network_train_unet_only", "--seed", "1")) == 0
-    with pytest.raises(Refused, match="other contents of the files that --network_args names"):
+    with pytest.raises(Refused, match="it had another file for its network argument lalora_context_path"):
         sd(arguments("on", *own, "--resume", str(tmp_path / "held" / "cat-state")))
     own = (*common[:-1], path, "--network_module", "networks.lalora")
     with pytest.raises(Refused, match="of another base model"):
