@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Options:
-    basis_path: str | None = structural(None)
+    basis_path: str | None = structural(None, words=(*AUTO, NONE, EMBEDDED))
     """basis file, or auto:grad (unset), auto:actgrad, auto:weight, auto:random; none where a method can"""
     basis_required: bool = False
     """refuse a missing basis_path instead of taking auto:grad"""

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from test_import import HOSTILE, UP, A, B, Code, whole, without
 
-from lowrank.cli import run
+from lowrank.cli import export, importing, inspection, run
 from lowrank.cli.merge import main as merge
 from lowrank.errors import Refused
 from lowrank.train.module import create, find_module
-from networks import dora, lora, qrlora
+from networks import dora, lora, qrlora, universal_lora
 
 PROJ = r"mid_block\.attentions\.0\.proj"
 
@@ -107,6 +107,33 @@ def test_damaged_metadata_are_one_sentence(what, line, tmp_path):
         save_file(lengths, path, {"lowrank.method": "dora"} | told)
         with pytest.raises(Refused, match=words):
             merge(line(path, other))
+
+
+UNIVERSAL = ("universal_lora", "universal_lalora", "network_null_lalora_plus_Effi_ABM")
+
+
+@pytest.mark.parametrize("method", UNIVERSAL)
+def test_a_path_in_metadata_is_not_opened(method, line, tmp_path, monkeypatch):
+    """A stranger's file names a file; where the user names one instead, that is taken."""
+    path = tmp_path / "in.safetensors"
+    pair = {f"{A}.basis_up": torch.eye(64, 2), f"{A}.core": torch.eye(2), f"{A}.basis_down": torch.eye(2, 64)}
+    told = {"lowrank.method": method, "lowrank.options": json.dumps({"basis_path": "/etc/hostname"})}
+    save_file(pair, path, told)
+    monkeypatch.setattr(universal_lora, "read_basis", lambda path: pytest.fail(f"{path} is opened"))
+    create = find_module(method).create_network_from_weights
+    for main, words in (
+        (merge, line(path)),
+        (export.main, [str(path), str(tmp_path / "out.safetensors")]),
+        (importing.main, [str(path), str(tmp_path / "out.safetensors")]),
+    ):
+        with pytest.raises(Refused, match="what a file names is not opened"):
+            main(words)
+    with pytest.raises(Refused, match="give basis_path=… yourself"):
+        create(1.0, str(path), None, [], files.denoiser("sd15"), target=PROJ)
+    assert inspection.main([str(path)]) == 0 and not (tmp_path / "out.safetensors").exists()
+    if method == "universal_lora":
+        unet = files.denoiser("sd15")
+        assert create(1.0, str(path), None, [], unet, target=PROJ, basis_path="auto:random")[0].layers()
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])

@@ -14,7 +14,7 @@ import logging
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -137,11 +137,27 @@ class Facade:
             network.role_rates |= {(part, role): ratio or 1.0 for role in ups if ratio is not None}
         return network
 
-    def _structure(self, metadata: Mapping[str, str], source: str) -> dict[str, Any]:
-        """The options of a file that decide which tensors it has."""
+    def _structure(
+        self, metadata: Mapping[str, str], source: str, given: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """The options of a file that decide which tensors it has, but those that the user gives instead.
+
+        Raises `Refused` for a path among them, which is not opened.
+        """
         stored = options_of(metadata, source)
-        names = {f.name for f in dataclasses.fields(self._options) if f.metadata.get("structural")}
-        return {name: stored[name] for name in names & stored.keys()}
+        found = {}
+        for field in dataclasses.fields(self._options):
+            if not field.metadata.get("structural") or field.name not in stored or field.name in given:
+                continue
+            value, words = stored[field.name], field.metadata["words"]
+            if words is not None and value is not None and value not in words:
+                raise Refused(
+                    f"{source} says {field.name}={str(value)[:100]!r} of itself, and what a file names is not "
+                    f"opened, only {', '.join(words)}; give {field.name}=… yourself where the network is made, "
+                    "or use another file"
+                )
+            found[field.name] = value
+        return found
 
     def _fit(
         self, method: Method, targets: list[Target], size: Mapping[str, tuple[int, float]]
@@ -224,7 +240,7 @@ class Facade:
         if weights_sd is None:
             weights_sd, metadata = read_tensors(file or "")
         given = {k: v for k, v in arguments.items() if k in self.known}
-        method, layout = self._parse({**self._structure(metadata, source), **given})
+        method, layout = self._parse({**self._structure(metadata, source, given), **given})
         method = method.of(_network_rank(metadata, source))
         check_made_by(source, metadata, method)
         if whole:

@@ -22,9 +22,13 @@ from lowrank.errors import Refused
 Start = tuple[dict[str, dict[str, Tensor]], dict[str, str]]
 
 
-def structural(default: Any) -> Any:
-    """A field of a method's options that decides which tensors there are or what they do; read from files."""
-    return field(default=default, metadata={"structural": True})
+def structural(default: Any, words: tuple[str, ...] | None = None) -> Any:
+    """A field of a method's options that decides which tensors there are or what they do; read from files.
+
+    `words` are all that a file may say there, for an option that can also be a path: what a stranger's file
+    names is not opened.
+    """
+    return field(default=default, metadata={"structural": True, "words": words})
 
 
 class Chain(NamedTuple):
