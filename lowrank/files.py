@@ -43,8 +43,10 @@ def _replacing(path: Path, part: Path, remove: Callable[[Path], object]) -> Iter
         # safetensors and torch.save wrap a full disk in errors of their own
         wrapped = type(error).__name__ == "SafetensorError" or "inline_container" in str(error)
         if isinstance(error, OSError) or wrapped:
+            # copying a folder collects (from, to, why) of every file
+            told = error.args[0][0][2] if isinstance(error, shutil.Error) else error
             raise Refused(
-                f"could not write {path}: {error}; nothing was changed there, free space or "
+                f"could not write {path}: {told}; nothing was changed there, free space or "
                 "permissions and run again, or choose another folder"
             ) from error
         raise

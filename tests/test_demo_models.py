@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +99,23 @@ def test_a_content_is_learned_from_one_picture(tmp_path, pipes, judge):
     attached.restore()
     assert not scorer.score(judge, before, scenes)["content"].any()
     assert scorer.score(judge, after, scenes)["content"].mean() >= 0.75
+
+
+def test_one_file_replaces_nothing_and_names_what_is_damaged(tmp_path):
+    source, full, target = tmp_path / "model", tmp_path / "full", tmp_path / "new"
+    shutil.copytree(DEMO / "sd15", source)
+    full.mkdir()
+    (full / "work.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for place, said in ((source, "would be replaced"), (full, "would be replaced"), (source / "x", "inside")):
+        with pytest.raises(SystemExit, match=said):
+            single_file.main([str(source), str(place)])
+    assert sorted(tmp_path.rglob("*")) == before
+    (weights,) = (source / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(SystemExit, match=r"error: the model in .* cannot be read"):
+        single_file.main([str(source), str(target)])
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("sd")])

@@ -502,15 +502,52 @@ def test_the_command_says_why_not(saved, tmp_path):
         (["--to", "lycoris"], "--parts unet"),
         (["--to", "peft"], "writes a folder"),
         (["--strength", "2"], "for --to merged"),
+        (["--strength", "nan", "--to", "merged", "--model", "none"], "no finite number"),
+        (["--base", "flux"], "which is not in flux; leave --base out"),
+        (["--base", "sdxl"], "which is not in sdxl"),
+        (["--to", "lycoris-tlora", "--rank", "2"], "--rank has no effect with --to lycoris-tlora"),
         (["--to", "qrlora"], "is for FLUX"),
     ):
         with pytest.raises(Refused, match=why):
             export.main([source, target, *words])
     with pytest.raises(Refused, match=r"no \.safetensors name"):
         export.main([source, str(tmp_path / "out.bin")])
-    with pytest.raises(Refused, match="not overwritten"):
-        export.main([source, source])
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("lora", []),
+        ("tlora", ["--at-timestep", "300"]),  # goes by way of another file
+        ("tlora", ["--to", "lycoris-tlora"]),
+        ("lora", ["--to", "merged", "--model", "none"]),
+        ("effilora", ["--calibrate", "none", "--model", "none"]),
+    ],
+)
+def test_the_adapter_is_never_written_over(method, words, saved, tmp_path):
+    (tmp_path / "in.safetensors").write_bytes(saved("sd15", method).read_bytes())
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "in.safetensors")
+    for name in ("in", "link"):
+        with pytest.raises(Refused, match="is the adapter itself"):
+            export.main([str(tmp_path / "in.safetensors"), str(tmp_path / f"{name}.safetensors"), *words])
+    assert (tmp_path / "in.safetensors").read_bytes() == saved("sd15", method).read_bytes()
+
+
+def test_nothing_is_merged_into_the_base(saved, tiny_sd):
+    words = [str(saved("sd15", "lora")), str(tiny_sd / "new"), "--to", "merged", "--model", str(tiny_sd)]
+    with pytest.raises(Refused, match="is inside the base model"):
+        export.main(words)
+    assert not (tiny_sd / "new").exists()
+
+
+def test_a_file_of_more_layers_than_any_model_is_not_given_to_others(saved, tmp_path, capsys, monkeypatch):
+    """diffusers and PEFT take minutes for 30000 layers."""
+    monkeypatch.setattr(verify, "MANY", 3)
+    for to, said in (("kohya", "read back by our own reader: 31 layers"), ("peft", "not read back")):
+        target = tmp_path / ("out" if to == "peft" else "out.safetensors")
+        assert export.main([str(saved("sd15", "lora")), str(target), "--to", to]) == 0
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["delta_r", "tlora"])  # the second one masked at the probe's timestep

@@ -401,6 +401,24 @@ def test_a_hundred_thousand_keys(tmp_path, capsys):
     assert time.process_time() - started < 20
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--base", "flux"], "is not in flux; leave --base out"),
+        (["--base", "flux", "--tlora_min_rank", "1"], "is not in flux; leave --base out"),
+        (["--basis", "none"], "is for the fork's files"),
+        (["--tlora_min_rank", "0"], "--tlora_min_rank 0 is below 1"),
+        (["--tlora_min_rank", "1", "--tlora_alpha", "nan"], "--tlora_alpha nan is no number above 0"),
+        (["--tlora_min_rank", "1", "--method", "lora"], "--method lora is none"),
+    ],
+)
+def test_flags_that_do_not_fit_the_file(words, said, tmp_path):
+    save_file(whole(A), tmp_path / "in.safetensors")
+    with pytest.raises(Refused, match=said):
+        importing.main([str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), *words])
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_only_one_part(bases, tmp_path):
     adapter = read(files.save(tmp_path, "sd15", "lora"))
     assert {p.part for p in only(adapter, "text").layers} == {"te1"}

@@ -542,6 +542,8 @@ def test_bad_calls_get_one_sentence(tmp_path, capsys):
         "does not end in .safetensors": ["--lora_dir", str(folder), "--output", str(tmp_path / "b.pt")],
         "below --rank": ["--lora_dir", str(folder), "--output", target, "--sketch", "3"],
         "not above 0": ["--lora_dir", str(folder), "--output", target, "--tau", "0"],
+        "is no basis": ["--lora_dir", str(folder), "--output", str(folder / "lora_0.safetensors")],
+        "is JSON": ["--lora_dir", str(folder), "--output", target, "--report", target],
     }
     for words, call in calls.items():
         assert main(call) == 1

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lowrank.errors import Refused
 from lowrank.files import atomic, writable_folder
 from lowrank.surfaces.tools import EXTRACT_BASIS, UniversalBasis
+from lowrank.tensors import read_metadata
 from lowrank.weights.collection import gather
 from lowrank.weights.hosvd import LEAST, Extracted, Extraction, extract
 from lowrank.weights.subspace import write_basis
@@ -48,6 +49,10 @@ def run(told: UniversalBasis) -> int:
             writable_folder(Path(path).parent, flag)
             if Path(path).is_dir():
                 raise Refused(f"{flag} {path} is a folder; name a file in it")
+    if Path(told.output).exists() and read_metadata(told.output).get("lowrank.kind") != "basis":
+        raise Refused(f"--output {told.output} exists and is no basis, it may be a LoRA; name another file")
+    if told.report and told.report.endswith(".safetensors"):
+        raise Refused(f"--report {told.report} is JSON and no .safetensors file; name another file")
     files, copies = gather(told.lora_dir)
     how = Extraction(told.rank, told.tau, told.center, told.normalize, told.sketch or 4 * told.rank)
     found = extract(files, how)

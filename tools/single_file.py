@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lowrank import ldm
 from lowrank.errors import Refused
 from lowrank.files import atomic_folder
+from lowrank.models.family import reading
 from lowrank.models.single import CONFIGS
 
 TOKENIZERS = {
@@ -96,6 +97,14 @@ def kind_of(pipe: Any) -> str:
     return "sd2" if pipe.unet.config.use_linear_projection else "sd15"
 
 
+def _check_target(folder: Path, source: Path) -> None:
+    """Raise `Refused` where something would be replaced, or the model that is read would change."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Refused(f"{folder} exists already and would be replaced as a whole; give a new folder")
+    if source.resolve() in folder.resolve().parents:
+        raise Refused(f"{folder} is inside the model that is read; give a folder elsewhere")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     from diffusers import DiffusionPipeline
@@ -107,7 +116,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if not (options.source / "unet").is_dir() or not (options.source / "model_index.json").is_file():
             raise Refused(f"{options.source} is no diffusers folder of SD 1, SD 2 or SDXL; give one")
-        pipe = DiffusionPipeline.from_pretrained(options.source)
+        _check_target(options.folder, options.source)
+        with reading("model", options.source):
+            pipe = DiffusionPipeline.from_pretrained(options.source)
+            for name in ("tokenizer", "tokenizer_2")[: len(TOKENIZERS[kind_of(pipe)])]:
+                if not (options.source / name).is_dir():
+                    raise Refused(f"{options.source} has no folder {name}; download it again")
         with atomic_folder(options.folder) as part:
             write_single(pipe, options.source, part, kind_of(pipe))
     except Refused as refused:

@@ -152,9 +152,9 @@ class Facade:
             value, words = stored[field.name], field.metadata["words"]
             if words is not None and value is not None and value not in words:
                 raise Refused(
-                    f"{source} says {field.name}={str(value)[:100]!r} of itself, and what a file names is not "
-                    f"opened, only {', '.join(words)}; give {field.name}=… yourself where the network is made, "
-                    "or use another file"
+                    f"{source} says {field.name}={str(value)[:100]!r} of itself, and what a file names is "
+                    f"not opened, only {', '.join(words)}; give {field.name}=… yourself where the network is "
+                    "made, or use another file"
                 )
             found[field.name] = value
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         raise Refused(f"--rank {args.rank} is below 1; give 1 or more")
     if args.to == MERGED and not args.model:
         raise Refused("--to merged needs the base model; give it with --model")
+    if Path(args.target).resolve() == Path(args.source).resolve():
+        raise Refused(f"{args.target} is the adapter itself, which is not overwritten; give another name")
+    if not math.isfinite(args.strength):
+        raise Refused(f"--strength {args.strength:g} is no finite number; 1 adds the whole change")
     if args.strength != 1.0 and args.to != MERGED:
         raise Refused(f"--strength {args.strength:g} is for --to merged; set it where the adapter is used")
     if args.calibrate and not args.model:
@@ -88,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.calibrate and args.at_timestep is not None:
         raise Refused("--calibrate is for experts and --at-timestep for T-LoRA; leave one out")
     if args.to == MASKED:
+        _refuse_unmasked(args)
         ranks = sorted(ranks_of(export_lycoris(args.source, args.target)))
         print(
             f"{args.target}: T-LoRA of rank {', '.join(map(str, ranks))} for LyCORIS; read back, the largest "
@@ -104,6 +110,18 @@ def main(argv: list[str] | None = None) -> int:
             export_lora(args.source, baked, args.at_timestep)
         args.source = str(baked)
         return _export(args)
+
+
+def _refuse_unmasked(args: argparse.Namespace) -> None:
+    """Raise `Refused` for flags that a T-LoRA, written tensor by tensor for LyCORIS, would go without."""
+    if Path(args.target).suffix != ".safetensors":
+        raise Refused(
+            f"{args.target} is no .safetensors name, and --to {MASKED} writes one such file; give one"
+        )
+    unset = parser()
+    for name in ("model", "dtype", "rank", "parts", "base", "at_timestep", "calibrate"):
+        if getattr(args, name) != unset.get_default(name):
+            raise Refused(f"--{name} has no effect with --to {MASKED}; leave it out, or write --to kohya")
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -143,10 +161,13 @@ def _export(args: argparse.Namespace) -> int:
     files = write(adapter, args.to, args.target, choices)
     print(f"{', '.join(map(str, files))}: {_described(adapter)}; read by {FORMATS[args.to].readers}")
     if args.verify != "off":
-        for one in verify.check(adapter, args.to, Path(args.target), choices):
+        told = verify.check(adapter, args.to, Path(args.target), choices)
+        for one in told:
             print(
                 f"read back by {one.reader}: {one.layers} layers, at most {one.worst:.1e} of a change apart"
             )
+        if not told:
+            print("not read back: no program for that is here, or it has more layers than any model")
     if args.verify == "forward" or (args.verify == "auto" and args.model):
         _tell_forward(args, adapter)
     return 0

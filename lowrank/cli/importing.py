@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import tempfile
 from dataclasses import replace
@@ -102,7 +103,15 @@ def _masked(args: argparse.Namespace, source: str) -> str | None:
     config = {name: value for name, value in given.items() if value is not None}
     if args.tlora_alpha is not None and args.tlora_min_rank is None:
         raise Refused("--tlora_alpha is of a schedule that begins at --tlora_min_rank ranks; give that too")
+    if args.tlora_min_rank is not None and args.tlora_min_rank < 1:
+        raise Refused(f"--tlora_min_rank {args.tlora_min_rank} is below 1; give 1 or more")
+    if args.tlora_alpha is not None and not 0 < args.tlora_alpha < math.inf:
+        raise Refused(f"--tlora_alpha {args.tlora_alpha:g} is no number above 0; 1 is the linear schedule")
     if args.method not in ("auto", "tlora"):
+        if config:
+            raise Refused(
+                f"--tlora_min_rank is a T-LoRA's, and --method {args.method} is none; leave one out"
+            )
         return None
     layers, metadata, skipped = read_contents(source)
     if args.method == "auto" and not config and not native_tlora.is_masked(layers, metadata):
@@ -125,6 +134,8 @@ def _masked(args: argparse.Namespace, source: str) -> str | None:
         layers = with_copies(
             layers, lambda one: base.stored(places.places(one)[0][0], precision), metadata, source
         )
+    if args.base:
+        places.check_family(layers, args.base, source)
     family = args.base or places.family_of(layers, metadata, source)
     made = native_tlora.to_native(layers, metadata, schedule, family, source, bool(left_out))
     _write(made, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
@@ -143,6 +154,11 @@ def _readable(args: argparse.Namespace, folder: Path) -> str:
     """The source, or what it is as a plain LoRA where it is a file of the fork's null networks."""
     state, _ = read_tensors(args.source)
     if not legacy_null.is_legacy(state):
+        if args.basis:
+            raise Refused(
+                f"--basis is for the fork's files (alpha_up, alpha_down), and {args.source} is none; leave "
+                "it out"
+            )
         return args.source
     if not args.basis:
         raise Refused(

@@ -241,6 +241,10 @@ def merge(
     if base.path.is_dir():
         if Path(target).suffix == ".safetensors":
             raise Refused(f"{base.path} is a folder and {target} names a file; give a folder to write to")
+        if base.path.resolve() in Path(target).resolve().parents:
+            raise Refused(
+                f"{target} is inside the base model, which is never written; give a folder elsewhere"
+            )
         if Path(target).exists() and (not Path(target).is_dir() or any(Path(target).iterdir())):
             raise Refused(f"{target} exists already and would be replaced as a whole; give a new folder")
         with atomic_folder(target) as part:

@@ -132,6 +132,19 @@ def family_of(modules: Iterable[str], metadata: Mapping[str, str], source: str =
     )
 
 
+def check_family(modules: Iterable[str], family: str, source: str) -> None:
+    """Raise `Refused` where an adapter has a layer that no model of `family` has."""
+    other = {
+        "flux": (_UNET,),
+        "sdxl": (_FLUX, _SD_ALONE),
+        "sd15": (_FLUX, _SDXL_ALONE),
+    }[family]
+    for module in modules:
+        for place, _ in places(module):
+            if place.part == "unet" and any(one.search(place.path) for one in other):
+                raise Refused(f"{source} has {place.path}, which is not in {family}; leave --base out")
+
+
 def kohya(place: Place, family: str) -> str:
     """kohya's name of a place: `lora_unet_input_blocks_4_1_proj_in`; for FLUX, of the layer that holds it."""
     if place.part != "unet":

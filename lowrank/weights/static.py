@@ -24,7 +24,7 @@ from lowrank.adapters.method import Method
 from lowrank.adapters.targets import Layer
 from lowrank.errors import Refused
 from lowrank.weights.names import read_contents, thin
-from lowrank.weights.places import Place, family_of, places
+from lowrank.weights.places import Place, check_family, family_of, places
 
 
 class Static(NamedTuple):
@@ -112,7 +112,10 @@ def read(
     layers, metadata, skipped = read_contents(path, () if method is None else roles_of(method))
     if inside:
         layers = {f"{inside}.{module}": roles for module, roles in layers.items()}
-    family = family or family_of(layers, metadata, str(path))
+    if family is None:
+        family = family_of(layers, metadata, str(path))
+    else:
+        check_family(layers, family, str(path))
     found: dict[Place, Static] = {}
     raw: dict[Place, Mapping[str, Tensor]] = {}
     seen: dict[Place, str] = {}

@@ -28,6 +28,7 @@ from lowrank.weights.static import Plain, Static, phantom
 
 # What a half-precision file may differ by, and what fp32 may: a layer's answer, relative to the change in it.
 LIMITS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+MANY = 4000  # layers: more than any model has, and more than other programs read in seconds
 FULL_WIDTH = 3072  # diffusers' reader of kohya's FLUX files knows only the published width
 
 
@@ -59,7 +60,12 @@ def limit(dtype: torch.dtype | None, adapter: Plain) -> float:
 
 
 def readers(to: str, adapter: Plain, choices: Choices) -> dict[str, Callable[[Path], Checked]]:
-    """Who can be asked about a file of a format here: name -> function of the file's path."""
+    """Who can be asked about a file of a format here: name -> function of the file's path.
+
+    Nobody of the others for more layers than any model has (`MANY`), which would take them minutes.
+    """
+    if len(adapter.layers) > MANY:
+        return {}
     lengths_by_base = choices.dora_norm == "base"
     dora = any(layer.magnitude is not None for layer in adapter.layers.values())
     wide = {
