@@ -92,6 +92,10 @@ def test_tables_and_a_picture(tmp_path, capsys):
         (["--family", "sdxl", "--sampler", "eulr"], "did you mean 'euler'"),
         (["--steps", "5"], "say which with --family"),
         (["--family", "sdxl", "--steps", "0"], "count from 1"),
+        (["--family", "sdxl", "--steps", "1001"], "--steps to 1000"),
+        (["--rank", "99999999999999999999"], "--rank goes up to 65536"),
+        (["--alpha", "inf"], "no finite number"),
+        (["--plot", ""], "names no file"),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from lowrank.models.samplers import SAMPLERS, sampler
 from lowrank.models.sd_single import facts
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST = 65536  # ranks, over those of any layer
 COLUMNS = (0, 250, 500, 750, 999)  # timesteps of the table
 DOCS, PICTURE = ROOT / "docs" / "tlora_schedule.md", ROOT / "docs" / "images" / "tlora_schedule.png"
 MARK = "Schedules"  # the picture's text field that says what it shows
@@ -275,6 +277,12 @@ def _tables(told: argparse.Namespace) -> int:
         raise Refused("--sampler, --steps and --side are a pipeline's; say which with --family")
     if min(1 if told.steps is None else told.steps, 1 if told.side is None else told.side) < 1:
         raise Refused("--steps and --side count from 1; give more")
+    if max(told.rank) > MOST or (told.steps or 1) > 1000:
+        raise Refused(f"--rank goes up to {MOST} and --steps to 1000, the timesteps of training; give less")
+    if not all(map(math.isfinite, told.alpha)):
+        raise Refused("--alpha is no finite number; 1 is the linear schedule")
+    if told.plot is not None and not told.plot.name:
+        raise Refused("--plot names no file; give FILE.png")
     schedules = [
         Schedule(rank, least, alpha)
         for rank in told.rank
