@@ -1,13 +1,15 @@
 """A training step of a FLUX transformer with each method beside PEFT's LoRA and the frozen base; DoRA beside
 PEFT's, T-LoRA also beside LyCORIS'.
 
-    python benchmarks/step_time.py --device cpu          # or cuda
+    OMP_NUM_THREADS=1 python benchmarks/step_time.py --device cpu
+    python benchmarks/step_time.py --device cuda
     python benchmarks/step_time.py --quick
 
 A step is forward, mean-square loss, backward and AdamW on the same inputs, rank and 12 targets. The frozen
 base alone is forward and backward to its input. Methods take turns step by step, so that a machine that slows
 down slows all of them; figures are medians over the turns of the ratio to PEFT's LoRA in the same turn (of
-DoRA to PEFT's DoRA), with the quartiles. Writes benchmarks/results/step_time_<device>.json.
+DoRA to PEFT's DoRA), with the quartiles. On a CPU they are of CPU-seconds, which other programs disturb less;
+give it one thread, for waiting threads count as busy. Writes benchmarks/results/step_time_<device>.json.
 """
 
 from __future__ import annotations
@@ -156,6 +158,7 @@ def main() -> None:
         args.hidden, args.tokens, args.rank, args.turns = 256, 64, 8, 2
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     times: dict[str, list[float]] = {}
+    clock = time.perf_counter if args.device == "cuda" else time.process_time
     with tempfile.TemporaryDirectory() as args.cache:
         rivals = {RIVALS[name] for name in args.methods if name in RIVALS}
         steps = {
@@ -163,10 +166,10 @@ def main() -> None:
         }
         for turn in range(args.turns + 2):  # two to warm up
             for name, (step, _) in steps.items():
-                begun = time.perf_counter()
+                begun = clock()
                 step()
                 if turn >= 2:
-                    times.setdefault(name, []).append(time.perf_counter() - begun)
+                    times.setdefault(name, []).append(clock() - begun)
     rows = {}
     for name, (_, parameters) in steps.items():
         rival = RIVALS.get(name, "peft")
