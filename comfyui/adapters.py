@@ -28,7 +28,7 @@ from lowrank.adapters.method import Gate
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import Layer, find
 from lowrank.errors import Refused
-from lowrank.tensors import read_tensors
+from lowrank.tensors import read_names, read_tensors
 from lowrank.weights.merge import STATIC, Adapter, Mixture
 from lowrank.weights.names import Thin, thin
 from lowrank.weights.tlora_files import with_copies
@@ -102,7 +102,7 @@ class Hosts:
 
 def read(path: str, config: Mapping[str, Any] | None = None) -> File:
     """An adapter file; `config` is a schedule {min_rank, alpha} that goes before what the file says."""
-    routed = any(key.endswith(_ROUTER) for key in read_tensors(path)[0])
+    routed = any(key.endswith(_ROUTER) for key in read_names(path))
     return File(path, None if routed else Adapter(path, config=config))
 
 

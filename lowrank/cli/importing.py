@@ -17,7 +17,7 @@ from lowrank.adapters import keys
 from lowrank.cli.adapter import read, tell_skipped
 from lowrank.errors import Refused
 from lowrank.models.family import DTYPES, reading
-from lowrank.tensors import read_tensors, write_tensors
+from lowrank.tensors import read_names, read_tensors, write_tensors
 from lowrank.weights import checkpoint, legacy_null, native_tlora, places, static
 from lowrank.weights.names import read_contents, read_layers
 from lowrank.weights.native import METHODS, Native, method_of, to_native
@@ -152,8 +152,7 @@ def _masked(args: argparse.Namespace, source: str) -> str | None:
 
 def _readable(args: argparse.Namespace, folder: Path) -> str:
     """The source, or what it is as a plain LoRA where it is a file of the fork's null networks."""
-    state, _ = read_tensors(args.source)
-    if not legacy_null.is_legacy(state):
+    if not legacy_null.is_legacy(read_names(args.source)):
         if args.basis:
             raise Refused(
                 f"--basis is for the fork's files (alpha_up, alpha_down), and {args.source} is none; leave "
@@ -165,6 +164,7 @@ def _readable(args: argparse.Namespace, folder: Path) -> str:
             f"{args.source} is of the fork's layout (alpha_up, alpha_down), which leaves its basis out; name "
             "the basis file that it was trained with (--basis)"
         )
+    state, _ = read_tensors(args.source)
     pairs = legacy_null.plain_lora(state, read_tensors(args.basis)[0], args.source)
     plain = {}
     for name, (up, down) in pairs.items():

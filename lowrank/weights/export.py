@@ -16,6 +16,7 @@ from lowrank.errors import Refused
 from lowrank.tensors import write_tensors
 from lowrank.weights.merge import Adapter
 from lowrank.weights.names import Layers, read_layers, refuse_magnitudes, spelled, thin
+from lowrank.weights.static import Static, distance
 from lowrank.weights.tlora_files import lycoris_name, to_lycoris, write_sidecar
 
 
@@ -88,12 +89,8 @@ def worst_difference(source: str | Path, target: str | Path, at: float | None = 
     ours, theirs = Adapter(source, at=at).layers, read_layers(target)[0]
     worst = 0.0
     for module, roles in ours.items():
-        up, down, scale = thin(module, roles, str(source))
         told = module if module in theirs else lycoris_name(module)
-        other_up, other_down, other_scale = thin(module, theirs[told], str(target))
-        U = torch.cat([up.double(), other_up.double()], 1)
-        D = torch.cat([scale * down.double(), -other_scale * other_down.double()])
-        difference = ((U.T @ U) * (D @ D.T).T).sum().clamp_min(0).sqrt()
-        size = ((up.double().T @ up.double()) * (down.double() @ down.double().T).T).sum().clamp_min(0).sqrt()
-        worst = max(worst, float(difference / (abs(scale) * size).clamp_min(1e-30)))
+        one = Static(*thin(module, roles, str(source)))
+        other = Static(*thin(module, theirs[told], str(target)))
+        worst = max(worst, distance(one, other) / max(one.norm(), 1e-30))
     return worst

@@ -12,7 +12,7 @@ with the basis cut to h directions and no alpha, which is a plain LoRA of rank 2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from lowrank.adapters import keys
 from lowrank.errors import Refused
 
 
-def is_legacy(state: Mapping[str, Tensor]) -> bool:
-    """Whether tensors are a trained file of that layout."""
-    return any(key.endswith(".alpha_up") for key in state)
+def is_legacy(names: Iterable[str]) -> bool:
+    """Whether the tensors of these names are a trained file of that layout."""
+    return any(name.endswith(".alpha_up") for name in names)
 
 
 def plain_lora(

@@ -21,9 +21,8 @@ from lowrank.adapters import dialect, keys
 from lowrank.adapters.gate import Schedule
 from lowrank.errors import Refused
 from lowrank.tensors import read_tensors
-from lowrank.weights.tlora_files import COPY, ROLES, interleaved
+from lowrank.weights.tlora_files import COPY, ROLES, Layers, interleaved
 
-Layers = dict[str, dict[str, Tensor]]
 _SIDES = {
     "q": ("outputs", "rank"),
     "delta_r": ("rank", "inputs"),

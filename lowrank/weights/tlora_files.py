@@ -324,12 +324,11 @@ def lycoris_name(module: str) -> str:
 
 def _sdxl_blocks() -> dict[str, str]:
     """What SDXL's attention blocks begin with: kohya's flat name -> diffusers'."""
-    blocks = ldm.Blocks(2, frozenset((0, 1)))
     paths = [
         f"{side}_blocks.{i}.attentions.{j}." for side in ("down", "up") for i in range(3) for j in range(3)
     ]
     paths.append("mid_block.attentions.0.")
-    return {ldm.unet_name(path, blocks).replace(".", "_"): path.replace(".", "_") for path in paths}
+    return {ldm.unet_name(path, ldm.SDXL).replace(".", "_"): path.replace(".", "_") for path in paths}
 
 
 def _classes(names: list[str]) -> list[str]:
