@@ -36,6 +36,8 @@ IGNORED = MappingProxyType(
         "versions.txt": "versions of packages",
         ".lock": "empty",
         "summary_statistics.txt": "the numbers of all_statistics.json in words",
+        "_scale_line.png": "plot of a JSON file that is compared, with words in it",
+        "_distribution.png": "plot of a JSON file that is compared, with words in it",
         ".md": "words",
         ".bin": "state of a checkpoint: the resumed run shows whether it is right",
         ".pkl": "state of a checkpoint: the resumed run shows whether it is right",

@@ -1,8 +1,8 @@
 """The command lines whose numbers a refactor must keep, for the golden losses and for tools/same_numbers.py.
 
 A recipe is one run of a public script, in a work folder that has `assets` and `data` beside the results. The
-output of a recipe is the folder of its name, so a later recipe can read an earlier adapter. Paths are relative
-to the work folder: two trees run the same words and write the same metadata.
+output of a recipe is the folder of its name, so a later recipe can read an earlier adapter. Paths are
+relative to the work folder: two trees run the same words and write the same metadata.
 """
 
 from __future__ import annotations
@@ -84,8 +84,12 @@ def methods(family: str) -> Iterator[Recipe]:
         "lalora": (f"lalora_context_path={context}", "lalora_lambda=10"),
         "null_lora": (),
         "universal_lora": (f"basis_path={basis}",),
-        "universal_lalora": ("basis_path=auto:grad", "basis_samples=4", "lalora_isotropic=True", "lalora_lambda=1"),
-        "network_null_lalora": ("basis_path=auto:weight", f"lalora_context_path={context}", "lalora_lambda=10"),
+        "universal_lalora": (
+            *("basis_path=auto:grad", "basis_samples=4", "lalora_isotropic=True", "lalora_lambda=1"),
+        ),
+        "network_null_lalora": (
+            *("basis_path=auto:weight", f"lalora_context_path={context}", "lalora_lambda=10"),
+        ),
         "network_null_lalora_plus": ("basis_path=none", "use_dora=True"),
         "network_null_lalora_plus_Effi_ABM": (
             *("basis_path=auto:random", "enable_effilora=True", "num_experts=2", "router_scope=sample"),
@@ -116,7 +120,8 @@ def options(family: str) -> Iterator[Recipe]:
     yield train(family, "alpha", alone, "--alpha_mask", "--train_data_dir", "data/alpha")
     yield train(family, "prior", alone, "--reg_data_dir", "data/reg", "--prior_loss_weight", "0.5")
     yield train(
-        *(family, "class_images", alone, "--instance_data_dir", "assets/cnt/dog", "--instance_prompt", "a <c> dog"),
+        *(family, "class_images", alone, "--instance_data_dir", "assets/cnt/dog"),
+        *("--instance_prompt", "a <c> dog"),
         *("--with_prior_preservation", "--class_data_dir", "data/class", "--class_prompt", "a dog"),
         *("--num_class_images", "2", "--validation_epochs", "1000"),
     )  # fmt: skip
@@ -129,13 +134,18 @@ def options(family: str) -> Iterator[Recipe]:
         *("--network_args", "orthogonal=False", "tlora_min_rank=1", "loraplus_lr_ratio=4"),
     )
     yield train(
+        *(family, "tlora_data", alone, "--network_module", "networks.tlora"),
+        *("--network_args", "sig_type=principal", "use_data_init=True"),
+    )
+    yield train(
         *(family, "experts", alone, "--network_module", "networks.effilora"),
         *("--network_args", "num_experts=3", "effi_update_ratio=0.5", "effi_probe_every=2"),
     )
     yield train(family, "fp8", alone, "--mixed_precision", "bf16", "--fp8_base", "--gradient_checkpointing")
     yield train(family, "bf16", alone, "--mixed_precision", "bf16", "--full_bf16")
     yield train(
-        *(family, "captions", alone, "--shuffle_caption", "--keep_tokens", "1", "--caption_tag_dropout_rate", "0.3"),
+        *(family, "captions", alone, "--shuffle_caption", "--keep_tokens", "1"),
+        *("--caption_tag_dropout_rate", "0.3"),
         *("--caption_dropout_rate", "0.5", "--enable_bucket", "--min_bucket_reso", "32", "--cache_latents"),
         *("--bucket_reso_steps", "32"),
     )  # fmt: skip
@@ -203,7 +213,6 @@ def exports(family: str, trained: Recipe) -> Iterator[Recipe]:
     if qr or method == "lora":
         yield export("qrlora", "out.safetensors", *needed, refused=not qr)
     if method == "tlora":
-        yield export("lycoris-tlora", "out.safetensors")
         baked = (source, f"{trained.name}-baked/out.safetensors", "--at-timestep", "500")
         yield Recipe(f"{trained.name}-baked", "tools/export_lora.py", baked, (trained.name,))
     name, foreign = f"{trained.name}-imported", f"{trained.name}-kohya"
@@ -220,10 +229,11 @@ def others(family: str) -> Iterator[Recipe]:
         "calc_lalora_context.py",
         (
             *(*measure, "--output_path", f"{family}/context/context.safetensors", "--mixed_precision", "no"),
-            *("--resolution", "64", "--kfac_rank", "2", "--num_samples", "4", "--batch_size", "2", "--seed", "3"),
+            *("--resolution", "64", "--kfac_rank", "2", "--num_samples", "4", "--batch_size", "2"),
+            *("--seed", "3"),
         ),
     )  # fmt: skip
-    collected = tuple(f"{family}/{method}" for method in ("lora", "lalora-kohya", "delta_r-peft"))
+    collected = tuple(f"{family}/{method}" for method in ("lora", "lalora", "delta_r"))
     yield Recipe(
         f"{family}/basis",
         "tools/extract_universal_basis.py",
@@ -239,8 +249,9 @@ def others(family: str) -> Iterator[Recipe]:
         f"{family}/drawn",
         "inference_merge.py",
         (
-            *("--model_path", model, "--style_lora_path", adapter.format("delta_r_triu"), "--content_lora_path"),
-            *(adapter.format("delta_r"), "--prompt", "a <c> dog in <s> style", *strengths, "--save_merged"),
+            *("--model_path", model, "--style_lora_path", adapter.format("delta_r_triu")),
+            *("--content_lora_path", adapter.format("delta_r")),
+            *("--prompt", "a <c> dog in <s> style", *strengths, "--save_merged"),
             *("--height", "64", "--width", "64", "--output_dir", f"{family}/drawn"),
         ),
         pair,
@@ -269,6 +280,11 @@ def others(family: str) -> Iterator[Recipe]:
         model,
     )
     yield Recipe(name, "tools/import_lora.py", (*words, "--rank", "4"), (f"{family}/lora-kohya",))
+    masked, back = f"{family}/tlora_data-lycoris-tlora", f"{family}/tlora_data-imported"
+    words = (adapter.format("tlora_data"), f"{masked}/out.safetensors", "--to", "lycoris-tlora")
+    yield Recipe(masked, "tools/export_lora.py", words, (f"{family}/tlora_data",))
+    words = (f"{masked}/out.safetensors", f"{back}/{TRAINED}", "--model", model)
+    yield Recipe(back, "tools/import_lora.py", words, (masked,))
     if family == "flux":
         words = ("--model_path", model, "--output_dir", "flux/residual", "--rank", "4", "--dtype", "fp32")
         yield Recipe("flux/residual", "save_flux_residual.py", words)
@@ -306,7 +322,7 @@ def select(patterns: Iterable[str]) -> dict[str, Recipe]:
 
 
 def write_data(root: Path, work: Path) -> None:
-    """Make `assets` and `data` in the work folder: pictures of both demo subjects, captions, masks, a dataset file."""
+    """Make `assets` and `data` in the work folder: pictures, captions, masks, a dataset file."""
     import json
 
     from PIL import Image
@@ -338,6 +354,7 @@ def write_data(root: Path, work: Path) -> None:
     (data / "dataset.toml").write_text(
         "[general]\nenable_bucket = true\nbucket_reso_steps = 32\nmin_bucket_reso = 32\n\n"
         "[[datasets]]\nresolution = 64\nbatch_size = 2\n\n[[datasets.subsets]]\n"
-        'image_dir = "data/listed"\nmetadata_file = "data/listed.json"\nnum_repeats = 2\nshuffle_caption = true\n'
+        'image_dir = "data/listed"\nmetadata_file = "data/listed.json"\n'
+        "num_repeats = 2\nshuffle_caption = true\n"
     )
     (data / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\na dog --w 64 --h 64 --s 2 --d 2\n")

@@ -17,6 +17,7 @@ import logging
 import os
 import random
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -86,7 +87,8 @@ def _forget_accelerate() -> None:
 def run(tree: Path, work: Path, name: str, script: str, words: tuple[str, ...], printed: bool = False) -> int:
     """Run a script of the tree in the work folder; the exit code, or 70 for an exception."""
     output, lines = work / name, io.StringIO()
-    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
+    output.mkdir(parents=True)
     notes = lines if not printed else io.StringIO()
     started = time.monotonic()
     with restored(work), contextlib.redirect_stdout(lines), contextlib.redirect_stderr(notes):
