@@ -155,12 +155,13 @@ def _compare_values(before: Any, after: Any, where: str = "") -> Found:
         for index, (one, two) in enumerate(zip(before, after, strict=True)):
             yield from _compare_values(one, two, f"{where}[{index}] ")
     elif before != after:
-        numbers = isinstance(before, float | int) and isinstance(after, float | int)
-        yield where.strip() or "value", abs(before - after) if numbers else None
+        numbers = [float(value) for value in (before, after) if isinstance(value, (int, float))]
+        yield where.strip() or "value", abs(numbers[0] - numbers[1]) if len(numbers) == 2 else None
 
 
 def _compare_json(old: Path, new: Path) -> Found:
-    yield from _compare_values(*(json.loads(path.read_text(encoding="utf-8")) for path in (old, new)))
+    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
+    yield from _compare_values(before, after)
 
 
 def _compare_options(old: Path, new: Path) -> Found:
@@ -178,7 +179,7 @@ def _compare_options(old: Path, new: Path) -> Found:
                 for key, value in table.items()
             }
         )
-    yield from _compare_values(*flat)
+    yield from _compare_values(flat[0], flat[1])
 
 
 def _compare_pictures(old: Path, new: Path) -> Found:
@@ -189,7 +190,7 @@ def _compare_pictures(old: Path, new: Path) -> Found:
         yield f"size {one.shape}, then {two.shape}", None
     elif (one != two).any():
         yield "pixels", float(numpy.abs(one - two).max())
-    yield from _compare_values(*text, "text ")
+    yield from _compare_values(text[0], text[1], "text ")
 
 
 _READERS = MappingProxyType(

@@ -127,9 +127,7 @@ def report(recipes: dict[str, Recipe], old: Path, new: Path, allow: list[str]) -
     failed = {name for name, _, allowed in rows if not allowed}
     accepted = {name for name, _, allowed in rows if allowed}
     equal = len(recipes) - len(failed | accepted)
-    print(
-        f"{len(recipes)} recipes: {equal} equal, {len(failed)} failed, {len(accepted)} differ and are allowed to"
-    )
+    print(f"{len(recipes)} recipes: {equal} equal, {len(failed)} failed, {len(accepted)} differ as allowed")
     return len(failed)
 
 
