@@ -128,6 +128,9 @@ def main(words: list[str]) -> int:
     for name, recipe in chosen.items():
         if not (work / name / RESULT).exists():
             code = run(tree, work, name, recipe.script, recipe.words, recipe.printed)
+            if code == 130:  # interrupted: an unfinished run is not a result, and is run again
+                (work / name / RESULT).unlink()
+                return code
             if bool(code) != recipe.refused:
                 print(f"{name}: exit code {code}, see {work / name / OUTPUT}", file=sys.stderr, flush=True)
     loaded = getattr(sys.modules.get("lowrank"), "__file__", None)
