@@ -32,8 +32,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.adapters.network import AdapterNetwork
+from lowrank.formats.static import phantom
 from lowrank.models.sd_single import facts
-from lowrank.weights.static import phantom
 from tools import make_tiny_sd
 
 RESULTS = Path(__file__).parent / "results"

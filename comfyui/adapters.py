@@ -21,17 +21,17 @@ import comfy.weight_adapter
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import keys
-from lowrank.adapters.host import host_shape
 from lowrank.adapters.magnitude import row_norm
 from lowrank.adapters.method import Gate
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.adapters.targets import Layer, find
+from lowrank.adapters.targets import Layer, find, host_shape
+from lowrank.combine.mixture import STATIC, Mixture
 from lowrank.errors import Refused
+from lowrank.formats.names import Thin, thin
+from lowrank.formats.read import Adapter
+from lowrank.formats.tlora import with_copies
+from lowrank.naming import keys
 from lowrank.tensors import read_names, read_tensors
-from lowrank.weights.merge import STATIC, Adapter, Mixture
-from lowrank.weights.names import Thin, thin
-from lowrank.weights.tlora_files import with_copies
 
 from .live import Beside, Place
 

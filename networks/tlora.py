@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters.gate import Schedule
-from lowrank.adapters.kohya import bind
-from lowrank.adapters.method import Factor, Gate, Method, Start, structural
-from lowrank.adapters.plain import FACTOR
+from lowrank.adapters.method import LORA_FACTOR, Factor, Gate, Method, Start, structural
+from lowrank.adapters.network_module import bind
+from lowrank.bases.qr_basis import basis_hash
 from lowrank.errors import Refused, nearest
-from lowrank.weights.basis import basis_hash
-from lowrank.weights.tlora_files import COPY, ORTHOGONAL, PARTS, components, part
+from lowrank.formats.tlora import COPY, ORTHOGONAL, PARTS, components, part
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def gate(schedule: Schedule) -> Gate:
 
 
 def method(options: Options) -> Method:
-    factor = FACTOR
+    factor = LORA_FACTOR
     if options.orthogonal:
         factor = Factor(
             partial(start, options=options),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank.data.buckets import bucket_sizes, crop_box, crop_top_left, own_place, place
-from lowrank.data.records import Dataset
+from lowrank.data.dataset import Dataset
 from lowrank.errors import Refused
 
 sides = st.integers(1, 6000)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank.data.captions import draw, possible
-from lowrank.data.records import Example, Subset
+from lowrank.data.dataset import Example, Subset
 from lowrank.errors import Refused
 
 

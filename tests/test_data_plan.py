@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank.data import plan
-from lowrank.data.ahead import ahead
-from lowrank.data.records import Dataset, Example, Subset
+from lowrank.data.dataset import Dataset, Example, Subset
+from lowrank.data.prefetch import ahead
 from lowrank.errors import Refused
 
 

@@ -12,11 +12,12 @@ from PIL import Image
 from recorder import ROOT
 
 from lowrank.cli import flux_train
+from lowrank.combine.mixture import Mixture
+from lowrank.formats.base_checkpoint import Base
+from lowrank.formats.read import Adapter
 from lowrank.models.family import Source
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
-from lowrank.weights.checkpoint import Base
-from lowrank.weights.merge import Adapter, Mixture
 from tools import single_file
 from tools.glyph_world import report, scorer
 from tools.glyph_world.world import Scene, caption, seen_scenes

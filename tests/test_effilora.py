@@ -26,11 +26,11 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
 from lowrank.cli.sd_train import main
 from lowrank.errors import Refused
+from lowrank.formats import static
+from lowrank.formats.export import export_lora
+from lowrank.formats.nearest_lora import least_squares, unrouted
 from lowrank.tensors import read_tensors
-from lowrank.train.updates import Sampler
-from lowrank.weights import static
-from lowrank.weights.export import export_lora
-from lowrank.weights.unrouted import least_squares, unrouted
+from lowrank.train.layer_sampling import Sampler
 from networks import dora, effilora, lora, null_lora
 
 ROOT = Path(__file__).parent.parent

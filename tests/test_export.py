@@ -14,17 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import SHIPPED
 
-from lowrank import bfl, ldm
 from lowrank.cli import export, importing, inspection
 from lowrank.cli.adapter import read
 from lowrank.errors import Refused
+from lowrank.formats import base_checkpoint, static, verify
+from lowrank.formats.convert import only, resize, write
+from lowrank.formats.formats import FORMATS, Choices
+from lowrank.formats.static import Plain, Static
 from lowrank.models.flux import flux_dev_config
 from lowrank.models.sd_single import facts
-from lowrank.weights import checkpoint, places, static, verify
-from lowrank.weights.convert import only, resize, write
-from lowrank.weights.formats import FORMATS, Choices
-from lowrank.weights.places import Place
-from lowrank.weights.static import Plain, Static
+from lowrank.naming import flux as flux_names
+from lowrank.naming import places
+from lowrank.naming import unet as unet_names
+from lowrank.naming.places import Place
 from tools import make_compatibility
 
 
@@ -171,7 +173,7 @@ def test_names_of_full_size_models(family):
         assert told[path] == f"lora_unet_{name}"
     for path, name in told.items():
         found = [place.path for place, _ in places.places(name)]
-        assert path in found and (len(found) == 1 or bfl.piece(path).total > 1)
+        assert path in found and (len(found) == 1 or flux_names.piece(path).total > 1)
         for other in (places.lycoris(Place("unet", path)), places.diffusers(Place("unet", path), family)):
             assert [place.path for place, _ in places.places(other)] == [path]
     inside = [
@@ -187,9 +189,9 @@ def test_comfyui_maps_every_exported_key(family):
     model = _meta(family)
     own = _layers(model)
     if family == "flux":
-        theirs = {bfl.piece(path).module for path in own}
+        theirs = {flux_names.piece(path).module for path in own}
     else:
-        theirs = {ldm.unet_name(path, ldm.Blocks.of(model)) for path in own} | set(own)
+        theirs = {unet_names.unet_name(path, unet_names.Blocks.of(model)) for path in own} | set(own)
     comfy = {"lora_unet_" + path.replace(".", "_") for path in theirs}
     comfy |= {"lycoris_" + path.replace(".", "_") for path in own}
     exported = {places.kohya(Place("unet", path), family) for path in own}
@@ -408,20 +410,24 @@ def test_a_merged_folder_and_a_merged_file_are_the_live_adapter(method, tiny_sdx
     ours = files.answer("sdxl", unet)
     adapter = read(tmp_path / "in.safetensors")
     hashed = (tiny_sdxl / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    lost = checkpoint.merge(checkpoint.Base(tiny_sdxl), adapter.layers, tmp_path / "merged", {})
+    lost = base_checkpoint.merge(base_checkpoint.Base(tiny_sdxl), adapter.layers, tmp_path / "merged", {})
     assert lost <= 1e-6  # fp32
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet")
     assert (files.answer("sdxl", merged) - ours).norm() / ours.norm() <= 1e-5
     assert (tiny_sdxl / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == hashed
     assert (tmp_path / "merged" / "model_index.json").is_file()
     single = tiny_sdxl / "single" / "model.safetensors"
-    checkpoint.merge(checkpoint.Base(single), adapter.layers, tmp_path / "one.safetensors", {"a": "b"})
+    base_checkpoint.merge(
+        base_checkpoint.Base(single), adapter.layers, tmp_path / "one.safetensors", {"a": "b"}
+    )
     theirs, before = load_file(tmp_path / "one.safetensors"), load_file(single)
     assert theirs.keys() == before.keys()
     changed = {key for key in theirs if not torch.equal(theirs[key], before[key])}
-    blocks = ldm.Blocks.of(unet)
+    blocks = unet_names.Blocks.of(unet)
     state = merged.state_dict()
-    wanted = {f"model.diffusion_model.{ldm.unet_name(p.path, blocks)}.weight": p.path for p in adapter.layers}
+    wanted = {
+        f"model.diffusion_model.{unet_names.unet_name(p.path, blocks)}.weight": p.path for p in adapter.layers
+    }
     assert changed == wanted.keys()
     for key, path in wanted.items():
         torch.testing.assert_close(theirs[key].reshape(-1), state[f"{path}.weight"].reshape(-1))
@@ -434,16 +440,18 @@ def test_merging_reads_pieces_and_rounds_once(tmp_path, monkeypatch):
     other = {"model.diffusion_model.img_in.weight": torch.ones(3, 5), "scalar": torch.tensor(2.0)}
     save_file({layer: W.bfloat16(), **other}, tmp_path / "base.safetensors", {"kept": "yes"})
     adapter = {Place("unet", "transformer_blocks.0.attn.to_k"): _random(32, 64, 2, 0.01)}
-    monkeypatch.setattr(checkpoint, "PIECE", 640)
-    most, rows = [], checkpoint.TensorFile.rows
+    monkeypatch.setattr(base_checkpoint, "PIECE", 640)
+    most, rows = [], base_checkpoint.TensorFile.rows
 
     def watched(self, *args):
         most.append(rows(self, *args).numel())
         return rows(self, *args)
 
-    monkeypatch.setattr(checkpoint.TensorFile, "rows", watched)
+    monkeypatch.setattr(base_checkpoint.TensorFile, "rows", watched)
     target = tmp_path / "out.safetensors"
-    lost = checkpoint.merge(checkpoint.Base(tmp_path / "base.safetensors"), adapter, target, {}, strength=0.5)
+    lost = base_checkpoint.merge(
+        base_checkpoint.Base(tmp_path / "base.safetensors"), adapter, target, {}, strength=0.5
+    )
     assert max(most) == 640
     state = load_file(target)
     exact = W.bfloat16().float()[32:64] + 0.5 * next(iter(adapter.values())).delta()
@@ -459,30 +467,30 @@ def test_merging_reads_pieces_and_rounds_once(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_merged_says_why(saved, tiny_sd, tmp_path):
-    base = checkpoint.Base(tiny_sd)
+    base = base_checkpoint.Base(tiny_sd)
     adapter = read(saved("flux", "lora"))
     with pytest.raises(Refused, match="is not in"):
-        checkpoint.merge(base, adapter.layers, tmp_path / "out", {})
+        base_checkpoint.merge(base, adapter.layers, tmp_path / "out", {})
     wrong = {Place("unet", "mid_block.attentions.0.proj_in"): _random(8, 8, 2)}
     with pytest.raises(Refused, match="8×8 in the adapter"):
-        checkpoint.merge(base, wrong, tmp_path / "out", {})
+        base_checkpoint.merge(base, wrong, tmp_path / "out", {})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     right = {Place("unet", "mid_block.attentions.0.proj_in"): _random(64, 64, 2)}
     with pytest.raises(Refused, match="exists already"):
-        checkpoint.merge(base, right, tmp_path / "full", {})
+        base_checkpoint.merge(base, right, tmp_path / "full", {})
     with pytest.raises(Refused, match="never written"):
-        one = checkpoint.Base(tiny_sd / "single" / "model.safetensors")
-        checkpoint.merge(one, right, tiny_sd / "single" / "model.safetensors", {})
+        one = base_checkpoint.Base(tiny_sd / "single" / "model.safetensors")
+        base_checkpoint.merge(one, right, tiny_sd / "single" / "model.safetensors", {})
     key = "model.diffusion_model.double_blocks.0.img_attn.proj.weight"
     for extra, dtype in (
         ({key.replace("weight", "scale_weight"): torch.ones(1)}, torch.float8_e4m3fn),
         ({}, torch.int8),
     ):
         save_file({key: torch.ones(8, 8).to(dtype), **extra}, tmp_path / "packed.safetensors")
-        packed = checkpoint.Base(tmp_path / "packed.safetensors")
+        packed = base_checkpoint.Base(tmp_path / "packed.safetensors")
         with pytest.raises(Refused, match="is quantised"):
-            checkpoint.merge(
+            base_checkpoint.merge(
                 packed,
                 {Place("unet", "transformer_blocks.0.attn.to_out.0"): _random(8, 8, 2)},
                 tmp_path / "o.safetensors",

@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lowrank.adapters.host import dense_weight
 from lowrank.adapters.method import Samples
-from lowrank.adapters.targets import find
-from lowrank.train.fisher import Fisher
-from lowrank.weights.curvature import Context, write_context
+from lowrank.adapters.targets import dense_weight, find
+from lowrank.laplace.context_file import Context, write_context
+from lowrank.laplace.fisher import Fisher
 
 bnb = pytest.importorskip("bitsandbytes")
 N = 64

@@ -21,12 +21,13 @@ from lowrank.adapters import gate
 from lowrank.adapters.gate import Schedule
 from lowrank.adapters.layer import AdaptedLayer
 from lowrank.cli.export import main as tool
+from lowrank.combine.mixture import Mixture
+from lowrank.combine.pipeline import timestep_ranks
 from lowrank.errors import Refused
+from lowrank.formats.names import read_layers, thin
+from lowrank.formats.read import Adapter
 from lowrank.tensors import read_tensors
-from lowrank.train.module import create, find_module
-from lowrank.weights.merge import Adapter, Mixture
-from lowrank.weights.names import read_layers, thin
-from lowrank.weights.timestep_ranks import timestep_ranks
+from lowrank.train.network_module import create, find_module
 from networks import tlora
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,16 +10,17 @@ from torch import nn
 from toys import shake
 
 from lowrank.adapters import gate
+from lowrank.adapters.clock import CONVENTIONS, convention
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.adapters.timestep import CONVENTIONS, convention
+from lowrank.combine.mixture import Mixture
+from lowrank.combine.pipeline import TimestepRanks, timestep_ranks
 from lowrank.errors import Refused
+from lowrank.formats.read import Adapter
 from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
-from lowrank.train.module import find_module
-from lowrank.weights.merge import Adapter, Mixture
-from lowrank.weights.timestep_ranks import TimestepRanks, timestep_ranks
+from lowrank.train.network_module import find_module
 from networks import tlora
 
 STEPS, R = 5, 8

@@ -15,12 +15,12 @@ from test_tlora import AUTHORS, TIMES, own_presets
 
 from lowrank.cli import importing
 from lowrank.cli.adapter import read
+from lowrank.combine.ensemble import Ensemble, Part
 from lowrank.errors import Refused
+from lowrank.formats.base_checkpoint import Base
+from lowrank.naming.places import places
 from lowrank.tensors import read_tensors, write_tensors
-from lowrank.train.module import find_module
-from lowrank.weights.checkpoint import Base
-from lowrank.weights.ensemble import Ensemble, Part
-from lowrank.weights.places import places
+from lowrank.train.network_module import find_module
 
 __all__ = ["own_presets"]  # a fixture
 ATTENTION = {

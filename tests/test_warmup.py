@@ -20,21 +20,21 @@ from torch import nn
 from lowrank.adapters.method import Chain, Factor, Method, Samples, Warmup
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
+from lowrank.bases import gradients
 from lowrank.cli.flux_train import main as flux
 from lowrank.cli.sd_train import main as sd
-from lowrank.cli.sdxl_train import main as sdxl
+from lowrank.cli.sd_train import main_sdxl as sdxl
+from lowrank.config.flags_training import Abm
 from lowrank.data.loader import Batch
 from lowrank.errors import Refused
-from lowrank.flags.training import Abm
 from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
 from lowrank.models.memory import checkpointed
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
 from lowrank.train import abm, warmup
-from lowrank.train.boundaries import depth_weights, hinge, places
+from lowrank.train.abm_hooks import depth_weights, hinge, places
 from lowrank.train.loop import Forward, Run
-from lowrank.weights import gradients
 from networks import delta_r, dora, lora
 
 C, B = 12, 4

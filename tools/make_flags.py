@@ -12,12 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lowrank.fields import Spec, shown  # noqa: E402
-from lowrank.options import Surface  # noqa: E402
-from lowrank.surfaces.context import CALC_CONTEXT  # noqa: E402
-from lowrank.surfaces.flux import FLUX_TRAIN  # noqa: E402
-from lowrank.surfaces.sd import SD_TRAIN, SDXL_TRAIN  # noqa: E402
-from lowrank.surfaces.tools import EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
+from lowrank.config.command_line import Surface  # noqa: E402
+from lowrank.config.context import CALC_CONTEXT  # noqa: E402
+from lowrank.config.flag import Spec, shown  # noqa: E402
+from lowrank.config.flux import FLUX_TRAIN  # noqa: E402
+from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN  # noqa: E402
+from lowrank.config.tools import EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
 
 SURFACES = (
     SD_TRAIN,

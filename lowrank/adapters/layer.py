@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters import experts, gate, keys, magnitude
-from lowrank.adapters.host import dense_weight
+from lowrank.adapters import experts, gate, magnitude
+from lowrank.adapters.clock import Clock, open_mask
 from lowrank.adapters.method import Chain, Method
-from lowrank.adapters.targets import Layer
-from lowrank.adapters.timestep import Clock, open_mask
+from lowrank.adapters.targets import Layer, dense_weight
 from lowrank.errors import Refused
+from lowrank.naming import keys
 
 
 class AdaptedLayer(nn.Module):

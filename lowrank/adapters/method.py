@@ -14,8 +14,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from lowrank.adapters.factor import kaiming
 from lowrank.errors import Refused
 
 # values by layer and role, facts for the file's metadata
@@ -258,3 +260,15 @@ def check_made_by(source: str, metadata: Mapping[str, str], method: Method) -> N
         raise Refused(
             f"{source} is an export as a plain LoRA whose ranks open in pairs; use the original file"
         )
+
+
+def lora_start(weights, ranks, scales) -> Start:
+    """D ~ U(−1/√I, 1/√I), U = 0."""
+    values = {}
+    for name, weight in weights.items():
+        outs, ins = weight.shape
+        values[name] = {"down": kaiming(ranks[name], (ins,)), "up": torch.zeros(outs, ranks[name])}
+    return values, {}
+
+
+LORA_FACTOR = Factor(lora_start, trained=("down", "up"))

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import dialect, foreign, keys, magnitude, rates, timestep
-from lowrank.adapters.host import dense_weight
+from lowrank.adapters import dialect, kohya_trainer, magnitude, rates
+from lowrank.adapters.clock import Clock
 from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.method import Method, check_made_by
-from lowrank.adapters.targets import Layer, Target
+from lowrank.adapters.targets import Layer, Target, dense_weight
 from lowrank.errors import Refused
+from lowrank.naming import keys
 from lowrank.tensors import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class AdapterNetwork(nn.Module):
         multiplier: float = 1.0,
     ) -> None:
         super().__init__()
-        self.method, self.factor, self.clock = method, method.require_factor(), timestep.Clock(method)
+        self.method, self.factor, self.clock = method, method.require_factor(), Clock(method)
         self.targets = {target.name: target for target in targets}
         if len(self.targets) != len(targets):
             raise Refused("two target layers share one key; name fewer with --network_args target=…")
@@ -225,8 +226,8 @@ class AdapterNetwork(nn.Module):
 
     def prepare_network(self, args: Any) -> None:
         """kohya's trainers hand over their options, ours does not. Raises `Refused`, see `foreign.check`."""
-        foreign.check(self.method, args)
-        self._pull = foreign.pull(args) if self.method.penalty else None
+        kohya_trainer.check(self.method, args)
+        self._pull = kohya_trainer.pull(args) if self.method.penalty else None
 
     def set_current_generation(self, *_: Any) -> None:
         """Nothing to do: kohya's gen_img tells the batch that regional masks would need."""

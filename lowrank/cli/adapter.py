@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank.adapters.method import Method
+from lowrank.formats import static
+from lowrank.formats.static import Plain
 from lowrank.tensors import read_metadata
-from lowrank.weights import static
-from lowrank.weights.static import Plain
 
 
 def made_by(path: str | Path) -> Method | None:

@@ -6,21 +6,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lowrank.adapters import keys
 from lowrank.adapters.method import Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.cli.adapter import made_by
-from lowrank.cli.base import base, device_of, family_of, own_side
-from lowrank.cli.said import Said
-from lowrank.cli.source import default_prompt
+from lowrank.cli.base_model import base, device_of, family_of, own_side
+from lowrank.cli.source_pictures import default_prompt
 from lowrank.errors import Refused
+from lowrank.formats.nearest_lora import together, unrouted
 from lowrank.models.family import Models, align
+from lowrank.naming import keys
 from lowrank.tensors import TensorFile, read_metadata, write_tensors
-from lowrank.train.inputs import draw
-from lowrank.train.module import find_module
+from lowrank.train.data import draw
+from lowrank.train.network_module import find_module
 from lowrank.train.prompts import read_prompts
-from lowrank.weights.unrouted import together, unrouted
+from lowrank.train.text_conditions import Said
 
 
 def attached(method: Method, source: str, models: Models, strength: float = 1.0) -> AdapterNetwork:

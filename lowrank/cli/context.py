@@ -15,30 +15,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank import __version__
-from lowrank.adapters.host import host_shape
-from lowrank.adapters.targets import Target, as_passed, find_all
-from lowrank.cli import source as pictures
-from lowrank.cli.base import base, device_of, family_of, own_side
-from lowrank.cli.options import record
-from lowrank.cli.said import Said
+from lowrank.adapters.targets import Target, as_passed, find_all, host_shape
+from lowrank.cli import source_pictures as pictures
+from lowrank.cli.base_model import base, device_of, family_of, own_side
+from lowrank.cli.resolve import record
+from lowrank.config.command_line import Parsed
+from lowrank.config.context import CALC_CONTEXT
 from lowrank.data.cache import Cache
 from lowrank.data.loader import Batch, Loader
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
+from lowrank.laplace.context_file import Context, write_context
+from lowrank.laplace.fisher import Fisher
 from lowrank.models import memory
 from lowrank.models.family import Family, Models, Source, align, release
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
-from lowrank.objective.ddpm import Diffusion
-from lowrank.objective.target import Draw, Flow
-from lowrank.options import Parsed
-from lowrank.surfaces.context import CALC_CONTEXT
+from lowrank.objective.diffusion import Diffusion
+from lowrank.objective.flow import Draw, Flow
 from lowrank.tensors import read_tensors
 from lowrank.train import setup
-from lowrank.train.adapt import choose_attention
-from lowrank.train.fisher import Fisher
+from lowrank.train.attach import choose_attention
 from lowrank.train.loop import stream
-from lowrank.weights.curvature import Context, write_context
+from lowrank.train.text_conditions import Said
 
 logger = logging.getLogger(__name__)
 

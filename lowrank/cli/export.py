@@ -16,17 +16,18 @@ from torch import Tensor
 
 from lowrank import __version__
 from lowrank.cli.adapter import made_by, read
-from lowrank.cli.base import base as base_source
-from lowrank.cli.base import family_of
+from lowrank.cli.base_model import base as base_source
+from lowrank.cli.base_model import family_of
 from lowrank.cli.calibrate import attached, write_nearest
 from lowrank.errors import Refused
+from lowrank.formats import base_checkpoint, verify
+from lowrank.formats.convert import PARTS, only, resize, write
+from lowrank.formats.export import export_lora, export_lycoris, ranks_of, worst_difference
+from lowrank.formats.formats import FORMATS, Choices
+from lowrank.formats.static import Plain
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
-from lowrank.weights import checkpoint, places, verify
-from lowrank.weights.convert import PARTS, only, resize, write
-from lowrank.weights.export import export_lora, export_lycoris, ranks_of, worst_difference
-from lowrank.weights.formats import FORMATS, Choices
-from lowrank.weights.static import Plain
+from lowrank.naming import places
 
 MERGED, MASKED = "merged", "lycoris-tlora"
 
@@ -141,13 +142,13 @@ def _export(args: argparse.Namespace) -> int:
             f"rank {args.rank}: {loss.together:.2%} of ‖ΔW‖ is lost, {loss.worst:.2%} in the worst layer "
             f"({loss.layer})"
         )
-    base = checkpoint.Base(args.model) if args.model else None
+    base = base_checkpoint.Base(args.model) if args.model else None
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.to == MERGED:
         assert base is not None  # checked above
         told = {"lowrank.version": __version__, "lowrank.merged": Path(args.source).name}
         told |= {key: value for key, value in adapter.metadata.items() if key.startswith("lowrank.unrouted")}
-        lost = checkpoint.merge(base, adapter.layers, args.target, told, args.strength, dtype)
+        lost = base_checkpoint.merge(base, adapter.layers, args.target, told, args.strength, dtype)
         print(
             f"{args.target}: {len(adapter.layers)} layers merged at strength {args.strength:g}; rounding to "
             f"the model's precision loses {lost:.1e} of the change"

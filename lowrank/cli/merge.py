@@ -12,23 +12,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from lowrank.adapters.targets import find
-from lowrank.cli.base import base, family_of, own_side
-from lowrank.cli.said import Said
-from lowrank.cli.sheet import sheet
+from lowrank.cli.base_model import base, family_of, own_side
+from lowrank.cli.contact_sheet import sheet
+from lowrank.combine.ensemble import Ensemble, Part, shares
+from lowrank.config.command_line import Parsed
+from lowrank.config.tools import INFERENCE_MERGE
 from lowrank.data import images
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
+from lowrank.formats.base_checkpoint import Base
+from lowrank.formats.read import refuse_masked
+from lowrank.formats.residual import check_residual, residual_file
 from lowrank.models.family import Family, Models
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
-from lowrank.options import Parsed
-from lowrank.surfaces.tools import INFERENCE_MERGE
+from lowrank.naming.places import places
+from lowrank.train.text_conditions import Said
 from lowrank.train.watch import save_png
-from lowrank.weights.checkpoint import Base
-from lowrank.weights.ensemble import Ensemble, Part, shares
-from lowrank.weights.merge import refuse_masked
-from lowrank.weights.places import places
-from lowrank.weights.residual import check_residual, residual_file
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lowrank.combine.compare import UPDATES, LayerSimilarity, Names, common, compare, judge, statistics
+from lowrank.config.tools import VISUALIZE_SIMILARITY
 from lowrank.files import atomic, writable_folder
-from lowrank.surfaces.tools import VISUALIZE_SIMILARITY
-from lowrank.weights.compare import UPDATES, LayerSimilarity, Names, common, compare, judge, statistics
-from lowrank.weights.merge import Adapter
-from lowrank.weights.names import missing
+from lowrank.formats.names import missing
+from lowrank.formats.read import Adapter
 
 _INK, _MEAN, _UNDEFINED = "#1f5fa8", "#c0392b", "#777777"
 _BAND: Mapping[str, Any] = MappingProxyType({"color": "#e8a33d", "alpha": 0.35, "linewidth": 0})

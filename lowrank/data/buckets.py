@@ -11,7 +11,7 @@ import math
 import random
 from typing import NamedTuple
 
-from lowrank.data.records import Dataset
+from lowrank.data.dataset import Dataset
 from lowrank.errors import Refused
 
 Size = tuple[int, int]  # (w, h)

@@ -11,7 +11,7 @@ import math
 import random
 import re
 
-from lowrank.data.records import Example, Subset
+from lowrank.data.dataset import Example, Subset
 from lowrank.errors import Refused
 
 _CHOICE = re.compile(r"\{([^{}]+)\}")

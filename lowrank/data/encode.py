@@ -15,10 +15,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from lowrank.data import images
-from lowrank.data.ahead import ahead
 from lowrank.data.buckets import crop_box
 from lowrank.data.cache import Cache, key
 from lowrank.data.plan import Placed
+from lowrank.data.prefetch import ahead
 from lowrank.errors import Refused
 from lowrank.files import sha256
 

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowrank.data.ahead import ahead
 from lowrank.data.buckets import Place
+from lowrank.data.prefetch import ahead
 from lowrank.errors import Refused
 
 log = logging.getLogger(__name__)

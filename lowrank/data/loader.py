@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lowrank.data import captions, images, plan
-from lowrank.data.ahead import ahead
 from lowrank.data.buckets import crop_box, crop_top_left
 from lowrank.data.cache import Cache
+from lowrank.data.dataset import Dataset, Example
 from lowrank.data.encode import Encoded, encode_all
 from lowrank.data.plan import Placed
-from lowrank.data.records import Dataset, Example
+from lowrank.data.prefetch import ahead
 from lowrank.data.scan import scan
 from lowrank.errors import Refused
 

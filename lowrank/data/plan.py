@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lowrank.data import buckets
-from lowrank.data.records import Dataset, Example, Subset
+from lowrank.data.dataset import Dataset, Example, Subset
 from lowrank.errors import Refused
 
 log = logging.getLogger(__name__)

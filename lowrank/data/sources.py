@@ -1,6 +1,6 @@
 """Where datasets come from: kohya's `N_class` folders, one plain folder with a prompt, a metadata file.
 
-The fourth place, a dataset file, is `config.py`.
+The fourth place, a dataset file, is `dataset_config.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lowrank.data import images
-from lowrank.data.records import Dataset, Subset, split
+from lowrank.data.dataset import Dataset, Subset, split
 from lowrank.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def from_instance(
 def from_metadata(
     metadata_file: str | os.PathLike, image_dir: str | os.PathLike | None = None, **defaults: object
 ) -> tuple[Dataset, ...]:
-    """One dataset from a metadata file (`--in_json`), which says what each image is called (`metadata.py`).
+    """One dataset from a metadata file (`--in_json`), which names every image (see `metadata_file.py`).
 
     Relative image names start at `image_dir`, or where that is None at the file's own folder. Raises
     `Refused` for a missing folder.

@@ -7,9 +7,9 @@ from collections import Counter
 from typing import Any
 
 from lowrank.data import plan
+from lowrank.data.dataset import Dataset
 from lowrank.data.loader import Loader
 from lowrank.data.plan import Placed
-from lowrank.data.records import Dataset
 
 _OF_SUBSET = (
     "num_repeats",

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lowrank.errors import Refused
-from lowrank.models import parts, sd_single, single
+from lowrank.models import components, sd_single, single
 from lowrank.models.family import ROLES, Models, Source, component, local_folder
 from lowrank.models.samplers import schedule_of
 
@@ -65,11 +65,11 @@ def load(source: Source, roles: Iterable[str] = ROLES, *, xl: bool = False) -> M
     else:
         download = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).download
         models = Models(source, local_folder(source, download))
-        parts.check_denoiser(models, "unet")
-        models.configs["denoiser"] = parts.config(
+        components.check_denoiser(models, "unet")
+        models.configs["denoiser"] = components.config(
             UNet2DConditionModel, models.root, "unet", "cross_attention_dim"
         )
-        models.configs["scheduler"] = parts.config(
+        models.configs["scheduler"] = components.config(
             DDPMScheduler, models.root, "scheduler", "num_train_timesteps"
         )
         models.configs["vae"] = _vae_config(models)
@@ -90,7 +90,9 @@ def load(source: Source, roles: Iterable[str] = ROLES, *, xl: bool = False) -> M
 
 def add(models: Models, roles: Iterable[str]) -> None:
     """Load the named parts that are not there, on `source.device`, frozen and in evaluation mode."""
-    parts.add(models, roles, tokenizers=_tokenizers, encoders=_text_encoders, vae=_vae, denoiser=_denoiser)
+    components.add(
+        models, roles, tokenizers=_tokenizers, encoders=_text_encoders, vae=_vae, denoiser=_denoiser
+    )
 
 
 def _check_kind(models: Models, xl: bool) -> None:
@@ -164,30 +166,30 @@ def _published(models: Models) -> Mapping[str, Any]:
 
 
 def _vae_facts(models: Models, given: str | None, known: Mapping[str, Any]) -> Mapping[str, Any]:
-    root, name = parts.vae_place(given, models.root)
+    root, name = components.vae_place(given, models.root)
     if name:  # configurations from before diffusers 0.11, as SD 1.5's own, leave the scale out
         scale = {"scaling_factor": known["scaling_factor"]}
-        return scale | dict(parts.config(AutoencoderKL, root, name, "latent_channels"))
+        return scale | dict(components.config(AutoencoderKL, root, name, "latent_channels"))
     if sd_single.is_whole(file := _whole(models, root)):
         known = sd_single.facts(sd_single.kind_of(file))["vae"]
     return single.autoencoder_config(_vae_file(models, root), known)
 
 
 def _vae(models: Models) -> nn.Module:
-    root, name = parts.vae_place(models.source.vae, models.root)
+    root, name = components.vae_place(models.source.vae, models.root)
     dtype = models.source.vae_dtype or models.source.dtype
     if name:
-        return parts.part(AutoencoderKL, models.source, root, name, torch_dtype=dtype)
+        return components.part(AutoencoderKL, models.source, root, name, torch_dtype=dtype)
     model = single.autoencoder(_vae_file(models, root), models.configs["vae"], dtype)
-    return parts.ready(model, "vae", root, models.source)
+    return components.ready(model, "vae", root, models.source)
 
 
 def _denoiser(models: Models) -> nn.Module:
     source, root = models.source, models.root
     if not root.is_file():
-        return parts.part(UNet2DConditionModel, source, root, "unet", torch_dtype=source.dtype)
+        return components.part(UNet2DConditionModel, source, root, "unet", torch_dtype=source.dtype)
     model = sd_single.unet(_file(models).under(sd_single.UNET), models.configs["denoiser"], source.dtype)
-    return parts.ready(model, "unet", root, source)
+    return components.ready(model, "unet", root, source)
 
 
 def _encoders(models: Models) -> tuple[tuple[str, str, type], ...]:
@@ -198,18 +200,21 @@ def _text_encoders(models: Models) -> tuple[nn.Module, ...]:
     source, root = models.source, models.root
     if not root.is_file():
         return tuple(
-            parts.part(kind, source, root, name, dtype=source.dtype) for name, _, kind in _encoders(models)
+            components.part(kind, source, root, name, dtype=source.dtype)
+            for name, _, kind in _encoders(models)
         )
     made = (
         sd_single.text_encoder(_file(models), _kind(models), index, source.dtype)
         for index in range(len(_encoders(models)))
     )
-    return tuple(parts.ready(one, "text encoder", root, source) for one in made)
+    return tuple(components.ready(one, "text encoder", root, source) for one in made)
 
 
 def _tokenizers(models: Models) -> tuple[Any, ...]:
     if not models.root.is_file():
-        return tuple(parts.tokenizer(CLIPTokenizer, models.root, name) for _, name, _ in _encoders(models))
+        return tuple(
+            components.tokenizer(CLIPTokenizer, models.root, name) for _, name, _ in _encoders(models)
+        )
     found = tuple(
         single.tokenizer(CLIPTokenizer, name, models.source, within)
         for name, within in TOKENIZERS[_kind(models)]
@@ -236,7 +241,7 @@ def model_hash(model: Models | Source | str, role: str, *, xl: bool = False) -> 
         download = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).download
         root = Path(source.path) if single.is_file(source.path) else local_folder(source, download)
     if role == "vae":
-        parent, name = parts.vae_place(source.vae, root)
+        parent, name = components.vae_place(source.vae, root)
         places = [component(parent, name, role) if name else parent]
     elif root.is_file():
         places = [root]
@@ -244,7 +249,7 @@ def model_hash(model: Models | Source | str, role: str, *, xl: bool = False) -> 
         places = [component(root, "unet", role)]
     else:
         places = [component(root, name, role) for one in (TEXT_XL if xl else TEXT) for name in one[:2]]
-    told = parts.hash_of(places)
+    told = components.hash_of(places)
     return hashlib.sha256(f"{role} {told}".encode()).hexdigest() if places == [root] else told
 
 

@@ -1,7 +1,7 @@
 """SD 1.x, SD 2.x and SDXL from one checkpoint file in the original layout.
 
 Sizes are read off the tensors' shapes, so that a file of any width and depth loads; what shapes do not tell
-(noise schedule, latents' scaling, activation) is in configs/models/*.json. Names: `lowrank.ldm`.
+(noise schedule, latents' scaling, activation) is in configs/models/*.json. Names: `lowrank.naming.unet`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import lowrank
-from lowrank import ldm
 from lowrank.errors import Refused
+from lowrank.models.components import without_bars
 from lowrank.models.family import complete, reading
-from lowrank.models.parts import without_bars
 from lowrank.models.single import Checkpoint, clip_config, fill
+from lowrank.naming import unet as unet_names
 
 UNET = "model.diffusion_model."
 # where files keep their text encoders, and whether these have OpenCLIP's names
@@ -115,7 +115,7 @@ def unet(file: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype) -> nn.
     """The U-Net of a file as diffusers' UNet2DConditionModel in `dtype`."""
     with reading("U-Net", file.path), torch.device("meta"):
         model: Any = UNet2DConditionModel.from_config(dict(config))
-    return fill(model, file, partial(ldm.unet_name, blocks=ldm.Blocks.of(model)), dtype)
+    return fill(model, file, partial(unet_names.unet_name, blocks=unet_names.Blocks.of(model)), dtype)
 
 
 # ---------- text encoders
@@ -134,7 +134,7 @@ def _open_clip(file: Checkpoint, layers: int) -> Iterator[tuple[str, Tensor]]:
         for kind in ("weight", "bias")
     ]
     names += ["text_projection.weight"] if "text_projection" in file.shapes else []
-    told = {name: ldm.open_clip_name(name) for name in names}
+    told = {name: unet_names.open_clip_name(name) for name in names}
     stored = dict(file.read({where for where, _ in told.values() if where in file.shapes}))
     for name, (where, third) in told.items():
         if where not in stored:

@@ -25,20 +25,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.adapters import keys
 from lowrank.adapters.method import Samples, Warmup
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
+from lowrank.config.flags_training import Abm
 from lowrank.data.loader import Batch, Loader
 from lowrank.errors import Refused
-from lowrank.flags.training import Abm
 from lowrank.models.family import DTYPES, Models
+from lowrank.naming import keys
 from lowrank.tensors import read_tensors
-from lowrank.train import module, setup
-from lowrank.train.adapt import Job, check_base
-from lowrank.train.boundaries import Boundaries, depth_weights, places
-from lowrank.train.held import PLACES
+from lowrank.train import network_module, setup
+from lowrank.train.abm_hooks import Boundaries, depth_weights, places
+from lowrank.train.attach import Job, check_base
 from lowrank.train.loop import Forward, Run, average_gradients, stream
+from lowrank.train.validation import PLACES
 from lowrank.train.warmup import NOISE, abm_name, batches, log, noise
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def check(job: Job, models: Models, shapes: nn.Module | None) -> None:
     `shapes` is the denoiser on the meta device, where there is one. Raises `Refused`.
     """
     path = job.parsed.abm.abm_teacher
-    if module.facade_of(job.networks) is None:
+    if network_module.facade_of(job.networks) is None:
         raise Refused(
             "--abm_enabled needs a network of ours, which can stand aside for a teacher, and "
             f"{job.networks.__name__} is foreign; leave it out"
@@ -92,8 +92,8 @@ def load_teacher(
     if not state:
         return None
     name = facts.get("ss_network_module", "networks.lora")
-    networks = module.find_module(name)
-    facade = module.facade_of(networks)
+    networks = network_module.find_module(name)
+    facade = network_module.facade_of(networks)
     if facade is None:
         raise Refused(
             f"the teacher {path} was made by {name}, and ABM reads adapters of our own modules only"
@@ -274,7 +274,7 @@ class _Stage:
     def _train(self) -> None:
         run, abm, accelerator = self.run, self.abm, self.run.accelerator
         trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
-        groups, _ = module.optimizer_groups(self.network, abm.abm_lr, abm.abm_lr, abm.abm_lr)
+        groups, _ = network_module.optimizer_groups(self.network, abm.abm_lr, abm.abm_lr, abm.abm_lr)
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) in trained]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], abm.abm_lr, weight_decay=0.0)

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lowrank.data.loader import Batch, Loader
+from lowrank.train.checkpoints import Progress
 from lowrank.train.log import Meter, RunLog
-from lowrank.train.state import Progress
 from lowrank.train.watch import first_not_finite, refuse_not_finite
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lowrank import __version__
+from lowrank.config.command_line import Parsed
 from lowrank.data import summary
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import sha256
 from lowrank.models.family import Family, Models
-from lowrank.options import Parsed
 
 # Options that are written as ss_<name>, by kohya's own list (train_network.py).
 _OPTIONS = (

@@ -16,15 +16,15 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
 from lowrank.adapters.network import AdapterNetwork
+from lowrank.config.command_line import Parsed
 from lowrank.data.loader import Loader
 from lowrank.data.summary import summary
 from lowrank.errors import Refused, nearest
 from lowrank.models.family import DTYPES, Family, Models, Source, move
-from lowrank.options import Parsed
-from lowrank.train.held import HeldOut
-from lowrank.train.inputs import draw
+from lowrank.train.data import draw
 from lowrank.train.prompts import Prompt, read_prompts
-from lowrank.train.text import Text
+from lowrank.train.text_conditions import Text
+from lowrank.train.validation import HeldOut
 from lowrank.train.watch import Preview
 
 logger = logging.getLogger(__name__)

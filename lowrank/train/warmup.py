@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lowrank.adapters.method import Samples, Warmup
 from lowrank.adapters.network import AdapterNetwork
+from lowrank.config.flags_training import Abm
 from lowrank.data.loader import Batch
-from lowrank.flags.training import Abm
 from lowrank.train.loop import Run, stream
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,0 @@
-"""Files and weights: read, compare, merge, export."""
