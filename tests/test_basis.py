@@ -327,7 +327,7 @@ SLOW = """
 import hashlib, logging, sys, time
 from pathlib import Path
 import torch
-from lowrank.weights import basis
+from lowrank.bases import qr_basis as basis
 
 logging.basicConfig(stream=sys.stderr)
 weights = {str(n): torch.randn(20, 30, generator=torch.Generator().manual_seed(n)) for n in range(8)}
