@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # What the parts below all others may import besides themselves; every other part may import all of them.
 FOUNDATION = {
+    "_moved": set(),
     "errors": set(),
     "files": {"errors"},
     "tensors": {"errors", "files"},
@@ -19,6 +20,7 @@ FOUNDATION = {
 }
 # What each part of `lowrank` may import besides itself and the foundation: imports point one way.
 MAY_IMPORT = {
+    "weights": set(),  # old import paths only
     "config": set(),
     "data": set(),
     "objective": set(),
@@ -34,6 +36,7 @@ MAY_IMPORT = {
         *("laplace", "bases", "formats", "combine", "train"),
     },
 }
+OLD_PATHS = ("lowrank.weights", "lowrank.adapters.kohya", "lowrank.adapters.plain")
 NETWORKS_MAY_IMPORT = {*FOUNDATION, "adapters", "bases", "laplace", "formats"}
 PURE = [f"adapters/{name}.py" for name in ("factor", "gate", "experts", "magnitude", "penalty", "rates")]
 PURE += ["bases/krylov.py"]
@@ -102,6 +105,18 @@ def test_imports_of_lowrank_point_one_way(file):
         if module.split(".")[0] == "networks" or part_of(module) not in allowed
     ]
     assert not wrong, f"{wrong}; lowrank.{part} may import {sorted(allowed)}"
+
+
+def test_no_file_imports_an_old_path():
+    """They exist for other people's code, which would not see the warning if ours used them too."""
+    files = python_files("lowrank", "networks", "comfyui", "tools", "benchmarks", "tests")
+    wrong = [
+        f"{name(file)}:{line} imports {module}"
+        for file in [*files, *ROOT.glob("*.py")]
+        for line, module in project_imports(file)
+        if f"{module}.".startswith(tuple(f"{old}." for old in OLD_PATHS))
+    ]
+    assert not wrong, f"{wrong}; import from the new path"
 
 
 @pytest.mark.parametrize("file", python_files("lowrank"), ids=name)
