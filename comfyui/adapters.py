@@ -33,7 +33,7 @@ from lowrank.formats.tlora import with_copies
 from lowrank.naming import keys
 from lowrank.tensors import read_names, read_tensors
 
-from .live import Beside, Place
+from .live import Beside, LayerRows
 
 logger = logging.getLogger(__name__)
 _ROUTER = ".router"  # what only files of routed experts have
@@ -64,12 +64,12 @@ class Hosts:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> LayerRows:
         """The layer and the rows of its output that belong to a name as `keys.flat` spells it."""
         key, part = self._where[name]
         if part is not None and part[0] != 0:
             raise Refused(f"{name} is in columns of {key} here, which no adapter can be put beside")
-        return Place(key.removesuffix(".weight"), None if part is None else (part[1], part[2]))
+        return LayerRows(key.removesuffix(".weight"), None if part is None else (part[1], part[2]))
 
     def patch_key(self, name: str) -> Any:
         """The key of `add_patches`."""
@@ -238,12 +238,14 @@ def _patch_text(clip: Any, hosts: Hosts, pairs: Mapping[str, Any], strength: flo
 # ---------- another change at each step: beside the layers
 
 
-def _live(model: Any, found: tuple[AdapterNetwork, dict[str, Place]], strength: float) -> None:
+def _live(model: Any, found: tuple[AdapterNetwork, dict[str, LayerRows]], strength: float) -> None:
     network, places = found
     Beside(network, places, strength).install(model)
 
 
-def _masked(adapter: Adapter, names: Sequence[str], hosts: Hosts) -> tuple[AdapterNetwork, dict[str, Place]]:
+def _masked(
+    adapter: Adapter, names: Sequence[str], hosts: Hosts
+) -> tuple[AdapterNetwork, dict[str, LayerRows]]:
     """A T-LoRA as pairs of factors whose leading ranks open by the timestep."""
     assert adapter.schedule is not None  # asked by the caller
     part = copy.copy(adapter)
@@ -263,7 +265,7 @@ def _masked(adapter: Adapter, names: Sequence[str], hosts: Hosts) -> tuple[Adapt
     return network, {layer.name: hosts.place(keys.flat(layer.name)) for layer in network.layers()}
 
 
-def _routed(path: str, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, Place]]:
+def _routed(path: str, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, LayerRows]]:
     """A network of routed experts, of the method that its file names."""
     state, metadata = read_tensors(path)
     told = metadata.get("ss_network_module") or f"networks.{metadata.get('lowrank.method')}"

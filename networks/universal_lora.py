@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowrank.adapters.method import Chain, Factor, Method, Start, Warmup, structural
 from lowrank.adapters.network_module import bind
-from lowrank.bases.basis_file import Basis, Pair, for_layers, random_basis, read_basis, weight_basis
+from lowrank.bases.basis_file import BasisFile, Pair, for_layers, random_basis, read_basis, weight_basis
 from lowrank.bases.gradients import basis_stage
 from lowrank.errors import Refused, nearest
 
@@ -68,7 +68,7 @@ class Directions:
 
     def __init__(self, options: Options) -> None:
         self.source, self.samples = options.basis_path or AUTO[0], options.basis_samples
-        self.file: Basis | None = None if self.source in (*AUTO, EMBEDDED) else read_basis(self.source)
+        self.file: BasisFile | None = None if self.source in (*AUTO, EMBEDDED) else read_basis(self.source)
 
     @property
     def options(self) -> dict[str, str]:

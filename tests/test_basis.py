@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank.bases import qr_basis
-from lowrank.bases.qr_basis import Basis, bases, basis_hash, decompose, start_basis, weight_key
+from lowrank.bases.qr_basis import QrBasis, bases, basis_hash, decompose, start_basis, weight_key
 from lowrank.errors import Refused
 from lowrank.files import cache_folder
 
@@ -54,7 +54,7 @@ def computed(monkeypatch) -> list[str]:
     return names
 
 
-def same(a: dict[str, Basis], b: dict[str, Basis]) -> bool:
+def same(a: dict[str, QrBasis], b: dict[str, QrBasis]) -> bool:
     return list(a) == list(b) and all(torch.equal(x, y) for n in a for x, y in zip(a[n], b[n], strict=True))
 
 
@@ -197,7 +197,7 @@ def flip(file: Path) -> None:
 
 def nan(file: Path) -> None:
     """Rightly described numbers that nobody wants."""
-    own = Basis(**{name: value * math.nan for name, value in load_file(file).items()})
+    own = QrBasis(**{name: value * math.nan for name, value in load_file(file).items()})
     facts = json.dumps({"key": file.stem, "sha256": qr_basis._checksum(own)})
     save_file(own._asdict(), file, {"lowrank.basis": facts})
 

@@ -95,7 +95,7 @@ def test_every_format_holds_the_nearest_lora(family, method, saved, tmp_path):
         if to == "qrlora":
             continue
         target = tmp_path / (to if FORMATS[to].folder else f"{to}.safetensors")
-        choices = Choices(base=base_checkpoint.Base(base), flat_clip=export.flat_clip())
+        choices = Choices(base=base_checkpoint.BaseCheckpoint(base), flat_clip=export.flat_clip())
         part = only(adapter, "unet") if to == "lycoris" else adapter
         write(part, to, target, choices)
         assert all(one.worst <= 1e-5 for one in verify.check(part, to, target, choices))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lowrank.data import images
-from lowrank.data.buckets import Place, cover, crop_box
+from lowrank.data.buckets import Placement, cover, crop_box
 from lowrank.errors import Refused
 
 
@@ -115,7 +115,7 @@ def test_render_is_resize_then_crop(size, name):
     image = Image.effect_noise(size, 15).convert(
         "RGB"
     )  # low contrast: no overshoot is clipped between the passes
-    where = Place((40, 24), cover(size, (40, 24)))
+    where = Placement((40, 24), cover(size, (40, 24)))
     if name == "area" and where.resized > size:
         return  # enlarging by area takes the nearest pixel, and a tie may fall to either side
     if name is None:
@@ -134,7 +134,7 @@ def test_render_is_resize_then_crop(size, name):
 
 
 def test_a_sliver_needs_no_memory():
-    where = Place((256, 2048), cover((1, 5000), (256, 2048)))
+    where = Placement((256, 2048), cover((1, 5000), (256, 2048)))
     assert where.resized == (256, 1280000)
     assert images.render(Image.new("RGB", (1, 5000)), where, crop_box(where), None).size == (256, 2048)
 
@@ -145,7 +145,7 @@ def test_pixels_range_flip_and_mask(tmp_path):
     alpha = Image.fromarray(np.full((8, 8), [0, 0, 0, 0, 255, 255, 255, 255], np.uint8))
     image.putalpha(alpha)
     image.save(path)
-    where = Place((8, 8), (8, 8))
+    where = Placement((8, 8), (8, 8))
     pixels, mask = images.load(path, where, (0, 0, 8, 8), alpha=True)
     assert pixels.shape == (3, 8, 8) and mask.shape == (1, 8, 8)
     assert pixels.amin() == -1 and pixels.amax() == 1
@@ -162,7 +162,7 @@ def test_a_mask_file_is_laid_over_the_whole_image_and_goes_with_its_crop(tmp_pat
     red = np.zeros((8, 16, 3), np.uint8)  # half the image's size: its left quarter counts, by red alone
     red[:, :4, 0], red[..., 1] = 255, 77
     Image.fromarray(red).save(mask_file)
-    where, box = Place((16, 16), (32, 16)), (4, 0, 20, 16)
+    where, box = Placement((16, 16), (32, 16)), (4, 0, 20, 16)
     pixels, mask = images.load(path, where, box, alpha=True, mask_file=mask_file, interpolation="nearest")
     assert pixels.shape == (3, 16, 16) and mask.shape == (1, 16, 16)
     assert mask[0].tolist() == [[1.0] * 4 + [0.0] * 12] * 16
@@ -173,7 +173,7 @@ def test_a_mask_file_is_laid_over_the_whole_image_and_goes_with_its_crop(tmp_pat
 def test_transparent_pixels_keep_their_colour_when_scaled(tmp_path):
     path = tmp_path / "x.png"
     Image.new("RGBA", (16, 16), (200, 100, 50, 0)).save(path)
-    pixels, mask = images.load(path, Place((8, 8), (8, 8)), (0, 0, 8, 8), alpha=True)
+    pixels, mask = images.load(path, Placement((8, 8), (8, 8)), (0, 0, 8, 8), alpha=True)
     assert mask.sum() == 0
     assert torch.allclose((pixels[:, 0, 0] + 1) / 2 * 255, torch.tensor([200.0, 100.0, 50.0]), atol=1e-4)
 

@@ -30,7 +30,7 @@ from lowrank.formats import static
 from lowrank.formats.export import export_lora
 from lowrank.formats.nearest_lora import least_squares, unrouted
 from lowrank.tensors import read_tensors
-from lowrank.train.layer_sampling import Sampler
+from lowrank.train.layer_sampling import LayerSampler
 from networks import dora, effilora, lora, null_lora
 
 ROOT = Path(__file__).parent.parent
@@ -317,7 +317,7 @@ def sampled(ratio: float = 0.5, probed: int = 2, every: int = 1):
         return (model(x) - want).square().mean()
 
     held = SimpleNamespace(seed=5, measure=lambda *_: float(loss()))
-    return model, net, Sampler(net.method.updates, net, held, Accelerator(cpu=True)), loss
+    return model, net, LayerSampler(net.method.updates, net, held, Accelerator(cpu=True)), loss
 
 
 def test_ups_of_layers_that_were_not_drawn_stand_still_bit_for_bit():

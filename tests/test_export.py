@@ -26,7 +26,7 @@ from lowrank.models.sd_single import facts
 from lowrank.naming import flux as flux_names
 from lowrank.naming import places
 from lowrank.naming import unet as unet_names
-from lowrank.naming.places import Place
+from lowrank.naming.places import LayerPath
 from tools import make_compatibility
 
 
@@ -168,13 +168,16 @@ COUNTS = {"sd15": 278, "sdxl": 788, "flux": 304 + 10}
 def test_names_of_full_size_models(family):
     """kohya's names are those of the contract's tables, and each leads back to its place."""
     paths = _layers(_meta(family))
-    told = {path: places.kohya(Place("unet", path), family) for path in paths}
+    told = {path: places.kohya(LayerPath("unet", path), family) for path in paths}
     for path, name in EXAMPLES[family].items():
         assert told[path] == f"lora_unet_{name}"
     for path, name in told.items():
         found = [place.path for place, _ in places.places(name)]
         assert path in found and (len(found) == 1 or flux_names.piece(path).total > 1)
-        for other in (places.lycoris(Place("unet", path)), places.diffusers(Place("unet", path), family)):
+        for other in (
+            places.lycoris(LayerPath("unet", path)),
+            places.diffusers(LayerPath("unet", path), family),
+        ):
             assert [place.path for place, _ in places.places(other)] == [path]
     inside = [
         p for p in paths if family == "flux" or ".attentions." in p or "resnets" in p or "samplers" in p
@@ -194,8 +197,8 @@ def test_comfyui_maps_every_exported_key(family):
         theirs = {unet_names.unet_name(path, unet_names.Blocks.of(model)) for path in own} | set(own)
     comfy = {"lora_unet_" + path.replace(".", "_") for path in theirs}
     comfy |= {"lycoris_" + path.replace(".", "_") for path in own}
-    exported = {places.kohya(Place("unet", path), family) for path in own}
-    exported |= {places.lycoris(Place("unet", path)) for path in own}
+    exported = {places.kohya(LayerPath("unet", path), family) for path in own}
+    exported |= {places.lycoris(LayerPath("unet", path)) for path in own}
     assert exported <= comfy
 
 
@@ -209,11 +212,11 @@ def test_comfyui_maps_every_exported_key(family):
     ],
 )
 def test_names_of_text_encoders(family, part, name):
-    place = Place(part, "text_model.encoder.layers.11.self_attn.out_proj")
+    place = LayerPath(part, "text_model.encoder.layers.11.self_attn.out_proj")
     flat = f"{name}text_model_encoder_layers_11_self_attn_out_proj"
     assert places.kohya(place, family) == flat
     assert places.places(flat) == [(place, None)]
-    t5 = Place("te3", "encoder.block.3.layer.1.DenseReluDense.wi_0")
+    t5 = LayerPath("te3", "encoder.block.3.layer.1.DenseReluDense.wi_0")
     assert places.places(places.kohya(t5, "flux")) == [(t5, None)]
 
 
@@ -226,7 +229,7 @@ def _random(outs: int, ins: int, rank: int, scale: float = 0.5, seed: int = 0) -
 
 
 def _flux(layers: dict[str, Static]) -> Plain:
-    return Plain("probe", "flux", {Place("unet", path): one for path, one in layers.items()})
+    return Plain("probe", "flux", {LayerPath("unet", path): one for path, one in layers.items()})
 
 
 def test_joined_layers_of_other_ranks_scales_and_gaps_are_exact(tmp_path):
@@ -254,11 +257,11 @@ def test_joined_layers_of_other_ranks_scales_and_gaps_are_exact(tmp_path):
     )
     whole = float(joined["lora_unet_single_blocks_0_linear1.alpha"]) / 6 * up @ down
     assert not whole[8:16].any()  # to_k is not adapted
-    torch.testing.assert_close(whole[16:24], adapter.layers[Place("unet", f"{block}.attn.to_v")].delta())
+    torch.testing.assert_close(whole[16:24], adapter.layers[LayerPath("unet", f"{block}.attn.to_v")].delta())
     swapped = "lora_unet_final_layer_adaLN_modulation_1"
     last = 0.5 * state[f"{swapped}.lora_up.weight"] @ state[f"{swapped}.lora_down.weight"]
     torch.testing.assert_close(
-        torch.cat(last.chunk(2)[::-1]), adapter.layers[Place("unet", "norm_out.linear")].delta()
+        torch.cat(last.chunk(2)[::-1]), adapter.layers[LayerPath("unet", "norm_out.linear")].delta()
     )
     back = read(path)
     assert verify.difference(adapter, back) <= 1e-6
@@ -345,7 +348,7 @@ def test_a_joined_layer_with_lengths_needs_the_base(saved, tmp_path):
     write(adapter, "kohya", tmp_path / "out.safetensors", Choices(base=base))
     assert verify.check(adapter, "kohya", tmp_path / "out.safetensors", Choices(base=base))
     scale = load_file(tmp_path / "out.safetensors")["lora_unet_single_blocks_0_linear1.dora_scale"]
-    own = base.weight(Place("unet", "single_transformer_blocks.0.proj_mlp")).norm(dim=1)
+    own = base.weight(LayerPath("unet", "single_transformer_blocks.0.proj_mlp")).norm(dim=1)
     torch.testing.assert_close(scale[96:, 0], own)
 
 
@@ -410,7 +413,9 @@ def test_a_merged_folder_and_a_merged_file_are_the_live_adapter(method, tiny_sdx
     ours = files.answer("sdxl", unet)
     adapter = read(tmp_path / "in.safetensors")
     hashed = (tiny_sdxl / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    lost = base_checkpoint.merge(base_checkpoint.Base(tiny_sdxl), adapter.layers, tmp_path / "merged", {})
+    lost = base_checkpoint.merge(
+        base_checkpoint.BaseCheckpoint(tiny_sdxl), adapter.layers, tmp_path / "merged", {}
+    )
     assert lost <= 1e-6  # fp32
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet")
     assert (files.answer("sdxl", merged) - ours).norm() / ours.norm() <= 1e-5
@@ -418,7 +423,7 @@ def test_a_merged_folder_and_a_merged_file_are_the_live_adapter(method, tiny_sdx
     assert (tmp_path / "merged" / "model_index.json").is_file()
     single = tiny_sdxl / "single" / "model.safetensors"
     base_checkpoint.merge(
-        base_checkpoint.Base(single), adapter.layers, tmp_path / "one.safetensors", {"a": "b"}
+        base_checkpoint.BaseCheckpoint(single), adapter.layers, tmp_path / "one.safetensors", {"a": "b"}
     )
     theirs, before = load_file(tmp_path / "one.safetensors"), load_file(single)
     assert theirs.keys() == before.keys()
@@ -439,7 +444,7 @@ def test_merging_reads_pieces_and_rounds_once(tmp_path, monkeypatch):
     layer = "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"
     other = {"model.diffusion_model.img_in.weight": torch.ones(3, 5), "scalar": torch.tensor(2.0)}
     save_file({layer: W.bfloat16(), **other}, tmp_path / "base.safetensors", {"kept": "yes"})
-    adapter = {Place("unet", "transformer_blocks.0.attn.to_k"): _random(32, 64, 2, 0.01)}
+    adapter = {LayerPath("unet", "transformer_blocks.0.attn.to_k"): _random(32, 64, 2, 0.01)}
     monkeypatch.setattr(base_checkpoint, "PIECE", 640)
     most, rows = [], base_checkpoint.TensorFile.rows
 
@@ -450,7 +455,7 @@ def test_merging_reads_pieces_and_rounds_once(tmp_path, monkeypatch):
     monkeypatch.setattr(base_checkpoint.TensorFile, "rows", watched)
     target = tmp_path / "out.safetensors"
     lost = base_checkpoint.merge(
-        base_checkpoint.Base(tmp_path / "base.safetensors"), adapter, target, {}, strength=0.5
+        base_checkpoint.BaseCheckpoint(tmp_path / "base.safetensors"), adapter, target, {}, strength=0.5
     )
     assert max(most) == 640
     state = load_file(target)
@@ -467,20 +472,20 @@ def test_merging_reads_pieces_and_rounds_once(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_merged_says_why(saved, tiny_sd, tmp_path):
-    base = base_checkpoint.Base(tiny_sd)
+    base = base_checkpoint.BaseCheckpoint(tiny_sd)
     adapter = read(saved("flux", "lora"))
     with pytest.raises(Refused, match="is not in"):
         base_checkpoint.merge(base, adapter.layers, tmp_path / "out", {})
-    wrong = {Place("unet", "mid_block.attentions.0.proj_in"): _random(8, 8, 2)}
+    wrong = {LayerPath("unet", "mid_block.attentions.0.proj_in"): _random(8, 8, 2)}
     with pytest.raises(Refused, match="8×8 in the adapter"):
         base_checkpoint.merge(base, wrong, tmp_path / "out", {})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    right = {Place("unet", "mid_block.attentions.0.proj_in"): _random(64, 64, 2)}
+    right = {LayerPath("unet", "mid_block.attentions.0.proj_in"): _random(64, 64, 2)}
     with pytest.raises(Refused, match="exists already"):
         base_checkpoint.merge(base, right, tmp_path / "full", {})
     with pytest.raises(Refused, match="never written"):
-        one = base_checkpoint.Base(tiny_sd / "single" / "model.safetensors")
+        one = base_checkpoint.BaseCheckpoint(tiny_sd / "single" / "model.safetensors")
         base_checkpoint.merge(one, right, tiny_sd / "single" / "model.safetensors", {})
     key = "model.diffusion_model.double_blocks.0.img_attn.proj.weight"
     for extra, dtype in (
@@ -488,11 +493,11 @@ def test_what_cannot_be_merged_says_why(saved, tiny_sd, tmp_path):
         ({}, torch.int8),
     ):
         save_file({key: torch.ones(8, 8).to(dtype), **extra}, tmp_path / "packed.safetensors")
-        packed = base_checkpoint.Base(tmp_path / "packed.safetensors")
+        packed = base_checkpoint.BaseCheckpoint(tmp_path / "packed.safetensors")
         with pytest.raises(Refused, match="is quantised"):
             base_checkpoint.merge(
                 packed,
-                {Place("unet", "transformer_blocks.0.attn.to_out.0"): _random(8, 8, 2)},
+                {LayerPath("unet", "transformer_blocks.0.attn.to_out.0"): _random(8, 8, 2)},
                 tmp_path / "o.safetensors",
                 {},
             )

@@ -26,7 +26,7 @@ from lowrank.formats.static import Static
 from lowrank.formats.verify import difference
 from lowrank.naming import keys
 from lowrank.naming.flux_join import join, strength
-from lowrank.naming.places import Place
+from lowrank.naming.places import LayerPath
 from lowrank.tensors import read_tensors
 from networks import lora
 
@@ -131,7 +131,7 @@ def test_peft_scales_are_read_from_the_configuration(tmp_path):
         ({"lora_alpha": 8, "alpha_pattern": {"^attn.to_q": 1}}, 2.0),
     ):
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
-        assert importing.peft_folder(str(folder)).layers[Place("unet", path)].scale == scale
+        assert importing.peft_folder(str(folder)).layers[LayerPath("unet", path)].scale == scale
     for config, why in (
         ({"peft_type": "LOHA", "lora_alpha": 1}, "LOHA"),
         ({"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {"(a+)+$": 1}}, "no plain name"),
@@ -200,7 +200,7 @@ def test_names_that_other_programs_write(key, place):
     from lowrank.naming.places import places
 
     module, _ = keys.role_of(key)
-    assert places(keys.module_path(module)) == [(Place(*place), None)]
+    assert places(keys.module_path(module)) == [(LayerPath(*place), None)]
 
 
 # ---------- files that are out to harm
@@ -282,7 +282,7 @@ def test_mixed_precisions_are_read(dtype, tmp_path, capsys):
     save_file(state, path)
     assert export.main([str(path), str(target)]) == 0
     back, wide = read(target), state[f"{A}.lora_up.weight"].float().flatten(1)
-    mine = back.layers[Place("unet", "mid_block.attentions.0.proj_in")]
+    mine = back.layers[LayerPath("unet", "mid_block.attentions.0.proj_in")]
     torch.testing.assert_close(mine.up.float(), wide)
     assert inspection.main([str(path)]) == 0 and str(dtype).removeprefix("torch.") in capsys.readouterr().out
 
@@ -357,7 +357,7 @@ def test_pickles_are_read_as_tensors_and_never_run(tmp_path, capsys):
     assert "run" not in capsys.readouterr().out.split() and not (tmp_path / "out2.safetensors").exists()
     torch.save(whole(A), tmp_path / "base.ckpt")
     with pytest.raises(Refused, match="not opened here"):
-        base_checkpoint.Base(tmp_path / "base.ckpt")
+        base_checkpoint.BaseCheckpoint(tmp_path / "base.ckpt")
 
 
 def test_damaged_metadata_harm_nothing(tmp_path, capsys):

@@ -19,7 +19,7 @@ from toys import HOSTS, RANK, base, network, shake
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lowrank.adapters import layer_rules, unet_blocks
-from lowrank.adapters.network_module import Facade
+from lowrank.adapters.network_module import NetworkModule
 from lowrank.adapters.targets import Target
 from lowrank.errors import Refused
 from lowrank.tensors import read_tensors, write_tensors
@@ -580,7 +580,7 @@ def test_base_weights_merge_through_kohyas_calls(tmp_path):
 
 def test_every_argument_is_known():
     owner = lora.create_network.__self__
-    assert isinstance(owner, Facade)
+    assert isinstance(owner, NetworkModule)
     kohyas = "conv_dim conv_alpha block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight "
     kohyas += "mid_lr_weight up_lr_weight block_lr_zero_threshold dropout rank_dropout module_dropout "
     kohyas += "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio"

@@ -316,7 +316,7 @@ def test_facade_knows_its_defaults():
     assert facade_of(find_module("delta_r")).default_alpha(64) == 64.0
     assert facade_of(find_module("networks.lora")).default_alpha(64) == 1.0
     assert "target" in facade_of(find_module("lora")).known
-    assert isinstance(facade_of(find_module("qrlora")), network_module.Facade)
+    assert isinstance(facade_of(find_module("qrlora")), network_module.NetworkModule)
 
 
 def test_unknown_arguments_are_only_warned_about_in_kohyas_trainers(flux, cache, caplog):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lowrank.adapters.method import Samples
+from lowrank.adapters.method import WarmupBatches
 from lowrank.adapters.targets import dense_weight, find
 from lowrank.laplace.context_file import Context, write_context
 from lowrank.laplace.fisher import Fisher
@@ -87,13 +87,13 @@ def test_a_curvature_is_that_of_the_values_and_holds_adapters_of_either(bits, tm
         network.restore()
 
 
-def batches(model: nn.Module) -> Samples:
+def batches(model: nn.Module) -> WarmupBatches:
     x, y = (torch.randn(4, 5, N, generator=torch.Generator().manual_seed(seed)) for seed in (6, 7))
 
     def losses() -> torch.Tensor:
         return (model(x) - y).square().flatten(1).mean(1)
 
-    return Samples(lambda: iter([losses] * 10), lambda t: t, 1, lambda *_: None)
+    return WarmupBatches(lambda: iter([losses] * 10), lambda t: t, 1, lambda *_: None)
 
 
 METHODS = {

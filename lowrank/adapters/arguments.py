@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Layout:
+class CommonArguments:
     """Network arguments that every method understands."""
 
     target: str | None = None
@@ -96,7 +96,7 @@ def _split(text: str | None, mark: str) -> tuple[str, ...]:
 
 
 def sizes(
-    layout: Layout, targets: Sequence[Target], rank: int, alpha: float, clamp: bool = False
+    layout: CommonArguments, targets: Sequence[Target], rank: int, alpha: float, clamp: bool = False
 ) -> dict[str, tuple[int, float]]:
     """(rank, alpha) by layer name; a layer that is left out has none. An alpha of 0 is the rank.
 
@@ -141,7 +141,7 @@ def sizes(
     return found
 
 
-def speeds(layout: Layout, targets: Sequence[Target]) -> dict[str, Speed]:
+def speeds(layout: CommonArguments, targets: Sequence[Target]) -> dict[str, Speed]:
     """How fast each layer learns, by name; layers that follow their part are left out."""
     weights, by_name = _lr_weights(layout, targets), layer_rules.parse(layout.module_rules)
     found = {}
@@ -178,7 +178,7 @@ def _plan(targets: Sequence[Target], option: str) -> unet_blocks.Plan:
 
 
 def _by_block(
-    layout: Layout, targets: Sequence[Target], plain: tuple, conv: tuple
+    layout: CommonArguments, targets: Sequence[Target], plain: tuple, conv: tuple
 ) -> tuple[list[tuple], list[tuple]] | None:
     """(rank, alpha) by block, of plain layers and of k×k convolutions, or None where no list is given."""
     lists = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
@@ -196,7 +196,7 @@ def _by_block(
     return list(zip(ranks, alphas, strict=True)), list(zip(wide, wide_alphas, strict=True))
 
 
-def _lr_weights(layout: Layout, targets: Sequence[Target]) -> list[float] | None:
+def _lr_weights(layout: CommonArguments, targets: Sequence[Target]) -> list[float] | None:
     given = (layout.down_lr_weight, layout.mid_lr_weight, layout.up_lr_weight)
     if given == (None, None, None):
         return None

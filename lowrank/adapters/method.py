@@ -141,7 +141,7 @@ class Penalty:
 
 
 @dataclass(frozen=True)
-class Samples:
+class WarmupBatches:
     """What a trainer gives a warm-up stage: its own batches, with the objective and precision of the run."""
 
     # endless; each item gives the weighted losses (B,) of one batch with gradient, the same at every call
@@ -158,7 +158,7 @@ class Warmup:
     """A stage before step 0 that needs data: `run(network, samples)` changes values of the adapter alone."""
 
     name: str
-    run: Callable[[Any, Samples], None]
+    run: Callable[[Any, WarmupBatches], None]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.adapters import dialect
-from lowrank.adapters.arguments import Layout, sizes, speeds
+from lowrank.adapters.arguments import CommonArguments, sizes, speeds
 from lowrank.adapters.method import Factor, Method, check_made_by
 from lowrank.adapters.network import AdapterNetwork, DenseWeights
 from lowrank.adapters.targets import Target, find_all
@@ -69,7 +69,7 @@ def _tell_unread(file: str, unread: Set[str], no_denoiser: bool) -> None:
         )
 
 
-class Facade:
+class NetworkModule:
     """kohya's two functions for one method, and what our own trainer may ask beforehand."""
 
     def __init__(self, method: Callable[[Any], Method], options: type, alpha_is_rank: bool) -> None:
@@ -78,7 +78,7 @@ class Facade:
     @property
     def known(self) -> tuple[str, ...]:
         """The names of all network arguments."""
-        return tuple(f.name for kind in (self._options, Layout) for f in dataclasses.fields(kind))
+        return tuple(f.name for kind in (self._options, CommonArguments) for f in dataclasses.fields(kind))
 
     def default_alpha(self, rank: int) -> float:
         """Alpha when the user names none: the rank where the paper's equation has s = 1, else kohya's 1."""
@@ -98,9 +98,9 @@ class Facade:
         """The method as a file of it tells, in all that decides which tensors there are."""
         return self._parse(self._structure(metadata, source))[0].of(_network_rank(metadata, source))
 
-    def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, Layout]:
+    def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, CommonArguments]:
         read = []
-        for kind in (self._options, Layout):
+        for kind in (self._options, CommonArguments):
             hints = typing.get_type_hints(kind)
             given = {
                 f.name: _value("network", f.name, arguments[f.name], hints[f.name])
@@ -114,7 +114,7 @@ class Facade:
     def _network(
         self,
         method: Method,
-        layout: Layout,
+        layout: CommonArguments,
         targets: list[Target],
         size: Mapping[str, tuple[int, float]],
         multiplier: float,
@@ -172,7 +172,7 @@ class Facade:
         ranks = fit(DenseWeights(hosts), {name: rank for name, (rank, _) in size.items()})
         return {name: (R, alpha * R / rank) for name, (rank, alpha) in size.items() if (R := ranks[name])}
 
-    def _left_out(self, factor: Factor, layout: Layout) -> frozenset[str]:
+    def _left_out(self, factor: Factor, layout: CommonArguments) -> frozenset[str]:
         kinds = ("full", "q", "none")
         if layout.save_basis not in kinds:
             raise Refused(
@@ -298,6 +298,6 @@ def _told(method: Method, roles: Mapping[str, Tensor]) -> tuple[int, float] | No
 def bind(
     method: Callable[[Any], Method], options: type, alpha_is_rank: bool = False
 ) -> tuple[Callable, Callable]:
-    """kohya's two functions for a method; their `__self__` is the `Facade`."""
-    facade = Facade(method, options, alpha_is_rank)
+    """kohya's two functions for a method; their `__self__` is the `NetworkModule`."""
+    facade = NetworkModule(method, options, alpha_is_rank)
     return facade.create_network, facade.create_network_from_weights

@@ -57,7 +57,7 @@ class Values(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Basis:
+class BasisFile:
     """A basis file: pairs by layer, spelled as `keys.flat` spells them.
 
     `facts`: `hash` of the tensors, `layout` ("native" or "row"), `kind`, and for our files what their
@@ -106,7 +106,7 @@ def write_basis(
     return found
 
 
-def read_basis(path: str | Path) -> Basis:
+def read_basis(path: str | Path) -> BasisFile:
     """A basis file of our format or of the row layout, which is orthonormalised, in fp32 on the CPU.
 
     Raises `Refused` for a file that is not whole, holds something else, or values that are no finite numbers.
@@ -125,7 +125,7 @@ def read_basis(path: str | Path) -> Basis:
     )
 
 
-def _native(state: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Basis:
+def _native(state: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> BasisFile:
     facts = {key.removeprefix("lowrank."): value for key, value in metadata.items()}
     if _hash(state) != facts.get("basis_hash"):
         raise Refused(f"{source} is damaged: its tensors are not those it was written with; {_MADE_BY} again")
@@ -134,10 +134,10 @@ def _native(state: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
         left, right, *both = (state[f"{name}.{key}"] for key in TENSORS)
         layers[keys.flat(name)], values[keys.flat(name)] = Pair(left, right), Values(*both)
     facts |= {"hash": facts["basis_hash"], "kind": facts["basis_kind"], "layout": "native"}
-    return Basis(source, layers, values, facts)
+    return BasisFile(source, layers, values, facts)
 
 
-def _row(state: Mapping[str, Tensor], source: str) -> Basis:
+def _row(state: Mapping[str, Tensor], source: str) -> BasisFile:
     """The older layout; a layer with one side only, as its extractor leaves when memory ends, is left out."""
     sides: dict[str, dict[tuple[str, str], Tensor]] = {}
     for key, value in state.items():
@@ -161,7 +161,7 @@ def _row(state: Mapping[str, Tensor], source: str) -> Basis:
     if not layers:
         raise Refused(f"{source} has no layer with both a down and an up basis; {_MADE_BY}")
     tensors = {f"{name}.{key}": x for name, pair in layers.items() for key, x in pair._asdict().items()}
-    return Basis(source, layers, {}, {"hash": _hash(tensors), "kind": "universal", "layout": "row"})
+    return BasisFile(source, layers, {}, {"hash": _hash(tensors), "kind": "universal", "layout": "row"})
 
 
 def _folded(name: str, side: str, parts: Mapping[tuple[str, str], Tensor], source: str) -> Tensor:
@@ -211,7 +211,7 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def for_layers(
-    basis: Basis,
+    basis: BasisFile,
     shapes: Mapping[str, tuple[int, int]],
     spellings: Mapping[str, Collection[str]] | None = None,
 ) -> Matched:
@@ -242,7 +242,7 @@ def for_layers(
     return Matched(pairs, missing, unused)
 
 
-def _refuse_shape(basis: Basis, name: str, pair: Pair, shape: tuple[int, int]) -> None:
+def _refuse_shape(basis: BasisFile, name: str, pair: Pair, shape: tuple[int, int]) -> None:
     have = (len(pair.left), pair.right.shape[1])
     ranks = {a // b if a % b == 0 else 0 for a, b in zip(have, shape, strict=True)}
     if basis.facts["layout"] == "row" and len(ranks) == 1 and 0 not in ranks:

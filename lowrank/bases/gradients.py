@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.adapters.layer import AdaptedLayer
-from lowrank.adapters.method import Samples, Warmup
+from lowrank.adapters.method import Warmup, WarmupBatches
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import Layer, host_shape
 from lowrank.bases.krylov import full_precision
@@ -212,7 +212,7 @@ def _sketches(network: AdapterNetwork, kind: str, rank: Callable[[AdaptedLayer],
 
 def gradient_basis(
     network: AdapterNetwork,
-    samples: Samples,
+    samples: WarmupBatches,
     count: int,
     kind: str = "grad",
     rank: Callable[[AdaptedLayer], int] = lambda layer: layer.rank,
@@ -264,7 +264,7 @@ def _backward(network: AdapterNetwork, losses: Callable[[], Tensor], scale: floa
     return len(value), value.detach().float().mean().item()
 
 
-def _finite(sketches: list[_Sketch], samples: Samples) -> bool:
+def _finite(sketches: list[_Sketch], samples: WarmupBatches) -> bool:
     """Whether all that a batch added is finite, in every process; what is not is dropped."""
     pending = [part.sum() for sketch in sketches for part in sketch.pending]
     device = sketches[0].right.device
@@ -296,7 +296,7 @@ def basis_stage(
     if samples < 1:
         raise Refused(f"basis_samples={samples} gives no gradient; give 1 or more")
 
-    def run(network: AdapterNetwork, given: Samples) -> None:
+    def run(network: AdapterNetwork, given: WarmupBatches) -> None:
         bases = gradient_basis(network, given, samples, kind, rank)
         with torch.no_grad():
             for layer in network.layers():

@@ -33,7 +33,7 @@ HASHED = 2**22  # elements of a weight brought to the CPU at a time to be hashed
 logger = logging.getLogger(__name__)
 
 
-class Basis(NamedTuple):
+class QrBasis(NamedTuple):
     """The top-r part of W (O, I) is q @ r."""
 
     q: Tensor  # (O, R) fp32, orthonormal columns
@@ -51,7 +51,7 @@ class _Damaged(Exception):
     """A cache file is not what its name says."""
 
 
-def decompose(weight: Tensor, rank: int, *, seed: int = 0, name: str = "the weight") -> Basis:
+def decompose(weight: Tensor, rank: int, *, seed: int = 0, name: str = "the weight") -> QrBasis:
     """Q and R of the top-`rank` part of W (O, I), on W's device: QR-LoRA's start without its full SVD.
 
     Raises `Refused` for a weight with NaN or infinite values and for rank > min(O, I); `name` is the layer's.
@@ -62,7 +62,7 @@ def decompose(weight: Tensor, rank: int, *, seed: int = 0, name: str = "the weig
             "%s: the quick way did not converge at rank %d, solved as a full eigenvalue problem", name, rank
         )
     q, r = thin_qr(u, s, vh)
-    return Basis(q.float(), r.float())
+    return QrBasis(q.float(), r.float())
 
 
 def weight_key(weight: Tensor, rank: int) -> str:
@@ -86,7 +86,7 @@ def bases(
     cache: str | Path | None,
     progress: bool = True,
     device: torch.device | str | None = None,
-) -> dict[str, Basis]:
+) -> dict[str, QrBasis]:
     """The basis of every weight (O, I): from the files in `cache` where they are whole, or computed.
 
     Of several processes with one cache, one computes; the others wait and read. A run that is killed keeps
@@ -100,7 +100,7 @@ def bases(
 
 def start_basis(
     weights: Mapping[str, Tensor], ranks: Mapping[str, int], cache: str | Path | None, progress: bool = True
-) -> tuple[dict[str, Basis], dict[str, str]]:
+) -> tuple[dict[str, QrBasis], dict[str, str]]:
     """`bases` with a rank for each layer, and {"basis_hash": …}; `cache=None` is the default folder."""
     layers = _survey(weights, ranks)
     found = _found(weights, layers, cache or cache_folder("basis"), progress, None)
@@ -126,15 +126,15 @@ def _found(
     cache: str | Path | None,
     progress: bool,
     device: torch.device | str | None,
-) -> dict[str, Basis]:
-    def compute(name: str) -> Basis:
+) -> dict[str, QrBasis]:
+    def compute(name: str) -> QrBasis:
         weight = weights[name]
         return decompose(weight.to(device or weight.device), layers[name].rank, name=name)
 
     def bar(names: list[str]) -> Iterable[str]:
         return tqdm(names, desc="basis", unit="layer", file=sys.stderr, disable=not (progress and names))
 
-    found: dict[str, Basis] = {}
+    found: dict[str, QrBasis] = {}
     if cache is None:
         found = {name: compute(name) for name in bar(list(layers))}
     else:
@@ -146,7 +146,7 @@ def _found(
         with _locked(folder) if missing else contextlib.nullcontext():
             for name in bar(missing):
                 found[name] = _kept(folder, layers[name]) or _keep(folder, layers[name], compute(name))
-    return {name: Basis(*(x.to(layer.device) for x in found[name])) for name, layer in layers.items()}
+    return {name: QrBasis(*(x.to(layer.device) for x in found[name])) for name, layer in layers.items()}
 
 
 @contextlib.contextmanager
@@ -171,7 +171,7 @@ def _locked(cache: Path) -> Iterator[None]:
         yield
 
 
-def _checksum(basis: Basis) -> str:
+def _checksum(basis: QrBasis) -> str:
     return hashlib.sha256(b"".join(x.numpy().tobytes() for x in basis)).hexdigest()
 
 
@@ -179,13 +179,13 @@ def _path(cache: Path, layer: _Layer) -> Path:
     return cache / f"{layer.key}.safetensors"
 
 
-def _read(cache: Path, layer: _Layer) -> Basis:
+def _read(cache: Path, layer: _Layer) -> QrBasis:
     """The basis in a layer's file. Raises FileNotFoundError, or _Damaged when it is not the right one."""
     path = _path(cache, layer)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             facts = json.loads((file.metadata() or {}).get("lowrank.basis", "{}"))
-            basis = Basis(*(file.get_tensor(name).clone() for name in Basis._fields))
+            basis = QrBasis(*(file.get_tensor(name).clone() for name in QrBasis._fields))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise _Damaged(f"{path} is damaged ({error})") from error
     right = [((layer.shape[0], layer.rank), torch.float32), ((layer.rank, layer.shape[1]), torch.float32)]
@@ -198,7 +198,7 @@ def _read(cache: Path, layer: _Layer) -> Basis:
     return basis
 
 
-def _kept(cache: Path, layer: _Layer) -> Basis | None:
+def _kept(cache: Path, layer: _Layer) -> QrBasis | None:
     try:
         return _read(cache, layer)
     except FileNotFoundError:
@@ -208,9 +208,9 @@ def _kept(cache: Path, layer: _Layer) -> Basis | None:
         return None
 
 
-def _keep(cache: Path, layer: _Layer, basis: Basis) -> Basis:
+def _keep(cache: Path, layer: _Layer, basis: QrBasis) -> QrBasis:
     """Write a layer's file, return the basis. One metadata entry only: safetensors shuffles several."""
-    own = Basis(*(x.cpu().contiguous() for x in basis))
+    own = QrBasis(*(x.cpu().contiguous() for x in basis))
     facts = json.dumps({"key": layer.key, "sha256": _checksum(own)}, sort_keys=True)
     with atomic(_path(cache, layer)) as part:
         save_file(own._asdict(), part, {"lowrank.basis": facts})

@@ -20,7 +20,7 @@ from lowrank.tensors import TensorFile, read_metadata, write_tensors
 from lowrank.train.data import draw
 from lowrank.train.network_module import find_module
 from lowrank.train.prompts import read_prompts
-from lowrank.train.text_conditions import Said
+from lowrank.train.text_conditions import TextConditions
 
 
 def attached(method: Method, source: str, models: Models, strength: float = 1.0) -> AdapterNetwork:
@@ -59,7 +59,7 @@ def write_nearest(source: str, model: str, prompts: str, target: Path) -> str:
         raise Refused(f"--calibrate {prompts} is empty; write a prompt per line")
     texts = [text for one in asked for text in (one.prompt, one.negative_prompt or "")]
     trains = any(map(keys.is_text_encoder, TensorFile(Path(source)).entries))
-    said = Said(family, models, switches, texts, trains)
+    said = TextConditions(family, models, switches, texts, trains)
     family.add(models, ("denoiser", "vae"))
     align(models)
     network = attached(method, source, models)

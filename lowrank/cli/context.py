@@ -37,7 +37,7 @@ from lowrank.tensors import read_tensors
 from lowrank.train import setup
 from lowrank.train.attach import choose_attention
 from lowrank.train.loop import stream
-from lowrank.train.text_conditions import Said
+from lowrank.train.text_conditions import TextConditions
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         default = pictures.default_prompt(family, sides)
         pictures.draw_source(family, models, switches, sources, measure.seed, folder, default)
     loader = _loader(parsed, family, models, folder, sides)
-    text = Said(family, models, switches, loader.captions() or (), not measure.network_train_unet_only)
+    text = TextConditions(
+        family, models, switches, loader.captions() or (), not measure.network_train_unet_only
+    )
     loader = _encoded(loader, family, models)
     targets = _prepared(parsed, family, models, text.encoders)
     count = measure.num_samples or measure.max_steps * measure.batch_size
@@ -178,7 +180,7 @@ def _run(
     objective: Any,
     switches: Any,
     loader: Loader,
-    text: Said,
+    text: TextConditions,
     count: int,
     size: int,
     seed: int,

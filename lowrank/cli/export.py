@@ -142,7 +142,7 @@ def _export(args: argparse.Namespace) -> int:
             f"rank {args.rank}: {loss.together:.2%} of ‖ΔW‖ is lost, {loss.worst:.2%} in the worst layer "
             f"({loss.layer})"
         )
-    base = base_checkpoint.Base(args.model) if args.model else None
+    base = base_checkpoint.BaseCheckpoint(args.model) if args.model else None
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.to == MERGED:
         assert base is not None  # checked above

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         adapter = peft_folder(source, args.base) if Path(source).is_dir() else read(source, args.base)
     method = method_of(adapter) if args.method == "auto" else args.method
-    base = base_checkpoint.Base(args.model) if args.model else None
+    base = base_checkpoint.BaseCheckpoint(args.model) if args.model else None
     precision = DTYPES[args.basis_dtype] if args.basis_dtype else None
     made = to_native(adapter, method, base, args.rank, precision, args.basis_cache_dir)
     _write(made, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
@@ -130,7 +130,7 @@ def _masked(args: argparse.Namespace, source: str) -> str | None:
                 f"{source} leaves out the start of {left_out[0]}, components of the base's weights; give the "
                 "base that it was trained on with --model"
             )
-        base = base_checkpoint.Base(args.model)
+        base = base_checkpoint.BaseCheckpoint(args.model)
         layers = with_copies(
             layers, lambda one: base.stored(places.places(one)[0][0], precision), metadata, source
         )

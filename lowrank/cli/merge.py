@@ -20,14 +20,14 @@ from lowrank.config.tools import INFERENCE_MERGE
 from lowrank.data import images
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
-from lowrank.formats.base_checkpoint import Base
+from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.read import refuse_masked
 from lowrank.formats.residual import check_residual, residual_file
 from lowrank.models.family import Family, Models
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
 from lowrank.naming.places import places
-from lowrank.train.text_conditions import Said
+from lowrank.train.text_conditions import TextConditions
 from lowrank.train.watch import save_png
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         if (picture := getattr(options, f"{what}_reference"))
     }
     folder = writable_folder(options.output_dir)
-    stored = functools.cache(lambda: Base(options.model_path))
+    stored = functools.cache(lambda: BaseCheckpoint(options.model_path))
     mixture = Ensemble(
         _parts(options),
         options.at_timestep,
@@ -69,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     _check_base(mixture, family, models)
     # text first, and gone before the denoiser comes: the peak is the denoiser, not the sum
     prompts = [options.prompt, *([] if family is FLUX else [options.negative_prompt or ""])]
-    text = None if options.skip_images else Said(family, models, switches, prompts, mixture.adapts_text)
+    text = (
+        None
+        if options.skip_images
+        else TextConditions(family, models, switches, prompts, mixture.adapts_text)
+    )
     if options.residual_path:
         _check_residual(options.residual_path, mixture, family, models)
     if text is not None:
@@ -152,7 +156,7 @@ def _draw(
     family: Family,
     models: Models,
     switches: Any,
-    text: Said,
+    text: TextConditions,
     prompts: list[str],
     folder: Path,
     names: dict[tuple[float, float], str],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowrank.cli.resolve import record, with_network
-from lowrank.config.command_line import Surface
+from lowrank.config.command_line import CommandLine
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
 from lowrank.models.family import Family
 from lowrank.models.sd import SD15, SdOptions
@@ -17,7 +17,7 @@ from lowrank.train.run import launch
 SCRIPT = Script("network_train", KOHYAS, Prompt("", sample_steps=30, scale=7.5, guidance_scale=None))
 
 
-def main(argv: list[str] | None = None, surface: Surface = SD_TRAIN, family: Family = SD15) -> int:
+def main(argv: list[str] | None = None, surface: CommandLine = SD_TRAIN, family: Family = SD15) -> int:
     """Train, and return the exit code. Raises `Refused`."""
     parsed = with_network(surface.parse(argv), "networks.lora")
     return launch(parsed, family, record(Diffusion, parsed), record(SdOptions, parsed), SCRIPT)

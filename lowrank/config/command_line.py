@@ -1,7 +1,7 @@
 """argv and TOML to frozen dataclasses, checked once.
 
 A group of flags is a frozen dataclass whose fields are the flags: `rank: int = option(4, "what it does")`.
-A `Surface` is one script's command line: its groups, its own defaults, and what becomes of the flags that
+A `CommandLine` is one script's command line: its groups, its own defaults, and what becomes of the flags that
 other trainers have and it has not. Values come from the fields' defaults, then the surface's, then
 `--config_file`, then the command line.
 
@@ -20,11 +20,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lowrank.config.flag import Parser, Said, Spec, off, option, pairs, specs
+from lowrank.config.flag import FlagSpec, GivenValue, Parser, off, option, pairs, specs
 from lowrank.errors import Refused, nearest
 from lowrank.files import atomic, parse_toml
 
-__all__ = ["ConfigFile", "Parsed", "Surface", "option", "pairs", "parse"]
+__all__ = ["CommandLine", "ConfigFile", "Parsed", "option", "pairs", "parse"]
 
 _NUMBERS = re.compile(r"-[\d.][\d.,eE+-]*")
 
@@ -53,7 +53,7 @@ class Parsed:
 
     prog: str
     command: str
-    specs: Mapping[str, Spec]
+    specs: Mapping[str, FlagSpec]
     groups: Mapping[str, Any]
     given: Mapping[str, str]
     notes: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class Parsed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Surface:
+class CommandLine:
     """The command line of one script.
 
     `defaults` differ from those of the fields; `ignored` names flags that are accepted without effect and
@@ -114,7 +114,7 @@ class Surface:
     check: Callable[[Parsed], Iterable[str]] | None = None
 
     @property
-    def specs(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, FlagSpec]:
         return specs(self.groups, self.defaults)
 
     def parser(self) -> argparse.ArgumentParser:
@@ -147,7 +147,9 @@ class Surface:
             _write_config(parsed)
         return parsed
 
-    def _config(self, spoken: Mapping[str, Said], ignored: list[str], notes: list[str]) -> dict[str, Said]:
+    def _config(
+        self, spoken: Mapping[str, GivenValue], ignored: list[str], notes: list[str]
+    ) -> dict[str, GivenValue]:
         """What --config_file says; its keys without effect are added to `ignored`."""
         path = _config_path(spoken["config_file"].value)
         specs = [spec for spec in self.specs.values() if spec.group is not ConfigFile]
@@ -162,7 +164,7 @@ class Surface:
                 raise Refused(f"{label} is not supported: {self.refused[key]}")
             if key in known:
                 try:
-                    said.append(Said(known[key], label, known[key].from_toml(value)))
+                    said.append(GivenValue(known[key], label, known[key].from_toml(value)))
                 except Refused as error:
                     raise Refused(f"{label}: {error}") from error
             else:
@@ -182,13 +184,13 @@ class Surface:
 def parse(
     argv: Sequence[str] | None, groups: Sequence[type], *, prog: str, description: str = "", **rest: Any
 ) -> Parsed:
-    """`Surface(prog, description, groups, **rest).parse(argv)`."""
-    return Surface(prog, description, tuple(groups), **rest).parse(argv)
+    """`CommandLine(prog, description, groups, **rest).parse(argv)`."""
+    return CommandLine(prog, description, tuple(groups), **rest).parse(argv)
 
 
-def _settled(said: Iterable[Said], notes: list[str]) -> dict[str, Said]:
+def _settled(said: Iterable[GivenValue], notes: list[str]) -> dict[str, GivenValue]:
     """The last of what was said under one name, by flag; two names of one flag must agree."""
-    settled: dict[str, Said] = {}
+    settled: dict[str, GivenValue] = {}
     for one in said:
         before = settled.get(one.spec.name)
         if before and before.value != one.value:
@@ -204,7 +206,11 @@ def _settled(said: Iterable[Said], notes: list[str]) -> dict[str, Said]:
 
 
 def _grouped(
-    surface: Surface, known: Mapping[str, Spec], said: Mapping[str, Said], notes: list[str], command: str
+    surface: CommandLine,
+    known: Mapping[str, FlagSpec],
+    said: Mapping[str, GivenValue],
+    notes: list[str],
+    command: str,
 ) -> Parsed:
     values = {name: said[name].value if name in said else spec.default for name, spec in known.items()}
     given = {name: one.label for name, one in said.items()}
@@ -221,7 +227,7 @@ def _grouped(
     return parsed
 
 
-def _stray(parser: argparse.ArgumentParser, extra: list[str], known: Mapping[str, Spec]) -> NoReturn:
+def _stray(parser: argparse.ArgumentParser, extra: list[str], known: Mapping[str, FlagSpec]) -> NoReturn:
     word = next((word for word in extra if word.startswith("-")), extra[0])
     if not word.startswith("-"):
         parser.error(f"unexpected {word.strip()!r} belongs to no flag; put a value with blanks in quotes")
@@ -264,7 +270,7 @@ def _write_config(parsed: Parsed) -> NoReturn:
     raise SystemExit(0)
 
 
-def _command(prog: str, argv: Iterable[str], said: Iterable[Said]) -> str:
+def _command(prog: str, argv: Iterable[str], said: Iterable[GivenValue]) -> str:
     hidden = {str(one.value) for one in said if one.spec.flag.secret and one.value}
     words = []
     for word in argv:

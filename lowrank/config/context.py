@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lowrank.config.command_line import Parsed, Surface, option
+from lowrank.config.command_line import CommandLine, Parsed, option
 from lowrank.config.flag import path, resolution
 from lowrank.config.flags_data import Buckets
 from lowrank.config.flags_training import PRECISIONS, SEEDS
@@ -14,7 +14,7 @@ from lowrank.errors import Refused
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModelFlags:
     """Base model"""
 
     pretrained_model_name_or_path: str | None = path(
@@ -123,10 +123,10 @@ def check_context(parsed: Parsed) -> Iterator[str]:
         )
 
 
-CALC_CONTEXT = Surface(
+CALC_CONTEXT = CommandLine(
     "calc_lalora_context.py",
     "Measure how much the base minds a change of each layer, on pictures of what must not be forgotten.",
-    (Base, Sources, Measure, Buckets),
+    (BaseModelFlags, Sources, Measure, Buckets),
     defaults={"enable_bucket": True},
     check=check_context,
 )

@@ -150,7 +150,7 @@ def scheduler(text: str) -> str:
     return text if text.startswith("adafactor:") else text.lower()
 
 
-class Spec(NamedTuple):
+class FlagSpec(NamedTuple):
     """One flag: its field, and the field's annotation taken apart into the type of one value and `many`."""
 
     name: str
@@ -244,14 +244,14 @@ def shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def specs(groups: tuple[type, ...], defaults: Mapping[str, object]) -> dict[str, Spec]:
+def specs(groups: tuple[type, ...], defaults: Mapping[str, object]) -> dict[str, FlagSpec]:
     """The flags of `groups` by name, in order; `defaults` replace the fields'. Two of one name are a bug."""
-    found: dict[str, Spec] = {}
+    found: dict[str, FlagSpec] = {}
     for group in groups:
         for name, kind, many, field in _fields(group):
             flag: Flag = field.metadata["flag"]
             assert name not in found, f"{name} is in {group.__name__} and {found[name].group.__name__}"
-            found[name] = Spec(
+            found[name] = FlagSpec(
                 name, group, kind, many and not flag.convert, defaults.get(name, field.default), flag
             )
     assert defaults.keys() <= found.keys(), f"defaults of no flag: {defaults.keys() - found.keys()}"
@@ -280,10 +280,10 @@ def _taken_apart(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
-class Said(NamedTuple):
+class GivenValue(NamedTuple):
     """A value that was given: `label` is the flag as written."""
 
-    spec: Spec
+    spec: FlagSpec
     label: str
     value: Any
 
@@ -294,8 +294,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
-    def add(self, specs: Mapping[str, Spec]) -> None:
-        """Flags that append a `Said` to the namespace's list `said`; a section for each group."""
+    def add(self, specs: Mapping[str, FlagSpec]) -> None:
+        """Flags that append a `GivenValue` to the namespace's list `said`; a section for each group."""
         sections: dict[type, Any] = {}
         for spec in specs.values():
             if spec.group not in sections:
@@ -317,7 +317,7 @@ class _Say(argparse.Action):
         if self.nargs == 0 or values is self.const:  # --no-flag, or --flag without a word
             values = bare
         label = option_string.replace("--no-", "--", 1) if spec.kind is bool else option_string
-        namespace.said.append(Said(spec, label, tuple(values) if spec.many else values))
+        namespace.said.append(GivenValue(spec, label, tuple(values) if spec.many else values))
 
 
 class _Ignore(argparse.Action):
@@ -338,7 +338,7 @@ class _Refuse(argparse.Action):
         parser.error(f"{option_string} is not supported: {self.const}")
 
 
-def _add(section: Any, spec: Spec) -> None:
+def _add(section: Any, spec: FlagSpec) -> None:
     def read(text: str) -> object:
         try:
             return spec.from_text(text)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank.config.checks import OFF_AT_ZERO, check_training
-from lowrank.config.command_line import ConfigFile, Parsed, Surface, option
+from lowrank.config.command_line import CommandLine, ConfigFile, Parsed, option
 from lowrank.config.flag import path
 from lowrank.config.flags_data import Buckets, Captions, Data, Masks, Prior
 from lowrank.config.flags_output import Hub, Logging, Sampling, Saving, Validation
@@ -77,7 +77,7 @@ def check_flux(parsed: Parsed) -> Iterator[str]:
         yield "--text_encoder_lr has no effect without --train_text_encoder, which adapts CLIP-L too"
 
 
-FLUX_TRAIN = Surface(
+FLUX_TRAIN = CommandLine(
     prog="flux_train_qrlora.py",
     description="Train an adapter for FLUX: ΔR, ΔR-triu, QR-LoRA, LoRA, or any module of kohya's contract.",
     groups=(

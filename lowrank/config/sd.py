@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank.config.checks import OFF_AT_ZERO, check_training, trains_text
-from lowrank.config.command_line import ConfigFile, Parsed, Surface, option
+from lowrank.config.command_line import CommandLine, ConfigFile, Parsed, option
 from lowrank.config.flag import path
 from lowrank.config.flags_data import Buckets, Captions, Data, Masks, Prior
 from lowrank.config.flags_output import Hub, Logging, Sampling, Saving, Validation
@@ -115,7 +115,7 @@ _REST = (Data, Buckets, Captions, Masks, Prior, Network, Abm, Train, Optimizer, 
 _OUTPUT = (Saving, Sampling, Validation, Logging, Hub)
 _DEFAULTS = {"resolution": (512, 512), "train_text_encoder": True}  # as kohya's scripts train them
 
-SD_TRAIN = Surface(
+SD_TRAIN = CommandLine(
     prog="train_network_ABM.py",
     description="Train an adapter for SD 1.x or 2.x: any of networks/, or any module of kohya's contract.",
     groups=(ConfigFile, Model, Generation, Diffusion, *_REST, *_OUTPUT),
@@ -127,7 +127,7 @@ SD_TRAIN = Surface(
     check=check_sd,
 )
 
-SDXL_TRAIN = Surface(
+SDXL_TRAIN = CommandLine(
     prog="sdxl_train_network_ABM.py",
     description="Train an adapter for SDXL: any of networks/, or any module of kohya's contract.",
     groups=(ConfigFile, Model, Diffusion, *_REST, *_OUTPUT),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lowrank.config.command_line import Parsed, Surface, option
+from lowrank.config.command_line import CommandLine, Parsed, option
 from lowrank.config.flag import comma_floats, comma_words, path
 from lowrank.config.sd import SAMPLERS
 from lowrank.errors import Refused
@@ -140,24 +140,24 @@ def check_merge(parsed: Parsed) -> Iterator[str]:
     yield from ()
 
 
-SAVE_RESIDUAL = Surface(
+SAVE_RESIDUAL = CommandLine(
     "save_flux_residual.py", "Write W − QR of every adapted layer, for tools that want it.", (Residual,)
 )
 
-INFERENCE_MERGE = Surface(
+INFERENCE_MERGE = CommandLine(
     "inference_merge.py",
     "Draw a style and a content adapter together, in every pair of strengths.",
     (Merge,),
     check=check_merge,
 )
 
-VISUALIZE_SIMILARITY = Surface(
+VISUALIZE_SIMILARITY = CommandLine(
     "visualize_similarity.py",
     "Compare two adapters layer by layer: plots, JSON and a text summary.",
     (Similarity,),
 )
 
-EXTRACT_BASIS = Surface(
+EXTRACT_BASIS = CommandLine(
     "tools/extract_universal_basis.py",
     "Find the directions that a collection of LoRAs shares, for networks that train inside a basis.",
     (UniversalBasis,),

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowrank.data.buckets import Place
+from lowrank.data.buckets import Placement
 from lowrank.data.prefetch import ahead
 from lowrank.errors import Refused
 
@@ -134,7 +134,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def render(
-    image: Image.Image, where: Place, box: tuple[int, int, int, int], interpolation: str | None
+    image: Image.Image, where: Placement, box: tuple[int, int, int, int], interpolation: str | None
 ) -> Image.Image:
     """The part `box` of the image scaled to `where.resized`, without ever making the whole scaled image.
 
@@ -172,7 +172,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def load(
     path: Path,
-    where: Place,
+    where: Placement,
     box: tuple[int, int, int, int],
     *,
     interpolation: str | None = None,

@@ -20,7 +20,7 @@ class Placed:
 
     example: Example
     dataset: Dataset
-    where: buckets.Place
+    where: buckets.Placement
     repeats: int
 
     @property

@@ -23,7 +23,7 @@ from lowrank.files import atomic_folder
 from lowrank.formats.static import Static
 from lowrank.naming import flux as flux_names
 from lowrank.naming import unet as unet_names
-from lowrank.naming.places import Place
+from lowrank.naming.places import LayerPath
 from lowrank.tensors import TensorFile, stream_pieces
 
 PIECE = 1 << 20  # elements of a tensor in memory at a time
@@ -62,13 +62,13 @@ class Rows(NamedTuple):
         return self.start * count // self.total, self.stop * count // self.total
 
 
-class Base:
+class BaseCheckpoint:
     """The weights of a base model, found by place."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.files: dict[Path, TensorFile] = {}
-        self._rows: dict[Place, Rows] = {}
+        self._rows: dict[LayerPath, Rows] = {}
         if self.path.is_dir():
             for folder, part in FOLDERS.items():
                 for file in _weights(self.path / folder):
@@ -96,16 +96,16 @@ class Base:
     def __contains__(self, place: object) -> bool:
         return place in self._rows
 
-    def places(self) -> Iterable[Place]:
+    def places(self) -> Iterable[LayerPath]:
         return self._rows
 
-    def shape(self, place: Place) -> tuple[int, ...]:
+    def shape(self, place: LayerPath) -> tuple[int, ...]:
         """(O, I) or (O, I, k, k). Raises `Refused` for a place that is not here."""
         rows = self._find(place)
         start, stop = rows.range()
         return (stop - start, *rows.file.entries[rows.name].shape[1:])
 
-    def stored(self, place: Place, precision: torch.dtype | None = None) -> Tensor:
+    def stored(self, place: LayerPath, precision: torch.dtype | None = None) -> Tensor:
         """W (O, I·k·k) in the dtype it is stored in, or in `precision`; float8, which has no arithmetic, in
         fp32."""
         rows = self._find(place)
@@ -114,11 +114,11 @@ class Base:
         value = value.to(precision) if precision else value.float() if value.dtype.itemsize == 1 else value
         return torch.cat(value.chunk(2)[::-1]) if rows.swapped else value
 
-    def weight(self, place: Place) -> Tensor:
+    def weight(self, place: LayerPath) -> Tensor:
         """W (O, I·k·k) in fp32."""
         return self.stored(place, torch.float32)
 
-    def _find(self, place: Place) -> Rows:
+    def _find(self, place: LayerPath) -> Rows:
         if place not in self._rows:
             raise Refused(
                 f"{place.path} of the adapter is not in {self.path}, which has for example "
@@ -126,7 +126,7 @@ class Base:
             )
         return self._rows[place]
 
-    def check(self, layers: Mapping[Place, Static]) -> None:
+    def check(self, layers: Mapping[LayerPath, Static]) -> None:
         """Raise `Refused` where a layer is not in this base or of another size."""
         for place, layer in layers.items():
             outs, *rest = self.shape(place)
@@ -137,9 +137,9 @@ class Base:
                     f"{outs}×{ins} in {self.path}; the adapter is for another base"
                 )
 
-    def owners(self) -> dict[tuple[Path, str], list[tuple[Place, Rows]]]:
+    def owners(self) -> dict[tuple[Path, str], list[tuple[LayerPath, Rows]]]:
         """The places in each tensor of each file."""
-        found: dict[tuple[Path, str], list[tuple[Place, Rows]]] = {}
+        found: dict[tuple[Path, str], list[tuple[LayerPath, Rows]]] = {}
         for place, rows in self._rows.items():
             found.setdefault((rows.file.path, rows.name), []).append((place, rows))
         return found
@@ -168,25 +168,25 @@ def _weights(folder: Path) -> list[Path]:
     return plain or files
 
 
-def _owners(file: TensorFile, name: str, part: str | None, layers: int) -> Iterator[tuple[Place, Rows]]:
+def _owners(file: TensorFile, name: str, part: str | None, layers: int) -> Iterator[tuple[LayerPath, Rows]]:
     if not name.endswith("weight"):
         return
     module = name.removesuffix(".weight")
     if part == "unet":
-        yield Place(part, module), Rows(file, name)
+        yield LayerPath(part, module), Rows(file, name)
     elif part:
         yield _text(part, module), Rows(file, name)
     else:
         yield from _original(file, name, module, layers)
 
 
-def _text(part: str, module: str) -> Place:
+def _text(part: str, module: str) -> LayerPath:
     if module.startswith("encoder.block."):
-        return Place("te3", module)
-    return Place(part, module if module.startswith("text_") else f"text_model.{module}")
+        return LayerPath("te3", module)
+    return LayerPath(part, module if module.startswith("text_") else f"text_model.{module}")
 
 
-def _original(file: TensorFile, name: str, module: str, layers: int) -> Iterator[tuple[Place, Rows]]:
+def _original(file: TensorFile, name: str, module: str, layers: int) -> Iterator[tuple[LayerPath, Rows]]:
     for prefix, (part, open_clip) in _ENCODERS.items():
         if name.startswith(prefix):
             if open_clip:
@@ -196,28 +196,28 @@ def _original(file: TensorFile, name: str, module: str, layers: int) -> Iterator
             return
     path = module.removeprefix(_DENOISER)
     for ours, piece in flux_names.modules(path):
-        yield Place("unet", ours), Rows(file, name, *piece[1:], swapped=path == flux_names.SWAPPED)
+        yield LayerPath("unet", ours), Rows(file, name, *piece[1:], swapped=path == flux_names.SWAPPED)
     if not flux_names.modules(path) and name.startswith(_DENOISER):
-        yield Place("unet", unet_names.diffusers_name(path, layers)), Rows(file, name)
+        yield LayerPath("unet", unet_names.diffusers_name(path, layers)), Rows(file, name)
 
 
-def _of_open_clip(file: TensorFile, name: str, key: str, part: str) -> Iterator[tuple[Place, Rows]]:
+def _of_open_clip(file: TensorFile, name: str, key: str, part: str) -> Iterator[tuple[LayerPath, Rows]]:
     if not (found := _OPEN_CLIP.match(key)):
         return
     layer = f"text_model.encoder.layers.{found[1]}"
     if found[2] == "attn.in_proj_weight":
         for third, which in enumerate("qkv"):
-            yield Place(part, f"{layer}.self_attn.{which}_proj"), Rows(file, name, third, third + 1, 3)
+            yield LayerPath(part, f"{layer}.self_attn.{which}_proj"), Rows(file, name, third, third + 1, 3)
     elif found[2] in _OPEN_CLIP_PARTS:
-        yield Place(part, f"{layer}.{_OPEN_CLIP_PARTS[found[2]]}"), Rows(file, name)
+        yield LayerPath(part, f"{layer}.{_OPEN_CLIP_PARTS[found[2]]}"), Rows(file, name)
 
 
 # ---------- merging
 
 
 def merge(
-    base: Base,
-    layers: Mapping[Place, Static],
+    base: BaseCheckpoint,
+    layers: Mapping[LayerPath, Static],
     target: str | Path,
     metadata: Mapping[str, str],
     strength: float = 1.0,
@@ -267,7 +267,9 @@ def _refuse_same(base: Path, target: str | Path) -> None:
         raise Refused(f"{target} is the base model itself, which is never written; give another name")
 
 
-def _not_copied(base: Base, mine: Iterable[tuple[Path, str]]) -> Callable[[str, list[str]], list[str]]:
+def _not_copied(
+    base: BaseCheckpoint, mine: Iterable[tuple[Path, str]]
+) -> Callable[[str, list[str]], list[str]]:
     """Of a folder that is copied: what is written anew, and other variants of it, which would stay
     unmerged."""
     written = {path for path, _ in mine}

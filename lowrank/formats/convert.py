@@ -15,7 +15,7 @@ from lowrank.files import atomic, writable_folder
 from lowrank.formats import static
 from lowrank.formats.formats import FORMATS, Choices, prepared
 from lowrank.formats.static import Plain, Static
-from lowrank.naming.places import Place
+from lowrank.naming.places import LayerPath
 from lowrank.tensors import write_tensors
 
 PARTS = ("all", "unet", "text")
@@ -43,7 +43,7 @@ def only(adapter: Plain, parts: str) -> Plain:
 
 def resize(adapter: Plain, rank: int) -> tuple[Plain, Loss]:
     """The nearest adapter whose layers have at most `rank`, by SVD, and what that loses."""
-    layers: dict[Place, Static] = {}
+    layers: dict[LayerPath, Static] = {}
     lost = total = 0.0
     worst, where = 0.0, ""
     for place, layer in adapter.layers.items():

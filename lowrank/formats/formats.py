@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import Refused
-from lowrank.formats.base_checkpoint import Base
+from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.metadata import kept_facts, kohya_facts
 from lowrank.formats.static import Plain, Static, swapped
 from lowrank.naming import flux as flux_names
 from lowrank.naming import keys, places
-from lowrank.naming.places import Place
+from lowrank.naming.places import LayerPath
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Choices:
     """of the tensors written; None: as they are"""
     dora_norm: str = "merged"
     """DoRA's lengths for programs that divide by ‖W + ΔW‖ ("merged") or by ‖W‖ ("base", ComfyUI)"""
-    base: Base | None = None
+    base: BaseCheckpoint | None = None
     """base weights, where a format needs them"""
     flat_clip: bool = False
     """transformers 5's CLIPTextModel, whose paths lack text_model, for PEFT, which knows only a model's
@@ -60,7 +60,7 @@ class Format(NamedTuple):
 
 def kohya(adapter: Plain, choices: Choices) -> list[Written]:
     """kohya's keys: `lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`, `.dora_scale`."""
-    joined: dict[str, list[tuple[Place, Static]]] = {}
+    joined: dict[str, list[tuple[LayerPath, Static]]] = {}
     for place, layer in adapter.layers.items():
         joined.setdefault(places.kohya(place, adapter.family), []).append((place, layer))
     state: dict[str, Tensor] = {}
@@ -80,12 +80,12 @@ def kohya(adapter: Plain, choices: Choices) -> list[Written]:
     return [Written("", state, kohya_facts(adapter, state))]
 
 
-def _fused(module: str, parts: Mapping[Place, Static], choices: Choices) -> Static:
+def _fused(module: str, parts: Mapping[LayerPath, Static], choices: Choices) -> Static:
     """One layer whose rows are several: ups block diagonal over stacked downs, or one down that all share.
 
     Layers that are not adapted are rows of zeros; with DoRA their length is that of the base's rows.
     """
-    held = [(Place("unet", path), piece) for path, piece in flux_names.modules(module)]
+    held = [(LayerPath("unet", path), piece) for path, piece in flux_names.modules(module)]
     present = [(parts[place], piece) for place, piece in held if place in parts]
     share = present[0][0].up.shape[0] // (present[0][1].stop - present[0][1].start)
     for layer, piece in present:
@@ -117,7 +117,7 @@ def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, (one.dtype for one in tensors))
 
 
-def joined_lengths(place: Place, layer: Static | None, base: Base | None) -> Tensor:
+def joined_lengths(place: LayerPath, layer: Static | None, base: BaseCheckpoint | None) -> Tensor:
     """The rows' lengths (O,) in a joined layer that has lengths: of a part without, those it has by
     itself."""
     if layer is not None and layer.magnitude is not None:
@@ -131,7 +131,7 @@ def joined_lengths(place: Place, layer: Static | None, base: Base | None) -> Ten
     return torch.linalg.vector_norm(W if layer is None else W + layer.delta(), dim=1)
 
 
-def _fused_lengths(place: Place, layer: Static | None, choices: Choices) -> Tensor:
+def _fused_lengths(place: LayerPath, layer: Static | None, choices: Choices) -> Tensor:
     told = joined_lengths(place, layer, choices.base)
     if layer is None:  # ‖W‖ in both conventions
         return told
@@ -140,7 +140,7 @@ def _fused_lengths(place: Place, layer: Static | None, choices: Choices) -> Tens
     return made.float()
 
 
-def _lengths(place: Place, layer: Static, choices: Choices) -> Static:
+def _lengths(place: LayerPath, layer: Static, choices: Choices) -> Static:
     """The layer with its lengths in the convention asked for.
 
     A reader that divides by ‖W‖ gets m·‖W‖/‖W + ΔW‖, so that both compute m·(W + ΔW)/‖W + ΔW‖.
@@ -199,12 +199,12 @@ def _folded(layer: Static) -> Static:
     return layer._replace(down=layer.scale * layer.down.to(wide), scale=1.0)
 
 
-def own_path(place: Place, flat_clip: bool) -> str:
+def own_path(place: LayerPath, flat_clip: bool) -> str:
     """A place's path in the model that is loaded."""
     return place.path.removeprefix("text_model.") if flat_clip and place.part == "te1" else place.path
 
 
-def _configs(layers: Mapping[Place, Static], family: str, flat_clip: bool = False) -> dict[str, dict]:
+def _configs(layers: Mapping[LayerPath, Static], family: str, flat_clip: bool = False) -> dict[str, dict]:
     """PEFT's LoraConfig of each component: ranks and alphas by module, the common ones as defaults."""
     found: dict[str, dict[str, Static]] = {}
     for place, layer in layers.items():

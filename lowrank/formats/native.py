@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lowrank.bases.qr_basis import start_basis
 from lowrank.errors import Refused
-from lowrank.formats.base_checkpoint import Base
+from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.static import Plain, Static
 from lowrank.naming import keys
-from lowrank.naming.places import Place, native
+from lowrank.naming.places import LayerPath, native
 
 METHODS = ("lora", "dora", "delta_r", "delta_r_triu", "qrlora")
 
@@ -46,7 +46,7 @@ def method_of(adapter: Plain) -> str:
 def to_native(
     adapter: Plain,
     method: str,
-    base: Base | None = None,
+    base: BaseCheckpoint | None = None,
     rank: int | None = None,
     precision: torch.dtype | None = None,
     cache: str | None = None,
@@ -72,7 +72,7 @@ def _width(roles: Mapping[str, Tensor]) -> int:
     return next(len(roles[role]) for role in ("delta_r", "down") if role in roles)
 
 
-def _pair(place: Place, layer: Static, method: str, base: Base | None) -> dict[str, Tensor]:
+def _pair(place: LayerPath, layer: Static, method: str, base: BaseCheckpoint | None) -> dict[str, Tensor]:
     roles = {
         "down": layer.joined_kernel(layer.down, rows=True),
         "up": layer.joined_kernel(layer.up, rows=False),
@@ -96,7 +96,10 @@ def _pair(place: Place, layer: Static, method: str, base: Base | None) -> dict[s
 
 
 def _file(
-    adapter: Plain, method: str, layers: Mapping[Place, Mapping[str, Tensor]], facts: Mapping[str, str] = {}
+    adapter: Plain,
+    method: str,
+    layers: Mapping[LayerPath, Mapping[str, Tensor]],
+    facts: Mapping[str, str] = {},
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     state: dict[str, Tensor] = {}
     for place, roles in layers.items():
@@ -123,7 +126,7 @@ def _file(
 def _projected(
     adapter: Plain,
     method: str,
-    base: Base | None,
+    base: BaseCheckpoint | None,
     rank: int | None,
     precision: torch.dtype | None,
     cache: str | None,
@@ -160,7 +163,7 @@ def _projected(
     return Native(*file, math.sqrt(lost / total) if total else 0.0, worst)
 
 
-def _restarted(place: Place, layer: Static, Q: Tensor, R: Tensor) -> dict[str, Tensor]:
+def _restarted(place: LayerPath, layer: Static, Q: Tensor, R: Tensor) -> dict[str, Tensor]:
     """An official QR pair with the start that the official code took out of W: Q₀·R₀ is one product, whatever
     signs the factors have."""
     if layer.rank != Q.shape[1]:
@@ -171,7 +174,7 @@ def _restarted(place: Place, layer: Static, Q: Tensor, R: Tensor) -> dict[str, T
     return {"up": layer.up.float(), "down": layer.scale * layer.down.float(), "q": Q, "base_r": R}
 
 
-def native_name(place: Place, family: str) -> str:
+def native_name(place: LayerPath, family: str) -> str:
     """The name that a network gives the layer: basis hashes are over these."""
     name = native(place, family)[0]
     if name.startswith("lora_"):
@@ -182,7 +185,9 @@ def native_name(place: Place, family: str) -> str:
 class _Weights(Mapping[str, Tensor]):
     """W (O, I) of each layer as training would have it, read only when asked for."""
 
-    def __init__(self, base: Base, names: Mapping[str, Place], precision: torch.dtype | None) -> None:
+    def __init__(
+        self, base: BaseCheckpoint, names: Mapping[str, LayerPath], precision: torch.dtype | None
+    ) -> None:
         self._base, self._names, self._precision = base, names, precision
 
     def __getitem__(self, name: str) -> Tensor:

@@ -20,7 +20,7 @@ from lowrank.formats.names import Layers, baked, missing, sizes
 from lowrank.formats.native import Native
 from lowrank.formats.tlora import ROLES, start_of
 from lowrank.naming.flux_join import strength
-from lowrank.naming.places import Place, native, places
+from lowrank.naming.places import LayerPath, native, places
 
 TIMES = (0, 250, 500, 750, 999)  # where two files are compared
 
@@ -100,6 +100,6 @@ def apart(one: Layers, first: Schedule, other: Layers, second: Schedule) -> floa
     return worst
 
 
-def _at(layers: Layers, schedule: Schedule, t: int) -> dict[Place, static.Static]:
+def _at(layers: Layers, schedule: Schedule, t: int) -> dict[LayerPath, static.Static]:
     plain = baked(layers, schedule, t, "the file")
     return {places(module)[0][0]: static.static(module, roles, "the file") for module, roles in plain.items()}

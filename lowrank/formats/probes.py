@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.formats.static import Static, phantom
-from lowrank.naming.places import Place
+from lowrank.naming.places import LayerPath
 
 
 class Checked(NamedTuple):
@@ -43,7 +43,7 @@ class Tree(nn.Module):
 
 
 def hosts(
-    layers: Mapping[Place, Static], part: str, name: Callable[[Place], str] = lambda place: place.path
+    layers: Mapping[LayerPath, Static], part: str, name: Callable[[LayerPath], str] = lambda place: place.path
 ) -> Tree:
     """The layers of one part on a tree; with DoRA their rows are as long as the change is."""
     tree = Tree()
@@ -93,7 +93,7 @@ def apply_thin(layer: Static, x: Tensor) -> Tensor:
     return layer.scale * F.conv2d(h, up[:, :, None, None])
 
 
-def compared(pairs: Sequence[tuple[Place, Static, nn.Module]], reader: str) -> Checked:
+def compared(pairs: Sequence[tuple[LayerPath, Static, nn.Module]], reader: str) -> Checked:
     """Ask each loaded layer one question and compare with ΔW."""
     worst = 0.0
     made = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowrank.adapters.targets import Layer
-from lowrank.bases.qr_basis import Basis
+from lowrank.bases.qr_basis import QrBasis
 from lowrank.errors import Refused
 from lowrank.formats.names import sizes
 from lowrank.naming.flux_join import strength
@@ -23,7 +23,7 @@ _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 3e-3, torc
 def write_residual(
     path: str | Path,
     weights: Mapping[str, Tensor],
-    bases: Callable[[str], Basis],
+    bases: Callable[[str], QrBasis],
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from lowrank.adapters.layer import AdaptedLayer, Clock
 from lowrank.adapters.method import Method
-from lowrank.adapters.network_module import Facade
+from lowrank.adapters.network_module import NetworkModule
 from lowrank.adapters.targets import Layer
 from lowrank.errors import Refused
 from lowrank.formats.names import read_contents, thin
 from lowrank.naming import flux as flux_names
 from lowrank.naming.flux_join import strength
-from lowrank.naming.places import Place, check_family, family_of, places
+from lowrank.naming.places import LayerPath, check_family, family_of, places
 
 
 class Static(NamedTuple):
@@ -89,9 +89,11 @@ class Plain:
 
     source: str
     family: str  # "sd15", "sdxl", "flux"
-    layers: Mapping[Place, Static]
+    layers: Mapping[LayerPath, Static]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    raw: Mapping[Place, Mapping[str, Tensor]] = field(default_factory=dict)  # the file's own tensors by role
+    raw: Mapping[LayerPath, Mapping[str, Tensor]] = field(
+        default_factory=dict
+    )  # the file's own tensors by role
     skipped: tuple[str, ...] = ()  # keys that are no adapter's
 
     def fact(self, name: str) -> str | None:
@@ -116,9 +118,9 @@ def read(
         family = family_of(layers, metadata, str(path))
     else:
         check_family(layers, family, str(path))
-    found: dict[Place, Static] = {}
-    raw: dict[Place, Mapping[str, Tensor]] = {}
-    seen: dict[Place, str] = {}
+    found: dict[LayerPath, Static] = {}
+    raw: dict[LayerPath, Mapping[str, Tensor]] = {}
+    seen: dict[LayerPath, str] = {}
     for module, roles in layers.items():
         whole = static(module, roles, str(path), metadata.get("lowrank.method"), method)
         for place, piece in places(module):
@@ -148,7 +150,7 @@ def made_by(metadata: Mapping[str, str], source: str) -> Method | None:
         return None
     create = getattr(importlib.import_module(f"networks.{name}"), "create_network", None)
     facade = getattr(create, "__self__", None)
-    return facade.made(metadata, source) if isinstance(facade, Facade) else None
+    return facade.made(metadata, source) if isinstance(facade, NetworkModule) else None
 
 
 def roles_of(method: Method) -> tuple[str, ...]:

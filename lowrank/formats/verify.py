@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from lowrank.errors import Refused
 from lowrank.formats import formats, static
-from lowrank.formats.base_checkpoint import Base
+from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.formats import Choices
 from lowrank.formats.probes import Checked, Tree, Unread, compared, host, hosts
 from lowrank.formats.static import Plain, Static, phantom
 from lowrank.naming import flux as flux_names
 from lowrank.naming import places
-from lowrank.naming.places import Place
+from lowrank.naming.places import LayerPath
 
 # What a half-precision file may differ by, and what fp32 may: a layer's answer, relative to the change in it.
 LIMITS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -111,7 +111,7 @@ def load_by_peft(folder: Path, adapter: Plain, model: Any, part: str = "unet") -
 
 
 def _by_peft(folder: Path, adapter: Plain, flat_clip: bool) -> Checked:
-    def name(place: Place) -> str:
+    def name(place: LayerPath) -> str:
         return formats.own_path(place, flat_clip)
 
     pairs = []
@@ -211,7 +211,7 @@ def _by_lycoris(path: Path, adapter: Plain) -> Checked:
     return compared(_pairs(adapter, "unet", tree), "LyCORIS")
 
 
-def _by_lycoris_kohya(path: Path, adapter: Plain, base: Base | None) -> Checked:
+def _by_lycoris_kohya(path: Path, adapter: Plain, base: BaseCheckpoint | None) -> Checked:
     """LyCORIS' kohya module, on hosts that are named and joined as in kohya's own models."""
     from lycoris import kohya
 
@@ -234,14 +234,14 @@ def _by_lycoris_kohya(path: Path, adapter: Plain, base: Base | None) -> Checked:
     pairs = []
     for name, layer in joined.items():
         part, dotted = places.piece(name)
-        pairs.append((Place(part, dotted), layer, roots[part].get_submodule(dotted)))
+        pairs.append((LayerPath(part, dotted), layer, roots[part].get_submodule(dotted)))
     return compared(pairs, "lycoris.kohya")
 
 
-def _as_kohya(adapter: Plain, base: Base | None) -> dict[str, Static]:
+def _as_kohya(adapter: Plain, base: BaseCheckpoint | None) -> dict[str, Static]:
     """The layers as kohya's model has them, from ΔW itself and not from the file: FLUX's joined ones with the
     rows of their parts."""
-    groups: dict[str, list[tuple[Place, Static]]] = {}
+    groups: dict[str, list[tuple[LayerPath, Static]]] = {}
     for place, layer in adapter.layers.items():
         groups.setdefault(places.kohya(place, adapter.family), []).append((place, layer))
     found = {}
@@ -273,8 +273,8 @@ def _as_kohya(adapter: Plain, base: Base | None) -> dict[str, Static]:
     return found
 
 
-def _joined_places(module: str) -> list[Place]:
-    return [Place("unet", path) for path, _ in flux_names.modules(module)]
+def _joined_places(module: str) -> list[LayerPath]:
+    return [LayerPath("unet", path) for path, _ in flux_names.modules(module)]
 
 
 def _parts(adapter: Plain) -> list[str]:
@@ -282,8 +282,8 @@ def _parts(adapter: Plain) -> list[str]:
 
 
 def _pairs(
-    adapter: Plain, part: str, root: nn.Module, name: Callable[[Place], str] = lambda place: place.path
-) -> list[tuple[Place, Static, nn.Module]]:
+    adapter: Plain, part: str, root: nn.Module, name: Callable[[LayerPath], str] = lambda place: place.path
+) -> list[tuple[LayerPath, Static, nn.Module]]:
     return [
         (place, layer, root.get_submodule(name(place)))
         for place, layer in adapter.layers.items()

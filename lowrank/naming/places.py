@@ -45,7 +45,7 @@ _SD_ALONE = re.compile(r"^(down|up)_blocks\.3\b|^down_blocks\.0\.attentions\b|^u
 COMPONENTS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_2"}
 
 
-class Place(NamedTuple):
+class LayerPath(NamedTuple):
     """A layer of a model."""
 
     part: str  # "unet" (the denoiser, also FLUX's), "te1", "te2", "te3" (FLUX's T5)
@@ -70,14 +70,14 @@ def piece(module: str) -> tuple[str, str]:
     return "unet", keys.module_path(module)
 
 
-def places(module: str) -> list[tuple[Place, flux_names.Piece | None]]:
+def places(module: str) -> list[tuple[LayerPath, flux_names.Piece | None]]:
     """The places that a file's module is for: one, or several where it is one of FLUX's joined layers.
 
     With each comes where it lies in the joined layer; None where it is the whole of the module.
     """
     part, path = piece(module)
     if part == "unet" and (held := flux_names.modules(path)):
-        return [(Place(part, ours), one if one.total > 1 else None) for ours, one in held]
+        return [(LayerPath(part, ours), one if one.total > 1 else None) for ours, one in held]
     if part == "unet":
         path = unet_names.diffusers_name(path)
         if path.startswith("text_model."):  # a PEFT file of a text encoder alone
@@ -86,7 +86,7 @@ def places(module: str) -> list[tuple[Place, flux_names.Piece | None]]:
         part = "te3"  # T5, which LyCORIS numbers as the second encoder
     elif part != "te3" and not path.startswith(("text_model.", "text_projection")):
         path = f"text_model.{path}"  # transformers 5 has no such level
-    return [(Place(part, path), None)]
+    return [(LayerPath(part, path), None)]
 
 
 def family_of(modules: Iterable[str], metadata: Mapping[str, str], source: str = "the file") -> str:
@@ -146,7 +146,7 @@ def check_family(modules: Iterable[str], family: str, source: str) -> None:
                 raise Refused(f"{source} has {place.path}, which is not in {family}; leave --base out")
 
 
-def kohya(place: Place, family: str) -> str:
+def kohya(place: LayerPath, family: str) -> str:
     """kohya's name of a place: `lora_unet_input_blocks_4_1_proj_in`; for FLUX, of the layer that holds it."""
     if place.part != "unet":
         number = "" if family == "sd15" else place.part[2:]
@@ -165,14 +165,14 @@ def kohya(place: Place, family: str) -> str:
     return "lora_unet_" + path.replace(".", "_")
 
 
-def native(place: Place, family: str) -> tuple[str, Mapping[str, str]]:
+def native(place: LayerPath, family: str) -> tuple[str, Mapping[str, str]]:
     """The module's name in this program's own files, and its table of suffixes by role."""
     if family != "flux" or place.part == "te3":
         return kohya(place, family), keys.KOHYA
     return diffusers(place, family), keys.PEFT
 
 
-def diffusers(place: Place, family: str) -> str:
+def diffusers(place: LayerPath, family: str) -> str:
     """diffusers' name of a place: `unet.down_blocks.1.attentions.0.proj_in`."""
     return f"{component(place.part, family)}.{place.path}"
 
@@ -184,6 +184,6 @@ def component(part: str, family: str) -> str:
     return COMPONENTS[part]
 
 
-def lycoris(place: Place) -> str:
+def lycoris(place: LayerPath) -> str:
     """LyCORIS' name of a layer of a denoiser: `lycoris_down_blocks_1_attentions_0_proj_in`."""
     return "lycoris_" + place.path.replace(".", "_")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.adapters.method import Samples, Warmup
+from lowrank.adapters.method import Warmup, WarmupBatches
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.config.flags_training import Abm
@@ -153,7 +153,7 @@ class Measured(NamedTuple):
 def stage(abm: Abm, run: Run, held: Loader | None) -> Warmup:
     """The warm-up stage that the flags ask for; `held` are the images that the guard measures, if any are."""
 
-    def work(network: AdapterNetwork, _: Samples) -> None:
+    def work(network: AdapterNetwork, _: WarmupBatches) -> None:
         _Stage(abm, run, held, network).work()
 
     return Warmup(abm_name(abm), work)

@@ -38,7 +38,7 @@ def depth_weights(count: int, strategy: str) -> list[float]:
 # ------------------------------------------------------------------ pre-activations
 
 
-class Place(NamedTuple):
+class Activation(NamedTuple):
     """Where a pre-activation is: the output of `module`, or its second half."""
 
     name: str
@@ -49,10 +49,10 @@ class Place(NamedTuple):
         return out.chunk(2, dim=-1)[1] if self.half else out
 
 
-def places(part: str, root: nn.Module) -> list[Place]:
+def places(part: str, root: nn.Module) -> list[Activation]:
     """Every pre-activation of a model, by `PREACTIVATIONS`."""
     return [
-        Place(f"{part}.{path}.{child}", inner, half)
+        Activation(f"{part}.{path}.{child}", inner, half)
         for path, owner in root.named_modules()
         for child, half in PREACTIVATIONS.get(type(owner).__name__, {}).items()
         if isinstance(inner := getattr(owner, child, None), nn.Module)
@@ -71,7 +71,7 @@ class Boundaries:
     all is computed again in the backward, whose calls are not counted a second time.
     """
 
-    places: Sequence[Place]
+    places: Sequence[Activation]
     margin: float
     relative: bool
     weights: Mapping[str, float] = field(default_factory=dict)  # none: survey
@@ -100,7 +100,7 @@ class Boundaries:
         found, self._found = self._found, None
         return found
 
-    def _see(self, place: Place, _module: nn.Module, _arguments: tuple, out: Tensor) -> None:
+    def _see(self, place: Activation, _module: nn.Module, _arguments: tuple, out: Tensor) -> None:
         z, name = place.read(out), place.name
         if self._mode == "survey":
             value = torch.tensor(z.requires_grad)

@@ -26,18 +26,18 @@ from lowrank.adapters.method import Updates
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.data.loader import Loader
 from lowrank.train.loop import Forward, stream
-from lowrank.train.validation import HeldOut
+from lowrank.train.validation import ValidationLoss
 
 FILE = "importance.json"
 LEARNING, PROBED = -10, -11  # draws are those of these epochs, which nothing else draws
 MEMORY = 0.8  # of the importance at each probe; not in the paper
 
 
-class Sampler:
+class LayerSampler:
     """Lets the gradients of a step through where its layer was drawn, and probes now and then."""
 
     def __init__(
-        self, updates: Updates, network: AdapterNetwork, held: HeldOut, accelerator: Accelerator
+        self, updates: Updates, network: AdapterNetwork, held: ValidationLoss, accelerator: Accelerator
     ) -> None:
         self._updates, self._network, self._held, self._accelerator = updates, network, held, accelerator
         self._layers = {layer.name: layer for layer in network.layers()}
@@ -111,10 +111,10 @@ def faint(layers: Iterable[AdaptedLayer], share: float) -> Iterator[None]:
 
 def sampler(
     network: object, forward: Forward, held: Loader | None, training: Loader, seed: int
-) -> Sampler | None:
+) -> LayerSampler | None:
     """The sampler that a network's method asks for, if any; it measures one batch, held out if any is."""
     if not isinstance(network, AdapterNetwork) or network.method.updates is None:
         return None
     measured = training.shard(0, 1) if held is None else held
-    fixed = HeldOut(measured, forward.losses, seed, None, None, limit=1)
-    return Sampler(network.method.updates, network, fixed, forward.accelerator)
+    fixed = ValidationLoss(measured, forward.losses, seed, None, None, limit=1)
+    return LayerSampler(network.method.updates, network, fixed, forward.accelerator)

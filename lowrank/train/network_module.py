@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.adapters.network_module import Facade
+from lowrank.adapters.network_module import NetworkModule
 from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused, nearest
 
@@ -74,10 +74,10 @@ def find_module(name: str) -> ModuleType:
     return module
 
 
-def facade_of(module: ModuleType) -> Facade | None:
+def facade_of(module: ModuleType) -> NetworkModule | None:
     """Our façade behind a module, or None for a foreign one."""
     owner = getattr(module.create_network, "__self__", None)
-    return owner if isinstance(owner, Facade) else None
+    return owner if isinstance(owner, NetworkModule) else None
 
 
 def create(

@@ -37,7 +37,7 @@ from lowrank.train.checkpoints import Names, Progress
 from lowrank.train.log import RunLog, describe_run
 from lowrank.train.loop import Forward, Run, components, train
 from lowrank.train.prompts import Prompt
-from lowrank.train.saving import Keeper
+from lowrank.train.saving import Saver
 from lowrank.train.schedule import RunPlan, build_scheduler, check_schedule, plan_run
 from lowrank.train.text_conditions import Text, all_captions
 
@@ -173,7 +173,7 @@ def _train(
     facts = check.facts(job, loader, models)
     measured = setup.held_out(parsed, held, forward.losses, job.seed)
     chooser = layer_sampling.sampler(network, forward, held, loader, job.seed)
-    keeper = Keeper(
+    keeper = Saver(
         parsed, accelerator, network, optimizer, told, log, preview, measured, chooser, job.names, facts, plan
     )
 
@@ -233,7 +233,7 @@ def _plan(job: Job, loader: Loader) -> RunPlan:
 
 
 @contextlib.contextmanager
-def _stoppable(keeper: Keeper) -> Iterator[None]:
+def _stoppable(keeper: Saver) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) ends the run at the next step, saving it; the second ends it at once."""
 
     def stop(number, _frame):

@@ -13,13 +13,13 @@ from lowrank.config.command_line import Parsed
 from lowrank.train import checkpoints, hub, metadata, optim
 from lowrank.train.checkpoints import Names, Progress
 from lowrank.train.ema import Ema
-from lowrank.train.layer_sampling import Sampler
+from lowrank.train.layer_sampling import LayerSampler
 from lowrank.train.log import RunLog
-from lowrank.train.validation import HeldOut
+from lowrank.train.validation import ValidationLoss
 from lowrank.train.watch import Preview
 
 
-class Keeper:
+class Saver:
     """Called after every step and epoch; knows what is due and what may go."""
 
     def __init__(
@@ -31,8 +31,8 @@ class Keeper:
         told: Mapping[str, str],
         log: RunLog,
         preview: Preview,
-        held: HeldOut | None,
-        chooser: Sampler | None,
+        held: ValidationLoss | None,
+        chooser: LayerSampler | None,
         names: Names,
         run_facts: Mapping[str, Any],
         plan: Any,

@@ -24,7 +24,7 @@ from lowrank.models.family import DTYPES, Family, Models, Source, move
 from lowrank.train.data import draw
 from lowrank.train.prompts import Prompt, read_prompts
 from lowrank.train.text_conditions import Text
-from lowrank.train.validation import HeldOut
+from lowrank.train.validation import ValidationLoss
 from lowrank.train.watch import Preview
 
 logger = logging.getLogger(__name__)
@@ -207,12 +207,12 @@ def preview(
     )
 
 
-def held_out(parsed: Parsed, loader: Loader | None, losses: Any, seed: int) -> HeldOut | None:
+def held_out(parsed: Parsed, loader: Loader | None, losses: Any, seed: int) -> ValidationLoss | None:
     """What is measured, and when; None where nothing is held out."""
     if loader is None:
         return None
     options = parsed.validation
-    return HeldOut(
+    return ValidationLoss(
         loader,
         losses,
         seed if options.validation_seed is None else options.validation_seed,

@@ -111,7 +111,7 @@ def all_captions(loaders: list[Loader]) -> tuple[str, ...] | None:
     return None if None in found else tuple(sorted({text for texts in found for text in texts or ()}))
 
 
-class Said:
+class TextConditions:
     """Captions to conditions: what adapters can change is made at every call, the rest once.
 
     Of the text encoders those that adapters can train stay in memory where `trains`, as `encoders`.

@@ -18,7 +18,7 @@ PLACES = (0.2, 0.4, 0.6, 0.8)  # in the range of noise levels, as kohya's
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationLoss:
     """Which images are measured and when. `loader` is not shared out: the processes part its batches here."""
 
     loader: Loader

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from lowrank.adapters.method import Samples, Warmup
+from lowrank.adapters.method import Warmup, WarmupBatches
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.config.flags_training import Abm
 from lowrank.data.loader import Batch
@@ -64,7 +64,7 @@ def noise(run: Run, batch: Batch) -> torch.Generator:
     return stream(run.seed, NOISE - batch.epoch, batch.position)
 
 
-def samples(run: Run) -> Samples:
+def samples(run: Run) -> WarmupBatches:
     """What a stage is given of a run."""
     accelerator = run.accelerator
 
@@ -76,7 +76,7 @@ def samples(run: Run) -> Samples:
         summed: Any = accelerator.reduce(tensor, "sum")
         return summed
 
-    return Samples(
+    return WarmupBatches(
         batches=lambda: map(losses, batches(run)),
         total=total,
         processes=accelerator.num_processes,
