@@ -100,13 +100,15 @@ class Hosts:
         return (W if part is None else W.narrow(*part)).flatten(1)
 
 
-def read(path: str, config: Mapping[str, Any] | None = None) -> File:
+def read_adapter(path: str, config: Mapping[str, Any] | None = None) -> File:
     """An adapter file; `config` is a schedule {min_rank, alpha} that goes before what the file says."""
     routed = any(key.endswith(_ROUTER) for key in read_names(path))
     return File(path, None if routed else Adapter(path, config=config))
 
 
-def put(model: Any, clip: Any, file: File, strength: float, strength_clip: float = 1.0) -> tuple[Any, Any]:
+def apply_adapter(
+    model: Any, clip: Any, file: File, strength: float, strength_clip: float = 1.0
+) -> tuple[Any, Any]:
     """Clones of model and CLIP with an adapter; `clip` may be None. Raises `Refused` for another base's."""
     model, clip = model.clone(), None if clip is None else clip.clone()
     denoiser, encoders = _hosts(model, clip)
@@ -134,7 +136,7 @@ def put(model: Any, clip: Any, file: File, strength: float, strength_clip: float
     return model, clip
 
 
-def merged(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
+def merge_adapters(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
     """Clones with Σ weights·ΔW. Static adapters are added first, and on one basis keep their rank.
 
     Raises `Refused` for adapters of different bases, or without a layer in common.
@@ -142,7 +144,7 @@ def merged(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float
     adapters = [file.adapter for file in files if file.adapter is not None and file.static]
     if len(adapters) < len(files):
         for file, weight in zip(files, weights, strict=True):
-            model, clip = put(model, clip, file, weight, weight)
+            model, clip = apply_adapter(model, clip, file, weight, weight)
         return model, clip
     mixture = Mixture(adapters)
     model, clip = model.clone(), None if clip is None else clip.clone()

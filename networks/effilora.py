@@ -76,14 +76,14 @@ class Options:
             )
 
 
-def stream(path: str) -> str:
+def stream_of(path: str) -> str:
     """What the layer at a dotted path reads."""
     return next((name for name, end in STREAMS if re.search(rf"(?:^|\.)(?:{end})$", path)), "picture")
 
 
 def share(part: str, path: str, shape: tuple[int, ...]) -> Hashable:
     """Layers of one answer have A in common; `shape` is (I,), of a convolution (I, k, k)."""
-    return part, stream(path), shape
+    return part, stream_of(path), shape
 
 
 def experts(options: Options, factor: Factor) -> Method:

@@ -46,7 +46,7 @@ def penalty(options: Options) -> Method:
         prepare = partial(laplace_penalty.isotropic, strength=strength)
     elif path:
         context = read_context(path)
-        prepare = partial(laplace_penalty.bind, context=context, strength=strength, source=path)
+        prepare = partial(laplace_penalty.bind_penalty, context=context, strength=strength, source=path)
     elif strength:
         raise Refused(
             f"lalora_lambda={strength:g} has no context; give lalora_context_path=FILE of "

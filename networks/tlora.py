@@ -27,7 +27,7 @@ from lowrank.adapters.method import LORA_FACTOR, Factor, Gate, Method, Start, st
 from lowrank.adapters.network_module import bind
 from lowrank.bases.qr_basis import basis_hash
 from lowrank.errors import Refused, nearest
-from lowrank.formats.tlora import COPY, ORTHOGONAL, PARTS, components, part
+from lowrank.formats.tlora import COPY, ORTHOGONAL, PARTS, component_slice, singular_components
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def start(weights, ranks, scales, options: Options) -> Start:
         W, R = weights[name], ranks[name]
         outs, ins = W.shape
         if options.use_data_init:
-            P, S, Q = components(W, options.sig_type, R)
+            P, S, Q = singular_components(W, options.sig_type, R)
         else:
             spectrum = spectra.get((outs, ins, R))
             if spectrum is None:
                 spectrum = spectra[outs, ins, R] = singular_values(outs, ins, 1 / R)
-            chosen = part(options.sig_type, min(outs, ins), R)
+            chosen = component_slice(options.sig_type, min(outs, ins), R)
             P, S, Q = uniform_frame(outs, R), spectrum[chosen].float(), uniform_frame(ins, R).T
         own = {"p_layer": P, "lambda_layer": S, "q_layer": Q}
         values[name] = own | {"base_p": P, "base_lambda": S, "base_q": Q}

@@ -89,7 +89,7 @@ READS = {
 
 @pytest.mark.parametrize("stream", READS)
 def test_a_path_tells_what_a_layer_reads(stream):
-    assert {path: effilora.stream(path) for path in READS[stream]} == dict.fromkeys(READS[stream], stream)
+    assert {path: effilora.stream_of(path) for path in READS[stream]} == dict.fromkeys(READS[stream], stream)
 
 
 def test_kohyas_and_diffusers_names_share_alike():
@@ -100,7 +100,7 @@ def test_kohyas_and_diffusers_names_share_alike():
     classes: dict[tuple, set[int]] = {}
     for layer in net.layers():
         target = net.targets[layer.name]
-        key = (target.part, effilora.stream(target.path), tuple(layer.roles()["down"].shape))
+        key = (target.part, effilora.stream_of(target.path), tuple(layer.roles()["down"].shape))
         classes.setdefault(key, set()).add(id(layer.roles()["down"]))
     assert all(len(found) == 1 for found in classes.values())
     assert len(set.union(*classes.values())) == len(classes) > 10

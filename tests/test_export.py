@@ -22,7 +22,7 @@ from lowrank.formats.convert import only, resize, write
 from lowrank.formats.formats import FORMATS, Choices
 from lowrank.formats.static import Plain, Static
 from lowrank.models.flux import flux_dev_config
-from lowrank.models.sd_single import facts
+from lowrank.models.sd_single import published_config
 from lowrank.naming import flux as flux_names
 from lowrank.naming import places
 from lowrank.naming import unet as unet_names
@@ -67,7 +67,7 @@ def test_every_export_is_what_its_readers_read(family, method, to, saved, tmp_pa
             write(adapter, to, target, choices)
         return
     written = write(adapter, to, target, choices)
-    checked = verify.check(adapter, to, target, choices)  # refuses missing and unexpected keys
+    checked = verify.check_export(adapter, to, target, choices)  # refuses missing and unexpected keys
     assert checked and max(one.worst for one in checked) <= 1e-5
     assert checked[0].reader == READERS.get(to, "our own reader")
     if to in ("kohya", "lycoris"):
@@ -100,11 +100,11 @@ def test_a_broken_export_is_refused(saved, tmp_path):
         key = next(key for key in state if key.endswith(("lora_up.weight", "lora_B.weight")))
         save_file({**state, key: state[key] * 1.001}, path)
         with pytest.raises(Refused, match="differs from the adapter"):
-            verify.check(adapter, to, path, Choices())
+            verify.check_export(adapter, to, path, Choices())
     write(adapter, "kohya", path, Choices())
     save_file({key.replace("mid_block", "middle"): v for key, v in load_file(path).items()}, path)
     with pytest.raises(Refused, match=r"lycoris\.kohya finds"):
-        verify.check(adapter, "kohya", path, Choices())
+        verify.check_export(adapter, "kohya", path, Choices())
 
 
 # ---------- names
@@ -114,7 +114,7 @@ def _meta(family: str):
     with torch.device("meta"):
         if family == "flux":
             return FluxTransformer2DModel(**flux_dev_config())
-        return UNet2DConditionModel.from_config(facts(family)["unet"])
+        return UNet2DConditionModel.from_config(published_config(family)["unet"])
 
 
 def _layers(model):
@@ -168,15 +168,15 @@ COUNTS = {"sd15": 278, "sdxl": 788, "flux": 304 + 10}
 def test_names_of_full_size_models(family):
     """kohya's names are those of the contract's tables, and each leads back to its place."""
     paths = _layers(_meta(family))
-    told = {path: places.kohya(LayerPath("unet", path), family) for path in paths}
+    told = {path: places.kohya_layer(LayerPath("unet", path), family) for path in paths}
     for path, name in EXAMPLES[family].items():
         assert told[path] == f"lora_unet_{name}"
     for path, name in told.items():
         found = [place.path for place, _ in places.places(name)]
-        assert path in found and (len(found) == 1 or flux_names.piece(path).total > 1)
+        assert path in found and (len(found) == 1 or flux_names.joined_rows(path).total > 1)
         for other in (
-            places.lycoris(LayerPath("unet", path)),
-            places.diffusers(LayerPath("unet", path), family),
+            places.lycoris_layer(LayerPath("unet", path)),
+            places.diffusers_layer(LayerPath("unet", path), family),
         ):
             assert [place.path for place, _ in places.places(other)] == [path]
     inside = [
@@ -192,13 +192,13 @@ def test_comfyui_maps_every_exported_key(family):
     model = _meta(family)
     own = _layers(model)
     if family == "flux":
-        theirs = {flux_names.piece(path).module for path in own}
+        theirs = {flux_names.joined_rows(path).module for path in own}
     else:
         theirs = {unet_names.unet_name(path, unet_names.Blocks.of(model)) for path in own} | set(own)
     comfy = {"lora_unet_" + path.replace(".", "_") for path in theirs}
     comfy |= {"lycoris_" + path.replace(".", "_") for path in own}
-    exported = {places.kohya(LayerPath("unet", path), family) for path in own}
-    exported |= {places.lycoris(LayerPath("unet", path)) for path in own}
+    exported = {places.kohya_layer(LayerPath("unet", path), family) for path in own}
+    exported |= {places.lycoris_layer(LayerPath("unet", path)) for path in own}
     assert exported <= comfy
 
 
@@ -214,10 +214,10 @@ def test_comfyui_maps_every_exported_key(family):
 def test_names_of_text_encoders(family, part, name):
     place = LayerPath(part, "text_model.encoder.layers.11.self_attn.out_proj")
     flat = f"{name}text_model_encoder_layers_11_self_attn_out_proj"
-    assert places.kohya(place, family) == flat
+    assert places.kohya_layer(place, family) == flat
     assert places.places(flat) == [(place, None)]
     t5 = LayerPath("te3", "encoder.block.3.layer.1.DenseReluDense.wi_0")
-    assert places.places(places.kohya(t5, "flux")) == [(t5, None)]
+    assert places.places(places.kohya_layer(t5, "flux")) == [(t5, None)]
 
 
 # ---------- FLUX's joined layers
@@ -275,7 +275,7 @@ def test_diffusers_reads_a_joined_layer_of_which_one_part_is_adapted(name, tmp_p
     """Zeros for the layers beside it are no unexpected keys: a model has them."""
     adapter = _flux({name: _random(3072, 3072, 1, 0.5)})
     write(adapter, "kohya", tmp_path / "out.safetensors", Choices())
-    told = verify.check(adapter, "kohya", tmp_path / "out.safetensors", Choices())
+    told = verify.check_export(adapter, "kohya", tmp_path / "out.safetensors", Choices())
     assert {one.reader: one.layers for one in told}["diffusers"] == 1
     small = _flux({"single_transformer_blocks.0.proj_mlp": _random(32, 8, 1, 0.5)})  # unknown to diffusers
     assert "diffusers" not in verify.readers("kohya", small, Choices())
@@ -327,7 +327,7 @@ def test_lengths_in_both_norm_conventions(saved, tmp_path):
         write(adapter, "kohya", tmp_path / "out.safetensors", Choices(None, norm, base))
         state = load_file(tmp_path / "out.safetensors")
         for place, layer in adapter.layers.items():
-            name = places.kohya(place, "sdxl")
+            name = places.kohya_layer(place, "sdxl")
             W, scale = base.weight(place), state[f"{name}.dora_scale"]
             assert scale.shape == (len(W), *(1,) * (len(layer.kernel) + 1))
             dW = layer.delta()
@@ -346,7 +346,7 @@ def test_a_joined_layer_with_lengths_needs_the_base(saved, tmp_path):
         write(adapter, "kohya", tmp_path / "out.safetensors", Choices())
     base = Weights(files.denoiser("flux"))
     write(adapter, "kohya", tmp_path / "out.safetensors", Choices(base=base))
-    assert verify.check(adapter, "kohya", tmp_path / "out.safetensors", Choices(base=base))
+    assert verify.check_export(adapter, "kohya", tmp_path / "out.safetensors", Choices(base=base))
     scale = load_file(tmp_path / "out.safetensors")["lora_unet_single_blocks_0_linear1.dora_scale"]
     own = base.weight(LayerPath("unet", "single_transformer_blocks.0.proj_mlp")).norm(dim=1)
     torch.testing.assert_close(scale[96:, 0], own)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lowrank.adapters.factor import concat, kaiming, resize
+from lowrank.adapters.factor import concat, kaiming, resize_pair
 from lowrank.bases import krylov
 from lowrank.bases.krylov import full_precision, thin_qr, top_subspace
 from lowrank.errors import Refused
@@ -335,7 +335,7 @@ def test_concat_refuses_layers_of_different_shape():
 def test_resize_is_the_best_approximation_and_knows_its_error(kind, rank):
     up, down = concat([(1.0, *pair(kind, 0)), (0.3, *pair(kind, 1, rank=2))])
     whole = low_rank(up, None, down).flatten(1)
-    new_up, new_down, error = resize(up, down, rank)
+    new_up, new_down, error = resize_pair(up, down, rank)
     assert (new_up.shape, new_down.shape) == ((9, rank, *up.shape[2:]), (rank, *down.shape[1:]))
     u, s, vh = torch.linalg.svd(whole, full_matrices=False)
     small = low_rank(new_up, None, new_down).flatten(1)
@@ -346,9 +346,9 @@ def test_resize_is_the_best_approximation_and_knows_its_error(kind, rank):
 
 def test_resize_keeps_dtypes_and_takes_zero_and_refuses_more():
     up, down = pair("linear", dtype=torch.bfloat16)
-    new_up, new_down, error = resize(up, down, 2)
+    new_up, new_down, error = resize_pair(up, down, 2)
     assert new_up.dtype == new_down.dtype == torch.bfloat16 and 0 < error < 1
-    assert resize(0 * up, down, 2)[2] == 0.0
+    assert resize_pair(0 * up, down, 2)[2] == 0.0
     for rank in (0, 5):
         with pytest.raises(Refused, match=f"rank {rank} is not between 1 and this adapter layer's 4"):
-            resize(up, down, rank)
+            resize_pair(up, down, rank)

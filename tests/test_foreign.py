@@ -60,16 +60,16 @@ def test_our_own_trainer_adds_penalties_itself():
 
 def test_what_kohya_cannot_do_is_refused():
     with pytest.raises(Refused, match=r"penalty\+rates pulls parameters \(pull\) .*train with bf16 or no"):
-        kohya_trainer.check(PENALISED, SimpleNamespace(mixed_precision="fp16"))
+        kohya_trainer.check_trainer(PENALISED, SimpleNamespace(mixed_precision="fp16"))
     with pytest.raises(Refused, match=r"warmed begins with a stage on data .*--network_weights"):
-        kohya_trainer.check(WARMED, SimpleNamespace(network_weights=None))
-    kohya_trainer.check(WARMED, SimpleNamespace(network_weights="warmed.safetensors"))
+        kohya_trainer.check_trainer(WARMED, SimpleNamespace(network_weights=None))
+    kohya_trainer.check_trainer(WARMED, SimpleNamespace(network_weights="warmed.safetensors"))
     with pytest.raises(
         Refused, match=r"abm_enabled asks for the ABM stage .* --abm_enabled and give its file"
     ):
-        kohya_trainer.check(
+        kohya_trainer.check_trainer(
             Method("plain", LORA_FACTOR), SimpleNamespace(network_args=["abm_enabled=True", "abm_steps=9"])
         )
     read = Method("plain", LORA_FACTOR, options={"abm_batch_size": 4})
-    kohya_trainer.check(read, SimpleNamespace(network_args=["abm_batch_size=4"]))
-    kohya_trainer.check(Method("plain", LORA_FACTOR), SimpleNamespace(mixed_precision="fp16"))
+    kohya_trainer.check_trainer(read, SimpleNamespace(network_args=["abm_batch_size=4"]))
+    kohya_trainer.check_trainer(Method("plain", LORA_FACTOR), SimpleNamespace(mixed_precision="fp16"))

@@ -25,7 +25,7 @@ from lowrank.formats.read import Adapter
 from lowrank.formats.static import Static
 from lowrank.formats.verify import difference
 from lowrank.naming import keys
-from lowrank.naming.flux_join import join, strength
+from lowrank.naming.flux_join import join_layers, strength
 from lowrank.naming.places import LayerPath
 from lowrank.tensors import read_tensors
 from networks import lora
@@ -331,7 +331,7 @@ def test_joined_layers_with_an_alpha_of_zero():
         }
         for alpha in (0.0, 1.0, 2.0)
     ]
-    joined = join(parts, [4, 4, 4])
+    joined = join_layers(parts, [4, 4, 4])
     dW = strength(joined, 6) * joined["up"] @ joined["down"]
     want = [strength(part, 2) * part["up"] @ part["down"] for part in parts]
     torch.testing.assert_close(dW, torch.cat(want))

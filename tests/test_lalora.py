@@ -25,7 +25,7 @@ from lowrank.cli.sd_train import main_sdxl as sdxl
 from lowrank.config.context import CALC_CONTEXT
 from lowrank.errors import Refused
 from lowrank.laplace import penalty as laplace_penalty
-from lowrank.laplace.context_file import probe, read_context, write_context
+from lowrank.laplace.context_file import read_context, weight_fingerprint, write_context
 from lowrank.laplace.fisher import Fisher, Moment, inputs_of
 from lowrank.models.family import Source
 from lowrank.models.sd import SD15, SdOptions
@@ -448,10 +448,10 @@ def test_lambda_needs_something_to_go_by(tmp_path):
 def test_a_base_in_another_dtype_is_the_same_base():
     for kind in HOSTS:
         layer, half = base(kind).first, base(kind).bfloat16().first
-        assert (probe(layer) - probe(half)).square().mean().sqrt() < 0.02
+        assert (weight_fingerprint(layer) - weight_fingerprint(half)).square().mean().sqrt() < 0.02
         with torch.no_grad():
             layer.weight.copy_(torch.randn_like(layer.weight))
-        assert (probe(layer) - probe(half)).square().mean().sqrt() > 0.7
+        assert (weight_fingerprint(layer) - weight_fingerprint(half)).square().mean().sqrt() > 0.7
 
 
 def test_layers_that_stay_free_are_told(tmp_path, caplog):

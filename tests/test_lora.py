@@ -341,17 +341,17 @@ def test_rules_choose_rank_alpha_and_rate():
 
 
 def test_the_first_rule_holds():
-    found = layer_rules.parse("a -> rank=1; b -> rank=2 alpha=0.5 lr=0")
+    found = layer_rules.parse_rules("a -> rank=1; b -> rank=2 alpha=0.5 lr=0")
 
     def rule_of(path, *inside):
         return layer_rules.first(found, Target("unet", "", "", torch.nn.Linear(1, 1), path, inside))
 
     assert [rule_of(path) for path in ("xa", "b", "ab", "c")] == [0, 1, 0, None]
     assert (found[1].rank, found[1].alpha, found[1].lr) == (2, 0.5, 0.0)
-    assert layer_rules.parse(None) == layer_rules.parse(" ;\n") == ()
-    assert layer_rules.parse("a->b -> off")[0].pattern.pattern == "a->b"
+    assert layer_rules.parse_rules(None) == layer_rules.parse_rules(" ;\n") == ()
+    assert layer_rules.parse_rules("a->b -> off")[0].pattern.pattern == "a->b"
     # by class: where no pattern holds, and of several the innermost block's, wherever it stands in the text
-    found = layer_rules.parse("class:Block -> rank=1; class:Attention -> rank=2; b -> rank=3")
+    found = layer_rules.parse_rules("class:Block -> rank=1; class:Attention -> rank=2; b -> rank=3")
     assert rule_of("c", "Linear", "Attention", "Block", "Net") == 1
     assert rule_of("c", "Linear", "Block", "Net") == 0
     assert rule_of("b", "Linear", "Attention", "Block", "Net") == 2

@@ -53,8 +53,8 @@ def full():
     """Full-size denoisers on the meta device, FLUX.2's with fewer blocks."""
     with torch.device("meta"):
         return {
-            "sd15": UNet2DConditionModel.from_config(sd_single.facts("sd15")["unet"]),
-            "sdxl": UNet2DConditionModel.from_config(sd_single.facts("sdxl")["unet"]),
+            "sd15": UNet2DConditionModel.from_config(sd_single.published_config("sd15")["unet"]),
+            "sdxl": UNet2DConditionModel.from_config(sd_single.published_config("sdxl")["unet"]),
             "flux": FluxTransformer2DModel(**flux_dev_config()),
             "flux2": Flux2Transformer2DModel(num_layers=2, num_single_layers=3),
         }

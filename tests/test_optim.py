@@ -23,7 +23,7 @@ from lowrank.config.flag import scheduler as scheduler_by_name
 from lowrank.config.flags_training import Optimizer as Options
 from lowrank.errors import Refused
 from lowrank.train import schedule
-from lowrank.train.optim import KNOWN, build_optimizer, chosen, evaluating, training
+from lowrank.train.optim import KNOWN, averaged_weights, build_optimizer, chosen, training
 from lowrank.train.schedule import build_scheduler, plan_run
 
 
@@ -239,13 +239,13 @@ def test_schedule_free_weights_are_swapped_and_put_back(schedulefree, caplog):
     trained = p.detach().clone()
     with training(optimizer):
         assert torch.equal(p, trained)
-        with evaluating(types.SimpleNamespace(optimizer=optimizer)):  # as accelerate wraps it
+        with averaged_weights(types.SimpleNamespace(optimizer=optimizer)):  # as accelerate wraps it
             assert torch.equal(p, trained - 1)
-            with evaluating(optimizer):
+            with averaged_weights(optimizer):
                 assert torch.equal(p, trained - 1)
             assert torch.equal(p, trained - 1)
         assert torch.equal(p, trained)
-    with pytest.raises(RuntimeError), evaluating(optimizer):
+    with pytest.raises(RuntimeError), averaged_weights(optimizer):
         raise RuntimeError
     assert torch.equal(p, trained) and optimizer.param_groups[0]["train_mode"]
     optimizer.eval()
@@ -262,7 +262,7 @@ def test_other_optimizers_are_left_alone():
     optimizer = build()
     (p,) = optimizer.param_groups[0]["params"]
     before = p.detach().clone()
-    with training(optimizer), evaluating(optimizer):
+    with training(optimizer), averaged_weights(optimizer):
         assert torch.equal(p, before)
 
 
@@ -431,7 +431,7 @@ def test_a_warmup_longer_than_the_run_is_told(caplog):
 def test_factors_stay_between_floor_and_one(name):
     for warmup, decay, steps in itertools.product((0, 1, 5), (0, 3), (1, 2, 10)):
         curve = schedule.Curve(steps, warmup=warmup, decay=decay, cycles=2, floor=0.1, end=0.01)
-        values = [schedule.factor(name, curve)(step) for step in range(steps + 3)]
+        values = [schedule.rate_factor(name, curve)(step) for step in range(steps + 3)]
         assert all(0 <= value <= 1 for value in values)
 
 

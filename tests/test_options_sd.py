@@ -11,7 +11,7 @@ from lowrank.cli.resolve import record, with_network
 from lowrank.config.checks import trains_text
 from lowrank.config.sd import SAMPLERS, SD_TRAIN, SDXL_TRAIN
 from lowrank.errors import Refused
-from lowrank.models.samplers import sampler
+from lowrank.models.samplers import build_sampler
 from lowrank.models.sd import SdOptions
 from lowrank.objective.diffusion import Diffusion
 
@@ -210,4 +210,4 @@ def test_every_sampler_on_offer_is_there():
     pytest.importorskip("scipy")  # lms
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     for name in SAMPLERS:
-        assert sampler(name, schedule).config.beta_end == 0.012
+        assert build_sampler(name, schedule).config.beta_end == 0.012

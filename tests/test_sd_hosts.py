@@ -25,7 +25,7 @@ def full():
     found = {}
     with torch.device("meta"):
         for kind in ("sd15", "sd2", "sdxl"):
-            facts = sd_single.facts(kind)
+            facts = sd_single.published_config(kind)
             encoders: list = [CLIPTextModel(CLIPTextConfig(**facts["text_encoder"]))]
             if kind == "sdxl":
                 encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**facts["text_encoder_2"])))

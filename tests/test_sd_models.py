@@ -24,7 +24,7 @@ from lowrank.errors import Refused
 from lowrank.models import memory, sd_single
 from lowrank.models.family import ROLES, Source, latent_scale
 from lowrank.models.flux import FLUX
-from lowrank.models.samplers import SAMPLERS, sampler
+from lowrank.models.samplers import SAMPLERS, build_sampler
 from lowrank.models.sd import PLAIN, SD15, SdOptions
 from lowrank.models.sdxl import SDXL
 from lowrank.models.single import Checkpoint, autoencoder_config, original_vae
@@ -151,7 +151,7 @@ def test_every_sampler_draws(name, all_models):
         pytest.importorskip("scipy")
     one, two = (SD15.sample(models, text, generator=seeded(), **more)[0] for _ in range(2))
     assert one.size == (32, 32) and one.tobytes() == two.tobytes()
-    made = sampler(name, models.configs["scheduler"])
+    made = build_sampler(name, models.configs["scheduler"])
     assert torch.allclose(made.alphas_cumprod, models.scheduler.alphas_cumprod)
     assert made.config.prediction_type == "epsilon"
 
@@ -164,12 +164,12 @@ def test_sampler_of_a_library_that_is_not_there(all_models, monkeypatch):
 
     monkeypatch.setattr(diffusers, "LMSDiscreteScheduler", absent)
     with pytest.raises(Refused, match=r"sampler lms needs another library \(no scipy\)"):
-        sampler("lms", all_models["sd15"].configs["scheduler"])
+        build_sampler("lms", all_models["sd15"].configs["scheduler"])
 
 
 def test_unknown_sampler_is_refused(all_models):
     with pytest.raises(Refused, match="sampler 'euler_b' is unknown"):
-        sampler("euler_b", all_models["sd15"].configs["scheduler"])
+        build_sampler("euler_b", all_models["sd15"].configs["scheduler"])
 
 
 # ---------- original files
@@ -213,7 +213,7 @@ def shapes_only(state: dict) -> Checkpoint:
 
 
 def test_full_sizes_are_read_off_the_tensors(kind):
-    facts = sd_single.facts(kind)
+    facts = sd_single.published_config(kind)
     state = full(facts["unet"])
     told = sd_single.unet_config(shapes_only(state))
     expected = facts["unet"]
@@ -235,7 +235,7 @@ def test_full_sizes_are_read_off_the_tensors(kind):
 
 def test_names_are_those_of_diffusers_converter(kind):
     """At full size our names, and diffusers' own reading of original files, agree on every tensor."""
-    facts = sd_single.facts(kind)
+    facts = sd_single.published_config(kind)
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel.from_config(facts["unet"]), AutoencoderKL.from_config(facts["vae"])
     blocks = unet_names.Blocks.of(unet)

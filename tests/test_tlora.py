@@ -132,7 +132,7 @@ def test_a_fresh_adapter_is_the_base_and_its_frames_are_orthonormal(sig_type, da
             assert bool((S.diff() <= 0).all())
             if data == "True":
                 values = torch.linalg.svdvals(layer.host.weight.flatten(1))
-                torch.testing.assert_close(S.data, values[tlora.part(sig_type, len(values), 4)])
+                torch.testing.assert_close(S.data, values[tlora.component_slice(sig_type, len(values), 4)])
 
 
 def test_singular_values_are_those_of_a_gaussian_matrix():
@@ -142,7 +142,7 @@ def test_singular_values_are_those_of_a_gaussian_matrix():
     matrices = 0.25 * torch.randn(200, 20, 32, dtype=torch.float64)
     torch.testing.assert_close(drawn, torch.linalg.svdvals(matrices).mean(0), rtol=0.03, atol=0.03)
     assert tlora.singular_values(1, 3, 1.0).shape == (1,)
-    assert tlora.part("middle", 10, 3) == slice(4, 7)  # ceil, as the authors; LyCORIS floors
+    assert tlora.component_slice("middle", 10, 3) == slice(4, 7)  # ceil, as the authors; LyCORIS floors
 
 
 @pytest.mark.parametrize("orthogonal", ["True", "False"])

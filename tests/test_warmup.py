@@ -33,7 +33,7 @@ from lowrank.models.memory import checkpointed
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
 from lowrank.train import abm, warmup
-from lowrank.train.abm_hooks import depth_weights, hinge, places
+from lowrank.train.abm_hooks import activations, depth_weights, hinge
 from lowrank.train.loop import Forward, Run
 from networks import delta_r, dora, lora
 
@@ -359,7 +359,7 @@ def test_what_a_stage_reads_of_real_models(tiny_sd, tiny_sdxl, tiny_flux):
     counted = {}
     for name, family, folder in (("sd", SD15, tiny_sd), ("sdxl", SDXL, tiny_sdxl), ("flux", FLUX, tiny_flux)):
         shapes = family.empty(family.load(Source(str(folder), dtype=torch.float32), ()))
-        found = places("denoiser", shapes)
+        found = activations("denoiser", shapes)
         counted[name] = {one.name.rpartition(".")[2] for one in found}
         assert all(one.half == (type(one.module).__name__ == "Linear" and name != "flux")
                    for one in found if one.name.endswith("proj"))  # fmt: skip

@@ -65,7 +65,9 @@ class CommonArguments:
     """frozen tensors in files: full (all), q (what using the file needs), none (found again from the base)"""
 
     def __post_init__(self) -> None:
-        layer_rules.parse(self.module_rules)  # a rule that cannot be read is said before a model is loaded
+        layer_rules.parse_rules(
+            self.module_rules
+        )  # a rule that cannot be read is said before a model is loaded
         for name in ("dropout", "rank_dropout", "module_dropout"):
             share = getattr(self, name)
             if share is not None and not 0 <= share < 1:
@@ -95,7 +97,7 @@ def _split(text: str | None, mark: str) -> tuple[str, ...]:
     return tuple(piece.strip() for piece in (text or "").split(mark) if piece.strip())
 
 
-def sizes(
+def layer_sizes(
     layout: CommonArguments, targets: Sequence[Target], rank: int, alpha: float, clamp: bool = False
 ) -> dict[str, tuple[int, float]]:
     """(rank, alpha) by layer name; a layer that is left out has none. An alpha of 0 is the rank.
@@ -105,8 +107,8 @@ def sizes(
     """
     conv = (layout.conv_dim, 1.0 if layout.conv_alpha is None else layout.conv_alpha)
     table = _by_block(layout, targets, (rank, alpha), conv)
-    weights, by_name = _lr_weights(layout, targets), layer_rules.parse(layout.module_rules)
-    layer_rules.check(by_name, targets)
+    weights, by_name = _lr_weights(layout, targets), layer_rules.parse_rules(layout.module_rules)
+    layer_rules.check_rules(by_name, targets)
     found: dict[str, tuple[int, float]] = {}
     lowered: dict[str, tuple[int, int]] = {}
     for target in targets:
@@ -143,7 +145,7 @@ def sizes(
 
 def speeds(layout: CommonArguments, targets: Sequence[Target]) -> dict[str, Speed]:
     """How fast each layer learns, by name; layers that follow their part are left out."""
-    weights, by_name = _lr_weights(layout, targets), layer_rules.parse(layout.module_rules)
+    weights, by_name = _lr_weights(layout, targets), layer_rules.parse_rules(layout.module_rules)
     found = {}
     for target in targets:
         block, position = unet_blocks.index(target.name), layer_rules.first(by_name, target)

@@ -13,7 +13,7 @@ from lowrank.adapters.targets import Target, dense_weight, host_shape
 from lowrank.errors import Refused
 from lowrank.naming import flux as flux_names
 from lowrank.naming import keys
-from lowrank.naming.flux_join import Roles, alike, cut, join, piece_rows
+from lowrank.naming.flux_join import Roles, alike, cut_rows, join_layers, piece_rows
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def tell_zeros(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
         )
 
 
-def read(
+def match_layers(
     state: Mapping[str, Tensor], targets: Iterable[Target], method: Method, source: str
 ) -> tuple[dict[str, Roles], list[str]]:
     """({layer's name: {role: tensor}}, keys of no layer here) of a file in any dialect.
@@ -110,14 +110,14 @@ def _other_flux(
     chains = (*factor.chains, *((factor.copy,) if factor.copy else ()))
     outputs = {"magnitude", *(chain.up[0] for chain in chains)}
     cores = {role for chain in chains for role in (*chain.up[1:], *chain.down[:-1])}
-    if part := flux_names.piece(target.path):  # apart here
+    if part := flux_names.joined_rows(target.path):  # apart here
         name = part.module.replace(".", "_")
         if part.total == 1 or name not in by_module:
             return {}, set()
         roles = by_module[name]
         ups = [roles[role] for role in outputs & roles.keys()]
         total = max((up.shape[-2 if up.dim() == 3 else 0] for up in ups), default=0)
-        return cut(roles, piece_rows(part, total), outputs), {name}
+        return cut_rows(roles, piece_rows(part, total), outputs), {name}
     held = flux_names.modules(target.path)
     names = [path.replace(".", "_") for path, piece in held if piece.total > 1]
     parts = [by_module.get(name) for name in names]
@@ -126,7 +126,7 @@ def _other_flux(
     if not alike(parts, outputs):
         _refuse_join(method, source, target.name)
     rows = [piece_rows(piece, host_shape(target.module)[0]) for _, piece in held]
-    roles = join(parts, [one.stop - one.start for one in rows], outputs, cores)
+    roles = join_layers(parts, [one.stop - one.start for one in rows], outputs, cores)
     if any(part and "magnitude" in part for part in parts) and "magnitude" not in roles:
         lengths = torch.linalg.vector_norm(dense_weight(target.module).float(), dim=1)  # g = 1 where none is
         for part, own in zip(parts, rows, strict=True):

@@ -48,7 +48,7 @@ def concat(parts: Sequence[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tenso
     return torch.cat([up for _, up, _ in parts], dim=1), torch.cat([scale * down for scale, _, down in parts])
 
 
-def resize(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+def resize_pair(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best (up, down) of a lower rank, balanced, and its relative Frobenius error; no O × I is formed.
 
     up is (O, R) or (O, R, 1, 1), down (R, I) or (R, I, kh, kw); float64 inside, the inputs' dtypes outside.

@@ -38,7 +38,7 @@ def prefix(open_: Tensor, rank: int) -> Tensor:
     return (torch.arange(rank, device=open_.device) < open_.reshape(-1, 1)).to(torch.float32)
 
 
-def per_sample(mask: Tensor, batch: int) -> Tensor:
+def mask_per_sample(mask: Tensor, batch: int) -> Tensor:
     """Mask (B, R) repeated to `batch` = n·B rows: guidance and several images per prompt keep their order."""
     if mask.shape[0] == 1:
         return mask.expand(batch, -1)

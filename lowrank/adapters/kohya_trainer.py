@@ -16,7 +16,7 @@ from lowrank.adapters.method import Method
 from lowrank.errors import Refused
 
 
-def check(method: Method, args: Any) -> None:
+def check_trainer(method: Method, args: Any) -> None:
     """Raise `Refused` for what kohya's trainer cannot do for a method; `args` are the trainer's options."""
     if method.warmup and not getattr(args, "network_weights", None):
         raise Refused(

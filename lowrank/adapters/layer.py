@@ -252,7 +252,7 @@ class AdaptedLayer(nn.Module):
                     f"{self.method.name} needs the timestep and nobody told it; run the whole denoiser, or "
                     "inside `with network.denoise_at(t)`"
                 )
-            mask = gate.per_sample(self._clock.masks[self.rank], h.shape[0])
+            mask = gate.mask_per_sample(self._clock.masks[self.rank], h.shape[0])
             h = h * _along_rank(mask, h, self.conv)
         if self.training and self.dropout:
             h = F.dropout(h, self.dropout)

@@ -39,7 +39,7 @@ class Rule:
     lr: float | None = None
 
 
-def parse(text: str | None) -> tuple[Rule, ...]:
+def parse_rules(text: str | None) -> tuple[Rule, ...]:
     """The rules of a `module_rules` text. Raises `Refused`, quoting the rule that cannot be read."""
     pieces = [piece.strip() for piece in re.split(r"[;\n]", text or "")]
     return tuple(_rule(piece) for piece in pieces if piece)
@@ -83,20 +83,20 @@ def _values(text: str, said: str) -> dict:
     return found
 
 
-def path(target: Target) -> str:
+def rule_path(target: Target) -> str:
     """What patterns are searched in: the part and the dotted path."""
     return f"{target.part}.{target.path}"
 
 
 def first(rules: Sequence[Rule], target: Target) -> int | None:
     """The position of the rule that holds for a layer, or None."""
-    told = path(target)
+    told = rule_path(target)
     by_name = (i for i, rule in enumerate(rules) if rule.within is None and rule.pattern.search(told))
     by_class = (i for word in target.inside for i, rule in enumerate(rules) if rule.within == word)
     return next(by_name, next(by_class, None))
 
 
-def check(rules: Sequence[Rule], targets: Iterable[Target]) -> None:
+def check_rules(rules: Sequence[Rule], targets: Iterable[Target]) -> None:
     """Raise `Refused` for a rule that holds for none of the layers."""
     targets = list(targets)
     used = {first(rules, target) for target in targets}
@@ -105,7 +105,7 @@ def check(rules: Sequence[Rule], targets: Iterable[Target]) -> None:
             taken = any(first([rule], target) == 0 for target in targets)
             why = "matches only layers of other rules" if taken else "matches no adapted layer"
             known = dict.fromkeys(kind for target in targets for kind in target.inside)
-            like = [path(target) for target in targets[:2]] if rule.within is None else known
+            like = [rule_path(target) for target in targets[:2]] if rule.within is None else known
             raise Refused(
                 f"module_rules pattern {rule.pattern.pattern!r} {why}; "
                 f"{'layers are named like' if rule.within is None else 'they are in'} {', '.join(like)}"

@@ -226,7 +226,7 @@ class AdapterNetwork(nn.Module):
 
     def prepare_network(self, args: Any) -> None:
         """kohya's trainers hand over their options, ours does not. Raises `Refused`, see `foreign.check`."""
-        kohya_trainer.check(self.method, args)
+        kohya_trainer.check_trainer(self.method, args)
         self._pull = kohya_trainer.pull(args) if self.method.penalty else None
 
     def set_current_generation(self, *_: Any) -> None:
@@ -305,7 +305,7 @@ class AdapterNetwork(nn.Module):
         Frozen tensors that a file leaves out are computed from the base.
         """
         check_made_by(source, metadata, self.method)
-        found, unexpected = dialect.read(state, self.targets.values(), self.method, source)
+        found, unexpected = dialect.match_layers(state, self.targets.values(), self.method, source)
         if not found:
             raise Refused(
                 f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model "

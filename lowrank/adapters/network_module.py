@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.adapters import dialect
-from lowrank.adapters.arguments import CommonArguments, sizes, speeds
+from lowrank.adapters.arguments import CommonArguments, layer_sizes, speeds
 from lowrank.adapters.method import Factor, Method, check_made_by
 from lowrank.adapters.network import AdapterNetwork, DenseWeights
 from lowrank.adapters.targets import Target, find_all
@@ -219,7 +219,7 @@ class NetworkModule:
         clamp = (
             method.gate is not None
         )  # a gate counts shares of ranks, and a rank that is never used is none
-        size = self._fit(method, targets, sizes(layout, targets, rank, alpha, clamp))
+        size = self._fit(method, targets, layer_sizes(layout, targets, rank, alpha, clamp))
         kept = [target for target in targets if target.name in size]
         network = self._network(method, layout, kept, size, multiplier)
         network.start()
@@ -249,7 +249,7 @@ class NetworkModule:
             dialect.check_start(weights_sd, metadata, method, source)
         chosen = layout.selection or {"target": ".*" if unet is not None else None}
         targets = find_all(text_encoder, unet, exclude=layout.exclude, **chosen)
-        found, strange = dialect.read(weights_sd, targets, method, source)
+        found, strange = dialect.match_layers(weights_sd, targets, method, source)
         size = {name: told for name, roles in found.items() if (told := _told(method, roles)) is not None}
         if not size:
             raise Refused(

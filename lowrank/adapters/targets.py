@@ -133,7 +133,7 @@ class Target(NamedTuple):
         paths = {path.replace(".", "_") for path in (self.path, self.path.removeprefix("text_model."))}
         told = [f"lora_{self.part}_{path}" for path in paths]
         other = [path for path, piece in flux_names.modules(self.path) if piece.total == 1]
-        other += [piece.module] if (piece := flux_names.piece(self.path)) and piece.total == 1 else []
+        other += [piece.module] if (piece := flux_names.joined_rows(self.path)) and piece.total == 1 else []
         # FLUX's other dialect, where the layer is one there too and has its rows in the same order
         told += [path for path in other if flux_names.SWAPPED not in (path, self.path)]
         return {keys.flat(one) for one in (self.name, self.native or self.name, *told)}

@@ -44,7 +44,7 @@ def check_folder(path: str) -> None:
         )
 
 
-def family_of(source: Source) -> Family:
+def model_family(source: Source) -> Family:
     """The family that a model folder, a hub id or an SD checkpoint file is of. Raises `Refused`."""
     if is_file(source.path):
         file = Checkpoint(source.path)

@@ -10,14 +10,14 @@ from lowrank.adapters.method import Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.cli.adapter import made_by
-from lowrank.cli.base_model import base, device_of, family_of, own_side
+from lowrank.cli.base_model import base, device_of, model_family, own_side
 from lowrank.cli.source_pictures import default_prompt
 from lowrank.errors import Refused
 from lowrank.formats.nearest_lora import together, unrouted
 from lowrank.models.family import Models, align
 from lowrank.naming import keys
 from lowrank.tensors import TensorFile, read_metadata, write_tensors
-from lowrank.train.data import draw
+from lowrank.train.data import draw_picture
 from lowrank.train.network_module import find_module
 from lowrank.train.prompts import read_prompts
 from lowrank.train.text_conditions import TextConditions
@@ -49,7 +49,7 @@ def write_nearest(source: str, model: str, prompts: str, target: Path) -> str:
         )
     device = device_of(None)
     origin = base(model, "fp32" if device == "cpu" else "bf16", device, flag="model")
-    family = family_of(origin)
+    family = model_family(origin)
     models, switches = family.load(origin, ()), family.options()
     side = own_side(models)
     asked = read_prompts(
@@ -66,7 +66,7 @@ def write_nearest(source: str, model: str, prompts: str, target: Path) -> str:
 
     def calibrate() -> None:
         for index, one in enumerate(tqdm(asked, desc="calibrating", unit="picture")):
-            draw(family, models, switches, said, one, index if one.seed is None else one.seed)
+            draw_picture(family, models, switches, said, one, index if one.seed is None else one.seed)
 
     state, errors = unrouted(network, calibrate)
     network.restore()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lowrank import __version__
 from lowrank.adapters.targets import Target, as_passed, find_all, host_shape
 from lowrank.cli import source_pictures as pictures
-from lowrank.cli.base_model import base, device_of, family_of, own_side
+from lowrank.cli.base_model import base, device_of, model_family, own_side
 from lowrank.cli.resolve import record
 from lowrank.config.command_line import Parsed
 from lowrank.config.context import CALC_CONTEXT
@@ -36,7 +36,7 @@ from lowrank.objective.flow import Draw, Flow
 from lowrank.tensors import read_tensors
 from lowrank.train import setup
 from lowrank.train.attach import choose_attention
-from lowrank.train.loop import stream
+from lowrank.train.loop import batch_generator
 from lowrank.train.text_conditions import TextConditions
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if measure.basis_path:
         read_tensors(measure.basis_path)
     source = _source(parsed)
-    family = family_of(source)
+    family = model_family(source)
     objective, switches = _records(parsed, family)
     models = family.load(source, ())
     setup.check_prediction(objective, family, models)
@@ -125,7 +125,7 @@ def _loader(parsed: Parsed, family: Family, models: Models, folder: Path, sides:
         buckets["min_bucket_reso"] = min(buckets["min_bucket_reso"], *sides)
         buckets["max_bucket_reso"] = max(buckets["max_bucket_reso"], *sides)
     return Loader(
-        pictures.datasets(folder, parsed.sources.caption_extension, **buckets),
+        pictures.source_datasets(folder, parsed.sources.caption_extension, **buckets),
         seed=parsed.measure.seed,
         skip_bad_images=parsed.sources.skip_bad_images,
         multiple=family.bucket_step(models),
@@ -160,7 +160,7 @@ def _prepared(parsed: Parsed, family: Family, models: Models, encoders: Sequence
 # ------------------------------------------------------------------ measuring
 
 
-def batches(loader: Loader, count: int, size: int) -> Iterator[list[Batch]]:
+def picture_groups(loader: Loader, count: int, size: int) -> Iterator[list[Batch]]:
     """`count` pictures, epoch after epoch, in groups of one shape and of at most `size`."""
     waiting: dict[Any, list[Batch]] = {}
     single = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
@@ -189,7 +189,7 @@ def _run(
     device, dtype = torch.device(models.source.device), models.source.dtype
     total = 0.0
     with fisher.watching(), tqdm(total=count, desc="curvature", unit="sample") as bar:
-        for group in batches(loader, count, size):
+        for group in picture_groups(loader, count, size):
             latents, drawn = _drawn(family, models, objective, group, seed, device)
 
             def losses(group: list[Batch] = group, drawn: Draw = drawn) -> Tensor:
@@ -210,7 +210,7 @@ def _drawn(
     """Latents, and noise and timesteps, which a picture has from its own place in its epoch."""
     latents, draws = [], []
     for one in group:
-        generator = stream(seed, one.epoch, one.position)
+        generator = batch_generator(seed, one.epoch, one.position)
         assert one.encoded is not None
         latents.append(family.latents(models, one.encoded.to(device), generator))
         draws.append(objective.draw(latents[-1], generator))

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowrank import __version__
 from lowrank.cli.adapter import made_by, read
 from lowrank.cli.base_model import base as base_source
-from lowrank.cli.base_model import family_of
+from lowrank.cli.base_model import model_family
 from lowrank.cli.calibrate import attached, write_nearest
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, verify
@@ -162,7 +162,7 @@ def _export(args: argparse.Namespace) -> int:
     files = write(adapter, args.to, args.target, choices)
     print(f"{', '.join(map(str, files))}: {_described(adapter)}; read by {FORMATS[args.to].readers}")
     if args.verify != "off":
-        told = verify.check(adapter, args.to, Path(args.target), choices)
+        told = verify.check_export(adapter, args.to, Path(args.target), choices)
         for one in told:
             print(
                 f"read back by {one.reader}: {one.layers} layers, at most {one.worst:.1e} of a change apart"
@@ -220,9 +220,9 @@ def forward_difference(
     if not model or (is_file(model) and "flux" in adapter.family):
         return "it needs the folder of a diffusers model, or one file of SD or SDXL (--model)"
     origin = base_source(model, "fp32", "cpu")
-    family = family_of(origin)
+    family = model_family(origin)
     models = family.load(origin, ("denoiser",))
-    inputs = probe(models, family)
+    inputs = example_inputs(models, family)
     denoiser: Any = models.denoiser
     network = attached(method, source, models, strength)
     with network.denoise_at(torch.zeros_like(inputs["timesteps"])):
@@ -251,7 +251,7 @@ def _loader(to: str, adapter: Plain) -> Callable[[Any, Path], None] | None:
     return None
 
 
-def probe(models: Models, family: Family) -> dict[str, Any]:
+def example_inputs(models: Models, family: Family) -> dict[str, Any]:
     """One noise and one random text of the model's sizes, the same at every call."""
     config, made = models.configs["denoiser"], torch.Generator().manual_seed(0)
 

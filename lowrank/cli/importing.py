@@ -136,8 +136,8 @@ def _masked(args: argparse.Namespace, source: str) -> str | None:
         )
     if args.base:
         places.check_family(layers, args.base, source)
-    family = args.base or places.family_of(layers, metadata, source)
-    made = native_tlora.to_native(layers, metadata, schedule, family, source, bool(left_out))
+    family = args.base or places.adapter_family(layers, metadata, source)
+    made = native_tlora.to_native_tlora(layers, metadata, schedule, family, source, bool(left_out))
     _write(made, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
     tell_skipped(source, skipped)
     back, told = read_layers(args.target)

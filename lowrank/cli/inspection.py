@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Show the files. Raises `Refused` for what is no file of tensors."""
     args = parser().parse_args(argv)
-    told = [inspect.of(file, _method(file)) for file in args.files]
+    told = [inspect.report(file, _method(file)) for file in args.files]
     apart = _apart(args.files, told) if len(told) == 2 else None
     if args.json:
         shown = told if apart is None else [*told, {"differences": apart}]

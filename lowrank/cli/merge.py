@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lowrank.adapters.targets import find
-from lowrank.cli.base_model import base, family_of, own_side
+from lowrank.cli.base_model import base, model_family, own_side
 from lowrank.cli.contact_sheet import sheet
 from lowrank.combine.ensemble import Ensemble, Part, shares
 from lowrank.config.command_line import Parsed
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.residual_path:
         residual_file(options.residual_path)
     references = {
-        what: images.read(picture, way_out=f"give another --{what}_reference, or leave it out")
+        what: images.read_image(picture, way_out=f"give another --{what}_reference, or leave it out")
         for what in ("style", "content")
         if (picture := getattr(options, f"{what}_reference"))
     }
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.save_merged:
         refuse_masked(mixture.adapters)
     extra = [strength for _, strength in _more(options.more_loras)]
-    family = family_of(source)
+    family = model_family(source)
     switches = _switches(parsed, family)
     print(mixture.describe())
     models = family.load(source, ())

@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     first, second = Adapter(told.lora1_path), Adapter(told.lora2_path)
     found = compare(first.layers, second.layers, names)
     about = [*_files(first, second, names), *_notes((first, second), names)]
-    text = summary(found, names) + "\n" + "\n".join(about) + "\n"
-    written = write(folder, found, names, text)
+    text = statistics_text(found, names) + "\n" + "\n".join(about) + "\n"
+    written = write_comparison(folder, found, names, text)
     _print(f"{text}\nWritten to {folder}:\n" + "".join(f"  {path.name}\n" for path in written))
     return 0
 
 
-def write(folder: Path, found: Found, names: Names, text: str) -> list[Path]:
+def write_comparison(folder: Path, found: Found, names: Names, text: str) -> list[Path]:
     """All files of one comparison, each whole or absent; other files in `folder` stay."""
     written = []
 
@@ -97,7 +97,7 @@ def write(folder: Path, found: Found, names: Names, text: str) -> list[Path]:
 # ---------- text
 
 
-def summary(found: Found, names: Names) -> str:
+def statistics_text(found: Found, names: Names) -> str:
     """summary_statistics.txt up to what the files are, in the layout of the QR-LoRA demo guide."""
     parts = ["=== QR-LoRA Similarity Analysis Summary ===\n"]
     for matrix, layers in found.items():

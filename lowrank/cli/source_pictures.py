@@ -86,7 +86,7 @@ def draw_source(
         draw_files(family, models, switches, files, "source pictures")
 
 
-def datasets(folder: Path, extension: str | None, **values: Any) -> tuple[Dataset, ...]:
+def source_datasets(folder: Path, extension: str | None, **values: Any) -> tuple[Dataset, ...]:
     """The source folder as a dataset: kohya's numbered folders in it, or itself. Raises `Refused`."""
     folder = folder_of(folder, "source_data_dir")
     counted = any(path.is_dir() and _COUNTED.fullmatch(path.name) for path in folder.iterdir())

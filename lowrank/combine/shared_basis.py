@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowrank.adapters.factor import concat, resize
+from lowrank.adapters.factor import concat, resize_pair
 from lowrank.bases.basis_file import Pair, Values, random_columns
 from lowrank.combine.collection import Lora, read_lora
 from lowrank.combine.compare import Update, energy, rows
@@ -52,7 +52,7 @@ class _Layer:
         """Of rank 2·size at most: exact up to there."""
         up, down = concat([(1.0, pair.up, pair.down) for pair in (self.sum, one) if pair is not None])
         if up.shape[1] > 2 * self.size:
-            up, down, _ = resize(up, down, min(self.size, *self.shape))
+            up, down, _ = resize_pair(up, down, min(self.size, *self.shape))
         self.sum = Update(up, down)
 
     def centred(self, one: Update) -> Update:

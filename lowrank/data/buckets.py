@@ -90,7 +90,7 @@ def _error(width: int, height: int, aspect: float) -> float:
     return abs(width / height - aspect) if height else math.inf
 
 
-def place(size: Size, dataset: Dataset) -> Placement:
+def place_image(size: Size, dataset: Dataset) -> Placement:
     """The one place of an image of that size in that dataset.
 
     Without bucketing the only bucket is the resolution itself. Unlike sd-scripts, which then leaves an image

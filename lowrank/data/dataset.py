@@ -199,7 +199,7 @@ def parse_resolution(value: int | str | tuple[int, int] | list[int]) -> tuple[in
     return sides[0], sides[-1]
 
 
-def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keyword values as (those of `Dataset`, those of `Subset`); another name is a `TypeError`.
 
     None counts as not given, so that a command line's unset options can be passed on; what both records know

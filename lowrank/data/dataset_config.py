@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.dataset import DATASET_FIELDS, SUBSET_FIELDS, Dataset, Subset, split
+from lowrank.data.dataset import DATASET_FIELDS, SUBSET_FIELDS, Dataset, Subset, split_values
 from lowrank.errors import Refused, nearest
 from lowrank.files import parse_toml
 
@@ -192,7 +192,7 @@ class _Reader:
             raise self._refused(
                 where, "has subsets with and without metadata_file; give each kind a [[datasets]] of its own"
             )
-        return self._made(where, lambda: Dataset(subsets, **split(given)[0]))
+        return self._made(where, lambda: Dataset(subsets, **split_values(given)[0]))
 
     def _subset(self, where: str, table: object, given: Mapping[str, Any]) -> Subset:
         known = self.check_table(where, table, SUBSET_FIELDS)
@@ -207,7 +207,7 @@ class _Reader:
             raise self._refused(
                 where, f"image_dir {folder} is not a folder (seen from {Path.cwd()}); correct the path"
             )
-        values = split(given)[1] | own
+        values = split_values(given)[1] | own
         if own.get("is_reg") and "conditioning_data_dir" not in own:
             values.pop("conditioning_data_dir", None)  # the command line's is for training images
         return self._made(where, lambda: Subset(folder, **values))

@@ -144,7 +144,7 @@ def _runs(absent: Sequence[str], items: Mapping[str, Item], batch_size: int) -> 
 def _decoded(item: Item) -> tuple[Tensor, Tensor | None] | Refused:
     one, flip = item
     try:
-        return images.load(
+        return images.load_image(
             one.example.path,
             one.where,
             crop_box(one.where),

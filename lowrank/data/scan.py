@@ -158,7 +158,7 @@ def _images(names: set[str]) -> list[str]:
 
 def _check_place(path: Path, size: tuple[int, int], dataset: Dataset) -> None:
     try:
-        buckets.place(size, dataset)
+        buckets.place_image(size, dataset)
     except Refused as error:
         raise Refused(f"image {path}: {error}, {_SKIP}") from error
 

@@ -28,7 +28,7 @@ _OF_SUBSET = (
 _OF_DATASET = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "resize_interpolation")
 
 
-def summary(loader: Loader) -> dict[str, Any]:
+def dataset_summary(loader: Loader) -> dict[str, Any]:
     """Counts for one look: per dataset the folders, images, images x repeats, and what each bucket holds."""
     return {
         "batches_per_epoch": len(loader),

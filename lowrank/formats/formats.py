@@ -58,15 +58,15 @@ class Format(NamedTuple):
     readers: str  # which programs read it
 
 
-def kohya(adapter: Plain, choices: Choices) -> list[Written]:
+def write_kohya(adapter: Plain, choices: Choices) -> list[Written]:
     """kohya's keys: `lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`, `.dora_scale`."""
     joined: dict[str, list[tuple[LayerPath, Static]]] = {}
     for place, layer in adapter.layers.items():
-        joined.setdefault(places.kohya(place, adapter.family), []).append((place, layer))
+        joined.setdefault(places.kohya_layer(place, adapter.family), []).append((place, layer))
     state: dict[str, Tensor] = {}
     for name, parts in joined.items():
         piece = (
-            flux_names.piece(parts[0][0].path)
+            flux_names.joined_rows(parts[0][0].path)
             if adapter.family == "flux" and parts[0][0].part == "unet"
             else None
         )
@@ -173,7 +173,7 @@ def _spelled(name: str, layer: Static, table: Mapping[str, str], alpha: bool = T
     return state
 
 
-def diffusers(adapter: Plain, choices: Choices) -> list[Written]:
+def write_diffusers(adapter: Plain, choices: Choices) -> list[Written]:
     """diffusers' keys: `unet.….lora_A.weight`, `transformer.…`, `text_encoder.…`; the scale is in the down.
 
     Without an alpha every reader takes the scale for 1. A file of several ranks says so in metadata, because
@@ -182,7 +182,7 @@ def diffusers(adapter: Plain, choices: Choices) -> list[Written]:
     folded = {place: _folded(layer) for place, layer in adapter.layers.items()}
     state: dict[str, Tensor] = {}
     for place, layer in folded.items():
-        state |= _spelled(places.diffusers(place, adapter.family), layer, keys.PEFT, alpha=False)
+        state |= _spelled(places.diffusers_layer(place, adapter.family), layer, keys.PEFT, alpha=False)
     metadata = kept_facts(adapter)
     if len({layer.rank for layer in folded.values()}) > 1:
         configs = _configs(folded, adapter.family)
@@ -208,7 +208,7 @@ def _configs(layers: Mapping[LayerPath, Static], family: str, flat_clip: bool = 
     """PEFT's LoraConfig of each component: ranks and alphas by module, the common ones as defaults."""
     found: dict[str, dict[str, Static]] = {}
     for place, layer in layers.items():
-        found.setdefault(places.component(place.part, family), {})[own_path(place, flat_clip)] = layer
+        found.setdefault(places.component_name(place.part, family), {})[own_path(place, flat_clip)] = layer
     configs = {}
     for part, own in found.items():
         rank = Counter(layer.rank for layer in own.values()).most_common(1)[0][0]
@@ -232,7 +232,9 @@ def peft(adapter: Plain, choices: Choices) -> list[Written]:
     files = []
     for part, config in configs.items():
         own = {
-            p: one for p, one in adapter.layers.items() if places.component(p.part, adapter.family) == part
+            p: one
+            for p, one in adapter.layers.items()
+            if places.component_name(p.part, adapter.family) == part
         }
         mixed = {one.magnitude is None for one in own.values()}
         if len(mixed) > 1:
@@ -256,7 +258,7 @@ def peft(adapter: Plain, choices: Choices) -> list[Written]:
     return files
 
 
-def lycoris(adapter: Plain, choices: Choices) -> list[Written]:
+def write_lycoris(adapter: Plain, choices: Choices) -> list[Written]:
     """LyCORIS' keys for a model wrapped whole (also SimpleTuner's): `lycoris_….lora_down.weight`, …"""
     text = [place.path for place in adapter.layers if place.part != "unet"]
     if text:
@@ -268,7 +270,7 @@ def lycoris(adapter: Plain, choices: Choices) -> list[Written]:
         )
     state: dict[str, Tensor] = {}
     for place, layer in adapter.layers.items():
-        state |= _spelled(places.lycoris(place), _lengths(place, layer, choices), keys.KOHYA)
+        state |= _spelled(places.lycoris_layer(place), _lengths(place, layer, choices), keys.KOHYA)
     config = {
         "algo": "lora",
         "dora_wd": any(layer.magnitude is not None for layer in adapter.layers.values()),
@@ -299,7 +301,7 @@ def qrlora(adapter: Plain, choices: Choices) -> list[Written]:
                 f"{place.path} in {adapter.source} was saved without R, which the official format holds; "
                 "give the base with --model"
             )
-        module = places.diffusers(place, "flux")
+        module = places.diffusers_layer(place, "flux")
         if "delta_r" in roles:
             state |= {
                 f"{module}.{keys.PEFT['q']}": roles["q"],
@@ -327,10 +329,10 @@ def as_official(adapter: Plain) -> Plain:
 
 
 FORMATS: Mapping[str, Format] = {
-    "kohya": Format(kohya, False, "kohya sd-scripts, ComfyUI, A1111, Forge, Civitai, diffusers"),
-    "diffusers": Format(diffusers, False, "diffusers, ComfyUI (FLUX)"),
+    "kohya": Format(write_kohya, False, "kohya sd-scripts, ComfyUI, A1111, Forge, Civitai, diffusers"),
+    "diffusers": Format(write_diffusers, False, "diffusers, ComfyUI (FLUX)"),
     "peft": Format(peft, True, "PEFT"),
-    "lycoris": Format(lycoris, False, "LyCORIS, SimpleTuner, ComfyUI"),
+    "lycoris": Format(write_lycoris, False, "LyCORIS, SimpleTuner, ComfyUI"),
     "qrlora": Format(qrlora, False, "the official QR-LoRA code"),
 }
 

@@ -22,7 +22,7 @@ from lowrank.files import sha256
 from lowrank.formats import static
 from lowrank.formats.static import Static
 from lowrank.naming import keys
-from lowrank.naming.places import family_of, places
+from lowrank.naming.places import adapter_family, places
 from lowrank.tensors import existing_file, read_tensors
 
 # What the last words of keys say about files of other kinds (owner: LyCORIS, kohya sd-scripts)
@@ -51,7 +51,7 @@ _OWN = ("version", "method", "options", "command", "base_model", "base_hash", "b
 _NONE = (None, "", "None", "null")
 
 
-def of(path: str | Path, method: Method | None = None) -> dict[str, Any]:
+def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
     """Everything that is shown of a file, ready for JSON. Raises `Refused` for no file of tensors."""
     file = existing_file(path)
     state, metadata = read_tensors(file)
@@ -163,7 +163,7 @@ def _family(layers: Mapping[str, Any], metadata: Mapping[str, str], problems: li
     if not layers:
         return None
     try:
-        return family_of(layers, metadata, "the file")
+        return adapter_family(layers, metadata, "the file")
     except Refused as refused:
         problems.append(str(refused))
         return None

@@ -22,7 +22,7 @@ from lowrank.adapters.gate import Schedule
 from lowrank.errors import Refused
 from lowrank.formats.tlora import COPY, ROLES, Layers, interleaved
 from lowrank.naming import keys
-from lowrank.naming.flux_join import split, strength
+from lowrank.naming.flux_join import split_joined, strength
 from lowrank.tensors import read_tensors
 
 _SIDES = {
@@ -61,7 +61,7 @@ class Contents(NamedTuple):
 def read_layers(path: str | Path) -> tuple[Layers, dict[str, str]]:
     """`read_contents` without the keys that are no adapter's; FLUX's joined layers come apart."""
     layers, metadata, _ = read_contents(path)
-    return split(layers), metadata
+    return split_joined(layers), metadata
 
 
 def read_contents(path: str | Path, roles: Collection[str] = ()) -> Contents:

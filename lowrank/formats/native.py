@@ -19,7 +19,7 @@ from lowrank.errors import Refused
 from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.static import Plain, Static
 from lowrank.naming import keys
-from lowrank.naming.places import LayerPath, native
+from lowrank.naming.places import LayerPath, native_layer
 
 METHODS = ("lora", "dora", "delta_r", "delta_r_triu", "qrlora")
 
@@ -103,7 +103,7 @@ def _file(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     state: dict[str, Tensor] = {}
     for place, roles in layers.items():
-        module, table = native(place, adapter.family)
+        module, table = native_layer(place, adapter.family)
         for role, value in roles.items():
             if role == "magnitude" and table is keys.PEFT:
                 value = value.flatten() if value.dim() == 2 else value.reshape(1, -1, 1, 1)
@@ -176,7 +176,7 @@ def _restarted(place: LayerPath, layer: Static, Q: Tensor, R: Tensor) -> dict[st
 
 def native_name(place: LayerPath, family: str) -> str:
     """The name that a network gives the layer: basis hashes are over these."""
-    name = native(place, family)[0]
+    name = native_layer(place, family)[0]
     if name.startswith("lora_"):
         return name
     return ("lora_unet_" if place.part == "unet" else f"lora_{place.part}_") + place.path.replace(".", "_")

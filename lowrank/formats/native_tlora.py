@@ -20,7 +20,7 @@ from lowrank.formats.names import Layers, baked, missing, sizes
 from lowrank.formats.native import Native
 from lowrank.formats.tlora import ROLES, start_of
 from lowrank.naming.flux_join import strength
-from lowrank.naming.places import LayerPath, native, places
+from lowrank.naming.places import LayerPath, native_layer, places
 
 TIMES = (0, 250, 500, 750, 999)  # where two files are compared
 
@@ -30,7 +30,7 @@ def is_masked(layers: Layers, metadata: Mapping[str, str]) -> bool:
     return "tlora_T" in metadata or any("q_layer" in roles for roles in layers.values())
 
 
-def to_native(
+def to_native_tlora(
     layers: Layers, metadata: Mapping[str, str], schedule: Schedule, family: str, source: str, left_out: bool
 ) -> Native:
     """The file of `networks.tlora` with these layers, which have their start; `left_out`: not by themselves.
@@ -62,7 +62,7 @@ def to_native(
             )
         alpha = rank * strength(roles, rank)
         found.add((rank, alpha))
-        name, table = native(place, family)
+        name, table = native_layer(place, family)
         for role in wanted:
             value = roles[role].flatten() if "lambda" in role else roles[role]
             state[f"{name}.{table[role]}"] = value

@@ -24,7 +24,7 @@ from lowrank.errors import Refused
 from lowrank.formats.names import read_contents, thin
 from lowrank.naming import flux as flux_names
 from lowrank.naming.flux_join import strength
-from lowrank.naming.places import LayerPath, check_family, family_of, places
+from lowrank.naming.places import LayerPath, adapter_family, check_family, places
 
 
 class Static(NamedTuple):
@@ -115,7 +115,7 @@ def read(
     if inside:
         layers = {f"{inside}.{module}": roles for module, roles in layers.items()}
     if family is None:
-        family = family_of(layers, metadata, str(path))
+        family = adapter_family(layers, metadata, str(path))
     else:
         check_family(layers, family, str(path))
     found: dict[LayerPath, Static] = {}

@@ -60,13 +60,13 @@ def interleaved(roles: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return up, torch.stack([D - D_0, D_0], dim=1).flatten(0, 1)
 
 
-def part(sig_type: str, count: int, rank: int) -> slice:
+def component_slice(sig_type: str, count: int, rank: int) -> slice:
     """Which `rank` of `count` singular components, largest first; the middle ones as the authors count."""
     begin = {"principal": 0, "middle": math.ceil((count - rank) / 2), "last": count - rank}[sig_type]
     return slice(begin, begin + rank)
 
 
-def components(weight: Tensor, sig_type: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def singular_components(weight: Tensor, sig_type: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """P (O, R), Λ (R,), Q (R, I): singular components of W (O, I), by the SVD that LyCORIS computes.
 
     Of a rank that W does not have, which only LyCORIS' files give small layers, the rest is zero, as there.
@@ -75,7 +75,7 @@ def components(weight: Tensor, sig_type: str, rank: int) -> tuple[Tensor, Tensor
     if len(S) < rank:
         more = rank - len(S)
         return F.pad(P, (0, more)), F.pad(S, (0, more)), F.pad(Q, (0, 0, 0, more))
-    chosen = part(sig_type, len(S), rank)
+    chosen = component_slice(sig_type, len(S), rank)
     return P[:, chosen], S[chosen], Q[chosen]
 
 
@@ -105,7 +105,7 @@ def with_copies(
     whole = dict(layers)
     for module in without_copies(layers):
         roles, W = layers[module], weight(module)
-        P, S, Q = components(W, start_of(metadata, source), len(roles["q_layer"]))
+        P, S, Q = singular_components(W, start_of(metadata, source), len(roles["q_layer"]))
         have = tuple(roles[role].flatten(1).shape[side] for role, side in (("p_layer", 0), ("q_layer", 1)))
         if have != W.shape:
             raise Refused(

@@ -72,7 +72,7 @@ def readers(to: str, adapter: Plain, choices: Choices) -> dict[str, Callable[[Pa
     wide = {
         layer.up.shape[0] // (piece.stop - piece.start)
         for place, layer in adapter.layers.items()
-        if (piece := flux_names.piece(place.path)) and piece.module.endswith("linear1")
+        if (piece := flux_names.joined_rows(place.path)) and piece.module.endswith("linear1")
     }
     published = wide <= {FULL_WIDTH}
     found: dict[str, Callable[[Path], Checked]] = {}
@@ -101,7 +101,7 @@ def load_by_peft(folder: Path, adapter: Plain, model: Any, part: str = "unet") -
     """Load one component of a PEFT folder into a model. `Unread` where keys are missing or unexpected."""
     from peft import PeftConfig, PeftModel
 
-    component = str(folder / places.component(part, adapter.family))
+    component = str(folder / places.component_name(part, adapter.family))
     with _quiet():
         loaded = PeftModel(model, PeftConfig.from_pretrained(component))
         told = loaded.load_adapter(component, "default")
@@ -145,7 +145,7 @@ def _diffusers_state(path: Path, adapter: Plain) -> tuple[Any, Any, Any]:
 def load_by_diffusers(path: Path, adapter: Plain, denoiser: Any) -> None:
     """The loading half, into a denoiser. `Unread` where diffusers says that it leaves something out."""
     state, alphas, metadata = _diffusers_state(path, adapter)
-    component = places.component("unet", adapter.family)
+    component = places.component_name("unet", adapter.family)
     with _quiet() as said:
         denoiser.load_lora_adapter(state, prefix=component, network_alphas=alphas, metadata=metadata)
     if said:
@@ -165,7 +165,7 @@ def _by_diffusers(path: Path, adapter: Plain) -> Checked:
             load_by_diffusers(path, adapter, tree)
             pairs += _pairs(adapter, part, tree)
         else:  # transformers loads these into its own models only
-            component = places.component(part, adapter.family)
+            component = places.component_name(part, adapter.family)
             _check_text(_diffusers_state(path, adapter)[0], component, adapter, part)
     return compared(pairs, "diffusers")
 
@@ -173,7 +173,9 @@ def _by_diffusers(path: Path, adapter: Plain) -> Checked:
 def _beside(adapter: Plain) -> Iterator[tuple[str, Any]]:
     """Hosts of FLUX's layers that are not adapted, and that kohya's files have as zeros in a joined layer."""
     for place, layer in adapter.layers.items():
-        own = flux_names.piece(place.path) if adapter.family == "flux" and place.part == "unet" else None
+        own = (
+            flux_names.joined_rows(place.path) if adapter.family == "flux" and place.part == "unet" else None
+        )
         for path, other in flux_names.modules(own.module) if own is not None and own.total > 1 else ():
             if own is not None and place._replace(path=path) not in adapter.layers:
                 outs = layer.up.shape[0] // (own.stop - own.start) * (other.stop - other.start)
@@ -218,7 +220,7 @@ def _by_lycoris_kohya(path: Path, adapter: Plain, base: BaseCheckpoint | None) -
     joined = _as_kohya(adapter, base)
     roots = {part: Tree() for part in ("unet", "te1", "te2", "te3")}
     for name, layer in joined.items():
-        part, dotted = places.piece(name)
+        part, dotted = places.part_and_path(name)
         roots[part].put(dotted, host(layer))
     encoders: Any = [root for part, root in roots.items() if part != "unet"]
     with _quiet():
@@ -233,7 +235,7 @@ def _by_lycoris_kohya(path: Path, adapter: Plain, base: BaseCheckpoint | None) -
         raise Unread(f"lycoris.kohya finds {len(loaded)} of {len(wanted)} layers in {path}")
     pairs = []
     for name, layer in joined.items():
-        part, dotted = places.piece(name)
+        part, dotted = places.part_and_path(name)
         pairs.append((LayerPath(part, dotted), layer, roots[part].get_submodule(dotted)))
     return compared(pairs, "lycoris.kohya")
 
@@ -243,10 +245,10 @@ def _as_kohya(adapter: Plain, base: BaseCheckpoint | None) -> dict[str, Static]:
     rows of their parts."""
     groups: dict[str, list[tuple[LayerPath, Static]]] = {}
     for place, layer in adapter.layers.items():
-        groups.setdefault(places.kohya(place, adapter.family), []).append((place, layer))
+        groups.setdefault(places.kohya_layer(place, adapter.family), []).append((place, layer))
     found = {}
     for name, parts in groups.items():
-        piece = flux_names.piece(parts[0][0].path) if adapter.family == "flux" else None
+        piece = flux_names.joined_rows(parts[0][0].path) if adapter.family == "flux" else None
         if piece is None or parts[0][0].part != "unet" or piece.total == 1:
             swap = piece is not None and piece.module == flux_names.SWAPPED
             found[name] = static.swapped(parts[0][1]) if swap else parts[0][1]
@@ -254,12 +256,12 @@ def _as_kohya(adapter: Plain, base: BaseCheckpoint | None) -> dict[str, Static]:
         share = next(
             layer.up.shape[0] // (own.stop - own.start)
             for place, layer in parts
-            if (own := flux_names.piece(place.path)) is not None
+            if (own := flux_names.joined_rows(place.path)) is not None
         )
         rank = sum(layer.rank for _, layer in parts)
         up, downs, at = torch.zeros(share * piece.total, rank), [], 0
         for place, layer in parts:
-            own = flux_names.piece(place.path)
+            own = flux_names.joined_rows(place.path)
             assert own is not None  # it was one above
             up[own.start * share : own.stop * share, at : at + layer.rank] = layer.scale * layer.up.float()
             downs.append(layer.down.float())
@@ -315,7 +317,7 @@ def _quiet() -> Iterator[list[str]]:
             logger.setLevel(level)
 
 
-def check(adapter: Plain, to: str, path: Path, choices: Choices) -> list[Checked]:
+def check_export(adapter: Plain, to: str, path: Path, choices: Choices) -> list[Checked]:
     """Read an export back by everybody who is here; `Refused` when one of them disagrees with ΔW."""
     checked = []
     for name, ask in readers(to, adapter, choices).items():

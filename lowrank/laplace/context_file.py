@@ -65,7 +65,7 @@ class Context:
     coordinates: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def probe(host: Layer) -> Tensor:
+def weight_fingerprint(host: Layer) -> Tensor:
     """(8,): evenly spread rows of W, each of length 1, times one fixed vector; about N(0, 1) each.
 
     Two weights that differ by a share ε of their length differ by about ε here, whatever dtype they are in.

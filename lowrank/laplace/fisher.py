@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowrank.adapters.penalty import Spectrum
 from lowrank.adapters.targets import Layer, Target, host_shape
 from lowrank.errors import Refused
-from lowrank.laplace.context_file import Context, Curvature, probe
+from lowrank.laplace.context_file import Context, Curvature, weight_fingerprint
 
 OVERSAMPLED = 2  # columns of a sketch, as a multiple of the eigenpairs that are kept
 LEAST_SPARE = 8  # and at least this many more
@@ -198,5 +198,5 @@ class Fisher:
             name: Curvature(*(moment.spectrum(self.samples) for moment in pair))
             for name, pair in self._moments.items()
         }
-        probes = {target.name: probe(target.module) for target in self._targets}
+        probes = {target.name: weight_fingerprint(target.module) for target in self._targets}
         return Context(self._curvature, layers, probes, metadata)

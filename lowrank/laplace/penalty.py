@@ -22,7 +22,7 @@ from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.penalty import Spectrum
 from lowrank.adapters.targets import host_shape
 from lowrank.errors import Refused
-from lowrank.laplace.context_file import LEGACY, Context, Curvature, probe
+from lowrank.laplace.context_file import LEGACY, Context, Curvature, weight_fingerprint
 from lowrank.naming import keys
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Group:
         return (measure(U.to(dtype), D.to(dtype), self.S, self.G) * s.square().to(U.device)).sum()
 
 
-def bind(network: Any, context: Context, strength: float, source: str) -> Callable[[Any], Tensor]:
+def bind_penalty(network: Any, context: Context, strength: float, source: str) -> Callable[[Any], Tensor]:
     """The penalty of strength λ of this network, `value(network) -> scalar`.
 
     The layers that are held and those that are not are logged. Raises `Refused` for a context of another base
@@ -155,7 +155,7 @@ def _check_shape(layer: AdaptedLayer, shape: tuple[int, int], source: str) -> No
 
 
 def _check_base(probes: Mapping[AdaptedLayer, Tensor], source: str) -> None:
-    differ = torch.cat([probe(layer.host) - told for layer, told in probes.items()])
+    differ = torch.cat([weight_fingerprint(layer.host) - told for layer, told in probes.items()])
     distance = float(differ.square().mean().sqrt())
     if not distance < SAME_BASE:
         raise Refused(

@@ -17,7 +17,7 @@ from lowrank.models.family import (
     Models,
     Source,
     complete,
-    component,
+    component_folder,
     fingerprint,
     finite,
     reading,
@@ -26,7 +26,7 @@ from lowrank.models.family import (
 _HASHED = (".json", ".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".model", ".txt")
 
 
-def add(
+def add_components(
     models: Models,
     roles: Iterable[str],
     *,
@@ -66,7 +66,7 @@ def check_denoiser(models: Models, name: str) -> None:
 
 def config(kind: Any, root: Path, name: str, needed: str) -> Mapping[str, Any]:
     """The configuration of a component; `Refused` when it lacks `needed`, which tells whose it is."""
-    folder = component(root, name, kind.__name__)
+    folder = component_folder(root, name, kind.__name__)
     with reading(f"configuration of {name}", folder):
         facts = dict(kind.load_config(folder, local_files_only=True))
     if needed not in facts:
@@ -76,9 +76,9 @@ def config(kind: Any, root: Path, name: str, needed: str) -> Mapping[str, Any]:
     return facts
 
 
-def part(kind: Any, source: Source, root: Path, name: str, **dtype: torch.dtype) -> nn.Module:
+def load_component(kind: Any, source: Source, root: Path, name: str, **dtype: torch.dtype) -> nn.Module:
     """One component of a diffusers folder; the dtype's keyword differs between diffusers and transformers."""
-    folder = component(root, name, kind.__name__)
+    folder = component_folder(root, name, kind.__name__)
     with reading(name, folder), without_bars():
         module, info = kind.from_pretrained(
             folder, local_files_only=True, variant=source.variant, output_loading_info=True, **dtype
@@ -106,9 +106,9 @@ def ready(module: nn.Module, name: str, where: str | Path, source: Source) -> nn
     return module
 
 
-def tokenizer(kind: Any, root: Path, name: str) -> Any:
+def folder_tokenizer(kind: Any, root: Path, name: str) -> Any:
     """The tokenizer in a component's folder."""
-    folder = component(root, name, kind.__name__)
+    folder = component_folder(root, name, kind.__name__)
     with reading(name, folder):
         return kind.from_pretrained(folder, local_files_only=True)
 

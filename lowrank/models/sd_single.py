@@ -35,7 +35,7 @@ ENCODERS = {
 _INPUT = re.compile(r"input_blocks\.(\d+)\.0\.(op|in_layers\.2)\.(?:conv\.)?weight$")
 
 
-def facts(kind: str) -> dict[str, dict[str, Any]]:
+def published_config(kind: str) -> dict[str, dict[str, Any]]:
     """The configurations of the published model of a kind: "sd15", "sd2" or "sdxl"."""
     path = Path(lowrank.__file__).resolve().parents[1] / "configs" / "models" / f"{kind}.json"
     with reading("model configuration", path):
@@ -85,7 +85,7 @@ def _unet_config(shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str
     widths = [level[0][1] for level in levels]
     attending = next(f"input_blocks.{level[0][0]}.1" for level, d in zip(levels, depths, strict=True) if d)
     linear = len(shapes[f"{attending}.proj_in.weight"]) == 2
-    config = facts("sd15")["unet"] | {
+    config = published_config("sd15")["unet"] | {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
         "block_out_channels": widths,
@@ -148,7 +148,7 @@ def text_encoder(file: Checkpoint, kind: str, index: int, dtype: torch.dtype) ->
     """One text encoder of a whole file as transformers' class in `dtype`."""
     prefix, open_clip = ENCODERS[kind][index]
     file = file.under(prefix)
-    known = facts(kind)[f"text_encoder{'' if index == 0 else f'_{index + 1}'}"]
+    known = published_config(kind)[f"text_encoder{'' if index == 0 else f'_{index + 1}'}"]
     with reading("text encoder", file.path), without_bars():
         if open_clip:
             count = len({k.split(".")[2] for k in file.shapes if k.startswith("transformer.resblocks.")})

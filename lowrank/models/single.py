@@ -169,7 +169,7 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> CLIPText
     )
 
 
-def tokenizer(kind: Any, name: str, source: Source, subfolder: str | None = None) -> Any:
+def hub_tokenizer(kind: Any, name: str, source: Source, subfolder: str | None = None) -> Any:
     """A tokenizer by its hub id: from `--tokenizer_cache_dir`/<id with / as _>, fetched if absent."""
     place = name.replace("/", "_")
     kept = Path(source.tokenizer_cache_dir) / place if source.tokenizer_cache_dir else None

@@ -62,7 +62,7 @@ class Piece(NamedTuple):
     total: int
 
 
-def piece(path: str) -> Piece | None:
+def joined_rows(path: str) -> Piece | None:
     """BFL's name of a module of diffusers' FLUX, and which of its rows; None for no module of it."""
     found = _OURS.match(path)
     if not found:

@@ -32,7 +32,7 @@ def strength(roles: Mapping[str, Tensor], rank: int) -> float:
     return float(roles["alpha"].reshape(-1)[0]) / rank if "alpha" in roles else 1.0
 
 
-def cut(roles: Mapping[str, Tensor], rows: slice, outputs: Iterable[str] = OUTPUTS) -> Roles:
+def cut_rows(roles: Mapping[str, Tensor], rows: slice, outputs: Iterable[str] = OUTPUTS) -> Roles:
     """The part of a layer that gives these rows of its output: ΔW[rows]."""
     outputs = set(outputs)
     return {
@@ -51,7 +51,7 @@ def alike(parts: Sequence[Roles | None], outputs: Iterable[str] = OUTPUTS) -> bo
     )
 
 
-def join(
+def join_layers(
     parts: Sequence[Roles | None],
     rows: Sequence[int],
     outputs: Iterable[str] = OUTPUTS,
@@ -96,7 +96,7 @@ def join(
 _FLAT = re.compile(r"(double|single)_blocks_(\d+)_(.+)$")
 
 
-def split(layers: Mapping[str, Roles]) -> dict[str, Roles]:
+def split_joined(layers: Mapping[str, Roles]) -> dict[str, Roles]:
     """Layers by module, the blocks of BFL's FLUX under diffusers' paths with their joined layers apart."""
     found: dict[str, Roles] = {}
     for module, roles in layers.items():
@@ -105,7 +105,7 @@ def split(layers: Mapping[str, Roles]) -> dict[str, Roles]:
         held = flux_names.modules(path) if outputs else []
         for ours, piece in held:
             rows = piece_rows(piece, max(roles[role].shape[0] for role in outputs))
-            found[ours] = roles if piece.total == 1 else cut(roles, rows)
+            found[ours] = roles if piece.total == 1 else cut_rows(roles, rows)
         if not held:
             found[module] = roles
     return found

@@ -57,7 +57,7 @@ def dotted(name: str) -> str:
     return ".".join(_WORD.findall(name))
 
 
-def piece(module: str) -> tuple[str, str]:
+def part_and_path(module: str) -> tuple[str, str]:
     """(part, path) of a file's module in any dialect, `path` in the words of whoever named it."""
     if found := _FLAT_TEXT.match(module):
         return f"te{found[1] or 1}", dotted(module[found.end() :])
@@ -75,7 +75,7 @@ def places(module: str) -> list[tuple[LayerPath, flux_names.Piece | None]]:
 
     With each comes where it lies in the joined layer; None where it is the whole of the module.
     """
-    part, path = piece(module)
+    part, path = part_and_path(module)
     if part == "unet" and (held := flux_names.modules(path)):
         return [(LayerPath(part, ours), one if one.total > 1 else None) for ours, one in held]
     if part == "unet":
@@ -89,13 +89,13 @@ def places(module: str) -> list[tuple[LayerPath, flux_names.Piece | None]]:
     return [(LayerPath(part, path), None)]
 
 
-def family_of(modules: Iterable[str], metadata: Mapping[str, str], source: str = "the file") -> str:
+def adapter_family(modules: Iterable[str], metadata: Mapping[str, str], source: str = "the file") -> str:
     """Which kind of model an adapter's modules are of: "sd15", "sdxl" or "flux".
 
     Raises `Refused` where they are of two kinds, of none, or could be of either and no metadata tells.
     """
     modules = list(modules)
-    told = [piece(module) for module in modules]
+    told = [part_and_path(module) for module in modules]
     found = [place for module in modules for place, _ in places(module)]
     denoiser = [place.path for place in found if place.part == "unet"]
     flux = next((path for path in denoiser if _FLUX.match(path)), None)
@@ -146,14 +146,14 @@ def check_family(modules: Iterable[str], family: str, source: str) -> None:
                 raise Refused(f"{source} has {place.path}, which is not in {family}; leave --base out")
 
 
-def kohya(place: LayerPath, family: str) -> str:
+def kohya_layer(place: LayerPath, family: str) -> str:
     """kohya's name of a place: `lora_unet_input_blocks_4_1_proj_in`; for FLUX, of the layer that holds it."""
     if place.part != "unet":
         number = "" if family == "sd15" else place.part[2:]
         return f"lora_te{number}_" + place.path.replace(".", "_")
     path = place.path
     if family == "flux":
-        joined = flux_names.piece(path)
+        joined = flux_names.joined_rows(path)
         if joined is None:
             raise Refused(
                 f"{path} has no name in Black Forest Labs' FLUX, which kohya's and ComfyUI's files are "
@@ -165,25 +165,25 @@ def kohya(place: LayerPath, family: str) -> str:
     return "lora_unet_" + path.replace(".", "_")
 
 
-def native(place: LayerPath, family: str) -> tuple[str, Mapping[str, str]]:
+def native_layer(place: LayerPath, family: str) -> tuple[str, Mapping[str, str]]:
     """The module's name in this program's own files, and its table of suffixes by role."""
     if family != "flux" or place.part == "te3":
-        return kohya(place, family), keys.KOHYA
-    return diffusers(place, family), keys.PEFT
+        return kohya_layer(place, family), keys.KOHYA
+    return diffusers_layer(place, family), keys.PEFT
 
 
-def diffusers(place: LayerPath, family: str) -> str:
+def diffusers_layer(place: LayerPath, family: str) -> str:
     """diffusers' name of a place: `unet.down_blocks.1.attentions.0.proj_in`."""
-    return f"{component(place.part, family)}.{place.path}"
+    return f"{component_name(place.part, family)}.{place.path}"
 
 
-def component(part: str, family: str) -> str:
+def component_name(part: str, family: str) -> str:
     """The folder of a diffusers model that a part is in."""
     if part == "unet":
         return "transformer" if family == "flux" else "unet"
     return COMPONENTS[part]
 
 
-def lycoris(place: LayerPath) -> str:
+def lycoris_layer(place: LayerPath) -> str:
     """LyCORIS' name of a layer of a denoiser: `lycoris_down_blocks_1_attentions_0_proj_in`."""
     return "lycoris_" + place.path.replace(".", "_")

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowrank.errors import Refused
 from lowrank.objective import noise
 from lowrank.objective.flow import Draw, column
-from lowrank.objective.limits import check
+from lowrank.objective.limits import check_record
 from lowrank.objective.weight import (
     LOSSES,
     SCHEDULES,
@@ -49,7 +49,7 @@ def add_noise(x0: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
     return column(alpha_bar.sqrt(), x0) * x0 + column((1 - alpha_bar).sqrt(), x0) * epsilon
 
 
-def velocity(x0: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
+def v_target(x0: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
     """v = √ᾱ ε − √(1 − ᾱ) x₀; ᾱ is (B,)."""
     return column(alpha_bar.sqrt(), x0) * epsilon - column((1 - alpha_bar).sqrt(), x0) * x0
 
@@ -84,7 +84,7 @@ class Diffusion:
     debiased_estimation_loss: bool = False
 
     def __post_init__(self) -> None:
-        check(
+        check_record(
             self,
             choices={"loss_type": LOSSES, "huber_schedule": SCHEDULES},
             positive=("huber_c", "huber_scale"),
@@ -156,7 +156,7 @@ class Diffusion:
         alpha_bar = self.alpha_bar(timesteps)
         epsilon = torch.stack(clean).to(x0)
         noisy = add_noise(x0, torch.stack(seen).to(x0), alpha_bar)
-        target = velocity(x0, epsilon, alpha_bar) if self.v_parameterization else epsilon
+        target = v_target(x0, epsilon, alpha_bar) if self.v_parameterization else epsilon
         sigma = (1 - alpha_bar).sqrt().float().to(x0.device)
         return Draw(noisy, target, sigma, timesteps.to(x0.device))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank.errors import Refused
 from lowrank.objective import noise
-from lowrank.objective.limits import check
+from lowrank.objective.limits import check_record
 from lowrank.objective.weight import LOSSES, SCHEDULES, elementwise, flow_weight, huber_width, per_sample
 
 PREDICTIONS = ("raw", "additive", "sigma_scaled")
@@ -84,7 +84,7 @@ class Flow:
     huber_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check(
+        check_record(
             self,
             choices={
                 "timestep_sampling": noise.SAMPLINGS,

@@ -35,11 +35,11 @@ from lowrank.models.family import DTYPES, Models
 from lowrank.naming import keys
 from lowrank.tensors import read_tensors
 from lowrank.train import network_module, setup
-from lowrank.train.abm_hooks import Boundaries, depth_weights, places
+from lowrank.train.abm_hooks import Boundaries, activations, depth_weights
 from lowrank.train.attach import Job, check_base
-from lowrank.train.loop import Forward, Run, average_gradients, stream
+from lowrank.train.loop import Forward, Run, average_gradients, batch_generator
 from lowrank.train.validation import PLACES
-from lowrank.train.warmup import NOISE, abm_name, batches, log, noise
+from lowrank.train.warmup import NOISE, abm_name, log, noise, training_batches
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _at_strength(*networks: tuple[AdapterNetwork, float]) -> Iterator[None]:
 # ------------------------------------------------------------------ the teacher
 
 
-def check(job: Job, models: Models, shapes: nn.Module | None) -> None:
+def check_abm(job: Job, models: Models, shapes: nn.Module | None) -> None:
     """Before anything is encoded: ours is the network, and the teacher is a file for this base.
 
     `shapes` is the denoiser on the meta device, where there is one. Raises `Refused`.
@@ -226,7 +226,7 @@ class _Stage:
         abm, run = self.abm, self.run
         named = [(f"text encoder {n + 1}", encoder) for n, encoder in enumerate(run.text_encoders)]
         everywhere = [
-            one for part, root in (*named, ("denoiser", run.denoiser)) for one in places(part, root)
+            one for part, root in (*named, ("denoiser", run.denoiser)) for one in activations(part, root)
         ]
         self.boundaries = Boundaries(everywhere, abm.abm_margin, abm.abm_margin_mode == "relative")
         batch = _first(self.measured[0], 1)
@@ -255,7 +255,7 @@ class _Stage:
         for index, batch in enumerate(self.measured):
             if index % accelerator.num_processes == accelerator.process_index:
                 for number, place in enumerate(PLACES):
-                    same = partial(stream, self.run.seed, NOISE // 2 - number, batch.position)
+                    same = partial(batch_generator, self.run.seed, NOISE // 2 - number, batch.position)
                     differing, losses = self._compare("count", batch, same, place)
                     assert losses is not None  # "count" goes to the end
                     sums += torch.stack([losses.mean().float(), differing, torch.ones_like(differing)])
@@ -284,7 +284,9 @@ class _Stage:
         if any(p.dtype == torch.float16 for p in parameters):
             setup.scale_fp16_gradients(scaler)
         quiet = not accelerator.is_main_process
-        bar = tqdm(itertools.islice(batches(run), abm.abm_steps), "ABM", abm.abm_steps, disable=quiet)
+        bar = tqdm(
+            itertools.islice(training_batches(run), abm.abm_steps), "ABM", abm.abm_steps, disable=quiet
+        )
         for step, batch in enumerate(bar, 1):
             loss = self.loss(batch)
             if not torch.isfinite(loss):

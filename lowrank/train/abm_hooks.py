@@ -49,7 +49,7 @@ class Activation(NamedTuple):
         return out.chunk(2, dim=-1)[1] if self.half else out
 
 
-def places(part: str, root: nn.Module) -> list[Activation]:
+def activations(part: str, root: nn.Module) -> list[Activation]:
     """Every pre-activation of a model, by `PREACTIVATIONS`."""
     return [
         Activation(f"{part}.{path}.{child}", inner, half)

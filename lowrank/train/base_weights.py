@@ -14,7 +14,7 @@ def base_weights(parsed: Parsed) -> list[tuple[str, float]]:
     return list(zip(files, (*strengths, *[1.0] * len(files)), strict=False))
 
 
-def merged(parsed: Parsed) -> list[tuple[str, float]]:
+def merged_hashes(parsed: Parsed) -> list[tuple[str, float]]:
     """What --base_weights change the model by: each file's SHA-256 and its strength."""
     return [(sha256(path), strength) for path, strength in base_weights(parsed)]
 

@@ -25,7 +25,7 @@ from lowrank.models.family import Models, align
 from lowrank.tensors import read_names
 from lowrank.train import checkpoints, network_module
 from lowrank.train.attach import Job, check_base
-from lowrank.train.base_weights import base_weights, merged
+from lowrank.train.base_weights import base_weights, merged_hashes
 from lowrank.train.checkpoints import KOHYAS, Names
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _refuse_to_overwrite(names: Names) -> None:
 # ------------------------------------------------------------------ before its weights do their work
 
 
-def load(job: Job, models: Models, roles: tuple[str, ...]) -> None:
+def load_components(job: Job, models: Models, roles: tuple[str, ...]) -> None:
     """The named parts, in memory so that equal runs compute equal bits, whatever file they came from."""
     job.family.add(models, roles)
     align(models)
@@ -103,7 +103,7 @@ def rehearse(job: Job, models: Models) -> tuple[nn.Module | None, Any]:
         return None, None
     denoiser = job.family.empty(models)
     if bases or trains_text(job.parsed):
-        load(job, models, ("text",))
+        load_components(job, models, ("text",))
     for path, strength in bases:
         passed = as_passed(_shapes(models.text_encoders), denoiser)
         other, _ = job.networks.create_network_from_weights(
@@ -123,7 +123,7 @@ def _shapes(encoders: Any) -> list[Any]:
 # ------------------------------------------------------------------ a resumed run
 
 
-def facts(job: Job, loader: Loader, models: Models) -> dict[str, Any]:
+def run_fingerprint(job: Job, loader: Loader, models: Models) -> dict[str, Any]:
     """What a run that resumes from this one must agree on, as JSON keeps it."""
     examples = [one.example for one in loader.placed]
     pictures = [
@@ -137,7 +137,7 @@ def facts(job: Job, loader: Loader, models: Models) -> dict[str, Any]:
         "network_args": arguments,
         "seed": job.seed,
         "base": job.family.model_hash(models, "denoiser"),
-        "base_weights": merged(job.parsed) or None,
+        "base_weights": merged_hashes(job.parsed) or None,
         "pictures": hashlib.sha256(json.dumps(pictures).encode()).hexdigest()[:16],
         "batches_per_epoch": len(loader),
         "processes": job.accelerator.num_processes,
@@ -158,7 +158,7 @@ def _content(argument: str) -> str:
 
 def check_resumed(job: Job, loader: Loader, models: Models, steps: int) -> None:
     """Raise `Refused` for a --resume of another run, or of a later step than this run's `steps`."""
-    own = facts(job, loader, models)
+    own = run_fingerprint(job, loader, models)
     if job.value("skip_bad_images"):  # which these are is known when all were decoded
         own = {name: value for name, value in own.items() if name not in ("pictures", "batches_per_epoch")}
     folder = checkpoints.find_state(job.value("resume"), job.names.output_dir)

@@ -36,7 +36,7 @@ def _values(parsed: Parsed) -> dict[str, Any]:
     return values | {"batch_size": parsed.value("train_batch_size")}
 
 
-def datasets(parsed: Parsed) -> tuple[Dataset, ...]:
+def training_datasets(parsed: Parsed) -> tuple[Dataset, ...]:
     """The datasets of the one source that is named; masks of a folder only with --masked_loss."""
     found = _datasets(parsed)
     if parsed.value("masked_loss"):
@@ -75,7 +75,7 @@ def _datasets(parsed: Parsed) -> tuple[Dataset, ...]:
     )
 
 
-def draw(
+def draw_picture(
     family: Family,
     models: Models,
     options: Any,
@@ -109,7 +109,7 @@ def draw_files(
     said = {text: family.stack_text(family.encode_text(models, [text], options)) for text in texts}
     release(models, ("text",))
     for path, (prompt, seed) in tqdm(files.items(), desc=title):
-        image = draw(family, models, options, lambda captions: said[captions[0]], prompt, seed)
+        image = draw_picture(family, models, options, lambda captions: said[captions[0]], prompt, seed)
         save_png(path, image, describe(prompt, seed))
     release(models, ("vae", "denoiser"))
 
@@ -175,7 +175,7 @@ def latents_of(
     return latents
 
 
-def sizes(family: Family, device: torch.device) -> Callable[[Batch], dict[str, Tensor]]:
+def batch_size_conditions(family: Family, device: torch.device) -> Callable[[Batch], dict[str, Tensor]]:
     """The conditions of a batch that are about its pictures' sizes; none for most families."""
 
     def conditions(batch: Batch) -> dict[str, Tensor]:

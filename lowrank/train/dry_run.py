@@ -27,7 +27,7 @@ def show(
     dtype: torch.dtype,
 ) -> int:
     """Print the tables and return 0; `denoiser` and `network` have no values, or are None (other modules)."""
-    told = summary.summary(loader)
+    told = summary.dataset_summary(loader)
     for number, dataset in enumerate(told["datasets"]):
         print(
             f"dataset {number}: {dataset['resolution'][0]}×{dataset['resolution'][1]}, batch "

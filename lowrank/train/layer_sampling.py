@@ -25,7 +25,7 @@ from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.method import Updates
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.data.loader import Loader
-from lowrank.train.loop import Forward, stream
+from lowrank.train.loop import Forward, batch_generator
 from lowrank.train.validation import ValidationLoss
 
 FILE = "importance.json"
@@ -74,7 +74,7 @@ class LayerSampler:
 
     def _drawn(self, epoch: int, step: int, count: int, sign: float) -> set[str]:
         names = list(self._layers)
-        generator = stream(self._held.seed, epoch, step)
+        generator = batch_generator(self._held.seed, epoch, step)
         odds = torch.sigmoid(sign * _standard([self.importance.get(name) for name in names]))
         return {names[i] for i in torch.multinomial(odds, count, generator=generator).tolist()}
 
@@ -109,7 +109,7 @@ def faint(layers: Iterable[AdaptedLayer], share: float) -> Iterator[None]:
             layer.multiplier = multiplier
 
 
-def sampler(
+def layer_sampler(
     network: object, forward: Forward, held: Loader | None, training: Loader, seed: int
 ) -> LayerSampler | None:
     """The sampler that a network's method asks for, if any; it measures one batch, held out if any is."""

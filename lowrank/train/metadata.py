@@ -137,7 +137,7 @@ def of_run(
     values: dict[str, Any] = _OFF | {name: parsed.value(name) for name in _OPTIONS if name in parsed.specs}
     values["cache_latents"] = parsed.value("cache_latents") or parsed.value("cache_latents_to_disk")
     values["text_encoder_lr"] = list(parsed.value("text_encoder_lr") or ()) or None
-    counts = summary.summary(loader)
+    counts = summary.dataset_summary(loader)
     values |= dict(network) | {
         "session_id": uuid.uuid4().int % 2**31,
         "training_started_at": time.time(),

@@ -81,7 +81,7 @@ def chosen(options: Options) -> Chosen:
     that the optimizer does not take, and for an optimizer that needs another kind of loop.
     """
     name = _name(options)
-    make = load(KNOWN.get(name, name), "--optimizer_type", "torch.optim", KNOWN)
+    make = import_class(KNOWN.get(name, name), "--optimizer_type", "torch.optim", KNOWN)
     if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
         raise Refused(f"--optimizer_type {name} is no optimizer; choose one of {', '.join(KNOWN)}")
     closure = inspect.signature(make.step).parameters.get("closure")
@@ -151,16 +151,16 @@ def schedule_free(optimizer: Any) -> bool:
 @contextlib.contextmanager
 def training(optimizer: Any) -> Iterator[None]:
     """Around the loop: a schedule-free optimizer holds the weights that it trains, then what it held."""
-    yield from _held(optimizer, training=True)
+    yield from _switched(optimizer, training=True)
 
 
 @contextlib.contextmanager
-def evaluating(optimizer: Any) -> Iterator[None]:
+def averaged_weights(optimizer: Any) -> Iterator[None]:
     """Around saving and sampling: a schedule-free optimizer holds its averages, then what it held."""
-    yield from _held(optimizer, training=False)
+    yield from _switched(optimizer, training=False)
 
 
-def _held(optimizer: Any, training: bool) -> Iterator[None]:
+def _switched(optimizer: Any, training: bool) -> Iterator[None]:
     inner = getattr(optimizer, "optimizer", optimizer)
     before = all(group.get("train_mode", True) for group in inner.param_groups)
     if not schedule_free(inner) or before == training:
@@ -174,7 +174,7 @@ def _held(optimizer: Any, training: bool) -> Iterator[None]:
         back()
 
 
-def load(path: str, flag: str, home: str, names: Iterable[str] = ()) -> Any:
+def import_class(path: str, flag: str, home: str, names: Iterable[str] = ()) -> Any:
     """The class `path`, dotted or of the module `home`. Raises `Refused`, naming a missing package."""
     module, _, attribute = (path if "." in path else f"{home}.{path}").rpartition(".")
     root = module.split(".")[0]

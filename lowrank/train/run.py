@@ -35,7 +35,7 @@ from lowrank.train.attach import Job, Script, adapt, keep_vae, merge_base_weight
 from lowrank.train.base_weights import changes_text
 from lowrank.train.checkpoints import Names, Progress
 from lowrank.train.log import RunLog, describe_run
-from lowrank.train.loop import Forward, Run, components, train
+from lowrank.train.loop import Forward, Run, loss_components, train
 from lowrank.train.prompts import Prompt
 from lowrank.train.saving import Saver
 from lowrank.train.schedule import RunPlan, build_scheduler, check_schedule, plan_run
@@ -73,7 +73,7 @@ def _launch(job: Job) -> int:
     if not job.value("dry_run"):
         data.make_class_images(parsed, family, source, job.options, job.script.prompt, accelerator)
     loader = Loader(
-        data.datasets(parsed),
+        data.training_datasets(parsed),
         seed=job.seed,
         prior_loss_weight=job.value("prior_loss_weight"),
         skip_bad_images=job.value("skip_bad_images"),
@@ -84,7 +84,7 @@ def _launch(job: Job) -> int:
     loader = loader.shard(accelerator.process_index, accelerator.num_processes)
     shapes, rehearsal = check.rehearse(job, models)
     if parsed.abm.abm_enabled and not job.value("resume"):
-        abm.check(job, models, shapes)
+        abm.check_abm(job, models, shapes)
     if job.value("dry_run"):
         return dry_run.show(
             parsed, loader, shapes, rehearsal, accelerator, DTYPES[accelerator.mixed_precision]
@@ -94,9 +94,9 @@ def _launch(job: Job) -> int:
 
     prompts = setup.prompts(parsed, family, models, job.script.prompt)
     drawn = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
-    check.load(job, models, ("text", "vae"))
+    check.load_components(job, models, ("text", "vae"))
     if text_merged := changes_text(parsed):
-        check.load(job, models, ("denoiser",))  # one file's layers for both are merged in one call
+        check.load_components(job, models, ("denoiser",))  # one file's layers for both are merged in one call
         merge_base_weights(job, models)
     captions = all_captions([loader] if held is None else [loader, held])
     text = Text(parsed, captions, family, models, job.options, tuple(drawn), trains_text(parsed), accelerator)
@@ -105,7 +105,7 @@ def _launch(job: Job) -> int:
         held = data.encode_latents(parsed, held, family, models, accelerator)
     encoders = text.keep()
     keep_vae(models, loader.encoded and (held is None or held.encoded), bool(prompts))
-    check.load(job, models, ("denoiser",))
+    check.load_components(job, models, ("denoiser",))
     if not text_merged:
         merge_base_weights(job, models)
     network = adapt(job, models, encoders)
@@ -158,7 +158,7 @@ def _train(
     )
     folder = job.names.output_dir
     preview = setup.preview(parsed, prompts, folder, family, models, options, text, accelerator)
-    sizes = data.sizes(family, accelerator.device)
+    sizes = data.batch_size_conditions(family, accelerator.device)
     forward = Forward(
         accelerator,
         network,
@@ -169,10 +169,10 @@ def _train(
     )
     # kohya averages over one epoch; an epoch of one step would average nothing
     window = plan.steps_per_epoch if plan.steps_per_epoch > 1 else 20
-    log = RunLog(accelerator, folder, components(network), plan.steps, window)
-    facts = check.facts(job, loader, models)
+    log = RunLog(accelerator, folder, loss_components(network), plan.steps, window)
+    facts = check.run_fingerprint(job, loader, models)
     measured = setup.held_out(parsed, held, forward.losses, job.seed)
-    chooser = layer_sampling.sampler(network, forward, held, loader, job.seed)
+    chooser = layer_sampling.layer_sampler(network, forward, held, loader, job.seed)
     keeper = Saver(
         parsed, accelerator, network, optimizer, told, log, preview, measured, chooser, job.names, facts, plan
     )

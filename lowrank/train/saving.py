@@ -165,7 +165,7 @@ class Saver:
     def _shown(self):
         """What is saved and drawn: schedule-free optimizers' averages, and the EMA where there is one."""
         with (
-            optim.evaluating(self._optimizer),
+            optim.averaged_weights(self._optimizer),
             self._ema.applied() if self._ema else contextlib.nullcontext(),
         ):
             yield

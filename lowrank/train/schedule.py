@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from lowrank.config.flag import literals
 from lowrank.config.flags_training import Optimizer as Options
 from lowrank.errors import Refused, nearest
-from lowrank.train.optim import load, schedule_free
+from lowrank.train.optim import import_class, schedule_free
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Curve:
     rules: str = ""  # "1:10,0.1:20,0.01": 1 before step 10, 0.1 before step 20, then 0.01
 
 
-def factor(name: str, curve: Curve) -> Callable[[int], float]:
+def rate_factor(name: str, curve: Curve) -> Callable[[int], float]:
     """The schedule `name` as a function of the step. Raises `Refused` for malformed `rules`."""
     if name == "constant":
         return lambda step: 1.0
@@ -164,7 +164,7 @@ def build_scheduler(
         return _custom(optimizer, options, processes)
     if name.startswith("adafactor:"):
         raise Refused(f"--lr_scheduler {name} is only for --optimizer_type Adafactor; use constant")
-    curve = factor(name, _curve(optimizer, options, total_steps))
+    curve = rate_factor(name, _curve(optimizer, options, total_steps))
     return LambdaLR(optimizer, lambda step: curve(step // processes))
 
 
@@ -217,7 +217,7 @@ def check_schedule(options: Options) -> None:
 
 
 def _custom(optimizer: torch.optim.Optimizer, options: Options, processes: int = 1) -> LRScheduler:
-    make = load(options.lr_scheduler_type, "--lr_scheduler_type", "torch.optim.lr_scheduler")
+    make = import_class(options.lr_scheduler_type, "--lr_scheduler_type", "torch.optim.lr_scheduler")
     if not (isinstance(make, type) and issubclass(make, LRScheduler)) or make.__name__ == "ReduceLROnPlateau":
         raise Refused(
             f"--lr_scheduler_type {options.lr_scheduler_type} is not a schedule of the step alone; use e.g. "

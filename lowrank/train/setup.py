@@ -18,10 +18,10 @@ from PIL import Image
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.config.command_line import Parsed
 from lowrank.data.loader import Loader
-from lowrank.data.summary import summary
+from lowrank.data.summary import dataset_summary
 from lowrank.errors import Refused, nearest
 from lowrank.models.family import DTYPES, Family, Models, Source, move
-from lowrank.train.data import draw
+from lowrank.train.data import draw_picture
 from lowrank.train.prompts import Prompt, read_prompts
 from lowrank.train.text_conditions import Text
 from lowrank.train.validation import ValidationLoss
@@ -189,7 +189,7 @@ def preview(
     def picture(prompt: Prompt, seed: int) -> Image.Image:
         if models.vae is not None:
             move(models, ("vae",), accelerator.device)
-        return draw(family, models, options, text, prompt, seed)
+        return draw_picture(family, models, options, text, prompt, seed)
 
     by_file = bool(parsed.value("sample_prompts"))
     epochs = parsed.value("sample_every_n_epochs") or (
@@ -227,7 +227,7 @@ def announce(loader: Loader, plan: Any, parsed: Parsed, network: Any, accelerato
     if not accelerator.is_main_process:
         return
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    counts = summary(loader)
+    counts = dataset_summary(loader)
     print(
         f"running training\n  num train images * repeats: {counts['num_train_images']}"
         f"\n  num reg images: {counts['num_reg_images']}"

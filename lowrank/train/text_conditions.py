@@ -16,7 +16,7 @@ from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import cache_folder
 from lowrank.models.family import Family, Models, align, release
-from lowrank.train.base_weights import merged
+from lowrank.train.base_weights import merged_hashes
 
 
 class Text:
@@ -51,7 +51,9 @@ class Text:
             )
         self._cache = Cache(cache_folder("text") if to_disk else None)
         spelling = [tokenizer("a <c> dog in <s> style, ünïcode").input_ids for tokenizer in models.tokenizers]
-        self._hash = f"{family.model_hash(models, 'text')} {models.source.dtype} {spelling} {merged(parsed)}"
+        self._hash = (
+            f"{family.model_hash(models, 'text')} {models.source.dtype} {spelling} {merged_hashes(parsed)}"
+        )
         texts = [] if self.whole else list(dict.fromkeys([*(captions or ()), *extra]))
         with torch.no_grad():
             self._cache.fill(

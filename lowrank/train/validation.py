@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lowrank.data.loader import Batch, Loader
-from lowrank.train.loop import stream
-from lowrank.train.watch import evaluating
+from lowrank.train.loop import batch_generator
+from lowrank.train.watch import evaluation_mode
 
 PLACES = (0.2, 0.4, 0.6, 0.8)  # in the range of noise levels, as kohya's
 
@@ -40,12 +40,12 @@ class ValidationLoss:
         """The mean loss over images and `PLACES`, over all processes."""
         rank, world = accelerator.process_index, accelerator.num_processes
         sums = torch.zeros(2, device=accelerator.device)
-        with evaluating(network):
+        with evaluation_mode(network):
             for index, batch in enumerate(itertools.islice(self.loader.epoch(0), self.limit)):
                 if index % world != rank:
                     continue
                 for number, place in enumerate(PLACES):
-                    generator = stream(self.seed, -1 - number, batch.position)
+                    generator = batch_generator(self.seed, -1 - number, batch.position)
                     losses, _ = self.losses(batch, generator, place)
                     sums += torch.stack([losses.sum().float(), torch.tensor(len(losses)).to(sums)])
         total, count = accelerator.reduce(sums, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]

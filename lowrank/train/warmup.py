@@ -20,7 +20,7 @@ from lowrank.adapters.method import Warmup, WarmupBatches
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.config.flags_training import Abm
 from lowrank.data.loader import Batch
-from lowrank.train.loop import Run, stream
+from lowrank.train.loop import Run, batch_generator
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def warm_up(run: Run, abm: Warmup | None) -> None:
             _agree(run)
 
 
-def batches(run: Run) -> Iterator[Batch]:
+def training_batches(run: Run) -> Iterator[Batch]:
     """The training's batches of this process, epoch after epoch without end."""
     epoch, per_step = 0, run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes
     while True:
@@ -61,7 +61,7 @@ def batches(run: Run) -> Iterator[Batch]:
 
 def noise(run: Run, batch: Batch) -> torch.Generator:
     """The stream of a batch in a stage; torch's global one is seeded too, for dropout."""
-    return stream(run.seed, NOISE - batch.epoch, batch.position)
+    return batch_generator(run.seed, NOISE - batch.epoch, batch.position)
 
 
 def samples(run: Run) -> WarmupBatches:
@@ -77,7 +77,7 @@ def samples(run: Run) -> WarmupBatches:
         return summed
 
     return WarmupBatches(
-        batches=lambda: map(losses, batches(run)),
+        batches=lambda: map(losses, training_batches(run)),
         total=total,
         processes=accelerator.num_processes,
         log=lambda values, step: log(run, values, step),
