@@ -225,7 +225,7 @@ class AdapterNetwork(nn.Module):
             layer.multiplier = multiplier if isinstance(multiplier, Tensor) else float(multiplier)
 
     def prepare_network(self, args: Any) -> None:
-        """kohya's trainers hand over their options, ours does not. Raises `Refused`, see `foreign.check`."""
+        """kohya's trainers hand over their options, ours does not. Raises `Refused`, see `check_trainer`."""
         kohya_trainer.check_trainer(self.method, args)
         self._pull = kohya_trainer.pull(args) if self.method.penalty else None
 
