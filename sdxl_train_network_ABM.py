@@ -5,4 +5,4 @@
 from lowrank.cli.run import run
 
 if __name__ == "__main__":
-    run("sdxl_train")
+    run("sd_train", "main_sdxl")

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
-from lowrank.train.fisher import Fisher
-from lowrank.weights.curvature import read_context, write_context
+from lowrank.laplace.context_file import read_context, write_context
+from lowrank.laplace.fisher import Fisher
 from networks import lalora, lora
 
 UNET = Path(__file__).parent.parent / "configs" / "models" / "sd15.json"

@@ -84,7 +84,7 @@ def official(weight, rank: int):
 
 
 def krylov(weight, rank: int):
-    from lowrank.weights.basis import decompose
+    from lowrank.bases.qr_basis import decompose
 
     return decompose(weight, rank)
 

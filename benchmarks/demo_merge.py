@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import logging
@@ -35,7 +34,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lowrank.weights.merge import Adapter, Mixture
+from lowrank.cli import flux_train, sd_train
+from lowrank.combine.mixture import Mixture
+from lowrank.formats.read import Adapter
 from tools.glyph_world import report, scorer
 from tools.glyph_world.world import BACKGROUNDS, SEEN_STYLES, Scene, caption
 
@@ -53,7 +54,7 @@ RATES = {
 STEPS = {CONTENT: 150, STYLE: 250}
 STRENGTHS = (0.7, 1.0, 1.3)
 GUIDANCE = 2.0  # with adapters, less than a model's card says for words alone
-SCRIPTS = {"flux": "flux_train", "sd15": "sd_train", "sdxl": "sdxl_train"}
+MAINS = {"flux": flux_train.main, "sd15": sd_train.main, "sdxl": sd_train.main_sdxl}
 
 
 def train(
@@ -71,7 +72,7 @@ def train(
     ]
     begun = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        importlib.import_module(f"lowrank.cli.{SCRIPTS[family]}").main(arguments)
+        MAINS[family](arguments)
     return time.perf_counter() - begun
 
 
@@ -214,7 +215,7 @@ def control(bench: Bench, method: str = "lora") -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("family", choices=list(SCRIPTS))
+    parser.add_argument("family", choices=list(MAINS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=64, help="images for each number")
     parser.add_argument("--folder", type=Path, help="where adapters are kept (unset: a temporary folder)")

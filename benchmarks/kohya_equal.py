@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lowrank.objective.ddpm import alpha_bars
+from lowrank.objective.diffusion import alpha_bars
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = {"SGD": 0.1, "AdamW": 1e-4}  # with the learning rate
@@ -65,7 +65,7 @@ def train(trainer: str, tape: Path, tiny: bool, line: list[str]) -> None:
         util.get_noise_noisy_latents_and_timesteps = drawn
         script = place.CHECKOUT / "train_network.py"
     else:
-        ddpm: Any = importlib.import_module("lowrank.objective.ddpm")
+        ddpm: Any = importlib.import_module("lowrank.objective.diffusion")
 
         def draw(objective: Any, _latents: Any, _generator: Any, at: float | None = None) -> Any:
             assert at is None  # no validation here

@@ -21,7 +21,8 @@ from step_time import inputs, model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lowrank.weights.merge import Adapter, Mixture
+from lowrank.combine.mixture import Mixture
+from lowrank.formats.read import Adapter
 
 
 def adapter(denoiser: torch.nn.Module, name: str, seed: int, folder: Path) -> Adapter:

@@ -17,10 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from lowrank.formats import base_checkpoint  # noqa: E402
+from lowrank.formats.static import Static  # noqa: E402
+from lowrank.naming.places import LayerPath  # noqa: E402
 from lowrank.tensors import stream_pieces, stream_tensors  # noqa: E402
-from lowrank.weights import checkpoint  # noqa: E402
-from lowrank.weights.places import Place  # noqa: E402
-from lowrank.weights.static import Static  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "merge_memory.json"
 RANK, INPUTS = 64, 4096
@@ -45,9 +45,11 @@ def main() -> None:
         # warm up on a small base, so that code and libraries are counted before
         small = Path(folder) / "small.safetensors"
         stream_tensors(small, {names[0]: (8, 8)}, torch.bfloat16, lambda _: torch.ones(8, 8), {})
-        place = Place("unet", "transformer_blocks.0.ff.net.0.proj")
+        place = LayerPath("unet", "transformer_blocks.0.ff.net.0.proj")
         tiny = {place: Static(torch.ones(8, 2), torch.ones(2, 8), 1.0)}
-        checkpoint.merge(checkpoint.Base(small), tiny, Path(folder) / "out.safetensors", {})
+        base_checkpoint.merge(
+            base_checkpoint.BaseCheckpoint(small), tiny, Path(folder) / "out.safetensors", {}
+        )
         stream_pieces(
             base,
             {name: (torch.bfloat16, (outs, INPUTS)) for name in names},
@@ -55,7 +57,7 @@ def main() -> None:
             {},
         )
         adapter = {
-            Place("unet", f"transformer_blocks.{i}.ff.net.0.proj"): Static(
+            LayerPath("unet", f"transformer_blocks.{i}.ff.net.0.proj"): Static(
                 torch.randn(outs, RANK).bfloat16(), torch.randn(RANK, INPUTS).bfloat16(), 1e-3
             )
             for i in range(3)
@@ -63,7 +65,9 @@ def main() -> None:
         held = sum(one.up.nbytes + one.down.nbytes for one in adapter.values())
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        checkpoint.merge(checkpoint.Base(base), adapter, Path(folder) / "merged.safetensors", {})
+        base_checkpoint.merge(
+            base_checkpoint.BaseCheckpoint(base), adapter, Path(folder) / "merged.safetensors", {}
+        )
         peak = resident("VmHWM") - before
     found = {
         "largest_tensor_mib": largest / 2**20,

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.models.sd_single import facts
-from lowrank.weights.static import phantom
+from lowrank.formats.static import phantom
+from lowrank.models.sd_single import published_config
 from tools import make_tiny_sd
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,7 +47,7 @@ KINDS = {
 def attention_layers() -> list[tuple[int, int]]:
     """(out, in) of the linear layers in SDXL's attention blocks."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(facts("sdxl")["unet"])
+        unet = UNet2DConditionModel.from_config(published_config("sdxl")["unet"])
     ends = ("to_q", "to_k", "to_v", "to_out.0")
     return [
         (layer.out_features, layer.in_features)

@@ -21,19 +21,19 @@ import comfy.weight_adapter
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import keys
-from lowrank.adapters.host import host_shape
 from lowrank.adapters.magnitude import row_norm
 from lowrank.adapters.method import Gate
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.adapters.targets import Layer, find
+from lowrank.adapters.targets import Layer, find, host_shape
+from lowrank.combine.mixture import STATIC, Mixture
 from lowrank.errors import Refused
+from lowrank.formats.names import Thin, thin
+from lowrank.formats.read import Adapter
+from lowrank.formats.tlora import with_copies
+from lowrank.naming import keys
 from lowrank.tensors import read_names, read_tensors
-from lowrank.weights.merge import STATIC, Adapter, Mixture
-from lowrank.weights.names import Thin, thin
-from lowrank.weights.tlora_files import with_copies
 
-from .live import Beside, Place
+from .live import Beside, LayerRows
 
 logger = logging.getLogger(__name__)
 _ROUTER = ".router"  # what only files of routed experts have
@@ -64,12 +64,12 @@ class Hosts:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> LayerRows:
         """The layer and the rows of its output that belong to a name as `keys.flat` spells it."""
         key, part = self._where[name]
         if part is not None and part[0] != 0:
             raise Refused(f"{name} is in columns of {key} here, which no adapter can be put beside")
-        return Place(key.removesuffix(".weight"), None if part is None else (part[1], part[2]))
+        return LayerRows(key.removesuffix(".weight"), None if part is None else (part[1], part[2]))
 
     def patch_key(self, name: str) -> Any:
         """The key of `add_patches`."""
@@ -100,13 +100,15 @@ class Hosts:
         return (W if part is None else W.narrow(*part)).flatten(1)
 
 
-def read(path: str, config: Mapping[str, Any] | None = None) -> File:
+def read_adapter(path: str, config: Mapping[str, Any] | None = None) -> File:
     """An adapter file; `config` is a schedule {min_rank, alpha} that goes before what the file says."""
     routed = any(key.endswith(_ROUTER) for key in read_names(path))
     return File(path, None if routed else Adapter(path, config=config))
 
 
-def put(model: Any, clip: Any, file: File, strength: float, strength_clip: float = 1.0) -> tuple[Any, Any]:
+def apply_adapter(
+    model: Any, clip: Any, file: File, strength: float, strength_clip: float = 1.0
+) -> tuple[Any, Any]:
     """Clones of model and CLIP with an adapter; `clip` may be None. Raises `Refused` for another base's."""
     model, clip = model.clone(), None if clip is None else clip.clone()
     denoiser, encoders = _hosts(model, clip)
@@ -134,7 +136,7 @@ def put(model: Any, clip: Any, file: File, strength: float, strength_clip: float
     return model, clip
 
 
-def merged(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
+def merge_adapters(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
     """Clones with Σ weights·ΔW. Static adapters are added first, and on one basis keep their rank.
 
     Raises `Refused` for adapters of different bases, or without a layer in common.
@@ -142,7 +144,7 @@ def merged(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float
     adapters = [file.adapter for file in files if file.adapter is not None and file.static]
     if len(adapters) < len(files):
         for file, weight in zip(files, weights, strict=True):
-            model, clip = put(model, clip, file, weight, weight)
+            model, clip = apply_adapter(model, clip, file, weight, weight)
         return model, clip
     mixture = Mixture(adapters)
     model, clip = model.clone(), None if clip is None else clip.clone()
@@ -238,12 +240,14 @@ def _patch_text(clip: Any, hosts: Hosts, pairs: Mapping[str, Any], strength: flo
 # ---------- another change at each step: beside the layers
 
 
-def _live(model: Any, found: tuple[AdapterNetwork, dict[str, Place]], strength: float) -> None:
+def _live(model: Any, found: tuple[AdapterNetwork, dict[str, LayerRows]], strength: float) -> None:
     network, places = found
     Beside(network, places, strength).install(model)
 
 
-def _masked(adapter: Adapter, names: Sequence[str], hosts: Hosts) -> tuple[AdapterNetwork, dict[str, Place]]:
+def _masked(
+    adapter: Adapter, names: Sequence[str], hosts: Hosts
+) -> tuple[AdapterNetwork, dict[str, LayerRows]]:
     """A T-LoRA as pairs of factors whose leading ranks open by the timestep."""
     assert adapter.schedule is not None  # asked by the caller
     part = copy.copy(adapter)
@@ -263,7 +267,7 @@ def _masked(adapter: Adapter, names: Sequence[str], hosts: Hosts) -> tuple[Adapt
     return network, {layer.name: hosts.place(keys.flat(layer.name)) for layer in network.layers()}
 
 
-def _routed(path: str, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, Place]]:
+def _routed(path: str, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, LayerRows]]:
     """A network of routed experts, of the method that its file names."""
     state, metadata = read_tensors(path)
     told = metadata.get("ss_network_module") or f"networks.{metadata.get('lowrank.method')}"

@@ -22,7 +22,7 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.errors import Refused
 
 
-class Place(NamedTuple):
+class LayerRows(NamedTuple):
     """A layer of ComfyUI's model, and the rows (start, length) of its output that a change is added to."""
 
     module: str
@@ -49,7 +49,7 @@ def timestep(sampling: Any, sigma: Tensor) -> Tensor:
 class Beside:
     """A network of layers without hosts, and the places in ComfyUI's model where they add their change."""
 
-    def __init__(self, network: AdapterNetwork, places: Mapping[str, Place], strength: float) -> None:
+    def __init__(self, network: AdapterNetwork, places: Mapping[str, LayerRows], strength: float) -> None:
         self.network, self.places = network, places
         for layer in network.layers():
             layer.requires_grad_(False).eval()
@@ -80,7 +80,7 @@ class Beside:
                 handle.remove()
 
 
-def _adding(layer: AdaptedLayer, place: Place) -> Any:
+def _adding(layer: AdaptedLayer, place: LayerRows) -> Any:
     def add(_host: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x = args[0]
         for value in (*layer.parameters(), *layer.buffers()):

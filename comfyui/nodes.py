@@ -9,7 +9,7 @@ from typing import Any
 
 import folder_paths
 
-from .adapters import merged, put, read
+from .adapters import apply_adapter, merge_adapters, read_adapter
 
 _STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
 
@@ -61,7 +61,9 @@ class LowrankLoader:
     ) -> tuple[Any, Any]:
         config = {"min_rank": min_rank, "alpha": schedule_alpha}
         given = {name: value for name, value in config.items() if value}
-        return put(model, clip, read(_path(lora_name), given or None), strength_model, strength_clip)
+        return apply_adapter(
+            model, clip, read_adapter(_path(lora_name), given or None), strength_model, strength_clip
+        )
 
 
 class LowrankMerge:
@@ -88,8 +90,8 @@ class LowrankMerge:
     def merge(
         self, model: Any, style_name: str, content_name: str, alpha: float, beta: float, clip: Any = None
     ) -> tuple[Any, Any]:
-        style, content = read(_path(style_name)), read(_path(content_name))
-        return merged(model, clip, (style, content), (alpha, beta))
+        style, content = read_adapter(_path(style_name)), read_adapter(_path(content_name))
+        return merge_adapters(model, clip, (style, content), (alpha, beta))
 
 
 NODE_CLASS_MAPPINGS = {"LowrankLoader": LowrankLoader, "LowrankMerge": LowrankMerge}

@@ -18,9 +18,9 @@ from functools import partial
 
 import torch
 
-from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Chain, Factor, Method, Start
-from lowrank.weights.basis import start_basis
+from lowrank.adapters.network_module import bind
+from lowrank.bases.qr_basis import start_basis
 
 
 @dataclass(frozen=True)

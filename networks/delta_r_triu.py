@@ -12,8 +12,8 @@ import dataclasses
 
 import torch
 
-from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Method
+from lowrank.adapters.network_module import bind
 from networks import delta_r
 from networks.delta_r import Options
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank.adapters.kohya import bind
-from lowrank.adapters.method import Magnitude, Method
-from lowrank.adapters.plain import FACTOR
+from lowrank.adapters.method import LORA_FACTOR, Magnitude, Method
+from lowrank.adapters.network_module import bind
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ LENGTHS = Method("dora", magnitude=Magnitude())
 
 
 def method(options: Options) -> Method:
-    return Method("dora", FACTOR, magnitude=LENGTHS.magnitude)
+    return Method("dora", LORA_FACTOR, magnitude=LENGTHS.magnitude)
 
 
 create_network, create_network_from_weights = bind(method, Options)

@@ -5,7 +5,7 @@
 A is shared by the layers of one part, stream (`STREAMS`) and input shape; each layer has its own E ups B,
 which start at zero, and its own router G. num_experts=1 is a plain LoRA with a shared A, and is saved as one.
 The paper's Reducer trains in each step only some layers' B, drawn by importance (effi_update_ratio,
-lowrank/train/updates.py).
+lowrank/train/layer_sampling.py).
 
 The paper shares one A over all layers, which needs layers of one width; its text draws layers by σ(−s) and
 says that important ones come first, which is σ(s) and what we do. Unlike the code we know, all experts take
@@ -20,9 +20,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from lowrank.adapters.experts import softmax_router
-from lowrank.adapters.kohya import bind
-from lowrank.adapters.method import Experts, Factor, Method, Updates, structural
-from lowrank.adapters.plain import FACTOR
+from lowrank.adapters.method import LORA_FACTOR, Experts, Factor, Method, Updates, structural
+from lowrank.adapters.network_module import bind
 from lowrank.errors import Refused, nearest
 
 INPUTS, SCOPES = ("h", "x"), ("token", "sample")
@@ -77,14 +76,14 @@ class Options:
             )
 
 
-def stream(path: str) -> str:
+def stream_of(path: str) -> str:
     """What the layer at a dotted path reads."""
     return next((name for name, end in STREAMS if re.search(rf"(?:^|\.)(?:{end})$", path)), "picture")
 
 
 def share(part: str, path: str, shape: tuple[int, ...]) -> Hashable:
     """Layers of one answer have A in common; `shape` is (I,), of a convolution (I, k, k)."""
-    return part, stream(path), shape
+    return part, stream_of(path), shape
 
 
 def experts(options: Options, factor: Factor) -> Method:
@@ -104,7 +103,7 @@ def experts(options: Options, factor: Factor) -> Method:
 
 
 def method(options: Options) -> Method:
-    factor = dataclasses.replace(FACTOR, share=share)
+    factor = dataclasses.replace(LORA_FACTOR, share=share)
     return dataclasses.replace(experts(options, factor), factor=factor)
 
 

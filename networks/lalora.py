@@ -18,12 +18,11 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
-from lowrank.adapters.kohya import bind
-from lowrank.adapters.method import Method, Penalty
-from lowrank.adapters.plain import FACTOR
+from lowrank.adapters.method import LORA_FACTOR, Method, Penalty
+from lowrank.adapters.network_module import bind
 from lowrank.errors import Refused
-from lowrank.weights import laplace
-from lowrank.weights.curvature import read_context
+from lowrank.laplace import penalty as laplace_penalty
+from lowrank.laplace.context_file import read_context
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ def penalty(options: Options) -> Method:
     if path and options.lalora_isotropic:
         raise Refused(f"lalora_isotropic=True does not read lalora_context_path={path}; give one of them")
     if options.lalora_isotropic:
-        prepare = partial(laplace.isotropic, strength=strength)
+        prepare = partial(laplace_penalty.isotropic, strength=strength)
     elif path:
         context = read_context(path)
-        prepare = partial(laplace.bind, context=context, strength=strength, source=path)
+        prepare = partial(laplace_penalty.bind_penalty, context=context, strength=strength, source=path)
     elif strength:
         raise Refused(
             f"lalora_lambda={strength:g} has no context; give lalora_context_path=FILE of "
@@ -59,7 +58,7 @@ def penalty(options: Options) -> Method:
 
 
 def method(options: Options) -> Method:
-    plain = Method("lora", FACTOR)
+    plain = Method("lora", LORA_FACTOR)
     return dataclasses.replace(plain | penalty(options), name=plain.name)
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank.adapters.kohya import bind
-from lowrank.adapters.method import Method
-from lowrank.adapters.plain import FACTOR
+from lowrank.adapters.method import LORA_FACTOR, Method
+from lowrank.adapters.network_module import bind
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Options:
 
 
 def method(options: Options) -> Method:
-    return Method("lora", FACTOR)
+    return Method("lora", LORA_FACTOR)
 
 
 create_network, create_network_from_weights = bind(method, Options)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Method
+from lowrank.adapters.network_module import bind
 from networks import lalora, null_lora, universal_lora
 
 

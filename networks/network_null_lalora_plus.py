@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Method, structural
+from lowrank.adapters.network_module import bind
 from networks import dora, network_null_lalora
 
 RATIO = 16.0

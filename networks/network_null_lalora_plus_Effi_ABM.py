@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Method, structural
+from lowrank.adapters.network_module import bind
 from lowrank.errors import Refused
 from networks import effilora, network_null_lalora_plus
 

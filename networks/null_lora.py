@@ -21,10 +21,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Chain, Factor, Method, Start, structural
+from lowrank.adapters.network_module import bind
+from lowrank.bases.null_space import Null, least_active, null_spaces, nullity
 from lowrank.errors import Refused, nearest
-from lowrank.weights.nullspace import Null, least_active, null_spaces, nullity
 from networks.universal_lora import Directions
 
 SOURCES = ("weight", "activation")

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Chain, Factor, Method, Start
-from lowrank.weights.basis import start_basis
+from lowrank.adapters.network_module import bind
+from lowrank.bases.qr_basis import start_basis
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters.gate import Schedule
-from lowrank.adapters.kohya import bind
-from lowrank.adapters.method import Factor, Gate, Method, Start, structural
-from lowrank.adapters.plain import FACTOR
+from lowrank.adapters.method import LORA_FACTOR, Factor, Gate, Method, Start, structural
+from lowrank.adapters.network_module import bind
+from lowrank.bases.qr_basis import basis_hash
 from lowrank.errors import Refused, nearest
-from lowrank.weights.basis import basis_hash
-from lowrank.weights.tlora_files import COPY, ORTHOGONAL, PARTS, components, part
+from lowrank.formats.tlora import COPY, ORTHOGONAL, PARTS, component_slice, singular_components
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,12 @@ def start(weights, ranks, scales, options: Options) -> Start:
         W, R = weights[name], ranks[name]
         outs, ins = W.shape
         if options.use_data_init:
-            P, S, Q = components(W, options.sig_type, R)
+            P, S, Q = singular_components(W, options.sig_type, R)
         else:
             spectrum = spectra.get((outs, ins, R))
             if spectrum is None:
                 spectrum = spectra[outs, ins, R] = singular_values(outs, ins, 1 / R)
-            chosen = part(options.sig_type, min(outs, ins), R)
+            chosen = component_slice(options.sig_type, min(outs, ins), R)
             P, S, Q = uniform_frame(outs, R), spectrum[chosen].float(), uniform_frame(ins, R).T
         own = {"p_layer": P, "lambda_layer": S, "q_layer": Q}
         values[name] = own | {"base_p": P, "base_lambda": S, "base_q": Q}
@@ -94,11 +93,11 @@ def start(weights, ranks, scales, options: Options) -> Start:
 
 def gate(schedule: Schedule) -> Gate:
     """Open ranks by a schedule; in a network of rank R, every layer in proportion to R."""
-    return Gate(schedule.open, schedule.facts, lambda rank: gate(schedule.of(rank)))
+    return Gate(schedule.open, schedule.metadata, lambda rank: gate(schedule.of(rank)))
 
 
 def method(options: Options) -> Method:
-    factor = FACTOR
+    factor = LORA_FACTOR
     if options.orthogonal:
         factor = Factor(
             partial(start, options=options),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Method
+from lowrank.adapters.network_module import bind
 from networks import lalora, universal_lora
 
 

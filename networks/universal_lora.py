@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.adapters.kohya import bind
 from lowrank.adapters.method import Chain, Factor, Method, Start, Warmup, structural
+from lowrank.adapters.network_module import bind
+from lowrank.bases.basis_file import BasisFile, Pair, for_layers, random_basis, read_basis, weight_basis
+from lowrank.bases.gradients import basis_stage
 from lowrank.errors import Refused, nearest
-from lowrank.weights.gradients import basis_stage
-from lowrank.weights.subspace import Basis, Pair, for_layers, random_basis, read_basis, weight_basis
 
 AUTO = ("auto:grad", "auto:actgrad", "auto:weight", "auto:random")
 NONE = "none"  # whole matrices, for methods that can do without a basis
@@ -68,7 +68,7 @@ class Directions:
 
     def __init__(self, options: Options) -> None:
         self.source, self.samples = options.basis_path or AUTO[0], options.basis_samples
-        self.file: Basis | None = None if self.source in (*AUTO, EMBEDDED) else read_basis(self.source)
+        self.file: BasisFile | None = None if self.source in (*AUTO, EMBEDDED) else read_basis(self.source)
 
     @property
     def options(self) -> dict[str, str]:

@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowrank.bases import qr_basis
+from lowrank.bases.qr_basis import QrBasis, bases, basis_hash, decompose, start_basis, weight_key
 from lowrank.errors import Refused
 from lowrank.files import cache_folder
-from lowrank.weights import basis
-from lowrank.weights.basis import Basis, bases, basis_hash, decompose, start_basis, weight_key
 
 R = 6
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,11 +50,11 @@ def computed(monkeypatch) -> list[str]:
         names.append(name)
         return decompose(*arguments, name=name, **options)
 
-    monkeypatch.setattr(basis, "decompose", counted)
+    monkeypatch.setattr(qr_basis, "decompose", counted)
     return names
 
 
-def same(a: dict[str, Basis], b: dict[str, Basis]) -> bool:
+def same(a: dict[str, QrBasis], b: dict[str, QrBasis]) -> bool:
     return list(a) == list(b) and all(torch.equal(x, y) for n in a for x, y in zip(a[n], b[n], strict=True))
 
 
@@ -130,9 +130,9 @@ def test_a_key_names_the_numbers_the_rank_and_the_algorithm(monkeypatch):
     keys = {weight_key(other, R) for other in others} | {weight_key(weight, R + 1)}
     assert len(keys) == len(others) + 1 and key not in keys
     assert key == weight_key(torch.nn.Parameter(weight.mT.contiguous().mT), R)
-    monkeypatch.setattr(basis, "HASHED", 50)  # pieces of one row
+    monkeypatch.setattr(qr_basis, "HASHED", 50)  # pieces of one row
     assert key == weight_key(weight, R)
-    monkeypatch.setattr(basis, "VERSION", "other")
+    monkeypatch.setattr(qr_basis, "VERSION", "other")
     assert key != weight_key(weight, R)
 
 
@@ -197,8 +197,8 @@ def flip(file: Path) -> None:
 
 def nan(file: Path) -> None:
     """Rightly described numbers that nobody wants."""
-    own = Basis(**{name: value * math.nan for name, value in load_file(file).items()})
-    facts = json.dumps({"key": file.stem, "sha256": basis._checksum(own)})
+    own = QrBasis(**{name: value * math.nan for name, value in load_file(file).items()})
+    facts = json.dumps({"key": file.stem, "sha256": qr_basis._checksum(own)})
     save_file(own._asdict(), file, {"lowrank.basis": facts})
 
 
@@ -267,7 +267,7 @@ def test_a_failed_write_leaves_no_file(weights, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(basis, "save_file", full)
+    monkeypatch.setattr(qr_basis, "save_file", full)
     with pytest.raises(Refused, match="No space left"):
         bases(weights, R, cache=tmp_path, progress=False)
     assert [file.name for file in tmp_path.iterdir()] == [".lock"]
@@ -327,7 +327,7 @@ SLOW = """
 import hashlib, logging, sys, time
 from pathlib import Path
 import torch
-from lowrank.weights import basis
+from lowrank.bases import qr_basis as basis
 
 logging.basicConfig(stream=sys.stderr)
 weights = {str(n): torch.randn(20, 30, generator=torch.Generator().manual_seed(n)) for n in range(8)}

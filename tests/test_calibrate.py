@@ -15,12 +15,12 @@ from lowrank.cli import export
 from lowrank.cli.adapter import read
 from lowrank.cli.calibrate import write_nearest
 from lowrank.errors import Refused
+from lowrank.formats import base_checkpoint, verify
+from lowrank.formats.convert import only, write
+from lowrank.formats.formats import FORMATS, Choices
 from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
 from lowrank.models.sd import SD15
-from lowrank.weights import checkpoint, verify
-from lowrank.weights.convert import only, write
-from lowrank.weights.formats import FORMATS, Choices
 
 FAMILIES = {"sd15": (SD15, "tiny_sd"), "flux": (FLUX, "tiny_flux")}
 TARGETS = {
@@ -95,10 +95,10 @@ def test_every_format_holds_the_nearest_lora(family, method, saved, tmp_path):
         if to == "qrlora":
             continue
         target = tmp_path / (to if FORMATS[to].folder else f"{to}.safetensors")
-        choices = Choices(base=checkpoint.Base(base), flat_clip=export.flat_clip())
+        choices = Choices(base=base_checkpoint.BaseCheckpoint(base), flat_clip=export.flat_clip())
         part = only(adapter, "unet") if to == "lycoris" else adapter
         write(part, to, target, choices)
-        assert all(one.worst <= 1e-5 for one in verify.check(part, to, target, choices))
+        assert all(one.worst <= 1e-5 for one in verify.check_export(part, to, target, choices))
     with safe_open(tmp_path / "kohya.safetensors", "pt") as file:
         facts = file.metadata()
     assert facts["lowrank.unrouted_error"] == f"{error:.6g}" and "2 pictures" in facts["lowrank.unrouted_on"]

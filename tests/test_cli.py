@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train import ROOT, WEIGHTS, arguments, pictures  # noqa: F401 (fixtures)
 
+from lowrank.cli.contact_sheet import _shortened, sheet
 from lowrank.cli.flux_train import main as train
 from lowrank.cli.merge import _check_sides, _names
 from lowrank.cli.merge import main as merge
 from lowrank.cli.residual import main as residual
-from lowrank.cli.sheet import _shortened, sheet
 from lowrank.errors import Refused
 from lowrank.tensors import write_tensors
 

@@ -13,10 +13,10 @@ from test_train_sd import arguments, folders  # noqa: F401 (fixtures)
 
 from lowrank.cli.merge import main as merge
 from lowrank.cli.sd_train import main as sd
-from lowrank.cli.sdxl_train import main as sdxl
+from lowrank.cli.sd_train import main_sdxl as sdxl
 from lowrank.cli.similarity import main as similarity
 from lowrank.errors import Refused
-from lowrank.weights.export import export_lora, worst_difference
+from lowrank.formats.export import export_lora, worst_difference
 
 STEPS = 2
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from toys import PLAIN, SHIPPED, shake
 from transformers import CLIPTextModel
 
-from lowrank.adapters import keys
 from lowrank.errors import Refused
+from lowrank.naming import keys
 from lowrank.tensors import read_tensors, write_tensors
 
 SIGMAS = torch.tensor([0.999, 0.5, 0.001])  # a step at noise, in the middle and at the picture, in one batch
@@ -255,7 +255,7 @@ def test_noise_levels_become_timesteps(nodes):
 
 ROUTED = """
     from dataclasses import dataclass, replace
-    from lowrank.adapters.kohya import bind
+    from lowrank.adapters.network_module import bind
     from toys import probes
 
     @dataclass(frozen=True)

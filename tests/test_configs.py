@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lowrank.cli.options import record, with_network
+from lowrank.cli.resolve import record, with_network
+from lowrank.config.flux import FLUX_TRAIN
+from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
 from lowrank.data.scan import from_config, scan
-from lowrank.objective.ddpm import Diffusion
-from lowrank.surfaces.flux import FLUX_TRAIN
-from lowrank.surfaces.sd import SD_TRAIN, SDXL_TRAIN
-from lowrank.train.module import facade_of, find_module
+from lowrank.objective.diffusion import Diffusion
+from lowrank.train.network_module import facade_of, find_module
 from lowrank.train.optim import chosen
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))

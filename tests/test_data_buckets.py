@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.data.buckets import bucket_sizes, crop_box, crop_top_left, own_place, place
-from lowrank.data.records import Dataset
+from lowrank.data.buckets import bucket_sizes, crop_box, crop_top_left, own_place, place_image
+from lowrank.data.dataset import Dataset
 from lowrank.errors import Refused
 
 sides = st.integers(1, 6000)
@@ -39,7 +39,7 @@ def test_buckets_of_1024_by_64_are_the_known_41():
 
 
 def test_known_place_of_a_3_to_2_photo():
-    assert place((3000, 2000), dataset()) == ((1216, 832), (1248, 832))
+    assert place_image((3000, 2000), dataset()) == ((1216, 832), (1248, 832))
 
 
 def test_limits_are_rounded_to_the_step():
@@ -49,19 +49,19 @@ def test_limits_are_rounded_to_the_step():
 def test_an_exact_bucket_is_taken_even_if_another_has_its_aspect():
     found = bucket_sizes((1024, 1024), 256, 2048, 64)
     for bucket in found:
-        assert place(bucket, dataset()) == (bucket, bucket)
+        assert place_image(bucket, dataset()) == (bucket, bucket)
 
 
 def test_without_bucketing_the_image_covers_the_resolution():
     plain = Dataset((), resolution=(512, 384))
-    assert place((100, 100), plain) == ((512, 384), (512, 512))
-    assert place((4000, 1000), plain) == ((512, 384), (1536, 384))
+    assert place_image((100, 100), plain) == ((512, 384), (512, 512))
+    assert place_image((4000, 1000), plain) == ((512, 384), (1536, 384))
 
 
 def test_no_upscale_keeps_small_images_and_shrinks_large_ones():
     small = dataset(bucket_no_upscale=True)
-    assert place((700, 500), small) == ((640, 448), (700, 500))
-    bucket, resized = place((3000, 2000), small)
+    assert place_image((700, 500), small) == ((640, 448), (700, 500))
+    bucket, resized = place_image((3000, 2000), small)
     # 1254 x 836 for that area; in steps 1216 x 768 (aspect 1.583) by width, 1216 x 832 (1.4615) by height:
     # the second is nearer to 1.5
     assert resized == (1248, 832) and bucket == (1216, 832)
@@ -86,14 +86,14 @@ def test_every_image_has_one_place_that_keeps_the_laws(size, resolution, step, b
         max_bucket_reso=1536,
     )
     try:
-        where = place(size, given_dataset)
+        where = place_image(size, given_dataset)
     except Refused:
         assert bucketed and no_upscale
         width, height = size
         scale = min(1, (resolution[0] * resolution[1] / (width * height)) ** 0.5)
         assert min(width, height) * scale < 2 * step  # only what is thinner than about one step is refused
         return
-    assert where == place(size, given_dataset)
+    assert where == place_image(size, given_dataset)
     (width, height), (whole_width, whole_height) = where
     assert whole_width >= width > 0 and whole_height >= height > 0
     area = resolution[0] * resolution[1]
@@ -115,7 +115,7 @@ def test_every_image_has_one_place_that_keeps_the_laws(size, resolution, step, b
 @given(sizes)
 def test_the_chosen_bucket_has_the_nearest_aspect(size):
     found = bucket_sizes((1024, 1024), 256, 2048, 64)
-    chosen = place(size, dataset()).bucket
+    chosen = place_image(size, dataset()).bucket
     error = [abs(w / h - size[0] / size[1]) for w, h in found]
     assert size in found or abs(chosen[0] / chosen[1] - size[0] / size[1]) == min(error)
 
@@ -123,7 +123,7 @@ def test_the_chosen_bucket_has_the_nearest_aspect(size):
 def test_a_sliver_is_refused_only_where_enlarging_is_forbidden():
     with pytest.raises(Refused, match=r"1x5000.*64.*bucket_no_upscale"):
         own_place((1, 5000), 1024 * 1024, 64)
-    assert place((1, 5000), dataset()).bucket == (256, 2048)
+    assert place_image((1, 5000), dataset()).bucket == (256, 2048)
 
 
 def test_sdxl_crop_is_half_the_gap_to_the_contained_image():

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.data.captions import draw, possible
-from lowrank.data.records import Example, Subset
+from lowrank.data.captions import draw_caption, possible_captions
+from lowrank.data.dataset import Example, Subset
 from lowrank.errors import Refused
 
 
@@ -26,7 +26,7 @@ def subset(**values):
 def draws(lines, count=400, *, epoch=0, step=0, max_train_steps=None, **values):
     one, made = example(*lines), subset(**values)
     return [
-        draw(one, made, random.Random(i), epoch=epoch, step=step, max_train_steps=max_train_steps)
+        draw_caption(one, made, random.Random(i), epoch=epoch, step=step, max_train_steps=max_train_steps)
         for i in range(count)
     ]
 
@@ -115,12 +115,12 @@ def test_separators():
     ],
 )
 def test_possible_captions(values, expected):
-    assert possible(example("cat"), subset(**values)) == expected
+    assert possible_captions(example("cat"), subset(**values)) == expected
 
 
 def test_possible_with_lines_and_choices():
-    assert possible(example("a", "b"), subset(enable_wildcard=True)) == ("a", "b")
-    assert possible(example("a", "{b|c}"), subset(enable_wildcard=True)) is None
+    assert possible_captions(example("a", "b"), subset(enable_wildcard=True)) == ("a", "b")
+    assert possible_captions(example("a", "{b|c}"), subset(enable_wildcard=True)) is None
 
 
 @settings(max_examples=100, deadline=None)
@@ -141,7 +141,7 @@ def test_what_is_drawn_is_possible(lines, shuffle, wildcard, rate, every, epoch)
         caption_dropout_every_n_epochs=every,
         secondary_separator=";",
     )
-    listed = possible(example(*lines), made)
-    drawn = {draw(example(*lines), made, random.Random(i), epoch=epoch) for i in range(20)}
+    listed = possible_captions(example(*lines), made)
+    drawn = {draw_caption(example(*lines), made, random.Random(i), epoch=epoch) for i in range(20)}
     assert listed is None or drawn <= set(listed)
-    assert drawn == {draw(example(*lines), made, random.Random(i), epoch=epoch) for i in range(20)}
+    assert drawn == {draw_caption(example(*lines), made, random.Random(i), epoch=epoch) for i in range(20)}

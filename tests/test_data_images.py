@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lowrank.data import images
-from lowrank.data.buckets import Place, cover, crop_box
+from lowrank.data.buckets import Placement, cover, crop_box
 from lowrank.errors import Refused
 
 
@@ -44,7 +44,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     path = tmp_path / f"x{suffix}"
     stored.save(path, exif=exif, quality=100, **({"lossless": True} if suffix == ".webp" else {}))
     assert images.header(path).size == upright.size
-    assert apart(images.read(path), upright) <= (
+    assert apart(images.read_image(path), upright) <= (
         16 if suffix == ".jpg" else 0
     )  # chroma is subsampled in JPEG
 
@@ -63,12 +63,12 @@ def test_palette_grey_alpha_and_cmyk_become_rgb(tmp_path):
         source = grey.convert(mode) if mode != "RGBA" else picture().convert("RGBA")
         source.save(path)
         assert images.header(path).mode in (mode, "L", "LA")
-        assert images.read(path).mode == "RGB"
-        assert apart(images.read(path), source.convert("RGB")) == 0
+        assert images.read_image(path).mode == "RGB"
+        assert apart(images.read_image(path), source.convert("RGB")) == 0
     path = tmp_path / "cmyk.jpg"
     picture().convert("CMYK").save(path, quality=100, subsampling=0)
     assert images.header(path).mode == "CMYK"
-    assert apart(images.read(path), picture()) <= 4
+    assert apart(images.read_image(path), picture()) <= 4
 
 
 def test_sixteen_bit_grey_keeps_its_brightness(tmp_path):
@@ -76,15 +76,15 @@ def test_sixteen_bit_grey_keeps_its_brightness(tmp_path):
     path = tmp_path / "x.png"
     Image.fromarray(values).save(path)
     assert images.header(path).mode.startswith("I")
-    assert apart(images.read(path).getchannel(0), (values // 257).astype(np.uint8)) == 0
+    assert apart(images.read_image(path).getchannel(0), (values // 257).astype(np.uint8)) == 0
 
 
 def test_palette_with_transparency_keeps_colours_and_gives_a_mask(tmp_path):
     source = picture().quantize(16)
     path = tmp_path / "x.png"
     source.save(path, transparency=bytes([0] * 8 + [255] * 8))
-    assert apart(images.read(path), source.convert("RGB")) == 0
-    alpha = np.asarray(images.read(path, alpha=True).getchannel("A"))
+    assert apart(images.read_image(path), source.convert("RGB")) == 0
+    alpha = np.asarray(images.read_image(path, alpha=True).getchannel("A"))
     assert np.array_equal(alpha, np.where(np.asarray(source) < 8, 0, 255))
 
 
@@ -95,7 +95,7 @@ def test_a_file_without_its_end_is_named_when_decoded(tmp_path, suffix):
     noise.save(good)
     path.write_bytes(good.read_bytes()[: -len(good.read_bytes()) // 3])
     with pytest.raises(Refused, match=rf"cut\{suffix} cannot be read .*--skip_bad_images"):
-        images.read(path)
+        images.read_image(path)
     assert list(images.undecodable([(good, None), (path, None)])) == [path]
     found = images.undecodable([(good, good), (good, path)])
     assert list(found) == [good] and f"cut{suffix}" in found[good]  # the image goes with its mask
@@ -115,7 +115,7 @@ def test_render_is_resize_then_crop(size, name):
     image = Image.effect_noise(size, 15).convert(
         "RGB"
     )  # low contrast: no overshoot is clipped between the passes
-    where = Place((40, 24), cover(size, (40, 24)))
+    where = Placement((40, 24), cover(size, (40, 24)))
     if name == "area" and where.resized > size:
         return  # enlarging by area takes the nearest pixel, and a tie may fall to either side
     if name is None:
@@ -134,7 +134,7 @@ def test_render_is_resize_then_crop(size, name):
 
 
 def test_a_sliver_needs_no_memory():
-    where = Place((256, 2048), cover((1, 5000), (256, 2048)))
+    where = Placement((256, 2048), cover((1, 5000), (256, 2048)))
     assert where.resized == (256, 1280000)
     assert images.render(Image.new("RGB", (1, 5000)), where, crop_box(where), None).size == (256, 2048)
 
@@ -145,15 +145,15 @@ def test_pixels_range_flip_and_mask(tmp_path):
     alpha = Image.fromarray(np.full((8, 8), [0, 0, 0, 0, 255, 255, 255, 255], np.uint8))
     image.putalpha(alpha)
     image.save(path)
-    where = Place((8, 8), (8, 8))
-    pixels, mask = images.load(path, where, (0, 0, 8, 8), alpha=True)
+    where = Placement((8, 8), (8, 8))
+    pixels, mask = images.load_image(path, where, (0, 0, 8, 8), alpha=True)
     assert pixels.shape == (3, 8, 8) and mask.shape == (1, 8, 8)
     assert pixels.amin() == -1 and pixels.amax() == 1
     assert torch.equal(pixels[0, 0], (torch.linspace(0, 255, 8).round() / 255) * 2 - 1)
     assert mask[0, 0].tolist() == [0] * 4 + [1] * 4
-    flipped, flipped_mask = images.load(path, where, (0, 0, 8, 8), alpha=True, flip=True)
+    flipped, flipped_mask = images.load_image(path, where, (0, 0, 8, 8), alpha=True, flip=True)
     assert torch.equal(flipped, pixels.flip(-1)) and torch.equal(flipped_mask, mask.flip(-1))
-    assert images.load(path, where, (0, 0, 8, 8))[1] is None
+    assert images.load_image(path, where, (0, 0, 8, 8))[1] is None
 
 
 def test_a_mask_file_is_laid_over_the_whole_image_and_goes_with_its_crop(tmp_path):
@@ -162,18 +162,20 @@ def test_a_mask_file_is_laid_over_the_whole_image_and_goes_with_its_crop(tmp_pat
     red = np.zeros((8, 16, 3), np.uint8)  # half the image's size: its left quarter counts, by red alone
     red[:, :4, 0], red[..., 1] = 255, 77
     Image.fromarray(red).save(mask_file)
-    where, box = Place((16, 16), (32, 16)), (4, 0, 20, 16)
-    pixels, mask = images.load(path, where, box, alpha=True, mask_file=mask_file, interpolation="nearest")
+    where, box = Placement((16, 16), (32, 16)), (4, 0, 20, 16)
+    pixels, mask = images.load_image(
+        path, where, box, alpha=True, mask_file=mask_file, interpolation="nearest"
+    )
     assert pixels.shape == (3, 16, 16) and mask.shape == (1, 16, 16)
     assert mask[0].tolist() == [[1.0] * 4 + [0.0] * 12] * 16
-    flipped = images.load(path, where, box, mask_file=mask_file, flip=True, interpolation="nearest")
+    flipped = images.load_image(path, where, box, mask_file=mask_file, flip=True, interpolation="nearest")
     assert torch.equal(flipped[1], mask.flip(-1))
 
 
 def test_transparent_pixels_keep_their_colour_when_scaled(tmp_path):
     path = tmp_path / "x.png"
     Image.new("RGBA", (16, 16), (200, 100, 50, 0)).save(path)
-    pixels, mask = images.load(path, Place((8, 8), (8, 8)), (0, 0, 8, 8), alpha=True)
+    pixels, mask = images.load_image(path, Placement((8, 8), (8, 8)), (0, 0, 8, 8), alpha=True)
     assert mask.sum() == 0
     assert torch.allclose((pixels[:, 0, 0] + 1) / 2 * 255, torch.tensor([200.0, 100.0, 50.0]), atol=1e-4)
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from lowrank.data.cache import Cache
-from lowrank.data.images import header, read
+from lowrank.data.images import header, read_image
 from lowrank.data.loader import Loader
 from lowrank.data.scan import from_folders, from_instance
-from lowrank.data.summary import bucket_info, dataset_dirs, metadata_datasets, summary, tag_frequency
+from lowrank.data.summary import bucket_info, dataset_dirs, dataset_summary, metadata_datasets, tag_frequency
 from lowrank.errors import Refused
 
 
@@ -237,7 +237,7 @@ def test_a_broken_body_is_refused_or_left_out(folder, caplog):
         assert "skipped: image" in caplog.text
         names = {one.path.name for batch in made.epoch(0) for one in batch.examples if not one.is_reg}
         assert names == {"0.png", "1.png", "3.png", "4.png"}
-        assert summary(made)["num_train_images"] == 12 == summary(made)["num_reg_images"]
+        assert dataset_summary(made)["num_train_images"] == 12 == dataset_summary(made)["num_reg_images"]
     for path in (folder / "img" / "3_sks dog").glob("*.png"):
         path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(Refused, match="no training image is left"):
@@ -280,7 +280,7 @@ def test_mask_files_go_with_the_image_into_the_cache_flipped_and_cropped(folder)
     for path in (folder / "img" / "3_sks dog").glob("*.png"):
         mask = folder / "masks" / "3_sks dog" / path.name
         mask.parent.mkdir(parents=True, exist_ok=True)
-        read(path).getchannel("R").save(mask)
+        read_image(path).getchannel("R").save(mask)
     values = {"flip_aug": True, "conditioning_data_dir": folder / "masks"}
     made = loader(folder, **values)
     assert [one.mask is None for one in made.examples[0]] == [False] * 5 + [True] * 2  # not the class images
@@ -323,8 +323,8 @@ def test_held_out_images_are_not_trained_on_and_never_vary(folder):
     trained = {one.path for batch in made.epoch(0) for one in batch.examples if not one.is_reg}
     kept = {one.path for batch in held.epoch(0) for one in batch.examples}
     assert (len(trained), len(kept)) == (3, 2) and not trained & kept
-    assert summary(made)["num_train_images"] == 9 == summary(made)["num_reg_images"]
-    assert summary(held)["num_train_images"] == 2 and summary(held)["num_reg_images"] == 0
+    assert dataset_summary(made)["num_train_images"] == 9 == dataset_summary(made)["num_reg_images"]
+    assert dataset_summary(held)["num_train_images"] == 2 and dataset_summary(held)["num_reg_images"] == 0
     assert all(same(one, two) for one, two in zip(held.epoch(0), held.epoch(0), strict=True))
     assert all(
         text.count(",") == 2 for batch in held.epoch(0) for text in batch.captions
@@ -414,5 +414,5 @@ def test_metadata(folder):
     twice = Loader([*made.datasets, *made.datasets], seed=0)
     assert tag_frequency(twice) == tag_frequency(made)  # once, as in sd-scripts
     assert list(dataset_dirs(twice)) == ["3_sks dog", "3_sks dog (2)"]
-    counts = json.loads(json.dumps(summary(made)))
+    counts = json.loads(json.dumps(dataset_summary(made)))
     assert counts["batches_per_epoch"] == len(made) and sum(counts["datasets"][0]["buckets"].values()) == 30

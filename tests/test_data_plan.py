@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank.data import plan
-from lowrank.data.ahead import ahead
-from lowrank.data.records import Dataset, Example, Subset
+from lowrank.data.dataset import Dataset, Example, Subset
+from lowrank.data.prefetch import ahead
 from lowrank.errors import Refused
 
 
 def placed(counts, is_reg):
     dataset = Dataset((Subset("x"),))
     return [
-        plan.place(dataset, [Example(f"{i}", ("",), (8, 8), repeats, False, 0)])[0]
+        plan.place_examples(dataset, [Example(f"{i}", ("",), (8, 8), repeats, False, 0)])[0]
         for i, repeats in enumerate(counts)
     ]
 
@@ -66,7 +66,7 @@ def test_every_image_is_in_exactly_one_bucket_and_every_repeat_in_one_batch(
         Example(Path(f"{i}.png"), ("",), (width, height), repeats, False, 0)
         for i, (width, height, repeats) in enumerate(rows)
     ]
-    group = plan.place(dataset, examples)
+    group = plan.place_examples(dataset, examples)
     members = plan.by_bucket(group)
     in_buckets = Counter(one.example.path for many in members.values() for one in many)
     assert in_buckets == Counter(example.path for example in examples)
@@ -101,12 +101,12 @@ def test_holding_out_is_by_folder_spares_regularisation_and_never_what_another_d
     subsets = (Subset(Path("a")), Subset(Path("b")), Subset(Path("c"), is_reg=True))
     dataset = Dataset(subsets, validation_split=0.2)
     examples = [*named(10), *named(5, subset=1), *named(10, subset=2, is_reg=True)]
-    (train,), (held,) = plan.split([dataset], [examples], 0)
+    (train,), (held,) = plan.split_holdout([dataset], [examples], 0)
     assert Counter(one.subset for one in held) == {0: 2, 1: 1} and len(train) == 22
-    _, again = plan.split([dataset, Dataset(subsets)], [examples, examples], 0)
+    _, again = plan.split_holdout([dataset, Dataset(subsets)], [examples, examples], 0)
     assert again == [[], []] and "holds out no image" in caplog.text
     with pytest.raises(Refused, match="holds out every image; lower it"):
-        plan.split([Dataset(subsets, validation_split=0.9)], [named(1)], 0)
+        plan.split_holdout([Dataset(subsets, validation_split=0.9)], [named(1)], 0)
     with pytest.raises(Refused, match="validation_split 1 is not"):
         Dataset(subsets, validation_split=1)
 

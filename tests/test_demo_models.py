@@ -12,11 +12,12 @@ from PIL import Image
 from recorder import ROOT
 
 from lowrank.cli import flux_train
+from lowrank.combine.mixture import Mixture
+from lowrank.formats.base_checkpoint import BaseCheckpoint
+from lowrank.formats.read import Adapter
 from lowrank.models.family import Source
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
-from lowrank.weights.checkpoint import Base
-from lowrank.weights.merge import Adapter, Mixture
 from tools import single_file
 from tools.glyph_world import report, scorer
 from tools.glyph_world.world import Scene, caption, seen_scenes
@@ -137,7 +138,10 @@ def test_a_shipped_model_is_the_same_as_one_file(family, tmp_path):
     ):
         ours, theirs = one.state_dict(), other.state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    ours, theirs = Base(DEMO / family), Base(tmp_path / "one" / "model.safetensors")  # as merging finds them
+    ours, theirs = (
+        BaseCheckpoint(DEMO / family),
+        BaseCheckpoint(tmp_path / "one" / "model.safetensors"),
+    )  # as merging finds them
     layers = [place for place in ours.places() if place.part == "unet" and len(ours.shape(place)) > 1]
     assert layers and all(torch.equal(ours.weight(one), theirs.weight(one)) for one in layers)
     for part in ("denoiser", "vae"):

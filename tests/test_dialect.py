@@ -10,13 +10,13 @@ from files import FLUX
 from torch import nn
 from toys import METHODS, probes, shake
 
-from lowrank import bfl
-from lowrank.adapters import dialect
-from lowrank.adapters.host import dense_weight
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.adapters.targets import find
+from lowrank.adapters.targets import dense_weight, find
+from lowrank.combine.mixture import Mixture
 from lowrank.errors import Refused
-from lowrank.weights.merge import Adapter, Mixture
+from lowrank.formats.read import Adapter
+from lowrank.naming import flux as flux_names
+from lowrank.naming.flux_join import join_layers
 
 GROUPS = {
     "double": (
@@ -36,7 +36,7 @@ class Flux(nn.Module):
             for number in range(blocks):
                 for module in modules:
                     path = f"{kind}_blocks.{number}.{module}"
-                    parts = [other.get_submodule(ours) for ours, _ in bfl.modules(path)]
+                    parts = [other.get_submodule(ours) for ours, _ in flux_names.modules(path)]
                     self._put(path, torch.cat([dense_weight(part) for part in parts]))
 
     def _put(self, path: str, weight: torch.Tensor) -> None:
@@ -68,7 +68,7 @@ def changes(network: AdapterNetwork, at: torch.Tensor | None = None) -> dict[str
         return by_path
     found: dict[str, torch.Tensor] = {}
     for path, dW in by_path.items():
-        piece = bfl.piece(path)
+        piece = flux_names.joined_rows(path)
         assert piece is not None and dW is not None
         rows = dW.shape[0] // (piece.stop - piece.start)
         whole = found.setdefault(piece.module, torch.zeros(rows * piece.total, dW.shape[1]))
@@ -139,7 +139,7 @@ def test_every_slot_is_parted_exactly_or_joined_or_refused(name, pair, tmp_path)
         parts = [
             one
             for one in parted.layers()
-            if bfl.piece(parted.targets[one.name].path).module.replace(".", "_") in layer.name
+            if flux_names.joined_rows(parted.targets[one.name].path).module.replace(".", "_") in layer.name
         ]
         for role, value in layer.tensors().items():
             ups = [part.tensors()[role] for part in parts]
@@ -168,7 +168,7 @@ def test_every_slot_is_parted_exactly_or_joined_or_refused(name, pair, tmp_path)
 def test_strengths_that_differ_are_folded():
     one = {"up": torch.randn(4, 2), "down": torch.randn(2, 6), "alpha": torch.tensor(1.0)}
     two = {"up": torch.randn(4, 3), "down": torch.randn(3, 6), "alpha": torch.tensor(6.0)}
-    joined = dialect.join([one, None, two], [4, 4, 4])
+    joined = join_layers([one, None, two], [4, 4, 4])
     scale = float(joined["alpha"]) / 5
     want = torch.cat([0.5 * one["up"] @ one["down"], torch.zeros(4, 6), 2.0 * two["up"] @ two["down"]])
     torch.testing.assert_close(scale * joined["up"] @ joined["down"], want)

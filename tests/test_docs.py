@@ -12,9 +12,9 @@ from statistics import median
 import pytest
 
 from lowrank.cli import export, importing, inspection
-from lowrank.cli.options import with_network
-from lowrank.options import pairs
-from lowrank.train.module import facade_of, find_module
+from lowrank.cli.resolve import with_network
+from lowrank.config.command_line import pairs
+from lowrank.train.network_module import facade_of, find_module
 from tools.make_flags import SURFACES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from test_train_sd import arguments, folders  # noqa: F401 (fixtures)
 
 from lowrank.cli.sd_train import main as sd
 from lowrank.errors import Refused
-from lowrank.train import launch
+from lowrank.train import run as training
 from tools import extract_universal_basis
 
 STATE = ("--save_every_n_steps", "2", "--save_state", "--save_state_on_train_end")
@@ -38,7 +38,7 @@ def early(arguments, monkeypatch, tmp_path):
     def run(*more: str, out: str = "other", **model: Path) -> str:
         before = files(tmp_path)
         with monkeypatch.context() as patch, pytest.raises(Refused) as told:
-            patch.setattr(launch, "Text", cached)
+            patch.setattr(training, "Text", cached)
             sd(arguments(out, "--network_train_unet_only", *more, **model))
         assert files(tmp_path) == before and "\n" not in str(told.value)
         return str(told.value)

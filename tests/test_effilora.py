@@ -26,11 +26,11 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
 from lowrank.cli.sd_train import main
 from lowrank.errors import Refused
+from lowrank.formats import static
+from lowrank.formats.export import export_lora
+from lowrank.formats.nearest_lora import least_squares, unrouted
 from lowrank.tensors import read_tensors
-from lowrank.train.updates import Sampler
-from lowrank.weights import static
-from lowrank.weights.export import export_lora
-from lowrank.weights.unrouted import least_squares, unrouted
+from lowrank.train.layer_sampling import LayerSampler
 from networks import dora, effilora, lora, null_lora
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ READS = {
 
 @pytest.mark.parametrize("stream", READS)
 def test_a_path_tells_what_a_layer_reads(stream):
-    assert {path: effilora.stream(path) for path in READS[stream]} == dict.fromkeys(READS[stream], stream)
+    assert {path: effilora.stream_of(path) for path in READS[stream]} == dict.fromkeys(READS[stream], stream)
 
 
 def test_kohyas_and_diffusers_names_share_alike():
@@ -100,7 +100,7 @@ def test_kohyas_and_diffusers_names_share_alike():
     classes: dict[tuple, set[int]] = {}
     for layer in net.layers():
         target = net.targets[layer.name]
-        key = (target.part, effilora.stream(target.path), tuple(layer.roles()["down"].shape))
+        key = (target.part, effilora.stream_of(target.path), tuple(layer.roles()["down"].shape))
         classes.setdefault(key, set()).add(id(layer.roles()["down"]))
     assert all(len(found) == 1 for found in classes.values())
     assert len(set.union(*classes.values())) == len(classes) > 10
@@ -317,7 +317,7 @@ def sampled(ratio: float = 0.5, probed: int = 2, every: int = 1):
         return (model(x) - want).square().mean()
 
     held = SimpleNamespace(seed=5, measure=lambda *_: float(loss()))
-    return model, net, Sampler(net.method.updates, net, held, Accelerator(cpu=True)), loss
+    return model, net, LayerSampler(net.method.updates, net, held, Accelerator(cpu=True)), loss
 
 
 def test_ups_of_layers_that_were_not_drawn_stand_still_bit_for_bit():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_merge import digest, flux, forward, saved  # noqa: F401 (fixtures)
 
+from lowrank.combine.ensemble import Ensemble, Part, share_of, shares
 from lowrank.errors import Refused
-from lowrank.weights.ensemble import Ensemble, Part, share_of, shares
 
 
 def drawn(model, parts, weights):

@@ -14,17 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import SHIPPED
 
-from lowrank import bfl, ldm
 from lowrank.cli import export, importing, inspection
 from lowrank.cli.adapter import read
 from lowrank.errors import Refused
+from lowrank.formats import base_checkpoint, static, verify
+from lowrank.formats.convert import only, resize, write
+from lowrank.formats.formats import FORMATS, Choices
+from lowrank.formats.static import Plain, Static
 from lowrank.models.flux import flux_dev_config
-from lowrank.models.sd_single import facts
-from lowrank.weights import checkpoint, places, static, verify
-from lowrank.weights.convert import only, resize, write
-from lowrank.weights.formats import FORMATS, Choices
-from lowrank.weights.places import Place
-from lowrank.weights.static import Plain, Static
+from lowrank.models.sd_single import published_config
+from lowrank.naming import flux as flux_names
+from lowrank.naming import places
+from lowrank.naming import unet as unet_names
+from lowrank.naming.places import LayerPath
 from tools import make_compatibility
 
 
@@ -65,7 +67,7 @@ def test_every_export_is_what_its_readers_read(family, method, to, saved, tmp_pa
             write(adapter, to, target, choices)
         return
     written = write(adapter, to, target, choices)
-    checked = verify.check(adapter, to, target, choices)  # refuses missing and unexpected keys
+    checked = verify.check_export(adapter, to, target, choices)  # refuses missing and unexpected keys
     assert checked and max(one.worst for one in checked) <= 1e-5
     assert checked[0].reader == READERS.get(to, "our own reader")
     if to in ("kohya", "lycoris"):
@@ -98,11 +100,11 @@ def test_a_broken_export_is_refused(saved, tmp_path):
         key = next(key for key in state if key.endswith(("lora_up.weight", "lora_B.weight")))
         save_file({**state, key: state[key] * 1.001}, path)
         with pytest.raises(Refused, match="differs from the adapter"):
-            verify.check(adapter, to, path, Choices())
+            verify.check_export(adapter, to, path, Choices())
     write(adapter, "kohya", path, Choices())
     save_file({key.replace("mid_block", "middle"): v for key, v in load_file(path).items()}, path)
     with pytest.raises(Refused, match=r"lycoris\.kohya finds"):
-        verify.check(adapter, "kohya", path, Choices())
+        verify.check_export(adapter, "kohya", path, Choices())
 
 
 # ---------- names
@@ -112,7 +114,7 @@ def _meta(family: str):
     with torch.device("meta"):
         if family == "flux":
             return FluxTransformer2DModel(**flux_dev_config())
-        return UNet2DConditionModel.from_config(facts(family)["unet"])
+        return UNet2DConditionModel.from_config(published_config(family)["unet"])
 
 
 def _layers(model):
@@ -166,13 +168,16 @@ COUNTS = {"sd15": 278, "sdxl": 788, "flux": 304 + 10}
 def test_names_of_full_size_models(family):
     """kohya's names are those of the contract's tables, and each leads back to its place."""
     paths = _layers(_meta(family))
-    told = {path: places.kohya(Place("unet", path), family) for path in paths}
+    told = {path: places.kohya_layer(LayerPath("unet", path), family) for path in paths}
     for path, name in EXAMPLES[family].items():
         assert told[path] == f"lora_unet_{name}"
     for path, name in told.items():
         found = [place.path for place, _ in places.places(name)]
-        assert path in found and (len(found) == 1 or bfl.piece(path).total > 1)
-        for other in (places.lycoris(Place("unet", path)), places.diffusers(Place("unet", path), family)):
+        assert path in found and (len(found) == 1 or flux_names.joined_rows(path).total > 1)
+        for other in (
+            places.lycoris_layer(LayerPath("unet", path)),
+            places.diffusers_layer(LayerPath("unet", path), family),
+        ):
             assert [place.path for place, _ in places.places(other)] == [path]
     inside = [
         p for p in paths if family == "flux" or ".attentions." in p or "resnets" in p or "samplers" in p
@@ -187,13 +192,13 @@ def test_comfyui_maps_every_exported_key(family):
     model = _meta(family)
     own = _layers(model)
     if family == "flux":
-        theirs = {bfl.piece(path).module for path in own}
+        theirs = {flux_names.joined_rows(path).module for path in own}
     else:
-        theirs = {ldm.unet_name(path, ldm.Blocks.of(model)) for path in own} | set(own)
+        theirs = {unet_names.unet_name(path, unet_names.Blocks.of(model)) for path in own} | set(own)
     comfy = {"lora_unet_" + path.replace(".", "_") for path in theirs}
     comfy |= {"lycoris_" + path.replace(".", "_") for path in own}
-    exported = {places.kohya(Place("unet", path), family) for path in own}
-    exported |= {places.lycoris(Place("unet", path)) for path in own}
+    exported = {places.kohya_layer(LayerPath("unet", path), family) for path in own}
+    exported |= {places.lycoris_layer(LayerPath("unet", path)) for path in own}
     assert exported <= comfy
 
 
@@ -207,12 +212,12 @@ def test_comfyui_maps_every_exported_key(family):
     ],
 )
 def test_names_of_text_encoders(family, part, name):
-    place = Place(part, "text_model.encoder.layers.11.self_attn.out_proj")
+    place = LayerPath(part, "text_model.encoder.layers.11.self_attn.out_proj")
     flat = f"{name}text_model_encoder_layers_11_self_attn_out_proj"
-    assert places.kohya(place, family) == flat
+    assert places.kohya_layer(place, family) == flat
     assert places.places(flat) == [(place, None)]
-    t5 = Place("te3", "encoder.block.3.layer.1.DenseReluDense.wi_0")
-    assert places.places(places.kohya(t5, "flux")) == [(t5, None)]
+    t5 = LayerPath("te3", "encoder.block.3.layer.1.DenseReluDense.wi_0")
+    assert places.places(places.kohya_layer(t5, "flux")) == [(t5, None)]
 
 
 # ---------- FLUX's joined layers
@@ -224,7 +229,7 @@ def _random(outs: int, ins: int, rank: int, scale: float = 0.5, seed: int = 0) -
 
 
 def _flux(layers: dict[str, Static]) -> Plain:
-    return Plain("probe", "flux", {Place("unet", path): one for path, one in layers.items()})
+    return Plain("probe", "flux", {LayerPath("unet", path): one for path, one in layers.items()})
 
 
 def test_joined_layers_of_other_ranks_scales_and_gaps_are_exact(tmp_path):
@@ -252,11 +257,11 @@ def test_joined_layers_of_other_ranks_scales_and_gaps_are_exact(tmp_path):
     )
     whole = float(joined["lora_unet_single_blocks_0_linear1.alpha"]) / 6 * up @ down
     assert not whole[8:16].any()  # to_k is not adapted
-    torch.testing.assert_close(whole[16:24], adapter.layers[Place("unet", f"{block}.attn.to_v")].delta())
+    torch.testing.assert_close(whole[16:24], adapter.layers[LayerPath("unet", f"{block}.attn.to_v")].delta())
     swapped = "lora_unet_final_layer_adaLN_modulation_1"
     last = 0.5 * state[f"{swapped}.lora_up.weight"] @ state[f"{swapped}.lora_down.weight"]
     torch.testing.assert_close(
-        torch.cat(last.chunk(2)[::-1]), adapter.layers[Place("unet", "norm_out.linear")].delta()
+        torch.cat(last.chunk(2)[::-1]), adapter.layers[LayerPath("unet", "norm_out.linear")].delta()
     )
     back = read(path)
     assert verify.difference(adapter, back) <= 1e-6
@@ -270,7 +275,7 @@ def test_diffusers_reads_a_joined_layer_of_which_one_part_is_adapted(name, tmp_p
     """Zeros for the layers beside it are no unexpected keys: a model has them."""
     adapter = _flux({name: _random(3072, 3072, 1, 0.5)})
     write(adapter, "kohya", tmp_path / "out.safetensors", Choices())
-    told = verify.check(adapter, "kohya", tmp_path / "out.safetensors", Choices())
+    told = verify.check_export(adapter, "kohya", tmp_path / "out.safetensors", Choices())
     assert {one.reader: one.layers for one in told}["diffusers"] == 1
     small = _flux({"single_transformer_blocks.0.proj_mlp": _random(32, 8, 1, 0.5)})  # unknown to diffusers
     assert "diffusers" not in verify.readers("kohya", small, Choices())
@@ -322,7 +327,7 @@ def test_lengths_in_both_norm_conventions(saved, tmp_path):
         write(adapter, "kohya", tmp_path / "out.safetensors", Choices(None, norm, base))
         state = load_file(tmp_path / "out.safetensors")
         for place, layer in adapter.layers.items():
-            name = places.kohya(place, "sdxl")
+            name = places.kohya_layer(place, "sdxl")
             W, scale = base.weight(place), state[f"{name}.dora_scale"]
             assert scale.shape == (len(W), *(1,) * (len(layer.kernel) + 1))
             dW = layer.delta()
@@ -341,9 +346,9 @@ def test_a_joined_layer_with_lengths_needs_the_base(saved, tmp_path):
         write(adapter, "kohya", tmp_path / "out.safetensors", Choices())
     base = Weights(files.denoiser("flux"))
     write(adapter, "kohya", tmp_path / "out.safetensors", Choices(base=base))
-    assert verify.check(adapter, "kohya", tmp_path / "out.safetensors", Choices(base=base))
+    assert verify.check_export(adapter, "kohya", tmp_path / "out.safetensors", Choices(base=base))
     scale = load_file(tmp_path / "out.safetensors")["lora_unet_single_blocks_0_linear1.dora_scale"]
-    own = base.weight(Place("unet", "single_transformer_blocks.0.proj_mlp")).norm(dim=1)
+    own = base.weight(LayerPath("unet", "single_transformer_blocks.0.proj_mlp")).norm(dim=1)
     torch.testing.assert_close(scale[96:, 0], own)
 
 
@@ -408,20 +413,26 @@ def test_a_merged_folder_and_a_merged_file_are_the_live_adapter(method, tiny_sdx
     ours = files.answer("sdxl", unet)
     adapter = read(tmp_path / "in.safetensors")
     hashed = (tiny_sdxl / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    lost = checkpoint.merge(checkpoint.Base(tiny_sdxl), adapter.layers, tmp_path / "merged", {})
+    lost = base_checkpoint.merge(
+        base_checkpoint.BaseCheckpoint(tiny_sdxl), adapter.layers, tmp_path / "merged", {}
+    )
     assert lost <= 1e-6  # fp32
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet")
     assert (files.answer("sdxl", merged) - ours).norm() / ours.norm() <= 1e-5
     assert (tiny_sdxl / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == hashed
     assert (tmp_path / "merged" / "model_index.json").is_file()
     single = tiny_sdxl / "single" / "model.safetensors"
-    checkpoint.merge(checkpoint.Base(single), adapter.layers, tmp_path / "one.safetensors", {"a": "b"})
+    base_checkpoint.merge(
+        base_checkpoint.BaseCheckpoint(single), adapter.layers, tmp_path / "one.safetensors", {"a": "b"}
+    )
     theirs, before = load_file(tmp_path / "one.safetensors"), load_file(single)
     assert theirs.keys() == before.keys()
     changed = {key for key in theirs if not torch.equal(theirs[key], before[key])}
-    blocks = ldm.Blocks.of(unet)
+    blocks = unet_names.Blocks.of(unet)
     state = merged.state_dict()
-    wanted = {f"model.diffusion_model.{ldm.unet_name(p.path, blocks)}.weight": p.path for p in adapter.layers}
+    wanted = {
+        f"model.diffusion_model.{unet_names.unet_name(p.path, blocks)}.weight": p.path for p in adapter.layers
+    }
     assert changed == wanted.keys()
     for key, path in wanted.items():
         torch.testing.assert_close(theirs[key].reshape(-1), state[f"{path}.weight"].reshape(-1))
@@ -433,17 +444,19 @@ def test_merging_reads_pieces_and_rounds_once(tmp_path, monkeypatch):
     layer = "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"
     other = {"model.diffusion_model.img_in.weight": torch.ones(3, 5), "scalar": torch.tensor(2.0)}
     save_file({layer: W.bfloat16(), **other}, tmp_path / "base.safetensors", {"kept": "yes"})
-    adapter = {Place("unet", "transformer_blocks.0.attn.to_k"): _random(32, 64, 2, 0.01)}
-    monkeypatch.setattr(checkpoint, "PIECE", 640)
-    most, rows = [], checkpoint.TensorFile.rows
+    adapter = {LayerPath("unet", "transformer_blocks.0.attn.to_k"): _random(32, 64, 2, 0.01)}
+    monkeypatch.setattr(base_checkpoint, "PIECE", 640)
+    most, rows = [], base_checkpoint.TensorFile.rows
 
     def watched(self, *args):
         most.append(rows(self, *args).numel())
         return rows(self, *args)
 
-    monkeypatch.setattr(checkpoint.TensorFile, "rows", watched)
+    monkeypatch.setattr(base_checkpoint.TensorFile, "rows", watched)
     target = tmp_path / "out.safetensors"
-    lost = checkpoint.merge(checkpoint.Base(tmp_path / "base.safetensors"), adapter, target, {}, strength=0.5)
+    lost = base_checkpoint.merge(
+        base_checkpoint.BaseCheckpoint(tmp_path / "base.safetensors"), adapter, target, {}, strength=0.5
+    )
     assert max(most) == 640
     state = load_file(target)
     exact = W.bfloat16().float()[32:64] + 0.5 * next(iter(adapter.values())).delta()
@@ -459,32 +472,32 @@ def test_merging_reads_pieces_and_rounds_once(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_merged_says_why(saved, tiny_sd, tmp_path):
-    base = checkpoint.Base(tiny_sd)
+    base = base_checkpoint.BaseCheckpoint(tiny_sd)
     adapter = read(saved("flux", "lora"))
     with pytest.raises(Refused, match="is not in"):
-        checkpoint.merge(base, adapter.layers, tmp_path / "out", {})
-    wrong = {Place("unet", "mid_block.attentions.0.proj_in"): _random(8, 8, 2)}
+        base_checkpoint.merge(base, adapter.layers, tmp_path / "out", {})
+    wrong = {LayerPath("unet", "mid_block.attentions.0.proj_in"): _random(8, 8, 2)}
     with pytest.raises(Refused, match="8×8 in the adapter"):
-        checkpoint.merge(base, wrong, tmp_path / "out", {})
+        base_checkpoint.merge(base, wrong, tmp_path / "out", {})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    right = {Place("unet", "mid_block.attentions.0.proj_in"): _random(64, 64, 2)}
+    right = {LayerPath("unet", "mid_block.attentions.0.proj_in"): _random(64, 64, 2)}
     with pytest.raises(Refused, match="exists already"):
-        checkpoint.merge(base, right, tmp_path / "full", {})
+        base_checkpoint.merge(base, right, tmp_path / "full", {})
     with pytest.raises(Refused, match="never written"):
-        one = checkpoint.Base(tiny_sd / "single" / "model.safetensors")
-        checkpoint.merge(one, right, tiny_sd / "single" / "model.safetensors", {})
+        one = base_checkpoint.BaseCheckpoint(tiny_sd / "single" / "model.safetensors")
+        base_checkpoint.merge(one, right, tiny_sd / "single" / "model.safetensors", {})
     key = "model.diffusion_model.double_blocks.0.img_attn.proj.weight"
     for extra, dtype in (
         ({key.replace("weight", "scale_weight"): torch.ones(1)}, torch.float8_e4m3fn),
         ({}, torch.int8),
     ):
         save_file({key: torch.ones(8, 8).to(dtype), **extra}, tmp_path / "packed.safetensors")
-        packed = checkpoint.Base(tmp_path / "packed.safetensors")
+        packed = base_checkpoint.BaseCheckpoint(tmp_path / "packed.safetensors")
         with pytest.raises(Refused, match="is quantised"):
-            checkpoint.merge(
+            base_checkpoint.merge(
                 packed,
-                {Place("unet", "transformer_blocks.0.attn.to_out.0"): _random(8, 8, 2)},
+                {LayerPath("unet", "transformer_blocks.0.attn.to_out.0"): _random(8, 8, 2)},
                 tmp_path / "o.safetensors",
                 {},
             )

@@ -7,15 +7,9 @@ import math
 import pytest
 import torch
 
-from lowrank.adapters import factor
-from lowrank.adapters.factor import (
-    concat,
-    full_precision,
-    kaiming,
-    resize,
-    thin_qr,
-    top_subspace,
-)
+from lowrank.adapters.factor import concat, kaiming, resize_pair
+from lowrank.bases import krylov
+from lowrank.bases.krylov import full_precision, thin_qr, top_subspace
 from lowrank.errors import Refused
 
 R, B = 6, 8  # a rank and a block small enough for tests
@@ -98,7 +92,7 @@ def test_krylov_at_the_size_of_a_layer():
 def test_a_flat_spectrum_is_accepted_for_its_energy():
     weight = torch.randn(400, 400, generator=torch.Generator().manual_seed(1))
     top = top_subspace(weight, R, block=B)
-    assert top.report.method == "krylov" and top.report.columns >= factor.DEEP * B and top.report.sine > 1e-3
+    assert top.report.method == "krylov" and top.report.columns >= krylov.DEEP * B and top.report.sine > 1e-3
     assert loss(top.u, weight) <= min(1e-5, top.report.loss + 1e-7)
 
 
@@ -135,7 +129,7 @@ def test_weights_without_the_rank(shape, rank):
 def test_a_block_that_vanishes_is_replaced_by_new_directions(y):
     """W with rows of zeros: nothing is left of G X, not even rounding noise to stand on."""
     q = torch.eye(8, 30)
-    x, t = factor._orthonormal(y, q, torch.Generator().manual_seed(0))
+    x, t = krylov._orthonormal(y, q, torch.Generator().manual_seed(0))
     assert off_identity(x) <= 1e-6 and (q @ x).abs().max() <= 1e-6 and (t == 0).all()
 
 
@@ -150,7 +144,7 @@ def test_repeated_singular_values_are_all_found():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(320, 600), (600, 320), (30, 50)], ids=str)
 def test_dtypes_are_widened_and_not_rounded(dtype, shape, monkeypatch):
-    monkeypatch.setattr(factor, "CHUNK", 7 * 320)  # several pieces, the last one smaller
+    monkeypatch.setattr(krylov, "CHUNK", 7 * 320)  # several pieces, the last one smaller
     weight = known(*shape, power(min(shape), 0.5))[0].to(dtype)
     top = top_subspace(weight, R, block=B)
     assert top.u.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -341,7 +335,7 @@ def test_concat_refuses_layers_of_different_shape():
 def test_resize_is_the_best_approximation_and_knows_its_error(kind, rank):
     up, down = concat([(1.0, *pair(kind, 0)), (0.3, *pair(kind, 1, rank=2))])
     whole = low_rank(up, None, down).flatten(1)
-    new_up, new_down, error = resize(up, down, rank)
+    new_up, new_down, error = resize_pair(up, down, rank)
     assert (new_up.shape, new_down.shape) == ((9, rank, *up.shape[2:]), (rank, *down.shape[1:]))
     u, s, vh = torch.linalg.svd(whole, full_matrices=False)
     small = low_rank(new_up, None, new_down).flatten(1)
@@ -352,9 +346,9 @@ def test_resize_is_the_best_approximation_and_knows_its_error(kind, rank):
 
 def test_resize_keeps_dtypes_and_takes_zero_and_refuses_more():
     up, down = pair("linear", dtype=torch.bfloat16)
-    new_up, new_down, error = resize(up, down, 2)
+    new_up, new_down, error = resize_pair(up, down, 2)
     assert new_up.dtype == new_down.dtype == torch.bfloat16 and 0 < error < 1
-    assert resize(0 * up, down, 2)[2] == 0.0
+    assert resize_pair(0 * up, down, 2)[2] == 0.0
     for rank in (0, 5):
         with pytest.raises(Refused, match=f"rank {rank} is not between 1 and this adapter layer's 4"):
-            resize(up, down, rank)
+            resize_pair(up, down, rank)

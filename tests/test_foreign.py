@@ -8,14 +8,13 @@ import pytest
 import torch
 from toys import base, network, probes
 
-from lowrank.adapters import foreign
-from lowrank.adapters.method import Method, Warmup
-from lowrank.adapters.plain import FACTOR
+from lowrank.adapters import kohya_trainer
+from lowrank.adapters.method import LORA_FACTOR, Method, Warmup
 from lowrank.errors import Refused
 from networks import lalora
 
 PENALISED = probes()["penalty+rates"]
-WARMED = Method("warmed", FACTOR, warmup=Warmup("stage", lambda *_: None))
+WARMED = Method("warmed", LORA_FACTOR, warmup=Warmup("stage", lambda *_: None))
 
 
 def made():
@@ -61,16 +60,16 @@ def test_our_own_trainer_adds_penalties_itself():
 
 def test_what_kohya_cannot_do_is_refused():
     with pytest.raises(Refused, match=r"penalty\+rates pulls parameters \(pull\) .*train with bf16 or no"):
-        foreign.check(PENALISED, SimpleNamespace(mixed_precision="fp16"))
+        kohya_trainer.check_trainer(PENALISED, SimpleNamespace(mixed_precision="fp16"))
     with pytest.raises(Refused, match=r"warmed begins with a stage on data .*--network_weights"):
-        foreign.check(WARMED, SimpleNamespace(network_weights=None))
-    foreign.check(WARMED, SimpleNamespace(network_weights="warmed.safetensors"))
+        kohya_trainer.check_trainer(WARMED, SimpleNamespace(network_weights=None))
+    kohya_trainer.check_trainer(WARMED, SimpleNamespace(network_weights="warmed.safetensors"))
     with pytest.raises(
         Refused, match=r"abm_enabled asks for the ABM stage .* --abm_enabled and give its file"
     ):
-        foreign.check(
-            Method("plain", FACTOR), SimpleNamespace(network_args=["abm_enabled=True", "abm_steps=9"])
+        kohya_trainer.check_trainer(
+            Method("plain", LORA_FACTOR), SimpleNamespace(network_args=["abm_enabled=True", "abm_steps=9"])
         )
-    read = Method("plain", FACTOR, options={"abm_batch_size": 4})
-    foreign.check(read, SimpleNamespace(network_args=["abm_batch_size=4"]))
-    foreign.check(Method("plain", FACTOR), SimpleNamespace(mixed_precision="fp16"))
+    read = Method("plain", LORA_FACTOR, options={"abm_batch_size": 4})
+    kohya_trainer.check_trainer(read, SimpleNamespace(network_args=["abm_batch_size=4"]))
+    kohya_trainer.check_trainer(Method("plain", LORA_FACTOR), SimpleNamespace(mixed_precision="fp16"))

@@ -13,7 +13,7 @@ from test_import import HOSTILE, UP, A, B, Code, whole, without
 from lowrank.cli import export, importing, inspection, run
 from lowrank.cli.merge import main as merge
 from lowrank.errors import Refused
-from lowrank.train.module import create, find_module
+from lowrank.train.network_module import create, find_module
 from networks import dora, lora, qrlora, universal_lora
 
 PROJ = r"mid_block\.attentions\.0\.proj"

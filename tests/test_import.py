@@ -13,19 +13,21 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_export import _flux, _random
 
-from lowrank.adapters import dialect, keys
 from lowrank.cli import export, importing, inspection
 from lowrank.cli.adapter import read
+from lowrank.combine.mixture import Mixture
 from lowrank.errors import Refused
+from lowrank.formats import base_checkpoint, static
+from lowrank.formats.convert import only, write
+from lowrank.formats.formats import FORMATS, Choices
+from lowrank.formats.names import read_layers
+from lowrank.formats.read import Adapter
+from lowrank.formats.static import Static
+from lowrank.formats.verify import difference
+from lowrank.naming import keys
+from lowrank.naming.flux_join import join_layers, strength
+from lowrank.naming.places import LayerPath
 from lowrank.tensors import read_tensors
-from lowrank.weights import checkpoint, static
-from lowrank.weights.convert import only, write
-from lowrank.weights.formats import FORMATS, Choices
-from lowrank.weights.merge import Adapter, Mixture
-from lowrank.weights.names import read_layers
-from lowrank.weights.places import Place
-from lowrank.weights.static import Static
-from lowrank.weights.verify import difference
 from networks import lora
 
 
@@ -129,7 +131,7 @@ def test_peft_scales_are_read_from_the_configuration(tmp_path):
         ({"lora_alpha": 8, "alpha_pattern": {"^attn.to_q": 1}}, 2.0),
     ):
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
-        assert importing.peft_folder(str(folder)).layers[Place("unet", path)].scale == scale
+        assert importing.peft_folder(str(folder)).layers[LayerPath("unet", path)].scale == scale
     for config, why in (
         ({"peft_type": "LOHA", "lora_alpha": 1}, "LOHA"),
         ({"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {"(a+)+$": 1}}, "no plain name"),
@@ -195,10 +197,10 @@ CLIP = "text_model.encoder.layers.0"
     ],
 )
 def test_names_that_other_programs_write(key, place):
-    from lowrank.weights.places import places
+    from lowrank.naming.places import places
 
     module, _ = keys.role_of(key)
-    assert places(keys.module_path(module)) == [(Place(*place), None)]
+    assert places(keys.module_path(module)) == [(LayerPath(*place), None)]
 
 
 # ---------- files that are out to harm
@@ -280,7 +282,7 @@ def test_mixed_precisions_are_read(dtype, tmp_path, capsys):
     save_file(state, path)
     assert export.main([str(path), str(target)]) == 0
     back, wide = read(target), state[f"{A}.lora_up.weight"].float().flatten(1)
-    mine = back.layers[Place("unet", "mid_block.attentions.0.proj_in")]
+    mine = back.layers[LayerPath("unet", "mid_block.attentions.0.proj_in")]
     torch.testing.assert_close(mine.up.float(), wide)
     assert inspection.main([str(path)]) == 0 and str(dtype).removeprefix("torch.") in capsys.readouterr().out
 
@@ -329,9 +331,9 @@ def test_joined_layers_with_an_alpha_of_zero():
         }
         for alpha in (0.0, 1.0, 2.0)
     ]
-    joined = dialect.join(parts, [4, 4, 4])
-    dW = dialect.strength(joined, 6) * joined["up"] @ joined["down"]
-    want = [dialect.strength(part, 2) * part["up"] @ part["down"] for part in parts]
+    joined = join_layers(parts, [4, 4, 4])
+    dW = strength(joined, 6) * joined["up"] @ joined["down"]
+    want = [strength(part, 2) * part["up"] @ part["down"] for part in parts]
     torch.testing.assert_close(dW, torch.cat(want))
     assert not want[0].any() and want[1].any()
 
@@ -355,7 +357,7 @@ def test_pickles_are_read_as_tensors_and_never_run(tmp_path, capsys):
     assert "run" not in capsys.readouterr().out.split() and not (tmp_path / "out2.safetensors").exists()
     torch.save(whole(A), tmp_path / "base.ckpt")
     with pytest.raises(Refused, match="not opened here"):
-        checkpoint.Base(tmp_path / "base.ckpt")
+        base_checkpoint.BaseCheckpoint(tmp_path / "base.ckpt")
 
 
 def test_damaged_metadata_harm_nothing(tmp_path, capsys):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lowrank.cli import inspection
 from lowrank.errors import Refused
-from lowrank.weights import facts
+from lowrank.formats import inspect
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_anyones_file_is_told(tmp_path, capsys):
         "blocks.1.attn.lora_A.weight": torch.ones(2, 4),
     }
     save_file(state, tmp_path / "strange.safetensors")
-    told = facts.of(tmp_path / "strange.safetensors")
+    told = inspect.report(tmp_path / "strange.safetensors")
     assert told["method"] == "lora" and told["model"] is None
     assert told["other_keys"]["count"] == 3 and told["other_keys"]["kinds"] == {"LoHa": 1, "LoKr": 1}
     assert [layer["norm"] is None for layer in told["layers"]] == [False, True]

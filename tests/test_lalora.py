@@ -18,18 +18,18 @@ from lowrank.adapters.method import Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.penalty import Spectrum
 from lowrank.adapters.targets import find
-from lowrank.cli import source as pictures
+from lowrank.cli import source_pictures as pictures
 from lowrank.cli.context import main
 from lowrank.cli.sd_train import main as sd
-from lowrank.cli.sdxl_train import main as sdxl
+from lowrank.cli.sd_train import main_sdxl as sdxl
+from lowrank.config.context import CALC_CONTEXT
 from lowrank.errors import Refused
+from lowrank.laplace import penalty as laplace_penalty
+from lowrank.laplace.context_file import read_context, weight_fingerprint, write_context
+from lowrank.laplace.fisher import Fisher, Moment, inputs_of
 from lowrank.models.family import Source
 from lowrank.models.sd import SD15, SdOptions
-from lowrank.surfaces.context import CALC_CONTEXT
-from lowrank.train.fisher import Fisher, Moment, inputs_of
 from lowrank.train.prompts import Prompt
-from lowrank.weights import laplace
-from lowrank.weights.curvature import probe, read_context, write_context
 from networks import dora, lalora, lora
 
 
@@ -276,7 +276,7 @@ def test_experts_are_held_by_their_mean(tmp_path):
     _, made = joined("linear", probes()["experts"] | pull)
     shake(made)
     U, _ = made.layers()[0].factors()
-    assert laplace._thin(made.layers()[0])[0].shape == U.shape[1:]
+    assert laplace_penalty._thin(made.layers()[0])[0].shape == U.shape[1:]
     assert float(made.penalties()["lalora"].detach()) > 0
     with torch.no_grad():
         for layer in made.layers():
@@ -448,10 +448,10 @@ def test_lambda_needs_something_to_go_by(tmp_path):
 def test_a_base_in_another_dtype_is_the_same_base():
     for kind in HOSTS:
         layer, half = base(kind).first, base(kind).bfloat16().first
-        assert (probe(layer) - probe(half)).square().mean().sqrt() < 0.02
+        assert (weight_fingerprint(layer) - weight_fingerprint(half)).square().mean().sqrt() < 0.02
         with torch.no_grad():
             layer.weight.copy_(torch.randn_like(layer.weight))
-        assert (probe(layer) - probe(half)).square().mean().sqrt() > 0.7
+        assert (weight_fingerprint(layer) - weight_fingerprint(half)).square().mean().sqrt() > 0.7
 
 
 def test_layers_that_stay_free_are_told(tmp_path, caplog):

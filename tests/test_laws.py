@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from toys import HOSTS, MERGED, METHODS, SHIPPED, base, network, shake
 
 from lowrank.adapters import gate, penalty
-from lowrank.adapters.host import dense_weight
+from lowrank.adapters.targets import dense_weight
 from lowrank.errors import Refused
 from lowrank.models.memory import checkpointed
 

@@ -13,7 +13,7 @@ from PIL import Image
 from toys import base, network, probes
 
 from lowrank.train.log import BIN_NAMES, Meter
-from lowrank.train.loop import components, stream
+from lowrank.train.loop import batch_generator, loss_components
 from lowrank.train.prompts import Prompt
 from lowrank.train.watch import Preview
 
@@ -22,14 +22,14 @@ def test_a_stream_depends_on_seed_epoch_and_position_and_on_nothing_else():
     places = list(itertools.product((0, 1), repeat=3))
     drawn, dropped = {}, {}
     for place in places:
-        drawn[place] = torch.randn(4, generator=stream(*place))
+        drawn[place] = torch.randn(4, generator=batch_generator(*place))
         dropped[place] = torch.rand(4)  # what dropout would see
         torch.rand(7)  # somebody else draws in between
     for table in (drawn, dropped):
         for a, b in itertools.combinations(places, 2):
             assert not torch.equal(table[a], table[b])
     for place in reversed(places):
-        assert torch.equal(drawn[place], torch.randn(4, generator=stream(*place)))
+        assert torch.equal(drawn[place], torch.randn(4, generator=batch_generator(*place)))
         assert torch.equal(dropped[place], torch.rand(4))
 
 
@@ -52,7 +52,7 @@ def test_a_meter_gives_means_over_micro_batches_and_timestep_bins():
 
 def test_a_penalty_is_a_component_of_the_loss(bases):
     made = network("penalty+rates", base("linear"), bases)
-    assert components(made) == ("mse", "prior", "pull")
+    assert loss_components(made) == ("mse", "prior", "pull")
     assert made.penalties()["pull"].item() == pytest.approx(
         0.5 * sum(p.square().sum().item() for p in made.parameters()), rel=1e-5
     )

@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from toys import HOSTS, RANK, base, network, shake
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lowrank.adapters import blocks, rules
-from lowrank.adapters.kohya import Facade
+from lowrank.adapters import layer_rules, unet_blocks
+from lowrank.adapters.network_module import NetworkModule
 from lowrank.adapters.targets import Target
 from lowrank.errors import Refused
 from lowrank.tensors import read_tensors, write_tensors
@@ -115,7 +115,7 @@ def test_adapter_counts_of_full_size_models(family, parts, with_conv, full_size)
     encoders, unet = full_size[family]
     net = lora.create_network(1.0, 4, 1.0, None, encoders, unet)
     assert Counter(target.part for target in net.targets.values()) == parts
-    assert Counter(filter(None, map(blocks.index, net.targets))) == ATTENTION[family]
+    assert Counter(filter(None, map(unet_blocks.index, net.targets))) == ATTENTION[family]
     wide = lora.create_network(1.0, 4, 1.0, None, encoders, unet, conv_dim="2", conv_alpha="1")
     assert Counter(target.part for target in wide.targets.values()) == {**parts, "unet": with_conv}
     for layer in wide.layers():
@@ -182,14 +182,14 @@ def test_kohyas_keys(family, full_size):
     ],
 )
 def test_the_block_of_a_layer(name, block):
-    assert blocks.index(name) == block
+    assert unet_blocks.index(name) == block
 
 
 def test_the_plan_is_read_from_names():
-    assert blocks.plan(["lora_te_x", "lora_unet_mid_block_attentions_0_proj_in"]) == blocks.SD
-    assert blocks.plan(["lora_unet_middle_block_1_proj_in"]) == blocks.SDXL
-    assert blocks.plan(["lora_unet_transformer_blocks_0_attn_to_q"]) is None
-    assert (blocks.SD.count, blocks.SDXL.count) == (25, 23)
+    assert unet_blocks.plan(["lora_te_x", "lora_unet_mid_block_attentions_0_proj_in"]) == unet_blocks.SD
+    assert unet_blocks.plan(["lora_unet_middle_block_1_proj_in"]) == unet_blocks.SDXL
+    assert unet_blocks.plan(["lora_unet_transformer_blocks_0_attn_to_q"]) is None
+    assert (unet_blocks.SD.count, unet_blocks.SDXL.count) == (25, 23)
 
 
 def test_block_dims_and_alphas():
@@ -200,7 +200,7 @@ def test_block_dims_and_alphas():
     net, _, _ = made("sd", **{k: ",".join(map(str, v)) for k, v in told.items()})
     seen = set()
     for layer in net.layers("unet"):
-        block = blocks.index(layer.name)
+        block = unet_blocks.index(layer.name)
         seen.add(block)
         if layer.conv and layer.host.kernel_size == (3, 3):
             assert (layer.rank, float(layer.alpha)) == (1, 0.5) and block != 24
@@ -208,7 +208,7 @@ def test_block_dims_and_alphas():
             assert layer.rank == dims[block]
             assert float(layer.alpha) == (alphas[block] or dims[block])
     assert seen == set(range(1, 25))  # the convolutions of block 1 are still there
-    assert all("attentions" not in name for name in net.targets if blocks.index(name) == 1)
+    assert all("attentions" not in name for name in net.targets if unet_blocks.index(name) == 1)
     assert {(layer.rank, float(layer.alpha)) for layer in net.layers("te")} == {(4, 2.0)}
 
 
@@ -252,16 +252,18 @@ CURVES = {
 
 @pytest.mark.parametrize("text", CURVES)
 def test_curves_of_block_weights(text):
-    assert blocks.lr_weights(blocks.SD, text, None, None, -1) == pytest.approx([*CURVES[text], *[1.0] * 13])
+    assert unet_blocks.lr_weights(unet_blocks.SD, text, None, None, -1) == pytest.approx(
+        [*CURVES[text], *[1.0] * 13]
+    )
 
 
 def test_lists_of_block_weights(caplog):
-    found = blocks.lr_weights(blocks.SDXL, "0.5,,1,1,1,1,1,1,0.1", "2,3,4", None, 0.1)
+    found = unet_blocks.lr_weights(unet_blocks.SDXL, "0.5,,1,1,1,1,1,1,0.1", "2,3,4", None, 0.1)
     assert found == [1, 0.5, 0, 1, 1, 1, 1, 1, 1, 0, 2, 3, 4, *[1] * 9, 1] and not caplog.records
-    found = blocks.lr_weights(blocks.SDXL, "0.5,0.5", "2,3,4,5", None, 0)
+    found = unet_blocks.lr_weights(unet_blocks.SDXL, "0.5,0.5", "2,3,4,5", None, 0)
     assert found == [1, 0.5, 0.5, *[1] * 7, 2, 3, 4, *[1] * 9, 1]
     assert "down_lr_weight has 2 numbers for 9 blocks" in caplog.text and "mid_lr_weight has 4" in caplog.text
-    assert blocks.lr_weights(blocks.SD, None, None, None, 0) is None
+    assert unet_blocks.lr_weights(unet_blocks.SD, None, None, None, 0) is None
 
 
 def rates_of(net, *rates):
@@ -285,9 +287,9 @@ def test_block_rates_are_groups_and_zero_leaves_out():
         "unet_block12": 1e-4,
         "unet_block12 plus": 1.6e-3,
     }
-    assert {blocks.index(layer.name) for layer in net.layers("unet")} == {4, 5, 12}
+    assert {unet_blocks.index(layer.name) for layer in net.layers("unet")} == {4, 5, 12}
     net, _, _ = made("sd", mid_lr_weight="0.2", block_lr_zero_threshold="0.2")
-    assert 12 not in {blocks.index(layer.name) for layer in net.layers("unet")}
+    assert 12 not in {unet_blocks.index(layer.name) for layer in net.layers("unet")}
 
 
 def test_each_text_encoder_has_its_rate():
@@ -339,17 +341,17 @@ def test_rules_choose_rank_alpha_and_rate():
 
 
 def test_the_first_rule_holds():
-    found = rules.parse("a -> rank=1; b -> rank=2 alpha=0.5 lr=0")
+    found = layer_rules.parse_rules("a -> rank=1; b -> rank=2 alpha=0.5 lr=0")
 
     def rule_of(path, *inside):
-        return rules.first(found, Target("unet", "", "", torch.nn.Linear(1, 1), path, inside))
+        return layer_rules.first(found, Target("unet", "", "", torch.nn.Linear(1, 1), path, inside))
 
     assert [rule_of(path) for path in ("xa", "b", "ab", "c")] == [0, 1, 0, None]
     assert (found[1].rank, found[1].alpha, found[1].lr) == (2, 0.5, 0.0)
-    assert rules.parse(None) == rules.parse(" ;\n") == ()
-    assert rules.parse("a->b -> off")[0].pattern.pattern == "a->b"
+    assert layer_rules.parse_rules(None) == layer_rules.parse_rules(" ;\n") == ()
+    assert layer_rules.parse_rules("a->b -> off")[0].pattern.pattern == "a->b"
     # by class: where no pattern holds, and of several the innermost block's, wherever it stands in the text
-    found = rules.parse("class:Block -> rank=1; class:Attention -> rank=2; b -> rank=3")
+    found = layer_rules.parse_rules("class:Block -> rank=1; class:Attention -> rank=2; b -> rank=3")
     assert rule_of("c", "Linear", "Attention", "Block", "Net") == 1
     assert rule_of("c", "Linear", "Block", "Net") == 0
     assert rule_of("b", "Linear", "Attention", "Block", "Net") == 2
@@ -578,7 +580,7 @@ def test_base_weights_merge_through_kohyas_calls(tmp_path):
 
 def test_every_argument_is_known():
     owner = lora.create_network.__self__
-    assert isinstance(owner, Facade)
+    assert isinstance(owner, NetworkModule)
     kohyas = "conv_dim conv_alpha block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight "
     kohyas += "mid_lr_weight up_lr_weight block_lr_zero_threshold dropout rank_dropout module_dropout "
     kohyas += "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio"

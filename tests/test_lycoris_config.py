@@ -19,16 +19,16 @@ from test_train_sd import arguments, folders  # noqa: F401 (fixtures)
 
 from lowrank.adapters.targets import find
 from lowrank.cli.flux_train import main as flux
-from lowrank.cli.lycoris import translate
-from lowrank.cli.options import with_network
+from lowrank.cli.lycoris_config import translate
+from lowrank.cli.resolve import with_network
 from lowrank.cli.sd_train import main as sd
-from lowrank.cli.sdxl_train import main as sdxl
+from lowrank.cli.sd_train import main_sdxl as sdxl
+from lowrank.config.flux import FLUX_TRAIN
+from lowrank.config.sd import SD_TRAIN
 from lowrank.errors import Refused
 from lowrank.models import sd_single
 from lowrank.models.flux import flux_dev_config
-from lowrank.surfaces.flux import FLUX_TRAIN
-from lowrank.surfaces.sd import SD_TRAIN
-from lowrank.train.module import facade_of, find_module
+from lowrank.train.network_module import facade_of, find_module
 
 FILES = (
     Path(__file__).parent / "fixtures" / "lycoris"
@@ -53,8 +53,8 @@ def full():
     """Full-size denoisers on the meta device, FLUX.2's with fewer blocks."""
     with torch.device("meta"):
         return {
-            "sd15": UNet2DConditionModel.from_config(sd_single.facts("sd15")["unet"]),
-            "sdxl": UNet2DConditionModel.from_config(sd_single.facts("sdxl")["unet"]),
+            "sd15": UNet2DConditionModel.from_config(sd_single.published_config("sd15")["unet"]),
+            "sdxl": UNet2DConditionModel.from_config(sd_single.published_config("sdxl")["unet"]),
             "flux": FluxTransformer2DModel(**flux_dev_config()),
             "flux2": Flux2Transformer2DModel(num_layers=2, num_single_layers=3),
         }

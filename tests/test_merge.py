@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from test_networks import base_of, made
 from toys import shake
 
-from lowrank.adapters.host import dense_weight
+from lowrank.adapters.targets import dense_weight
+from lowrank.bases.qr_basis import decompose
+from lowrank.combine.mixture import Mixture
 from lowrank.errors import Refused
-from lowrank.weights.basis import decompose
-from lowrank.weights.export import export_lora, worst_difference
-from lowrank.weights.merge import Adapter, Mixture
-from lowrank.weights.names import read_layers, thin
-from lowrank.weights.residual import check_residual, write_residual
+from lowrank.formats.export import export_lora, worst_difference
+from lowrank.formats.names import read_layers, thin
+from lowrank.formats.read import Adapter
+from lowrank.formats.residual import check_residual, write_residual
 
 
 @pytest.fixture

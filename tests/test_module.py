@@ -11,7 +11,7 @@ from torch import nn
 from lowrank.errors import Refused
 from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
-from lowrank.train import module
+from lowrank.train import network_module
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def denoiser(tiny_flux):
 
 
 def create(found, denoiser, **arguments):
-    return module.create(
+    return network_module.create(
         found,
         denoiser,
         (),
@@ -36,7 +36,7 @@ def create(found, denoiser, **arguments):
 @pytest.mark.parametrize("name", ["../x", ".lora", "", "networks..lora", "networks/lora.py"])
 def test_what_is_no_module_name_is_refused(name):
     with pytest.raises(Refused, match="is not the dotted name of a module"):
-        module.find_module(name)
+        network_module.find_module(name)
 
 
 @pytest.mark.parametrize("preset", ["full", "attn-mlp"])
@@ -45,7 +45,7 @@ def test_lycoris_adapts_and_trains_every_layer_of_the_blocks(denoiser, preset):
     names = {type(part).__name__ for part in denoiser.modules()}
     blocks = [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
     linears = sum(isinstance(part, nn.Linear) for block in blocks for part in block.modules())
-    network = create(module.find_module("lycoris.kohya"), denoiser, preset=preset)
+    network = create(network_module.find_module("lycoris.kohya"), denoiser, preset=preset)
     assert len(network.unet_loras) == linears > 0
     assert {type(part).__name__ for part in denoiser.modules()} == names  # the names are given back
 
@@ -74,7 +74,7 @@ def test_lycoris_adapts_and_trains_every_layer_of_the_blocks(denoiser, preset):
 def test_what_lycoris_cannot_make_is_one_sentence(denoiser, arguments, said):
     pytest.importorskip("lycoris")
     with pytest.raises(Refused) as caught:
-        create(module.find_module("lycoris.kohya"), denoiser, **arguments)
+        create(network_module.find_module("lycoris.kohya"), denoiser, **arguments)
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert "DoubleStreamBlock" not in {type(part).__name__ for part in denoiser.modules()}
 

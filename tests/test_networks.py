@@ -10,13 +10,13 @@ from diffusers import FluxTransformer2DModel
 from files import FLUX
 from toys import PLAIN, SHIPPED, base, network, shake
 
-from lowrank.adapters import kohya
+from lowrank.adapters import network_module
 from lowrank.adapters.method import Factor, Gate, Magnitude, Method
 from lowrank.adapters.targets import find
 from lowrank.errors import Refused
 from lowrank.models.flux import flux_dev_config
 from lowrank.tensors import read_tensors
-from lowrank.train.module import create, facade_of, find_module, optimizer_groups
+from lowrank.train.network_module import create, facade_of, find_module, optimizer_groups
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def test_facade_knows_its_defaults():
     assert facade_of(find_module("delta_r")).default_alpha(64) == 64.0
     assert facade_of(find_module("networks.lora")).default_alpha(64) == 1.0
     assert "target" in facade_of(find_module("lora")).known
-    assert isinstance(facade_of(find_module("qrlora")), kohya.Facade)
+    assert isinstance(facade_of(find_module("qrlora")), network_module.NetworkModule)
 
 
 def test_unknown_arguments_are_only_warned_about_in_kohyas_trainers(flux, cache, caplog):

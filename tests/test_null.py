@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import HOSTS, base, shake
 
+from lowrank.bases.null_space import least_used, nullity
 from lowrank.cli import importing
 from lowrank.errors import Refused
+from lowrank.formats import legacy_null
 from lowrank.tensors import read_metadata
-from lowrank.weights import legacy_null
-from lowrank.weights.nullspace import least_used, nullity
 
 USER = ("network_null_lalora", "network_null_lalora_plus", "network_null_lalora_plus_Effi_ABM")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lowrank.errors import Refused
 from lowrank.objective import noise
-from lowrank.objective.target import PREDICTIONS, Flow, interpolate, velocity
+from lowrank.objective.flow import PREDICTIONS, Flow, interpolate, velocity
 from lowrank.objective.weight import LOSSES, elementwise, flow_weight, huber_width, per_sample
 
 PLAIN = dict(

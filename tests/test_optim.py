@@ -18,20 +18,13 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
+from lowrank.config.flag import SCHEDULERS
+from lowrank.config.flag import scheduler as scheduler_by_name
+from lowrank.config.flags_training import Optimizer as Options
 from lowrank.errors import Refused
-from lowrank.fields import SCHEDULERS
-from lowrank.fields import scheduler as scheduler_by_name
-from lowrank.flags.training import Optimizer as Options
-from lowrank.train import curves
-from lowrank.train.optim import (
-    KNOWN,
-    build_optimizer,
-    build_scheduler,
-    chosen,
-    evaluating,
-    plan,
-    training,
-)
+from lowrank.train import schedule
+from lowrank.train.optim import KNOWN, averaged_weights, build_optimizer, chosen, training
+from lowrank.train.schedule import build_scheduler, plan_run
 
 
 def options(**changes) -> Options:
@@ -246,13 +239,13 @@ def test_schedule_free_weights_are_swapped_and_put_back(schedulefree, caplog):
     trained = p.detach().clone()
     with training(optimizer):
         assert torch.equal(p, trained)
-        with evaluating(types.SimpleNamespace(optimizer=optimizer)):  # as accelerate wraps it
+        with averaged_weights(types.SimpleNamespace(optimizer=optimizer)):  # as accelerate wraps it
             assert torch.equal(p, trained - 1)
-            with evaluating(optimizer):
+            with averaged_weights(optimizer):
                 assert torch.equal(p, trained - 1)
             assert torch.equal(p, trained - 1)
         assert torch.equal(p, trained)
-    with pytest.raises(RuntimeError), evaluating(optimizer):
+    with pytest.raises(RuntimeError), averaged_weights(optimizer):
         raise RuntimeError
     assert torch.equal(p, trained) and optimizer.param_groups[0]["train_mode"]
     optimizer.eval()
@@ -269,7 +262,7 @@ def test_other_optimizers_are_left_alone():
     optimizer = build()
     (p,) = optimizer.param_groups[0]["params"]
     before = p.detach().clone()
-    with training(optimizer), evaluating(optimizer):
+    with training(optimizer), averaged_weights(optimizer):
         assert torch.equal(p, before)
 
 
@@ -437,8 +430,8 @@ def test_a_warmup_longer_than_the_run_is_told(caplog):
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "piecewise_constant"])
 def test_factors_stay_between_floor_and_one(name):
     for warmup, decay, steps in itertools.product((0, 1, 5), (0, 3), (1, 2, 10)):
-        curve = curves.Curve(steps, warmup=warmup, decay=decay, cycles=2, floor=0.1, end=0.01)
-        values = [curves.factor(name, curve)(step) for step in range(steps + 3)]
+        curve = schedule.Curve(steps, warmup=warmup, decay=decay, cycles=2, floor=0.1, end=0.01)
+        values = [schedule.rate_factor(name, curve)(step) for step in range(steps + 3)]
         assert all(0 <= value <= 1 for value in values)
 
 
@@ -458,16 +451,16 @@ def test_factors_stay_between_floor_and_one(name):
     ],
 )
 def test_plan(batches, processes, accumulation, steps, epochs, expected):
-    made = plan(batches, processes, accumulation, steps, epochs)
+    made = plan_run(batches, processes, accumulation, steps, epochs)
     assert (made.steps, made.epochs) == expected
     assert (made.epochs - 1) * batches < made.steps * accumulation <= made.epochs * batches
 
 
 def test_steps_per_epoch_is_never_nothing():
-    assert plan(1, 1, 4, 10).steps_per_epoch == 1
-    assert plan(8, 1, 4, 10).steps_per_epoch == 2
+    assert plan_run(1, 1, 4, 10).steps_per_epoch == 1
+    assert plan_run(8, 1, 4, 10).steps_per_epoch == 2
 
 
 def test_a_plan_without_batches_is_refused():
     with pytest.raises(Refused, match="an epoch has no batch"):
-        plan(0, 1, 1, 10)
+        plan_run(0, 1, 1, 10)

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorder import ROOT, call, tree
 
+from lowrank.config.checks import adapter_module
+from lowrank.config.command_line import CommandLine, ConfigFile, option, parse
+from lowrank.config.flag import literals, pairs
+from lowrank.config.flags_training import Optimizer
+from lowrank.config.flux import FLUX_TRAIN
+from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
+from lowrank.config.tools import INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY
 from lowrank.errors import Refused
-from lowrank.fields import literals, pairs
-from lowrank.flags.training import Optimizer
-from lowrank.objective.target import Flow as FlowObjective
-from lowrank.options import ConfigFile, Surface, option, parse
-from lowrank.surfaces.checks import adapter_module
-from lowrank.surfaces.flux import FLUX_TRAIN
-from lowrank.surfaces.sd import SD_TRAIN, SDXL_TRAIN
-from lowrank.surfaces.tools import INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY
+from lowrank.objective.flow import Flow as FlowObjective
 
 __all__ = ["tree"]  # a fixture
 
@@ -62,7 +62,7 @@ def flux(*argv: str):
     return FLUX_TRAIN.parse([*NEEDED, *argv])
 
 
-def refused(*argv: str, surface: Surface = FLUX_TRAIN) -> str:
+def refused(*argv: str, surface: CommandLine = FLUX_TRAIN) -> str:
     with pytest.raises(Refused) as caught:
         surface.parse([*(NEEDED if surface is FLUX_TRAIN else ()), *argv])
     text = str(caught.value)
@@ -70,7 +70,7 @@ def refused(*argv: str, surface: Surface = FLUX_TRAIN) -> str:
     return text
 
 
-def exits(capsys, *argv: str, surface: Surface = FLUX_TRAIN) -> str:
+def exits(capsys, *argv: str, surface: CommandLine = FLUX_TRAIN) -> str:
     """The one line on stderr of a call that argparse itself would refuse."""
     with pytest.raises(SystemExit) as caught:
         surface.parse([*(NEEDED if surface is FLUX_TRAIN else ()), *argv])

@@ -7,13 +7,13 @@ import shlex
 
 import pytest
 
-from lowrank.cli.options import record, with_network
+from lowrank.cli.resolve import record, with_network
+from lowrank.config.checks import trains_text
+from lowrank.config.sd import SAMPLERS, SD_TRAIN, SDXL_TRAIN
 from lowrank.errors import Refused
-from lowrank.models.samplers import sampler
+from lowrank.models.samplers import build_sampler
 from lowrank.models.sd import SdOptions
-from lowrank.objective.ddpm import Diffusion
-from lowrank.surfaces.checks import trains_text
-from lowrank.surfaces.sd import SAMPLERS, SD_TRAIN, SDXL_TRAIN
+from lowrank.objective.diffusion import Diffusion
 
 BOTH = pytest.mark.parametrize("surface", [SD_TRAIN, SDXL_TRAIN], ids=lambda s: s.prog)
 # Every flag that two or more of six launchers send, with the type and the default of kohya's parser: a bar
@@ -210,4 +210,4 @@ def test_every_sampler_on_offer_is_there():
     pytest.importorskip("scipy")  # lms
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     for name in SAMPLERS:
-        assert sampler(name, schedule).config.beta_end == 0.012
+        assert build_sampler(name, schedule).config.beta_end == 0.012

@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lowrank.adapters.host import dense_weight
-from lowrank.adapters.method import Samples
-from lowrank.adapters.targets import find
-from lowrank.train.fisher import Fisher
-from lowrank.weights.curvature import Context, write_context
+from lowrank.adapters.method import WarmupBatches
+from lowrank.adapters.targets import dense_weight, find
+from lowrank.laplace.context_file import Context, write_context
+from lowrank.laplace.fisher import Fisher
 
 bnb = pytest.importorskip("bitsandbytes")
 N = 64
@@ -88,13 +87,13 @@ def test_a_curvature_is_that_of_the_values_and_holds_adapters_of_either(bits, tm
         network.restore()
 
 
-def batches(model: nn.Module) -> Samples:
+def batches(model: nn.Module) -> WarmupBatches:
     x, y = (torch.randn(4, 5, N, generator=torch.Generator().manual_seed(seed)) for seed in (6, 7))
 
     def losses() -> torch.Tensor:
         return (model(x) - y).square().flatten(1).mean(1)
 
-    return Samples(lambda: iter([losses] * 10), lambda t: t, 1, lambda *_: None)
+    return WarmupBatches(lambda: iter([losses] * 10), lambda t: t, 1, lambda *_: None)
 
 
 METHODS = {

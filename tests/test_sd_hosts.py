@@ -8,13 +8,13 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lowrank.adapters import keys
 from lowrank.adapters.targets import as_passed, find, find_all
 from lowrank.models import sd_single
 from lowrank.models.family import Source
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
-from lowrank.train.module import create, find_module
+from lowrank.naming import keys
+from lowrank.train.network_module import create, find_module
 
 FAMILIES = {"sd15": SD15, "sdxl": SDXL}
 
@@ -25,7 +25,7 @@ def full():
     found = {}
     with torch.device("meta"):
         for kind in ("sd15", "sd2", "sdxl"):
-            facts = sd_single.facts(kind)
+            facts = sd_single.published_config(kind)
             encoders: list = [CLIPTextModel(CLIPTextConfig(**facts["text_encoder"]))]
             if kind == "sdxl":
                 encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**facts["text_encoder_2"])))

@@ -20,15 +20,15 @@ from diffusers.loaders import single_file_utils as stock_reader
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from lowrank import ldm
 from lowrank.errors import Refused
 from lowrank.models import memory, sd_single
 from lowrank.models.family import ROLES, Source, latent_scale
 from lowrank.models.flux import FLUX
-from lowrank.models.samplers import SAMPLERS, sampler
+from lowrank.models.samplers import SAMPLERS, build_sampler
 from lowrank.models.sd import PLAIN, SD15, SdOptions
 from lowrank.models.sdxl import SDXL
 from lowrank.models.single import Checkpoint, autoencoder_config, original_vae
+from lowrank.naming import unet as unet_names
 from tools import make_tiny_flux, make_tiny_sd, tiny
 
 KINDS = ("sd15", "sd2", "sdxl")
@@ -151,7 +151,7 @@ def test_every_sampler_draws(name, all_models):
         pytest.importorskip("scipy")
     one, two = (SD15.sample(models, text, generator=seeded(), **more)[0] for _ in range(2))
     assert one.size == (32, 32) and one.tobytes() == two.tobytes()
-    made = sampler(name, models.configs["scheduler"])
+    made = build_sampler(name, models.configs["scheduler"])
     assert torch.allclose(made.alphas_cumprod, models.scheduler.alphas_cumprod)
     assert made.config.prediction_type == "epsilon"
 
@@ -164,12 +164,12 @@ def test_sampler_of_a_library_that_is_not_there(all_models, monkeypatch):
 
     monkeypatch.setattr(diffusers, "LMSDiscreteScheduler", absent)
     with pytest.raises(Refused, match=r"sampler lms needs another library \(no scipy\)"):
-        sampler("lms", all_models["sd15"].configs["scheduler"])
+        build_sampler("lms", all_models["sd15"].configs["scheduler"])
 
 
 def test_unknown_sampler_is_refused(all_models):
     with pytest.raises(Refused, match="sampler 'euler_b' is unknown"):
-        sampler("euler_b", all_models["sd15"].configs["scheduler"])
+        build_sampler("euler_b", all_models["sd15"].configs["scheduler"])
 
 
 # ---------- original files
@@ -201,8 +201,8 @@ def full(config: dict) -> dict:
     """A published U-Net's tensors on the meta device under their original names."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    blocks = ldm.Blocks.of(unet)
-    return {ldm.unet_name(name, blocks): value for name, value in unet.state_dict().items()}
+    blocks = unet_names.Blocks.of(unet)
+    return {unet_names.unet_name(name, blocks): value for name, value in unet.state_dict().items()}
 
 
 def shapes_only(state: dict) -> Checkpoint:
@@ -213,7 +213,7 @@ def shapes_only(state: dict) -> Checkpoint:
 
 
 def test_full_sizes_are_read_off_the_tensors(kind):
-    facts = sd_single.facts(kind)
+    facts = sd_single.published_config(kind)
     state = full(facts["unet"])
     told = sd_single.unet_config(shapes_only(state))
     expected = facts["unet"]
@@ -221,7 +221,7 @@ def test_full_sizes_are_read_off_the_tensors(kind):
         assert told[key] == expected[key], key
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(facts["vae"])
-    vae_state = {ldm.vae_name(name, 4): value for name, value in vae.state_dict().items()}
+    vae_state = {unet_names.vae_name(name, 4): value for name, value in vae.state_dict().items()}
     assert autoencoder_config(shapes_only(vae_state), facts["vae"]) == facts["vae"]
     assert (
         sum(p.numel() for p in state.values())
@@ -235,13 +235,15 @@ def test_full_sizes_are_read_off_the_tensors(kind):
 
 def test_names_are_those_of_diffusers_converter(kind):
     """At full size our names, and diffusers' own reading of original files, agree on every tensor."""
-    facts = sd_single.facts(kind)
+    facts = sd_single.published_config(kind)
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel.from_config(facts["unet"]), AutoencoderKL.from_config(facts["vae"])
-    blocks = ldm.Blocks.of(unet)
-    original = {f"model.diffusion_model.{ldm.unet_name(k, blocks)}": v for k, v in unet.state_dict().items()}
+    blocks = unet_names.Blocks.of(unet)
+    original = {
+        f"model.diffusion_model.{unet_names.unet_name(k, blocks)}": v for k, v in unet.state_dict().items()
+    }
     for key, value in vae.state_dict().items():
-        told = ldm.vae_name(key, 4)
+        told = unet_names.vae_name(key, 4)
         original[f"first_stage_model.{told}"] = (
             value[..., None, None] if ".attn_1." in told and value.dim() == 2 else value
         )
@@ -308,7 +310,9 @@ def test_vae_override(layout, folders, all_models, tmp_path):
     save_file(state, path, {"format": "pt"})
     if layout in ("original", "prefixed"):
         prefix = "first_stage_model." if layout == "prefixed" else ""
-        save_file({prefix + ldm.vae_name(key, 4): v for key, v in state.items()}, tmp_path / "v.safetensors")
+        save_file(
+            {prefix + unet_names.vae_name(key, 4): v for key, v in state.items()}, tmp_path / "v.safetensors"
+        )
     place = {"folder": tmp_path / "vae", "parent": tmp_path, "diffusers": path}
     given = str(place.get(layout, tmp_path / "v.safetensors"))
     other = SD15.load(Source(str(folders["sd15"]), vae=given, dtype=torch.float32), ("vae",))

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lowrank.cli import similarity
 from lowrank.cli.similarity import main
+from lowrank.combine import compare as maths
 from lowrank.errors import Refused
-from lowrank.weights import compare as maths
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = {  # (O, I)

@@ -21,12 +21,13 @@ from lowrank.adapters import gate
 from lowrank.adapters.gate import Schedule
 from lowrank.adapters.layer import AdaptedLayer
 from lowrank.cli.export import main as tool
+from lowrank.combine.mixture import Mixture
+from lowrank.combine.pipeline import timestep_ranks
 from lowrank.errors import Refused
+from lowrank.formats.names import read_layers, thin
+from lowrank.formats.read import Adapter
 from lowrank.tensors import read_tensors
-from lowrank.train.module import create, find_module
-from lowrank.weights.merge import Adapter, Mixture
-from lowrank.weights.names import read_layers, thin
-from lowrank.weights.timestep_ranks import timestep_ranks
+from lowrank.train.network_module import create, find_module
 from networks import tlora
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +132,7 @@ def test_a_fresh_adapter_is_the_base_and_its_frames_are_orthonormal(sig_type, da
             assert bool((S.diff() <= 0).all())
             if data == "True":
                 values = torch.linalg.svdvals(layer.host.weight.flatten(1))
-                torch.testing.assert_close(S.data, values[tlora.part(sig_type, len(values), 4)])
+                torch.testing.assert_close(S.data, values[tlora.component_slice(sig_type, len(values), 4)])
 
 
 def test_singular_values_are_those_of_a_gaussian_matrix():
@@ -141,7 +142,7 @@ def test_singular_values_are_those_of_a_gaussian_matrix():
     matrices = 0.25 * torch.randn(200, 20, 32, dtype=torch.float64)
     torch.testing.assert_close(drawn, torch.linalg.svdvals(matrices).mean(0), rtol=0.03, atol=0.03)
     assert tlora.singular_values(1, 3, 1.0).shape == (1,)
-    assert tlora.part("middle", 10, 3) == slice(4, 7)  # ceil, as the authors; LyCORIS floors
+    assert tlora.component_slice("middle", 10, 3) == slice(4, 7)  # ceil, as the authors; LyCORIS floors
 
 
 @pytest.mark.parametrize("orthogonal", ["True", "False"])

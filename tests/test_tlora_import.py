@@ -15,12 +15,12 @@ from test_tlora import AUTHORS, TIMES, own_presets
 
 from lowrank.cli import importing
 from lowrank.cli.adapter import read
+from lowrank.combine.ensemble import Ensemble, Part
 from lowrank.errors import Refused
+from lowrank.formats.base_checkpoint import BaseCheckpoint
+from lowrank.naming.places import places
 from lowrank.tensors import read_tensors, write_tensors
-from lowrank.train.module import find_module
-from lowrank.weights.checkpoint import Base
-from lowrank.weights.ensemble import Ensemble, Part
-from lowrank.weights.places import places
+from lowrank.train.network_module import find_module
 
 __all__ = ["own_presets"]  # a fixture
 ATTENTION = {
@@ -154,7 +154,7 @@ def test_lycoris_files_become_native(family, lycoris_file, tmp_path, capsys):
     options = json.loads(facts["lowrank.options"])
     assert (options["sig_type"], options["use_data_init"]) == ("principal", True)
     # in a mixture with the base at hand, also baked; by itself it says what to do
-    weights = Base(base)
+    weights = BaseCheckpoint(base)
     stored = lambda module: weights.weight(places(module)[0][0])  # noqa: E731
     for at, index in ((None, 2), (250, 1)):
         attached = Ensemble([Part(theirs)], at, stored).attach(model)

@@ -11,12 +11,13 @@ from test_tlora import LIKE_LYCORIS, TIMES, at_each, export, out, own_presets
 from toys import shake
 
 from lowrank.adapters.gate import Schedule
+from lowrank.combine.mixture import Mixture
+from lowrank.combine.pipeline import timestep_ranks
 from lowrank.errors import Refused
+from lowrank.formats.read import Adapter
+from lowrank.formats.tlora import schedule_of
 from lowrank.tensors import read_tensors
-from lowrank.train.module import find_module
-from lowrank.weights.merge import Adapter, Mixture
-from lowrank.weights.timestep_ranks import timestep_ranks
-from lowrank.weights.tlora_files import schedule_of
+from lowrank.train.network_module import find_module
 
 __all__ = ["flux", "own_presets"]  # fixtures
 R, LEAST = 24, 12

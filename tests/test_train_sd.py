@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import same
 
 from lowrank.cli.sd_train import main as sd
-from lowrank.cli.sdxl_train import main as sdxl
+from lowrank.cli.sd_train import main_sdxl as sdxl
 from lowrank.errors import Refused
 
 ROOT = Path(__file__).parent.parent

@@ -17,17 +17,11 @@ from torch import Tensor, nn
 from toys import network, shake
 
 from lowrank.adapters.targets import find
+from lowrank.bases.basis_file import for_layers, random_basis, read_basis, weight_basis, write_basis
+from lowrank.combine.collection import gather, read_lora
+from lowrank.combine.shared_basis import Extraction, extract
+from lowrank.combine.sketch import Sketch, without
 from lowrank.errors import Refused
-from lowrank.weights.collection import gather, read_lora
-from lowrank.weights.hosvd import Extraction, extract
-from lowrank.weights.sketch import Sketch, without
-from lowrank.weights.subspace import (
-    for_layers,
-    random_basis,
-    read_basis,
-    weight_basis,
-    write_basis,
-)
 from tools.extract_universal_basis import main
 
 ROOT = Path(__file__).parents[1]

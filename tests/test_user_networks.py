@@ -15,7 +15,7 @@ from test_train_sd import arguments, folders, metadata, rows  # noqa: F401 (fixt
 from lowrank.adapters.targets import find
 from lowrank.cli.context import main as context
 from lowrank.cli.sd_train import main as sd
-from lowrank.cli.sdxl_train import main as sdxl
+from lowrank.cli.sd_train import main_sdxl as sdxl
 from lowrank.errors import Refused
 from tools import extract_universal_basis
 

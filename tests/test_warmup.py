@@ -17,24 +17,24 @@ from test_train import pictures, same  # noqa: F401
 from test_train_sd import arguments, folders, scalars  # noqa: F401
 from torch import nn
 
-from lowrank.adapters.method import Chain, Factor, Method, Samples, Warmup
+from lowrank.adapters.method import Chain, Factor, Method, Warmup, WarmupBatches
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
+from lowrank.bases import gradients
 from lowrank.cli.flux_train import main as flux
 from lowrank.cli.sd_train import main as sd
-from lowrank.cli.sdxl_train import main as sdxl
+from lowrank.cli.sd_train import main_sdxl as sdxl
+from lowrank.config.flags_training import Abm
 from lowrank.data.loader import Batch
 from lowrank.errors import Refused
-from lowrank.flags.training import Abm
 from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
 from lowrank.models.memory import checkpointed
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
 from lowrank.train import abm, warmup
-from lowrank.train.boundaries import depth_weights, hinge, places
+from lowrank.train.abm_hooks import activations, depth_weights, hinge
 from lowrank.train.loop import Forward, Run
-from lowrank.weights import gradients
 from networks import delta_r, dora, lora
 
 C, B = 12, 4
@@ -359,7 +359,7 @@ def test_what_a_stage_reads_of_real_models(tiny_sd, tiny_sdxl, tiny_flux):
     counted = {}
     for name, family, folder in (("sd", SD15, tiny_sd), ("sdxl", SDXL, tiny_sdxl), ("flux", FLUX, tiny_flux)):
         shapes = family.empty(family.load(Source(str(folder), dtype=torch.float32), ()))
-        found = places("denoiser", shapes)
+        found = activations("denoiser", shapes)
         counted[name] = {one.name.rpartition(".")[2] for one in found}
         assert all(one.half == (type(one.module).__name__ == "Linear" and name != "flux")
                    for one in found if one.name.endswith("proj"))  # fmt: skip
@@ -370,7 +370,7 @@ def test_what_a_stage_reads_of_real_models(tiny_sd, tiny_sdxl, tiny_flux):
 # ---------- a basis from gradients
 
 
-def planted_samples(model: nn.Module, U: torch.Tensor, V: torch.Tensor, overflows: int = 0) -> Samples:
+def planted_samples(model: nn.Module, U: torch.Tensor, V: torch.Tensor, overflows: int = 0) -> WarmupBatches:
     """Inputs in span(V) and output gradients in span(U) of every layer; the first `overflows` calls fail."""
     left = [overflows]
 
@@ -384,7 +384,7 @@ def planted_samples(model: nn.Module, U: torch.Tensor, V: torch.Tensor, overflow
 
         return call
 
-    return Samples(
+    return WarmupBatches(
         lambda: (losses(index) for index in range(10**6)), lambda t: t, 1, lambda *_: None, overflows > 0
     )
 
@@ -458,7 +458,7 @@ def test_the_basis_is_that_of_the_dense_gradients(checkpoint):
     dense = [layer.weight.grad.flatten(1) for layer in layers]
     model.requires_grad_(False)
     network = core_network(model, 3)
-    given = Samples(lambda: iter([losses] * 3), lambda t: t, 1, lambda *_: None)
+    given = WarmupBatches(lambda: iter([losses] * 3), lambda t: t, 1, lambda *_: None)
     found = gradients.gradient_basis(network, given, 2 * B)
     for layer, G in zip(network.layers(), dense, strict=True):
         s = torch.linalg.svdvals(G)

@@ -17,13 +17,13 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lowrank.bases.basis_file import write_basis
+from lowrank.combine.collection import gather
+from lowrank.combine.shared_basis import LEAST, Extracted, Extraction, extract
+from lowrank.config.tools import EXTRACT_BASIS, UniversalBasis
 from lowrank.errors import Refused
 from lowrank.files import atomic, writable_folder
-from lowrank.surfaces.tools import EXTRACT_BASIS, UniversalBasis
 from lowrank.tensors import read_metadata
-from lowrank.weights.collection import gather
-from lowrank.weights.hosvd import LEAST, Extracted, Extraction, extract
-from lowrank.weights.subspace import write_basis
 
 COLUMNS = ("right", "left", "both", "held_out", "least_held_out", "random")
 HEAD = ("right", "left", "both", "held out", "least", "random")

@@ -12,12 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lowrank.fields import Spec, shown  # noqa: E402
-from lowrank.options import Surface  # noqa: E402
-from lowrank.surfaces.context import CALC_CONTEXT  # noqa: E402
-from lowrank.surfaces.flux import FLUX_TRAIN  # noqa: E402
-from lowrank.surfaces.sd import SD_TRAIN, SDXL_TRAIN  # noqa: E402
-from lowrank.surfaces.tools import EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
+from lowrank.config.command_line import CommandLine  # noqa: E402
+from lowrank.config.context import CALC_CONTEXT  # noqa: E402
+from lowrank.config.flag import FlagSpec, shown  # noqa: E402
+from lowrank.config.flux import FLUX_TRAIN  # noqa: E402
+from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN  # noqa: E402
+from lowrank.config.tools import EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
 
 SURFACES = (
     SD_TRAIN,
@@ -42,7 +42,7 @@ Written by `tools/make_flags.py`; a test compares it with the code.
 """
 
 
-def kind(spec: Spec) -> str:
+def kind(spec: FlagSpec) -> str:
     """The type of a flag in one word."""
     if spec.flag.choices:
         return " ".join(spec.flag.choices)
@@ -52,12 +52,12 @@ def kind(spec: Spec) -> str:
     return f"{name}…" if spec.many else name
 
 
-def default(spec: Spec) -> str:
+def default(spec: FlagSpec) -> str:
     """The default as typed; nothing for one that is unset."""
     return "required" if spec.flag.required else shown(spec.default)
 
 
-def golden(surface: Surface) -> str:
+def golden(surface: CommandLine) -> str:
     """One line for each flag: names | type | default; then the flags that are ignored and refused."""
     lines = [
         f"{' '.join(spec.names)} | {kind(spec)} | {default(spec)}".rstrip() for spec in surface.specs.values()
@@ -68,7 +68,7 @@ def golden(surface: Surface) -> str:
     return "\n".join(sorted(lines)) + "\n"
 
 
-def table(surface: Surface) -> str:
+def table(surface: CommandLine) -> str:
     """A surface as Markdown: a table for each group, then what is ignored and refused."""
     lines, group = [f"\n## {surface.prog}\n\n{surface.description}\n"], None
     for spec in surface.specs.values():

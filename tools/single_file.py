@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lowrank import ldm
 from lowrank.errors import Refused
 from lowrank.files import atomic_folder
 from lowrank.models.family import reading
 from lowrank.models.single import CONFIGS
+from lowrank.naming import unet as unet_names
 
 TOKENIZERS = {
     "sd15": ("openai_clip-vit-large-patch14",),
@@ -49,13 +49,13 @@ def write_single(pipe: Any, source: Path, folder: Path, kind: str) -> None:
 
 def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
     """All tensors of a pipeline under the names and in the layout of the original code."""
-    blocks, levels = ldm.Blocks.of(pipe.unet), len(pipe.vae.config.block_out_channels)
+    blocks, levels = unet_names.Blocks.of(pipe.unet), len(pipe.vae.config.block_out_channels)
     state = {
-        f"model.diffusion_model.{ldm.unet_name(name, blocks)}": value
+        f"model.diffusion_model.{unet_names.unet_name(name, blocks)}": value
         for name, value in pipe.unet.state_dict().items()
     }
     for name, value in pipe.vae.state_dict().items():
-        told = ldm.vae_name(name, levels)
+        told = unet_names.vae_name(name, levels)
         convolution = ".attn_1." in told and value.dim() == 2  # 1×1 there, linear here
         state[f"first_stage_model.{told}"] = value[:, :, None, None] if convolution else value
     clip = {
@@ -79,7 +79,7 @@ def open_clip(state: dict[str, torch.Tensor], spare: bool) -> dict[str, torch.Te
     """A CLIP of transformers under OpenCLIP's names; `spare` adds the last layer, which SD 2 does not use."""
     found: dict[str, list] = {}
     for name, value in state.items():
-        told, third = ldm.open_clip_name(name)
+        told, third = unet_names.open_clip_name(name)
         found.setdefault(told, []).append((third or 0, value.T if told == "text_projection" else value))
     joined = {name: torch.cat([v for _, v in sorted(vs, key=lambda p: p[0])]) for name, vs in found.items()}
     if spare:

@@ -14,7 +14,7 @@ import torch
 
 from lowrank.errors import Refused
 from lowrank.files import atomic_folder
-from lowrank.models.parts import without_bars
+from lowrank.models.components import without_bars
 
 # Words of captions, each one token; every other text is spelled out in letters.
 WORDS = """

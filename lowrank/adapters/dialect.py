@@ -1,45 +1,24 @@
-"""A file's tensors as this model's layers: every spelling of a name, and FLUX's two ways to hold q, k and v.
-
-diffusers has them apart, Black Forest Labs' model (and with it kohya's trainers) joined in one layer:
-
-    apart → joined    U = blockdiag(U_q, U_k, U_v), D = [D_q ; D_k ; D_v]: exact, of the sum of the ranks
-    joined → apart    the rows of U, the same D: exact, of the same rank
-
-Parts that come of one joined layer, with one D, are joined to what they were.
-"""
+"""A file's tensors as this model's layers: every spelling of a name, FLUX's q, k and v apart or joined."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from lowrank import bfl
-from lowrank.adapters import keys
-from lowrank.adapters.host import dense_weight, host_shape
 from lowrank.adapters.method import Method
-from lowrank.adapters.targets import Target
+from lowrank.adapters.targets import Target, dense_weight, host_shape
 from lowrank.errors import Refused
+from lowrank.naming import flux as flux_names
+from lowrank.naming import keys
+from lowrank.naming.flux_join import Roles, alike, cut_rows, join_layers, piece_rows
 
 logger = logging.getLogger(__name__)
 
-Roles = dict[str, Tensor]
-OUTPUTS = frozenset({"up", "q", "magnitude"})  # roles whose rows are the layer's outputs
 
-
-def strength(roles: Mapping[str, Tensor], rank: int) -> float:
-    """s = alpha/rank of a file's layer of this rank, 1 without an alpha; an alpha of 0 is a strength of 0.
-
-    ComfyUI, A1111, diffusers and kohya's merging read a file so. kohya's and LyCORIS' networks take a 0 for
-    the rank, as one does who asks for a new network.
-    """
-    return float(roles["alpha"].reshape(-1)[0]) / rank if "alpha" in roles else 1.0
-
-
-def tell_zeros(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+def warn_zero_alphas(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Warn of layers whose alpha is 0, which programs read in two ways."""
     zeros = [name for name, roles in layers.items() if "alpha" in roles and not roles["alpha"].any()]
     if zeros:
@@ -50,98 +29,7 @@ def tell_zeros(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
         )
 
 
-def cut(roles: Mapping[str, Tensor], rows: slice, outputs: Iterable[str] = OUTPUTS) -> Roles:
-    """The part of a layer that gives these rows of its output: ΔW[rows]."""
-    outputs = set(outputs)
-    return {
-        role: (value[:, rows] if value.dim() == 3 else value[rows]) if role in outputs else value  # E×O×R
-        for role, value in roles.items()
-    }
-
-
-def alike(parts: Sequence[Roles | None], outputs: Iterable[str] = OUTPUTS) -> bool:
-    """Whether all parts have one D: they are rows of one layer as it was."""
-    first, *rest = (part for part in parts if part is not None)
-    common = first.keys() - set(outputs)
-    return all(
-        part.keys() == first.keys() and all(torch.equal(part[role], first[role]) for role in common)
-        for part in rest
-    )
-
-
-def join(
-    parts: Sequence[Roles | None],
-    rows: Sequence[int],
-    outputs: Iterable[str] = OUTPUTS,
-    cores: Iterable[str] = (),
-) -> Roles:
-    """One layer whose outputs are the parts', `rows[i]` of part i; None is a part without an adapter.
-
-    `outputs` and `cores` are the roles that are O×R and R×R (or R); the others are R×I. The magnitude is left
-    to the caller where a part has none.
-    """
-    given = [part for part in parts if part is not None]
-    outputs, cores, first, same = set(outputs), set(cores), given[0], alike(parts, outputs)
-    wide = next(role for role in first if role not in outputs | cores | {"alpha"})
-    strengths = [strength(part, part[wide].shape[0]) for part in given]
-    common = next(filter(None, strengths), 1.0)  # one alpha for all: what differs from it goes into U
-    found: Roles = {}
-    for role, value in first.items():
-        if role == "magnitude":
-            if len(given) == len(parts):
-                found[role] = torch.cat([part[role].flatten() for part in given])
-        elif role in outputs:
-            left = iter(strengths)
-            blocks = []
-            for part, count in zip(parts, rows, strict=True):
-                if part is None:
-                    blocks.append(value.new_zeros(*value.shape[:-2], count, value.shape[-1] if same else 0))
-                else:
-                    share = next(left) / common
-                    blocks.append(part[role] if share == 1 else part[role] * share)
-            found[role] = torch.cat(blocks, -2) if same else torch.block_diag(*blocks)
-        elif same:
-            found[role] = value
-        elif role == "alpha":
-            found[role] = value.new_tensor(common * sum(part[wide].shape[0] for part in given))
-        elif role in cores and value.dim() == 2:
-            found[role] = torch.block_diag(*(part[role] for part in given))
-        else:
-            found[role] = torch.cat([part[role] for part in given])
-    return found
-
-
-_FLAT = re.compile(r"(double|single)_blocks_(\d+)_(.+)$")
-
-
-def split(layers: Mapping[str, Roles]) -> dict[str, Roles]:
-    """Layers by module, the blocks of BFL's FLUX under diffusers' paths with their joined layers apart."""
-    found: dict[str, Roles] = {}
-    for module, roles in layers.items():
-        flat, outputs = _FLAT.match(keys.flat(module)), OUTPUTS & roles.keys()
-        path = f"{flat[1]}_blocks.{flat[2]}.{_dotted(flat[3])}" if flat else ""
-        held = bfl.modules(path) if outputs else []
-        for ours, piece in held:
-            rows = _rows(piece, max(roles[role].shape[0] for role in outputs))
-            found[ours] = roles if piece.total == 1 else cut(roles, rows)
-        if not held:
-            found[module] = roles
-    return found
-
-
-def _dotted(inside: str) -> str:
-    """`img_attn_qkv` as `img_attn.qkv`; empty for no layer of a block."""
-    names = (*bfl.DOUBLE.values(), *bfl.SINGLE.values(), *bfl.JOINED)
-    return next((name for name in names if name.replace(".", "_") == inside), "")
-
-
-def _rows(piece: bfl.Piece, outs: int) -> slice:
-    """The rows of a part in a joined layer of `outs` outputs."""
-    share = outs // piece.total
-    return slice(piece.start * share, piece.stop * share)
-
-
-def read(
+def match_layers(
     state: Mapping[str, Tensor], targets: Iterable[Target], method: Method, source: str
 ) -> tuple[dict[str, Roles], list[str]]:
     """({layer's name: {role: tensor}}, keys of no layer here) of a file in any dialect.
@@ -222,23 +110,23 @@ def _other_flux(
     chains = (*factor.chains, *((factor.copy,) if factor.copy else ()))
     outputs = {"magnitude", *(chain.up[0] for chain in chains)}
     cores = {role for chain in chains for role in (*chain.up[1:], *chain.down[:-1])}
-    if part := bfl.piece(target.path):  # apart here
+    if part := flux_names.joined_rows(target.path):  # apart here
         name = part.module.replace(".", "_")
         if part.total == 1 or name not in by_module:
             return {}, set()
         roles = by_module[name]
         ups = [roles[role] for role in outputs & roles.keys()]
         total = max((up.shape[-2 if up.dim() == 3 else 0] for up in ups), default=0)
-        return cut(roles, _rows(part, total), outputs), {name}
-    held = bfl.modules(target.path)
+        return cut_rows(roles, piece_rows(part, total), outputs), {name}
+    held = flux_names.modules(target.path)
     names = [path.replace(".", "_") for path, piece in held if piece.total > 1]
     parts = [by_module.get(name) for name in names]
     if not any(parts):
         return {}, set()
     if not alike(parts, outputs):
         _refuse_join(method, source, target.name)
-    rows = [_rows(piece, host_shape(target.module)[0]) for _, piece in held]
-    roles = join(parts, [one.stop - one.start for one in rows], outputs, cores)
+    rows = [piece_rows(piece, host_shape(target.module)[0]) for _, piece in held]
+    roles = join_layers(parts, [one.stop - one.start for one in rows], outputs, cores)
     if any(part and "magnitude" in part for part in parts) and "magnitude" not in roles:
         lengths = torch.linalg.vector_norm(dense_weight(target.module).float(), dim=1)  # g = 1 where none is
         for part, own in zip(parts, rows, strict=True):

@@ -38,7 +38,7 @@ def prefix(open_: Tensor, rank: int) -> Tensor:
     return (torch.arange(rank, device=open_.device) < open_.reshape(-1, 1)).to(torch.float32)
 
 
-def per_sample(mask: Tensor, batch: int) -> Tensor:
+def mask_per_sample(mask: Tensor, batch: int) -> Tensor:
     """Mask (B, R) repeated to `batch` = n·B rows: guidance and several images per prompt keep their order."""
     if mask.shape[0] == 1:
         return mask.expand(batch, -1)
@@ -84,7 +84,7 @@ class Schedule:
             return max(1, rank // 2)
         return self.min_rank if self.max_rank is None else max(1, self.min_rank * rank // self.max_rank)
 
-    def facts(self, rank: int | None) -> dict[str, str]:
+    def metadata(self, rank: int | None) -> dict[str, str]:
         """What a file's metadata says; a rank of None, where layers differ, leaves out what depends on it."""
         told = {
             "tlora_alpha": f"{self.alpha:g}",

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters import experts, gate, keys, magnitude
-from lowrank.adapters.host import dense_weight
+from lowrank.adapters import experts, gate, magnitude
+from lowrank.adapters.clock import Clock, open_mask
 from lowrank.adapters.method import Chain, Method
-from lowrank.adapters.targets import Layer
-from lowrank.adapters.timestep import Clock, open_mask
+from lowrank.adapters.targets import Layer, dense_weight
 from lowrank.errors import Refused
+from lowrank.naming import keys
 
 
 class AdaptedLayer(nn.Module):
@@ -252,7 +252,7 @@ class AdaptedLayer(nn.Module):
                     f"{self.method.name} needs the timestep and nobody told it; run the whole denoiser, or "
                     "inside `with network.denoise_at(t)`"
                 )
-            mask = gate.per_sample(self._clock.masks[self.rank], h.shape[0])
+            mask = gate.mask_per_sample(self._clock.masks[self.rank], h.shape[0])
             h = h * _along_rank(mask, h, self.conv)
         if self.training and self.dropout:
             h = F.dropout(h, self.dropout)

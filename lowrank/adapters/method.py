@@ -14,8 +14,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from lowrank.adapters.factor import kaiming
 from lowrank.errors import Refused
 
 # values by layer and role, facts for the file's metadata
@@ -99,12 +101,12 @@ class Factor:
 class Gate:
     """`open(timestep (B,), rank) -> (B,)`: how many leading ranks are open.
 
-    `facts(rank, or None where layers differ)`: what files say about it. `of(rank)`: the gate of a network of
+    `metadata(rank, or None where layers differ)`: its entries in a file. `of(rank)`: the gate of a network of
     this rank, where layers of other ranks have their share of it.
     """
 
     open: Callable[[Tensor, int], Tensor]
-    facts: Callable[[int | None], Mapping[str, str]] = lambda rank: {}
+    metadata: Callable[[int | None], Mapping[str, str]] = lambda rank: {}
     of: Callable[[int], Gate] | None = None
 
 
@@ -139,7 +141,7 @@ class Penalty:
 
 
 @dataclass(frozen=True)
-class Samples:
+class WarmupBatches:
     """What a trainer gives a warm-up stage: its own batches, with the objective and precision of the run."""
 
     # endless; each item gives the weighted losses (B,) of one batch with gradient, the same at every call
@@ -156,7 +158,7 @@ class Warmup:
     """A stage before step 0 that needs data: `run(network, samples)` changes values of the adapter alone."""
 
     name: str
-    run: Callable[[Any, Samples], None]
+    run: Callable[[Any, WarmupBatches], None]
 
 
 @dataclass(frozen=True)
@@ -258,3 +260,15 @@ def check_made_by(source: str, metadata: Mapping[str, str], method: Method) -> N
         raise Refused(
             f"{source} is an export as a plain LoRA whose ranks open in pairs; use the original file"
         )
+
+
+def lora_start(weights, ranks, scales) -> Start:
+    """D ~ U(−1/√I, 1/√I), U = 0."""
+    values = {}
+    for name, weight in weights.items():
+        outs, ins = weight.shape
+        values[name] = {"down": kaiming(ranks[name], (ins,)), "up": torch.zeros(outs, ranks[name])}
+    return values, {}
+
+
+LORA_FACTOR = Factor(lora_start, trained=("down", "up"))

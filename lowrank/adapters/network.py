@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import dialect, foreign, keys, magnitude, rates, timestep
-from lowrank.adapters.host import dense_weight
+from lowrank.adapters import dialect, kohya_trainer, magnitude, rates
+from lowrank.adapters.clock import Clock
 from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.method import Method, check_made_by
-from lowrank.adapters.targets import Layer, Target
+from lowrank.adapters.targets import Layer, Target, dense_weight
 from lowrank.errors import Refused
+from lowrank.naming import keys
 from lowrank.tensors import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class AdapterNetwork(nn.Module):
         multiplier: float = 1.0,
     ) -> None:
         super().__init__()
-        self.method, self.factor, self.clock = method, method.require_factor(), timestep.Clock(method)
+        self.method, self.factor, self.clock = method, method.require_factor(), Clock(method)
         self.targets = {target.name: target for target in targets}
         if len(self.targets) != len(targets):
             raise Refused("two target layers share one key; name fewer with --network_args target=…")
@@ -68,7 +69,7 @@ class AdapterNetwork(nn.Module):
             )
             for t in targets
         }
-        self.clock.serve(layer.rank for layer in self.layers("unet"))
+        self.clock.set_ranks(layer.rank for layer in self.layers("unet"))
         self._owners = self._join()
         self.facts: dict[str, str] = {}  # what the start values were made from, for the file's metadata
         # (part, role) -> multiple of the part's learning rate
@@ -146,17 +147,17 @@ class AdapterNetwork(nn.Module):
             assert value is not None  # a penalty has one or the other
             self._penalties[one.name] = value
         if apply_unet:
-            self.clock.follow(unet)
+            self.clock.attach(unet)
 
     def restore(self) -> None:
         """Take every layer off its host again."""
         for layer in reversed(self.layers()):
             layer.restore()
-        self.clock.leave()
+        self.clock.detach()
 
     def denoise_at(self, timestep: Tensor | None):
         """`with network.denoise_at(t):` tells gated layers the samples' timesteps (B,) in 0..1000."""
-        return self.clock.at(timestep)
+        return self.clock.pinned(timestep)
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Hold frozen tensors in the dtype of the forward, so that a file says what training used.
@@ -224,9 +225,9 @@ class AdapterNetwork(nn.Module):
             layer.multiplier = multiplier if isinstance(multiplier, Tensor) else float(multiplier)
 
     def prepare_network(self, args: Any) -> None:
-        """kohya's trainers hand over their options, ours does not. Raises `Refused`, see `foreign.check`."""
-        foreign.check(self.method, args)
-        self._pull = foreign.pull(args) if self.method.penalty else None
+        """kohya's trainers hand over their options, ours does not. Raises `Refused`, see `check_trainer`."""
+        kohya_trainer.check_trainer(self.method, args)
+        self._pull = kohya_trainer.pull(args) if self.method.penalty else None
 
     def set_current_generation(self, *_: Any) -> None:
         """Nothing to do: kohya's gen_img tells the batch that regional masks would need."""
@@ -284,7 +285,7 @@ class AdapterNetwork(nn.Module):
             "lowrank.alpha": str(one[1]),
             "lowrank.layers": str(len(self.layers())),
             **{f"lowrank.{key}": value for key, value in self.facts.items()},
-            **({} if self.method.gate is None else self.method.gate.facts(one[0])),
+            **({} if self.method.gate is None else self.method.gate.metadata(one[0])),
         }
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
@@ -304,13 +305,13 @@ class AdapterNetwork(nn.Module):
         Frozen tensors that a file leaves out are computed from the base.
         """
         check_made_by(source, metadata, self.method)
-        found, unexpected = dialect.read(state, self.targets.values(), self.method, source)
+        found, unexpected = dialect.match_layers(state, self.targets.values(), self.method, source)
         if not found:
             raise Refused(
                 f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model "
                 f"has {', '.join(list(self.targets)[:2])}; it was made for another base"
             )
-        dialect.tell_zeros(source, found)
+        dialect.warn_zero_alphas(source, found)
         for name, values in found.items():
             self._check_shared(name, found, source)
             self._made[name].load(values, source)

@@ -8,16 +8,18 @@ targets are kohya's networks.lora: 192 layers on SD 1.5 and 722 on SDXL, with co
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
-from lowrank import bfl, ldm
-from lowrank.adapters import keys
 from lowrank.errors import Refused, nearest
+from lowrank.naming import flux as flux_names
+from lowrank.naming import keys
+from lowrank.naming import unet as unet_names
 
 FLUX_TARGETS = (
     "attn.to_k",
@@ -130,10 +132,10 @@ class Target(NamedTuple):
         # transformers 5 has no level text_model
         paths = {path.replace(".", "_") for path in (self.path, self.path.removeprefix("text_model."))}
         told = [f"lora_{self.part}_{path}" for path in paths]
-        other = [path for path, piece in bfl.modules(self.path) if piece.total == 1]
-        other += [piece.module] if (piece := bfl.piece(self.path)) and piece.total == 1 else []
+        other = [path for path, piece in flux_names.modules(self.path) if piece.total == 1]
+        other += [piece.module] if (piece := flux_names.joined_rows(self.path)) and piece.total == 1 else []
         # FLUX's other dialect, where the layer is one there too and has its rows in the same order
-        told += [path for path in other if bfl.SWAPPED not in (path, self.path)]
+        told += [path for path in other if flux_names.SWAPPED not in (path, self.path)]
         return {keys.flat(one) for one in (self.name, self.native or self.name, *told)}
 
 
@@ -245,7 +247,7 @@ def find(
             )
         chosen = kept
     renamed = _takes_sizes(root) and hasattr(root, "down_blocks")  # kohya's own class has the names
-    original = ldm.Blocks.of(root) if renamed else None
+    original = unet_names.Blocks.of(root) if renamed else None
     return [
         _named(part, row, path, module, original)._replace(inside=inside[path])
         for path, module in layers.items()
@@ -303,12 +305,39 @@ def _takes_sizes(unet: nn.Module) -> bool:
     return getattr(unet, "add_embedding", None) is not None or hasattr(unet, "label_emb")
 
 
-def _named(part: str, row: Host, path: str, module: Layer, original: ldm.Blocks | None) -> Target:
+def _named(part: str, row: Host, path: str, module: Layer, original: unet_names.Blocks | None) -> Target:
     path = path if path.startswith(row.level) else row.level + path
     part = row.part or part
-    told = ldm.unet_name(path, original) if original else path  # kohya's SDXL keys have the original names
+    told = (
+        unet_names.unet_name(path, original) if original else path
+    )  # kohya's SDXL keys have the original names
     name = ("lora_unet_" if part == "unet" else f"lora_{part}_") + told.replace(".", "_")
     native = row.native
     if native.startswith("text_encoder") and part == "te2":
         native = "text_encoder_2."
     return Target(part, name, native and native + path, module, path)
+
+
+def host_shape(host: Layer) -> tuple[int, int]:
+    """(O, I·k·k) of a host, also where its weight is packed."""
+    if isinstance(host, nn.Conv2d):
+        return host.out_channels, host.in_channels // host.groups * math.prod(host.kernel_size)
+    return host.out_features, host.in_features
+
+
+def dense_weight(host: Layer) -> Tensor:
+    """The host's weight as O × I·k·k, read now, if possible without a copy; quantised ones are unpacked."""
+    weight = host.weight.detach()
+    kind = type(host.weight).__name__
+    if kind in ("Params4bit", "Int8Params"):
+        packed: Any = host  # bitsandbytes' layers and weights have attributes of their own
+        if kind == "Params4bit":
+            from bitsandbytes.functional import dequantize_4bit  # only a quantised base needs it
+
+            weight = dequantize_4bit(weight.data, packed.weight.quant_state)
+        else:
+            scale = packed.state.SCB if packed.weight.SCB is None else packed.weight.SCB  # moved by a forward
+            weight = weight.float() * scale.float()[:, None] / 127
+    elif weight.dtype.itemsize == 1:  # float8 storage has no arithmetic
+        weight = weight.float()
+    return weight.reshape(weight.shape[0], -1)

@@ -6,21 +6,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lowrank.adapters import keys
 from lowrank.adapters.method import Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.cli.adapter import made_by
-from lowrank.cli.base import base, device_of, family_of, own_side
-from lowrank.cli.said import Said
-from lowrank.cli.source import default_prompt
+from lowrank.cli.base_model import base, device_of, model_family, own_side
+from lowrank.cli.source_pictures import default_prompt
 from lowrank.errors import Refused
+from lowrank.formats.nearest_lora import together, unrouted
 from lowrank.models.family import Models, align
+from lowrank.naming import keys
 from lowrank.tensors import TensorFile, read_metadata, write_tensors
-from lowrank.train.inputs import draw
-from lowrank.train.module import find_module
+from lowrank.train.data import draw_picture
+from lowrank.train.network_module import find_module
 from lowrank.train.prompts import read_prompts
-from lowrank.weights.unrouted import together, unrouted
+from lowrank.train.text_conditions import TextConditions
 
 
 def attached(method: Method, source: str, models: Models, strength: float = 1.0) -> AdapterNetwork:
@@ -49,7 +49,7 @@ def write_nearest(source: str, model: str, prompts: str, target: Path) -> str:
         )
     device = device_of(None)
     origin = base(model, "fp32" if device == "cpu" else "bf16", device, flag="model")
-    family = family_of(origin)
+    family = model_family(origin)
     models, switches = family.load(origin, ()), family.options()
     side = own_side(models)
     asked = read_prompts(
@@ -59,14 +59,14 @@ def write_nearest(source: str, model: str, prompts: str, target: Path) -> str:
         raise Refused(f"--calibrate {prompts} is empty; write a prompt per line")
     texts = [text for one in asked for text in (one.prompt, one.negative_prompt or "")]
     trains = any(map(keys.is_text_encoder, TensorFile(Path(source)).entries))
-    said = Said(family, models, switches, texts, trains)
+    said = TextConditions(family, models, switches, texts, trains)
     family.add(models, ("denoiser", "vae"))
     align(models)
     network = attached(method, source, models)
 
     def calibrate() -> None:
         for index, one in enumerate(tqdm(asked, desc="calibrating", unit="picture")):
-            draw(family, models, switches, said, one, index if one.seed is None else one.seed)
+            draw_picture(family, models, switches, said, one, index if one.seed is None else one.seed)
 
     state, errors = unrouted(network, calibrate)
     network.restore()

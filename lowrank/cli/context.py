@@ -15,30 +15,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank import __version__
-from lowrank.adapters.host import host_shape
-from lowrank.adapters.targets import Target, as_passed, find_all
-from lowrank.cli import source as pictures
-from lowrank.cli.base import base, device_of, family_of, own_side
-from lowrank.cli.options import record
-from lowrank.cli.said import Said
+from lowrank.adapters.targets import Target, as_passed, find_all, host_shape
+from lowrank.cli import source_pictures as pictures
+from lowrank.cli.base_model import base, device_of, model_family, own_side
+from lowrank.cli.resolve import record
+from lowrank.config.command_line import Parsed
+from lowrank.config.context import CALC_CONTEXT
 from lowrank.data.cache import Cache
 from lowrank.data.loader import Batch, Loader
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
+from lowrank.laplace.context_file import Context, write_context
+from lowrank.laplace.fisher import Fisher
 from lowrank.models import memory
 from lowrank.models.family import Family, Models, Source, align, release
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
-from lowrank.objective.ddpm import Diffusion
-from lowrank.objective.target import Draw, Flow
-from lowrank.options import Parsed
-from lowrank.surfaces.context import CALC_CONTEXT
+from lowrank.objective.diffusion import Diffusion
+from lowrank.objective.flow import Draw, Flow
 from lowrank.tensors import read_tensors
 from lowrank.train import setup
-from lowrank.train.adapt import choose_attention
-from lowrank.train.fisher import Fisher
-from lowrank.train.loop import stream
-from lowrank.weights.curvature import Context, write_context
+from lowrank.train.attach import choose_attention
+from lowrank.train.loop import batch_generator
+from lowrank.train.text_conditions import TextConditions
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if measure.basis_path:
         read_tensors(measure.basis_path)
     source = _source(parsed)
-    family = family_of(source)
+    family = model_family(source)
     objective, switches = _records(parsed, family)
     models = family.load(source, ())
     setup.check_prediction(objective, family, models)
@@ -68,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         default = pictures.default_prompt(family, sides)
         pictures.draw_source(family, models, switches, sources, measure.seed, folder, default)
     loader = _loader(parsed, family, models, folder, sides)
-    text = Said(family, models, switches, loader.captions() or (), not measure.network_train_unet_only)
+    text = TextConditions(
+        family, models, switches, loader.captions() or (), not measure.network_train_unet_only
+    )
     loader = _encoded(loader, family, models)
     targets = _prepared(parsed, family, models, text.encoders)
     count = measure.num_samples or measure.max_steps * measure.batch_size
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _source(parsed: Parsed) -> Source:
-    own = parsed.base
+    own = parsed.base_model_flags
     device, precision = device_of(own.device), own.mixed_precision
     if precision == "fp16" and device == "cpu":
         logger.warning("there is no GPU, and mixed precision fp16 needs one: this run computes in fp32")
@@ -124,7 +125,7 @@ def _loader(parsed: Parsed, family: Family, models: Models, folder: Path, sides:
         buckets["min_bucket_reso"] = min(buckets["min_bucket_reso"], *sides)
         buckets["max_bucket_reso"] = max(buckets["max_bucket_reso"], *sides)
     return Loader(
-        pictures.datasets(folder, parsed.sources.caption_extension, **buckets),
+        pictures.source_datasets(folder, parsed.sources.caption_extension, **buckets),
         seed=parsed.measure.seed,
         skip_bad_images=parsed.sources.skip_bad_images,
         multiple=family.bucket_step(models),
@@ -146,12 +147,12 @@ def _prepared(parsed: Parsed, family: Family, models: Models, encoders: Sequence
     family.add(models, ("denoiser",))
     align(models)
     denoiser, measure = models.denoiser, parsed.measure
-    choose_attention(parsed.base.xformers, denoiser)
+    choose_attention(parsed.base_model_flags.xformers, denoiser)
     passed = as_passed(encoders, denoiser) if encoders else []
     targets = find_all(passed, denoiser, target=measure.target, exclude=measure.exclude, conv=measure.conv)
-    if parsed.base.fp8_base:
+    if parsed.base_model_flags.fp8_base:
         memory.store_in_fp8(denoiser, models.source.dtype)
-    if parsed.base.gradient_checkpointing:
+    if parsed.base_model_flags.gradient_checkpointing:
         memory.checkpoint_blocks(denoiser)
     return targets
 
@@ -159,7 +160,7 @@ def _prepared(parsed: Parsed, family: Family, models: Models, encoders: Sequence
 # ------------------------------------------------------------------ measuring
 
 
-def batches(loader: Loader, count: int, size: int) -> Iterator[list[Batch]]:
+def picture_groups(loader: Loader, count: int, size: int) -> Iterator[list[Batch]]:
     """`count` pictures, epoch after epoch, in groups of one shape and of at most `size`."""
     waiting: dict[Any, list[Batch]] = {}
     single = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
@@ -179,7 +180,7 @@ def _run(
     objective: Any,
     switches: Any,
     loader: Loader,
-    text: Said,
+    text: TextConditions,
     count: int,
     size: int,
     seed: int,
@@ -188,7 +189,7 @@ def _run(
     device, dtype = torch.device(models.source.device), models.source.dtype
     total = 0.0
     with fisher.watching(), tqdm(total=count, desc="curvature", unit="sample") as bar:
-        for group in batches(loader, count, size):
+        for group in picture_groups(loader, count, size):
             latents, drawn = _drawn(family, models, objective, group, seed, device)
 
             def losses(group: list[Batch] = group, drawn: Draw = drawn) -> Tensor:
@@ -209,7 +210,7 @@ def _drawn(
     """Latents, and noise and timesteps, which a picture has from its own place in its epoch."""
     latents, draws = [], []
     for one in group:
-        generator = stream(seed, one.epoch, one.position)
+        generator = batch_generator(seed, one.epoch, one.position)
         assert one.encoded is not None
         latents.append(family.latents(models, one.encoded.to(device), generator))
         draws.append(objective.draw(latents[-1], generator))

@@ -16,17 +16,18 @@ from torch import Tensor
 
 from lowrank import __version__
 from lowrank.cli.adapter import made_by, read
-from lowrank.cli.base import base as base_source
-from lowrank.cli.base import family_of
+from lowrank.cli.base_model import base as base_source
+from lowrank.cli.base_model import model_family
 from lowrank.cli.calibrate import attached, write_nearest
 from lowrank.errors import Refused
+from lowrank.formats import base_checkpoint, verify
+from lowrank.formats.convert import PARTS, only, resize, write
+from lowrank.formats.export import export_lora, export_lycoris, ranks_of, worst_difference
+from lowrank.formats.formats import FORMATS, Choices
+from lowrank.formats.static import Plain
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
-from lowrank.weights import checkpoint, places, verify
-from lowrank.weights.convert import PARTS, only, resize, write
-from lowrank.weights.export import export_lora, export_lycoris, ranks_of, worst_difference
-from lowrank.weights.formats import FORMATS, Choices
-from lowrank.weights.static import Plain
+from lowrank.naming import places
 
 MERGED, MASKED = "merged", "lycoris-tlora"
 
@@ -141,13 +142,13 @@ def _export(args: argparse.Namespace) -> int:
             f"rank {args.rank}: {loss.together:.2%} of ‖ΔW‖ is lost, {loss.worst:.2%} in the worst layer "
             f"({loss.layer})"
         )
-    base = checkpoint.Base(args.model) if args.model else None
+    base = base_checkpoint.BaseCheckpoint(args.model) if args.model else None
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.to == MERGED:
         assert base is not None  # checked above
         told = {"lowrank.version": __version__, "lowrank.merged": Path(args.source).name}
         told |= {key: value for key, value in adapter.metadata.items() if key.startswith("lowrank.unrouted")}
-        lost = checkpoint.merge(base, adapter.layers, args.target, told, args.strength, dtype)
+        lost = base_checkpoint.merge(base, adapter.layers, args.target, told, args.strength, dtype)
         print(
             f"{args.target}: {len(adapter.layers)} layers merged at strength {args.strength:g}; rounding to "
             f"the model's precision loses {lost:.1e} of the change"
@@ -161,7 +162,7 @@ def _export(args: argparse.Namespace) -> int:
     files = write(adapter, args.to, args.target, choices)
     print(f"{', '.join(map(str, files))}: {_described(adapter)}; read by {FORMATS[args.to].readers}")
     if args.verify != "off":
-        told = verify.check(adapter, args.to, Path(args.target), choices)
+        told = verify.check_export(adapter, args.to, Path(args.target), choices)
         for one in told:
             print(
                 f"read back by {one.reader}: {one.layers} layers, at most {one.worst:.1e} of a change apart"
@@ -219,9 +220,9 @@ def forward_difference(
     if not model or (is_file(model) and "flux" in adapter.family):
         return "it needs the folder of a diffusers model, or one file of SD or SDXL (--model)"
     origin = base_source(model, "fp32", "cpu")
-    family = family_of(origin)
+    family = model_family(origin)
     models = family.load(origin, ("denoiser",))
-    inputs = probe(models, family)
+    inputs = example_inputs(models, family)
     denoiser: Any = models.denoiser
     network = attached(method, source, models, strength)
     with network.denoise_at(torch.zeros_like(inputs["timesteps"])):
@@ -250,7 +251,7 @@ def _loader(to: str, adapter: Plain) -> Callable[[Any, Path], None] | None:
     return None
 
 
-def probe(models: Models, family: Family) -> dict[str, Any]:
+def example_inputs(models: Models, family: Family) -> dict[str, Any]:
     """One noise and one random text of the model's sizes, the same at every call."""
     config, made = models.configs["denoiser"], torch.Generator().manual_seed(0)
 

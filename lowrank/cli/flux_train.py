@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lowrank.cli.options import record, with_network
+from lowrank.cli.resolve import record, with_network
+from lowrank.config.flux import FLUX_TRAIN
 from lowrank.models.flux import FLUX, FluxOptions
-from lowrank.objective.target import Flow
-from lowrank.surfaces.flux import FLUX_TRAIN
-from lowrank.train.adapt import Script
-from lowrank.train.launch import launch
+from lowrank.objective.flow import Flow
+from lowrank.train.attach import Script
+from lowrank.train.checkpoints import DIFFUSERS
 from lowrank.train.prompts import Prompt
-from lowrank.train.state import DIFFUSERS
+from lowrank.train.run import launch
 
 # the log folder's name in the user's documents
 SCRIPT = Script("dreambooth-flux-dev-qrlora-deltaR", DIFFUSERS, Prompt(""))

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 
 from lowrank import __version__
-from lowrank.adapters import keys
-from lowrank.cli.adapter import read, tell_skipped
+from lowrank.cli.adapter import read, warn_skipped
 from lowrank.errors import Refused
+from lowrank.formats import base_checkpoint, legacy_null, native_tlora, static
+from lowrank.formats.names import read_contents, read_layers
+from lowrank.formats.native import METHODS, Native, method_of, to_native
+from lowrank.formats.static import Plain
+from lowrank.formats.tlora import schedule_of, with_copies, without_copies, without_dead
+from lowrank.formats.verify import difference
 from lowrank.models.family import DTYPES, reading
+from lowrank.naming import keys, places
 from lowrank.tensors import read_names, read_tensors, write_tensors
-from lowrank.weights import checkpoint, legacy_null, native_tlora, places, static
-from lowrank.weights.names import read_contents, read_layers
-from lowrank.weights.native import METHODS, Native, method_of, to_native
-from lowrank.weights.static import Plain
-from lowrank.weights.tlora_files import schedule_of, with_copies, without_copies, without_dead
-from lowrank.weights.verify import difference
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # in PEFT's folders
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         adapter = peft_folder(source, args.base) if Path(source).is_dir() else read(source, args.base)
     method = method_of(adapter) if args.method == "auto" else args.method
-    base = checkpoint.Base(args.model) if args.model else None
+    base = base_checkpoint.BaseCheckpoint(args.model) if args.model else None
     precision = DTYPES[args.basis_dtype] if args.basis_dtype else None
     made = to_native(adapter, method, base, args.rank, precision, args.basis_cache_dir)
     _write(made, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
@@ -130,16 +130,16 @@ def _masked(args: argparse.Namespace, source: str) -> str | None:
                 f"{source} leaves out the start of {left_out[0]}, components of the base's weights; give the "
                 "base that it was trained on with --model"
             )
-        base = checkpoint.Base(args.model)
+        base = base_checkpoint.BaseCheckpoint(args.model)
         layers = with_copies(
             layers, lambda one: base.stored(places.places(one)[0][0], precision), metadata, source
         )
     if args.base:
         places.check_family(layers, args.base, source)
-    family = args.base or places.family_of(layers, metadata, source)
-    made = native_tlora.to_native(layers, metadata, schedule, family, source, bool(left_out))
+    family = args.base or places.adapter_family(layers, metadata, source)
+    made = native_tlora.to_native_tlora(layers, metadata, schedule, family, source, bool(left_out))
     _write(made, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
-    tell_skipped(source, skipped)
+    warn_skipped(source, skipped)
     back, told = read_layers(args.target)
     opened = schedule_of(args.target, back, told)
     assert opened is not None  # it was written

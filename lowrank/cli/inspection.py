@@ -11,7 +11,7 @@ from typing import Any
 
 from lowrank.cli.adapter import made_by
 from lowrank.errors import Refused
-from lowrank.weights import facts, static
+from lowrank.formats import inspect, static
 
 _BLOCK = re.compile(
     r"^((?:single_)?transformer_blocks|down_blocks|up_blocks|mid_block|text_model)(?:\.(\d+))?"
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Show the files. Raises `Refused` for what is no file of tensors."""
     args = parser().parse_args(argv)
-    told = [facts.of(file, _method(file)) for file in args.files]
+    told = [inspect.report(file, _method(file)) for file in args.files]
     apart = _apart(args.files, told) if len(told) == 2 else None
     if args.json:
         shown = told if apart is None else [*told, {"differences": apart}]
@@ -55,12 +55,12 @@ def _method(file: str):
 
 
 def _apart(files: list[str], told: list[dict[str, Any]]) -> dict[str, Any]:
-    apart = facts.differences(*told)
+    apart = inspect.differences(*told)
     try:
         layers = [static.read(file, method=_method(file)).layers for file in files]
     except Refused as refused:
         return {**apart, "changes": {}, "not_compared": str(refused)}
-    changes = facts.compared(*layers)
+    changes = inspect.compared(*layers)
     plain = {
         name: {k: None if not math.isfinite(v) else v for k, v in one.items()}
         for name, one in changes.items()

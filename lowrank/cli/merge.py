@@ -12,23 +12,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from lowrank.adapters.targets import find
-from lowrank.cli.base import base, family_of, own_side
-from lowrank.cli.said import Said
-from lowrank.cli.sheet import sheet
+from lowrank.cli.base_model import base, model_family, own_side
+from lowrank.cli.contact_sheet import sheet
+from lowrank.combine.ensemble import Ensemble, Part, shares
+from lowrank.config.command_line import Parsed
+from lowrank.config.tools import INFERENCE_MERGE
 from lowrank.data import images
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
+from lowrank.formats.base_checkpoint import BaseCheckpoint
+from lowrank.formats.read import refuse_masked
+from lowrank.formats.residual import check_residual, residual_file
 from lowrank.models.family import Family, Models
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
-from lowrank.options import Parsed
-from lowrank.surfaces.tools import INFERENCE_MERGE
+from lowrank.naming.places import places
+from lowrank.train.text_conditions import TextConditions
 from lowrank.train.watch import save_png
-from lowrank.weights.checkpoint import Base
-from lowrank.weights.ensemble import Ensemble, Part, shares
-from lowrank.weights.merge import refuse_masked
-from lowrank.weights.places import places
-from lowrank.weights.residual import check_residual, residual_file
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.residual_path:
         residual_file(options.residual_path)
     references = {
-        what: images.read(picture, way_out=f"give another --{what}_reference, or leave it out")
+        what: images.read_image(picture, way_out=f"give another --{what}_reference, or leave it out")
         for what in ("style", "content")
         if (picture := getattr(options, f"{what}_reference"))
     }
     folder = writable_folder(options.output_dir)
-    stored = functools.cache(lambda: Base(options.model_path))
+    stored = functools.cache(lambda: BaseCheckpoint(options.model_path))
     mixture = Ensemble(
         _parts(options),
         options.at_timestep,
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.save_merged:
         refuse_masked(mixture.adapters)
     extra = [strength for _, strength in _more(options.more_loras)]
-    family = family_of(source)
+    family = model_family(source)
     switches = _switches(parsed, family)
     print(mixture.describe())
     models = family.load(source, ())
@@ -69,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     _check_base(mixture, family, models)
     # text first, and gone before the denoiser comes: the peak is the denoiser, not the sum
     prompts = [options.prompt, *([] if family is FLUX else [options.negative_prompt or ""])]
-    text = None if options.skip_images else Said(family, models, switches, prompts, mixture.adapts_text)
+    text = (
+        None
+        if options.skip_images
+        else TextConditions(family, models, switches, prompts, mixture.adapts_text)
+    )
     if options.residual_path:
         _check_residual(options.residual_path, mixture, family, models)
     if text is not None:
@@ -152,7 +156,7 @@ def _draw(
     family: Family,
     models: Models,
     switches: Any,
-    text: Said,
+    text: TextConditions,
     prompts: list[str],
     folder: Path,
     names: dict[tuple[float, float], str],

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 
 from lowrank import __version__
-from lowrank.adapters.host import dense_weight, host_shape
-from lowrank.adapters.targets import find
-from lowrank.cli.base import base, check_folder
+from lowrank.adapters.targets import dense_weight, find, host_shape
+from lowrank.bases.qr_basis import start_basis
+from lowrank.cli.base_model import base, check_folder
+from lowrank.config.tools import SAVE_RESIDUAL
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
+from lowrank.formats.residual import write_residual
 from lowrank.models.family import DTYPES
 from lowrank.models.flux import FLUX
-from lowrank.surfaces.tools import SAVE_RESIDUAL
-from lowrank.weights.basis import start_basis
-from lowrank.weights.residual import write_residual
 
 FILE = "flux_residual_weights.safetensors"
 

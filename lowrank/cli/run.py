@@ -11,8 +11,8 @@ from typing import NoReturn
 from lowrank.errors import Refused
 
 
-def run(name: str) -> NoReturn:
-    """Run `lowrank.cli.<name>.main`; a `Refused` becomes one sentence on stderr and exit code 1.
+def run(name: str, main: str = "main") -> NoReturn:
+    """Run `lowrank.cli.<name>.<main>`; a `Refused` becomes one sentence on stderr and exit code 1.
 
     Tracebacks are for our bugs. Libraries stay silent about parts that are not used here: torchvision, and
     CPU kernels of 4-bit formats.
@@ -20,7 +20,7 @@ def run(name: str) -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        code = importlib.import_module(f"lowrank.cli.{name}").main(None)
+        code = getattr(importlib.import_module(f"lowrank.cli.{name}"), main)(None)
     except Refused as refused:
         said = "".join(c if c.isprintable() else " " for c in str(refused))  # it may quote a stranger's file
         print(f"error: {said}", file=sys.stderr)

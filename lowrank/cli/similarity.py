@@ -19,11 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lowrank.combine.compare import UPDATES, LayerSimilarity, Names, common, compare, judge, statistics
+from lowrank.config.tools import VISUALIZE_SIMILARITY
 from lowrank.files import atomic, writable_folder
-from lowrank.surfaces.tools import VISUALIZE_SIMILARITY
-from lowrank.weights.compare import UPDATES, LayerSimilarity, Names, common, compare, judge, statistics
-from lowrank.weights.merge import Adapter
-from lowrank.weights.names import missing
+from lowrank.formats.names import missing
+from lowrank.formats.read import Adapter
 
 _INK, _MEAN, _UNDEFINED = "#1f5fa8", "#c0392b", "#777777"
 _BAND: Mapping[str, Any] = MappingProxyType({"color": "#e8a33d", "alpha": 0.35, "linewidth": 0})
@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     first, second = Adapter(told.lora1_path), Adapter(told.lora2_path)
     found = compare(first.layers, second.layers, names)
     about = [*_files(first, second, names), *_notes((first, second), names)]
-    text = summary(found, names) + "\n" + "\n".join(about) + "\n"
-    written = write(folder, found, names, text)
+    text = statistics_text(found, names) + "\n" + "\n".join(about) + "\n"
+    written = write_comparison(folder, found, names, text)
     _print(f"{text}\nWritten to {folder}:\n" + "".join(f"  {path.name}\n" for path in written))
     return 0
 
 
-def write(folder: Path, found: Found, names: Names, text: str) -> list[Path]:
+def write_comparison(folder: Path, found: Found, names: Names, text: str) -> list[Path]:
     """All files of one comparison, each whole or absent; other files in `folder` stay."""
     written = []
 
@@ -97,7 +97,7 @@ def write(folder: Path, found: Found, names: Names, text: str) -> list[Path]:
 # ---------- text
 
 
-def summary(found: Found, names: Names) -> str:
+def statistics_text(found: Found, names: Names) -> str:
     """summary_statistics.txt up to what the files are, in the layout of the QR-LoRA demo guide."""
     parts = ["=== QR-LoRA Similarity Analysis Summary ===\n"]
     for matrix, layers in found.items():

@@ -11,13 +11,13 @@ import math
 import random
 from typing import NamedTuple
 
-from lowrank.data.records import Dataset
+from lowrank.data.dataset import Dataset
 from lowrank.errors import Refused
 
 Size = tuple[int, int]  # (w, h)
 
 
-class Place(NamedTuple):
+class Placement(NamedTuple):
     """Where an image goes: scaled to `resized`, which covers `bucket`, then cropped to it; both (w, h)."""
 
     bucket: Size
@@ -54,7 +54,7 @@ def cover(size: Size, bucket: Size) -> Size:
     return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
 
-def own_place(size: Size, area: int, step: int) -> Place:
+def own_place(size: Size, area: int, step: int) -> Placement:
     """The place without enlarging: the image's own size, or scaled down to `area`, floored to the step.
 
     Raises `Refused` when a side is then shorter than one step.
@@ -66,7 +66,7 @@ def own_place(size: Size, area: int, step: int) -> Place:
             f"size {size[0]}x{size[1]} leaves a side below bucket_reso_steps {step}, and bucket_no_upscale "
             "forbids enlarging; remove the image, lower the step or switch bucket_no_upscale off"
         )
-    return Place(bucket, resized)
+    return Placement(bucket, resized)
 
 
 def _shrunk(size: Size, area: int, step: int) -> Size:
@@ -90,7 +90,7 @@ def _error(width: int, height: int, aspect: float) -> float:
     return abs(width / height - aspect) if height else math.inf
 
 
-def place(size: Size, dataset: Dataset) -> Place:
+def place_image(size: Size, dataset: Dataset) -> Placement:
     """The one place of an image of that size in that dataset.
 
     Without bucketing the only bucket is the resolution itself. Unlike sd-scripts, which then leaves an image
@@ -111,10 +111,10 @@ def place(size: Size, dataset: Dataset) -> Place:
                 dataset.bucket_reso_steps,
             ),
         )
-    return Place(bucket, cover(size, bucket))
+    return Placement(bucket, cover(size, bucket))
 
 
-def crop_box(where: Place, draw: random.Random | None = None) -> tuple[int, int, int, int]:
+def crop_box(where: Placement, draw: random.Random | None = None) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of the bucket in the resized image: its centre, or anywhere with `draw`."""
     gaps = where.resized[0] - where.bucket[0], where.resized[1] - where.bucket[1]
     left, top = (draw.randint(0, gap) if draw else gap // 2 for gap in gaps)

@@ -11,14 +11,14 @@ import math
 import random
 import re
 
-from lowrank.data.records import Example, Subset
+from lowrank.data.dataset import Example, Subset
 from lowrank.errors import Refused
 
 _CHOICE = re.compile(r"\{([^{}]+)\}")
 _OPEN, _CLOSE = "\x00", "\x01"  # stand for {{ and }} while the choices are made
 
 
-def draw(
+def draw_caption(
     example: Example,
     subset: Subset,
     rng: random.Random,
@@ -44,7 +44,7 @@ def draw(
     return _joined_again(text, subset)
 
 
-def possible(example: Example, subset: Subset) -> tuple[str, ...] | None:
+def possible_captions(example: Example, subset: Subset) -> tuple[str, ...] | None:
     """Every caption the example can get, or None when that is open-ended (varied tags, `{a|b}` choices).
 
     What can be listed can be encoded once and cached.

@@ -15,10 +15,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from lowrank.data import images
-from lowrank.data.ahead import ahead
 from lowrank.data.buckets import crop_box
 from lowrank.data.cache import Cache, key
 from lowrank.data.plan import Placed
+from lowrank.data.prefetch import ahead
 from lowrank.errors import Refused
 from lowrank.files import sha256
 
@@ -144,7 +144,7 @@ def _runs(absent: Sequence[str], items: Mapping[str, Item], batch_size: int) -> 
 def _decoded(item: Item) -> tuple[Tensor, Tensor | None] | Refused:
     one, flip = item
     try:
-        return images.load(
+        return images.load_image(
             one.example.path,
             one.where,
             crop_box(one.where),

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowrank.data.ahead import ahead
-from lowrank.data.buckets import Place
+from lowrank.data.buckets import Placement
+from lowrank.data.prefetch import ahead
 from lowrank.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _orientation(image: Image.Image, path: str | os.PathLike) -> int:
         return 1
 
 
-def read(path: str | os.PathLike, *, alpha: bool = False, way_out: str = _WAY_OUT) -> Image.Image:
+def read_image(path: str | os.PathLike, *, alpha: bool = False, way_out: str = _WAY_OUT) -> Image.Image:
     """The whole image, decoded and upright, as RGB, or RGBA with `alpha`.
 
     Raises `Refused` naming the file and the `way_out`, also when only its end is missing.
@@ -134,7 +134,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def render(
-    image: Image.Image, where: Place, box: tuple[int, int, int, int], interpolation: str | None
+    image: Image.Image, where: Placement, box: tuple[int, int, int, int], interpolation: str | None
 ) -> Image.Image:
     """The part `box` of the image scaled to `where.resized`, without ever making the whole scaled image.
 
@@ -170,9 +170,9 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels[None] if image.mode == "L" else pixels.permute(2, 0, 1).mul(2).sub_(1).contiguous()
 
 
-def load(
+def load_image(
     path: Path,
-    where: Place,
+    where: Placement,
     box: tuple[int, int, int, int],
     *,
     interpolation: str | None = None,
@@ -187,9 +187,9 @@ def load(
     before the alpha channel: its red channel, laid over the whole image whatever its size. Raises `Refused`
     naming the file.
     """
-    whole = read(path, alpha=alpha and mask_file is None)
+    whole = read_image(path, alpha=alpha and mask_file is None)
     # colour and alpha are scaled apart: Pillow would blacken what is transparent
-    channel = read(mask_file).getchannel("R") if mask_file else whole.getchannel("A") if alpha else None
+    channel = read_image(mask_file).getchannel("R") if mask_file else whole.getchannel("A") if alpha else None
     mask = None if channel is None else to_tensor(render(channel, where, box, interpolation))
     image = render(whole.convert("RGB"), where, box, interpolation)
     pixels = to_tensor(jitter(image, color) if color else image)
@@ -207,7 +207,7 @@ def undecodable(files: Iterable[tuple[Path, Path | None]], *, workers: int = 2) 
     def problem(pair: tuple[Path, Path | None]) -> tuple[Path, str | None]:
         try:
             for path in filter(None, pair):
-                read(path)
+                read_image(path)
         except Refused as error:
             return pair[0], str(error)
         return pair[0], None

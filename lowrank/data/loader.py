@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lowrank.data import captions, images, plan
-from lowrank.data.ahead import ahead
 from lowrank.data.buckets import crop_box, crop_top_left
 from lowrank.data.cache import Cache
+from lowrank.data.dataset import Dataset, Example
 from lowrank.data.encode import Encoded, encode_all
 from lowrank.data.plan import Placed
-from lowrank.data.records import Dataset, Example
+from lowrank.data.prefetch import ahead
 from lowrank.data.scan import scan
 from lowrank.errors import Refused
 
@@ -76,10 +76,10 @@ class Loader:
         self.workers, self.rank, self.world = min(workers, os.cpu_count() or 1), 0, 1
         self._encoded: Encoded | None = None
         found = examples or [scan(dataset, skip_bad_images=skip_bad_images) for dataset in self.datasets]
-        found, self._held = plan.split(self.datasets, found, seed)
+        found, self._held = plan.split_holdout(self.datasets, found, seed)
         self._plan(found)
         for dataset, all_of_it, placed in zip(self.datasets, self.examples, self.groups, strict=True):
-            plan.tell(dataset, all_of_it, placed)
+            plan.log_plan(dataset, all_of_it, placed)
         self._check_sides(multiple)
 
     def held_out(self) -> Loader | None:
@@ -94,7 +94,9 @@ class Loader:
 
     def _plan(self, examples: Sequence[Sequence[Example]]) -> None:
         self.examples: tuple[tuple[Example, ...], ...] = tuple(map(tuple, examples))
-        self.groups = tuple(plan.place(*pair) for pair in zip(self.datasets, self.examples, strict=True))
+        self.groups = tuple(
+            plan.place_examples(*pair) for pair in zip(self.datasets, self.examples, strict=True)
+        )
         self._count = plan.batch_count(self.groups)
         if not self._count:
             raise Refused(
@@ -129,7 +131,7 @@ class Loader:
         """Every caption that can occur, sorted; None when open-ended, so that none can be cached."""
         found: set[str] = set()
         for one in self.placed:
-            texts = captions.possible(one.example, one.subset)
+            texts = captions.possible_captions(one.example, one.subset)
             if texts is None:
                 return None
             found.update(texts)
@@ -236,14 +238,16 @@ class Loader:
         self, members: tuple[Placed, ...], epoch: int, position: int, step: int, max_train_steps: int | None
     ) -> Batch:
         def streams(purpose: str):
-            return [plan.stream(self.seed, epoch, position, row, purpose) for row in range(len(members))]
+            return [
+                plan.random_stream(self.seed, epoch, position, row, purpose) for row in range(len(members))
+            ]
 
         flips = [
             one.subset.flip_aug and draw.random() < 0.5
             for one, draw in zip(members, streams("flip"), strict=True)
         ]
         texts = [
-            captions.draw(
+            captions.draw_caption(
                 one.example, one.subset, rng, epoch=epoch, step=step, max_train_steps=max_train_steps
             )
             for one, rng in zip(members, streams("caption"), strict=True)
@@ -281,7 +285,7 @@ class Loader:
 
 def _pixels(one: Placed, flip: bool, crop, color) -> tuple[Tensor, Tensor | None]:
     box = crop_box(one.where, crop if one.subset.random_crop else None)
-    return images.load(
+    return images.load_image(
         one.example.path,
         one.where,
         box,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lowrank.data import buckets
-from lowrank.data.records import Dataset, Example, Subset
+from lowrank.data.dataset import Dataset, Example, Subset
 from lowrank.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ class Placed:
 
     example: Example
     dataset: Dataset
-    where: buckets.Place
+    where: buckets.Placement
     repeats: int
 
     @property
@@ -34,7 +34,7 @@ class Placed:
         return self.subset.resize_interpolation or self.dataset.resize_interpolation
 
 
-def stream(*parts: object) -> random.Random:
+def random_stream(*parts: object) -> random.Random:
     """An own random stream for that name; the same on every machine and Python version."""
     return random.Random("/".join(map(str, parts)))
 
@@ -63,7 +63,7 @@ def hold_out(dataset: Dataset, examples: Sequence[Example], seed: int) -> tuple[
     )
 
 
-def split(
+def split_holdout(
     datasets: Sequence[Dataset], found: Sequence[Sequence[Example]], seed: int
 ) -> tuple[list[list[Example]], list[list[Example]]]:
     """`hold_out` for each dataset; an image that another dataset trains on is not held out.
@@ -100,9 +100,9 @@ def unvaried(dataset: Dataset) -> Dataset:
     return replace(dataset, subsets=tuple(subsets), validation_split=0.0)
 
 
-def place(dataset: Dataset, examples: Sequence[Example]) -> tuple[Placed, ...]:
+def place_examples(dataset: Dataset, examples: Sequence[Example]) -> tuple[Placed, ...]:
     """Training images, then the regularisation images in use, each with its bucket and final repeats."""
-    placed = [Placed(one, dataset, buckets.place(one.size, dataset), one.repeats) for one in examples]
+    placed = [Placed(one, dataset, buckets.place_image(one.size, dataset), one.repeats) for one in examples]
     train = [one for one in placed if not one.example.is_reg]
     reg = [one for one in placed if one.example.is_reg]
     return (*train, *balanced(reg, sum(one.repeats for one in train)))
@@ -128,7 +128,7 @@ def balanced(reg: Sequence[Placed], total: int) -> list[Placed]:
     ]
 
 
-def tell(dataset: Dataset, examples: Sequence[Example], placed: Sequence[Placed]) -> None:
+def log_plan(dataset: Dataset, examples: Sequence[Example], placed: Sequence[Placed]) -> None:
     """Log what a user may not expect: unused regularisation images, images that are mostly cropped away."""
     reg = sum(example.is_reg for example in examples)
     used = sum(one.example.is_reg for one in placed)
@@ -178,7 +178,7 @@ def epoch_batches(groups: Sequence[Sequence[Placed]], seed: int, epoch: int) -> 
     Each bucket is shuffled and cut into batches (the last may be smaller), then the batches of all buckets
     and datasets are shuffled.
     """
-    order = stream(seed + epoch, "order")
+    order = random_stream(seed + epoch, "order")
     batches: list[tuple[Placed, ...]] = []
     for placed in groups:
         for members in by_bucket(placed).values():

@@ -9,10 +9,10 @@ import logging
 import os
 from pathlib import Path
 
-from lowrank.data import buckets, images, metadata
-from lowrank.data.config import from_config
-from lowrank.data.metadata import Named
-from lowrank.data.records import Dataset, Example, Subset, parse_resolution
+from lowrank.data import buckets, images, metadata_file
+from lowrank.data.dataset import Dataset, Example, Subset, parse_resolution
+from lowrank.data.dataset_config import from_config
+from lowrank.data.metadata_file import Named
 from lowrank.data.sources import contents, folder_of, from_folders, from_instance, from_metadata
 from lowrank.errors import Refused
 
@@ -74,7 +74,7 @@ def scan(dataset: Dataset, *, skip_bad_images: bool = False) -> list[Example]:
 
 def _scan_subset(dataset: Dataset, index: int, bad: list[str]) -> list[Example]:
     subset = dataset.subsets[index]
-    named = metadata.entries(subset) if subset.metadata_file else _listed(subset, bad)
+    named = metadata_file.entries(subset) if subset.metadata_file else _listed(subset, bad)
     masks = _masks(subset)
     modes: dict[str, list[str]] = {}
     unnamed, examples = [], []
@@ -158,7 +158,7 @@ def _images(names: set[str]) -> list[str]:
 
 def _check_place(path: Path, size: tuple[int, int], dataset: Dataset) -> None:
     try:
-        buckets.place(size, dataset)
+        buckets.place_image(size, dataset)
     except Refused as error:
         raise Refused(f"image {path}: {error}, {_SKIP}") from error
 

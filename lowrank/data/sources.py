@@ -1,6 +1,6 @@
 """Where datasets come from: kohya's `N_class` folders, one plain folder with a prompt, a metadata file.
 
-The fourth place, a dataset file, is `config.py`.
+The fourth place, a dataset file, is `dataset_config.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lowrank.data import images
-from lowrank.data.records import Dataset, Subset, split
+from lowrank.data.dataset import Dataset, Subset, split_values
 from lowrank.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def from_folders(
     Other subfolders are skipped with a warning; `defaults` are values of `Dataset` and `Subset`. Raises
     `Refused` for a missing folder and where no such subfolder exists.
     """
-    dataset, subset = split(defaults)
+    dataset, subset = split_values(defaults)
     subsets = _counted(Path(train_data_dir), "train_data_dir", subset | {"is_reg": False})
     if reg_data_dir is not None:
         subsets += _counted(Path(reg_data_dir), "reg_data_dir", subset | _REG)
@@ -54,7 +54,7 @@ def from_instance(
     Only with an explicit `caption_extension` does a caption file beside an image win over the prompt. The
     class images are regularisation images. Raises `Refused` for a missing folder or prompt.
     """
-    dataset, subset = split(defaults)
+    dataset, subset = split_values(defaults)
     if not instance_prompt and caption_extension is None:
         raise Refused(
             "instance_prompt is missing; give --instance_prompt, or --caption_extension .txt to read "
@@ -74,12 +74,12 @@ def from_instance(
 def from_metadata(
     metadata_file: str | os.PathLike, image_dir: str | os.PathLike | None = None, **defaults: object
 ) -> tuple[Dataset, ...]:
-    """One dataset from a metadata file (`--in_json`), which says what each image is called (`metadata.py`).
+    """One dataset from a metadata file (`--in_json`), which names every image (see `metadata_file.py`).
 
     Relative image names start at `image_dir`, or where that is None at the file's own folder. Raises
     `Refused` for a missing folder.
     """
-    dataset, subset = split(defaults)
+    dataset, subset = split_values(defaults)
     folder = Path(metadata_file).parent if image_dir is None else folder_of(image_dir, "train_data_dir")
     return (Dataset((_subset(folder, subset | {"metadata_file": metadata_file}),), **dataset),)
 

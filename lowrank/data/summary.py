@@ -7,9 +7,9 @@ from collections import Counter
 from typing import Any
 
 from lowrank.data import plan
+from lowrank.data.dataset import Dataset
 from lowrank.data.loader import Loader
 from lowrank.data.plan import Placed
-from lowrank.data.records import Dataset
 
 _OF_SUBSET = (
     "num_repeats",
@@ -28,7 +28,7 @@ _OF_SUBSET = (
 _OF_DATASET = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "resize_interpolation")
 
 
-def summary(loader: Loader) -> dict[str, Any]:
+def dataset_summary(loader: Loader) -> dict[str, Any]:
     """Counts for one look: per dataset the folders, images, images x repeats, and what each bucket holds."""
     return {
         "batches_per_epoch": len(loader),

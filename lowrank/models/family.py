@@ -197,7 +197,7 @@ def local_folder(source: Source, download: Callable[..., str | os.PathLike]) -> 
         ) from error
 
 
-def component(root: Path, name: str, what: str) -> Path:
+def component_folder(root: Path, name: str, what: str) -> Path:
     """The folder `name` of a diffusers model; `Refused`, naming both, when it is missing or empty."""
     folder = root / name
     if not folder.is_dir() or not any(folder.iterdir()):

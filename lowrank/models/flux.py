@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import Refused
 from lowrank.models.family import Family, Models, bare, latent_scale
-from lowrank.models.flux_load import add, load, model_hash
+from lowrank.models.flux_load import add_flux_components, load_flux, model_hash
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 
 log = logging.getLogger(__name__)
@@ -269,8 +269,8 @@ FLUX = Family(
     bucket_step=bucket_step,
     base_model_version=lambda models: "flux1",
     architecture=architecture,
-    load=load,
-    add=add,
+    load=load_flux,
+    add=add_flux_components,
     encode_images=encode_images,
     latents=latents,
     decode=decode,

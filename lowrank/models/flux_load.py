@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from lowrank.errors import Refused
-from lowrank.models import flux_single, parts, single
+from lowrank.models import components, flux_single, single
 from lowrank.models.family import (
     ROLES,
     Models,
     Source,
-    component,
+    component_folder,
     local_folder,
 )
 
@@ -34,8 +34,8 @@ FOLDERS = {
 }
 
 
-def load(source: Source, roles: Iterable[str] = ROLES) -> Models:
-    """Find the model and load some of its parts; `add` and `release` change later which ones are there.
+def load_flux(source: Source, roles: Iterable[str] = ROLES) -> Models:
+    """Find the model and load some of its components; `add_flux_components` and `release` change these later.
 
     Text encoders and VAE first, cached and released, then the denoiser: the peak is the denoiser, not the
     sum. Raises `Refused` naming the component that is missing, unreadable, incomplete or not finite.
@@ -45,10 +45,10 @@ def load(source: Source, roles: Iterable[str] = ROLES) -> Models:
         models = flux_single.open_models(source)
     else:
         models = Models(source, local_folder(source, FluxPipeline.download))
-        parts.check_denoiser(models, "transformer")
-        schedule: Any = parts.config(FlowMatchEulerDiscreteScheduler, models.root, "scheduler", "shift")
+        components.check_denoiser(models, "transformer")
+        schedule: Any = components.config(FlowMatchEulerDiscreteScheduler, models.root, "scheduler", "shift")
         models.scheduler = FlowMatchEulerDiscreteScheduler.from_config(schedule)
-        models.configs["denoiser"] = parts.config(
+        models.configs["denoiser"] = components.config(
             FluxTransformer2DModel, models.root, "transformer", "guidance_embeds"
         )
     models.configs["vae"] = _vae_config(models)
@@ -58,13 +58,15 @@ def load(source: Source, roles: Iterable[str] = ROLES) -> Models:
             f"the transformer of {source.path} takes {packed // 4} latent channels and the VAE makes "
             f"{channels}: one is another model's; give the VAE that belongs to it"
         )
-    add(models, roles)
+    add_flux_components(models, roles)
     return models
 
 
-def add(models: Models, roles: Iterable[str]) -> None:
+def add_flux_components(models: Models, roles: Iterable[str]) -> None:
     """Load the named parts that are not there, on `source.device`, frozen and in evaluation mode."""
-    parts.add(models, roles, tokenizers=_tokenizers, encoders=_text_encoders, vae=_vae, denoiser=_denoiser)
+    components.add_components(
+        models, roles, tokenizers=_tokenizers, encoders=_text_encoders, vae=_vae, denoiser=_denoiser
+    )
 
 
 def _vae_file(path: Path) -> single.Checkpoint:
@@ -72,26 +74,28 @@ def _vae_file(path: Path) -> single.Checkpoint:
 
 
 def _vae_config(models: Models) -> Mapping[str, Any]:
-    root, name = parts.vae_place(models.source.ae or models.source.vae, models.root)
+    root, name = components.vae_place(models.source.ae or models.source.vae, models.root)
     if name:
-        return parts.config(AutoencoderKL, root, name, "scaling_factor")
+        return components.config(AutoencoderKL, root, name, "scaling_factor")
     return single.autoencoder_config(_vae_file(root), flux_single.VAE_FACTS)
 
 
 def _vae(models: Models) -> nn.Module:
-    root, name = parts.vae_place(models.source.ae or models.source.vae, models.root)
+    root, name = components.vae_place(models.source.ae or models.source.vae, models.root)
     dtype = models.source.vae_dtype or models.source.dtype
     if name:
-        return parts.part(AutoencoderKL, models.source, root, name, torch_dtype=dtype)
+        return components.load_component(AutoencoderKL, models.source, root, name, torch_dtype=dtype)
     model = single.autoencoder(_vae_file(root), models.configs["vae"], dtype)
-    return parts.ready(model, "vae", root, models.source)
+    return components.ready(model, "vae", root, models.source)
 
 
 def _denoiser(models: Models) -> nn.Module:
     source, root = models.source, models.root
     if single.is_file(root):
-        return parts.ready(flux_single.transformer(root, source.dtype), "transformer", root, source)
-    return parts.part(FluxTransformer2DModel, source, root, "transformer", torch_dtype=source.dtype)
+        return components.ready(flux_single.transformer(root, source.dtype), "transformer", root, source)
+    return components.load_component(
+        FluxTransformer2DModel, source, root, "transformer", torch_dtype=source.dtype
+    )
 
 
 def _text_encoders(models: Models) -> tuple[nn.Module, nn.Module]:
@@ -99,8 +103,10 @@ def _text_encoders(models: Models) -> tuple[nn.Module, nn.Module]:
 
     def one(kind: type, name: str, given: str | None) -> nn.Module:
         if given is None:
-            return parts.part(kind, source, models.root, name, dtype=source.dtype)
-        return parts.ready(flux_single.text_encoder(kind, Path(given), source.dtype), name, given, source)
+            return components.load_component(kind, source, models.root, name, dtype=source.dtype)
+        return components.ready(
+            flux_single.text_encoder(kind, Path(given), source.dtype), name, given, source
+        )
 
     return one(CLIPTextModel, "text_encoder", source.clip_l), one(
         T5EncoderModel, "text_encoder_2", source.t5xxl
@@ -109,9 +115,9 @@ def _text_encoders(models: Models) -> tuple[nn.Module, nn.Module]:
 
 def _tokenizers(models: Models) -> tuple[Any, ...]:
     if single.is_file(models.root):
-        return tuple(single.tokenizer(*one, models.source) for one in flux_single.TOKENIZERS.items())
+        return tuple(single.hub_tokenizer(*one, models.source) for one in flux_single.TOKENIZERS.items())
     folders = ((CLIPTokenizer, "tokenizer"), (T5TokenizerFast, "tokenizer_2"))
-    return tuple(parts.tokenizer(kind, models.root, name) for kind, name in folders)
+    return tuple(components.folder_tokenizer(kind, models.root, name) for kind, name in folders)
 
 
 def model_hash(model: Models | Source | str, role: str) -> str:
@@ -126,13 +132,14 @@ def model_hash(model: Models | Source | str, role: str) -> str:
         one = single.is_file(source.path)
         root = Path(source.path) if one else local_folder(source, FluxPipeline.download)
     if role == "vae":
-        parent, name = parts.vae_place(source.ae or source.vae, root)
-        return parts.hash_of([component(parent, name, role) if name else parent])
+        parent, name = components.vae_place(source.ae or source.vae, root)
+        return components.hash_of([component_folder(parent, name, role) if name else parent])
     if root.is_file():
-        return parts.hash_of(
+        return components.hash_of(
             [root] if role == "denoiser" else [Path(path) for path in (source.clip_l, source.t5xxl) if path]
         )
     given = [source.clip_l, source.t5xxl] if role == "text" else []
-    return parts.hash_of(
-        [Path(path) for path in given if path] + [component(root, name, role) for name in FOLDERS[role]]
+    return components.hash_of(
+        [Path(path) for path in given if path]
+        + [component_folder(root, name, role) for name in FOLDERS[role]]
     )

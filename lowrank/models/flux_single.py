@@ -24,11 +24,11 @@ from transformers import (
     T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  # an alias made at import
 )
 
-from lowrank import bfl
 from lowrank.errors import Refused
+from lowrank.models.components import without_bars
 from lowrank.models.family import Models, Source, complete, reading
-from lowrank.models.parts import without_bars
 from lowrank.models.single import check_file, clip_config
+from lowrank.naming import flux as flux_names
 
 VAE_FACTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}  # FLUX.1's autoencoder
 TOKENIZERS = {CLIPTokenizer: "openai/clip-vit-large-patch14", T5TokenizerFast: "google/t5-v1_1-xxl"}
@@ -100,10 +100,10 @@ def transformer_config(shapes: dict[str, tuple[int, ...]], where: str | Path) ->
 def to_diffusers(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The diffusers tensors that one BFL tensor becomes; nothing for a name that is not the transformer's."""
     module, _, kind = _plain(key).rpartition(".")
-    for ours, piece in bfl.modules(module):
+    for ours, piece in flux_names.modules(module):
         rows = value.shape[0] // piece.total
         part = value[piece.start * rows : piece.stop * rows] if piece.total > 1 else value
-        if module == bfl.SWAPPED:
+        if module == flux_names.SWAPPED:
             part = torch.cat(value.chunk(2)[::-1])
         yield f"{ours}.{'weight' if kind == 'scale' else kind}", part
 

@@ -26,13 +26,13 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 DEFAULT = "ddim"
 
 
-def schedule_of(kind: Any, facts: Mapping[str, Any]) -> Any:
+def scheduler_from(kind: Any, facts: Mapping[str, Any]) -> Any:
     """A scheduler of a class of diffusers with those of the facts that it knows."""
     known = inspect.signature(kind.__init__).parameters
     return kind(**{key: value for key, value in facts.items() if key in known})
 
 
-def sampler(name: str | None, schedule: Mapping[str, Any]) -> Any:
+def build_sampler(name: str | None, schedule: Mapping[str, Any]) -> Any:
     """A scheduler of diffusers for a `--sample_sampler` name, on the model's own noise schedule.
 
     Names with `k_` in front are the same. Raises `Refused` for an unknown name, and for a scheduler whose
@@ -49,6 +49,6 @@ def sampler(name: str | None, schedule: Mapping[str, Any]) -> Any:
     if plain == "dpmsolver":
         facts["final_sigmas_type"] = "sigma_min"  # dpmsolver cannot end at zero
     try:
-        return schedule_of(getattr(diffusers, name), facts)
+        return scheduler_from(getattr(diffusers, name), facts)
     except ImportError as error:
         raise Refused(f"sampler {given} needs another library ({error}); use ddim or euler_a") from error

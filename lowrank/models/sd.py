@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lowrank.models import clip_text
 from lowrank.models.family import Family, Models, bare, latent_scale
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
-from lowrank.models.samplers import sampler as sampler_of
-from lowrank.models.sd_load import add, is_v2, load, model_hash
+from lowrank.models.samplers import build_sampler as sampler_of
+from lowrank.models.sd_load import add_sd_components, is_v2, load_sd, model_hash
 
 STEP = 8  # diffusers' pipelines draw sides that are multiples of it
 
@@ -213,8 +213,8 @@ SD15 = Family(
     bucket_step=bucket_step,
     base_model_version=base_model_version,
     architecture=architecture,
-    load=load,
-    add=add,
+    load=load_sd,
+    add=add_sd_components,
     encode_images=encode_images,
     latents=latents,
     decode=decode,

@@ -22,9 +22,9 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lowrank.errors import Refused
-from lowrank.models import parts, sd_single, single
-from lowrank.models.family import ROLES, Models, Source, component, local_folder
-from lowrank.models.samplers import schedule_of
+from lowrank.models import components, sd_single, single
+from lowrank.models.family import ROLES, Models, Source, component_folder, local_folder
+from lowrank.models.samplers import scheduler_from
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ def is_v2(models: Models) -> bool:
     return bool(config.get("use_linear_projection")) and not takes_sizes(config)
 
 
-def load(source: Source, roles: Iterable[str] = ROLES, *, xl: bool = False) -> Models:
-    """Find the model and load some of its parts; `add` and `release` change later which ones are there.
+def load_sd(source: Source, roles: Iterable[str] = ROLES, *, xl: bool = False) -> Models:
+    """Find the model and load some of its components; `add_sd_components` and `release` change these later.
 
     Raises `Refused` naming the component that is missing, unreadable, incomplete or not finite, and for a
     model of another kind than `xl` and `source.v2` expect.
@@ -65,11 +65,11 @@ def load(source: Source, roles: Iterable[str] = ROLES, *, xl: bool = False) -> M
     else:
         download = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).download
         models = Models(source, local_folder(source, download))
-        parts.check_denoiser(models, "unet")
-        models.configs["denoiser"] = parts.config(
+        components.check_denoiser(models, "unet")
+        models.configs["denoiser"] = components.config(
             UNet2DConditionModel, models.root, "unet", "cross_attention_dim"
         )
-        models.configs["scheduler"] = parts.config(
+        models.configs["scheduler"] = components.config(
             DDPMScheduler, models.root, "scheduler", "num_train_timesteps"
         )
         models.configs["vae"] = _vae_config(models)
@@ -83,14 +83,16 @@ def load(source: Source, roles: Iterable[str] = ROLES, *, xl: bool = False) -> M
                 *(source.path, told),
             )
         models.configs["scheduler"] = {**models.configs["scheduler"], "prediction_type": "v_prediction"}
-    models.scheduler = schedule_of(DDPMScheduler, models.configs["scheduler"])
-    add(models, roles)
+    models.scheduler = scheduler_from(DDPMScheduler, models.configs["scheduler"])
+    add_sd_components(models, roles)
     return models
 
 
-def add(models: Models, roles: Iterable[str]) -> None:
+def add_sd_components(models: Models, roles: Iterable[str]) -> None:
     """Load the named parts that are not there, on `source.device`, frozen and in evaluation mode."""
-    parts.add(models, roles, tokenizers=_tokenizers, encoders=_text_encoders, vae=_vae, denoiser=_denoiser)
+    components.add_components(
+        models, roles, tokenizers=_tokenizers, encoders=_text_encoders, vae=_vae, denoiser=_denoiser
+    )
 
 
 def _check_kind(models: Models, xl: bool) -> None:
@@ -112,7 +114,7 @@ def _open_file(source: Source) -> Models:
     single.check_file("pretrained_model_name_or_path", source.path, pickles=True)
     models = Models(source, Path(source.path))
     file = _file(models)
-    facts = sd_single.facts(_kind(models))
+    facts = sd_single.published_config(_kind(models))
     unet = file.under(sd_single.UNET)
     config = sd_single.unet_config(unet) | {"sample_size": facts["unet"]["sample_size"]}
     config |= unet.told.get("unet", {})
@@ -160,34 +162,34 @@ def _vae_config(models: Models) -> Mapping[str, Any]:
 
 def _published(models: Models) -> Mapping[str, Any]:
     unet = models.configs["denoiser"]
-    return sd_single.facts("sdxl" if takes_sizes(unet) else "sd2" if is_v2(models) else "sd15")
+    return sd_single.published_config("sdxl" if takes_sizes(unet) else "sd2" if is_v2(models) else "sd15")
 
 
 def _vae_facts(models: Models, given: str | None, known: Mapping[str, Any]) -> Mapping[str, Any]:
-    root, name = parts.vae_place(given, models.root)
+    root, name = components.vae_place(given, models.root)
     if name:  # configurations from before diffusers 0.11, as SD 1.5's own, leave the scale out
         scale = {"scaling_factor": known["scaling_factor"]}
-        return scale | dict(parts.config(AutoencoderKL, root, name, "latent_channels"))
+        return scale | dict(components.config(AutoencoderKL, root, name, "latent_channels"))
     if sd_single.is_whole(file := _whole(models, root)):
-        known = sd_single.facts(sd_single.kind_of(file))["vae"]
+        known = sd_single.published_config(sd_single.kind_of(file))["vae"]
     return single.autoencoder_config(_vae_file(models, root), known)
 
 
 def _vae(models: Models) -> nn.Module:
-    root, name = parts.vae_place(models.source.vae, models.root)
+    root, name = components.vae_place(models.source.vae, models.root)
     dtype = models.source.vae_dtype or models.source.dtype
     if name:
-        return parts.part(AutoencoderKL, models.source, root, name, torch_dtype=dtype)
+        return components.load_component(AutoencoderKL, models.source, root, name, torch_dtype=dtype)
     model = single.autoencoder(_vae_file(models, root), models.configs["vae"], dtype)
-    return parts.ready(model, "vae", root, models.source)
+    return components.ready(model, "vae", root, models.source)
 
 
 def _denoiser(models: Models) -> nn.Module:
     source, root = models.source, models.root
     if not root.is_file():
-        return parts.part(UNet2DConditionModel, source, root, "unet", torch_dtype=source.dtype)
+        return components.load_component(UNet2DConditionModel, source, root, "unet", torch_dtype=source.dtype)
     model = sd_single.unet(_file(models).under(sd_single.UNET), models.configs["denoiser"], source.dtype)
-    return parts.ready(model, "unet", root, source)
+    return components.ready(model, "unet", root, source)
 
 
 def _encoders(models: Models) -> tuple[tuple[str, str, type], ...]:
@@ -198,20 +200,23 @@ def _text_encoders(models: Models) -> tuple[nn.Module, ...]:
     source, root = models.source, models.root
     if not root.is_file():
         return tuple(
-            parts.part(kind, source, root, name, dtype=source.dtype) for name, _, kind in _encoders(models)
+            components.load_component(kind, source, root, name, dtype=source.dtype)
+            for name, _, kind in _encoders(models)
         )
     made = (
         sd_single.text_encoder(_file(models), _kind(models), index, source.dtype)
         for index in range(len(_encoders(models)))
     )
-    return tuple(parts.ready(one, "text encoder", root, source) for one in made)
+    return tuple(components.ready(one, "text encoder", root, source) for one in made)
 
 
 def _tokenizers(models: Models) -> tuple[Any, ...]:
     if not models.root.is_file():
-        return tuple(parts.tokenizer(CLIPTokenizer, models.root, name) for _, name, _ in _encoders(models))
+        return tuple(
+            components.folder_tokenizer(CLIPTokenizer, models.root, name) for _, name, _ in _encoders(models)
+        )
     found = tuple(
-        single.tokenizer(CLIPTokenizer, name, models.source, within)
+        single.hub_tokenizer(CLIPTokenizer, name, models.source, within)
         for name, within in TOKENIZERS[_kind(models)]
     )
     for second in found[1:]:  # OpenCLIP pads with 0, and its tokenizer on the hub with the end token
@@ -220,7 +225,7 @@ def _tokenizers(models: Models) -> tuple[Any, ...]:
     return found
 
 
-load_xl = partial(load, xl=True)
+load_xl = partial(load_sd, xl=True)
 
 
 def model_hash(model: Models | Source | str, role: str, *, xl: bool = False) -> str:
@@ -236,15 +241,15 @@ def model_hash(model: Models | Source | str, role: str, *, xl: bool = False) -> 
         download = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).download
         root = Path(source.path) if single.is_file(source.path) else local_folder(source, download)
     if role == "vae":
-        parent, name = parts.vae_place(source.vae, root)
-        places = [component(parent, name, role) if name else parent]
+        parent, name = components.vae_place(source.vae, root)
+        places = [component_folder(parent, name, role) if name else parent]
     elif root.is_file():
         places = [root]
     elif role == "denoiser":
-        places = [component(root, "unet", role)]
+        places = [component_folder(root, "unet", role)]
     else:
-        places = [component(root, name, role) for one in (TEXT_XL if xl else TEXT) for name in one[:2]]
-    told = parts.hash_of(places)
+        places = [component_folder(root, name, role) for one in (TEXT_XL if xl else TEXT) for name in one[:2]]
+    told = components.hash_of(places)
     return hashlib.sha256(f"{role} {told}".encode()).hexdigest() if places == [root] else told
 
 

@@ -1,7 +1,7 @@
 """SD 1.x, SD 2.x and SDXL from one checkpoint file in the original layout.
 
 Sizes are read off the tensors' shapes, so that a file of any width and depth loads; what shapes do not tell
-(noise schedule, latents' scaling, activation) is in configs/models/*.json. Names: `lowrank.ldm`.
+(noise schedule, latents' scaling, activation) is in configs/models/*.json. Names: `lowrank.naming.unet`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import lowrank
-from lowrank import ldm
 from lowrank.errors import Refused
+from lowrank.models.components import without_bars
 from lowrank.models.family import complete, reading
-from lowrank.models.parts import without_bars
 from lowrank.models.single import Checkpoint, clip_config, fill
+from lowrank.naming import unet as unet_names
 
 UNET = "model.diffusion_model."
 # where files keep their text encoders, and whether these have OpenCLIP's names
@@ -35,7 +35,7 @@ ENCODERS = {
 _INPUT = re.compile(r"input_blocks\.(\d+)\.0\.(op|in_layers\.2)\.(?:conv\.)?weight$")
 
 
-def facts(kind: str) -> dict[str, dict[str, Any]]:
+def published_config(kind: str) -> dict[str, dict[str, Any]]:
     """The configurations of the published model of a kind: "sd15", "sd2" or "sdxl"."""
     path = Path(lowrank.__file__).resolve().parents[1] / "configs" / "models" / f"{kind}.json"
     with reading("model configuration", path):
@@ -85,7 +85,7 @@ def _unet_config(shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str
     widths = [level[0][1] for level in levels]
     attending = next(f"input_blocks.{level[0][0]}.1" for level, d in zip(levels, depths, strict=True) if d)
     linear = len(shapes[f"{attending}.proj_in.weight"]) == 2
-    config = facts("sd15")["unet"] | {
+    config = published_config("sd15")["unet"] | {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
         "block_out_channels": widths,
@@ -115,7 +115,7 @@ def unet(file: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype) -> nn.
     """The U-Net of a file as diffusers' UNet2DConditionModel in `dtype`."""
     with reading("U-Net", file.path), torch.device("meta"):
         model: Any = UNet2DConditionModel.from_config(dict(config))
-    return fill(model, file, partial(ldm.unet_name, blocks=ldm.Blocks.of(model)), dtype)
+    return fill(model, file, partial(unet_names.unet_name, blocks=unet_names.Blocks.of(model)), dtype)
 
 
 # ---------- text encoders
@@ -134,7 +134,7 @@ def _open_clip(file: Checkpoint, layers: int) -> Iterator[tuple[str, Tensor]]:
         for kind in ("weight", "bias")
     ]
     names += ["text_projection.weight"] if "text_projection" in file.shapes else []
-    told = {name: ldm.open_clip_name(name) for name in names}
+    told = {name: unet_names.open_clip_name(name) for name in names}
     stored = dict(file.read({where for where, _ in told.values() if where in file.shapes}))
     for name, (where, third) in told.items():
         if where not in stored:
@@ -148,7 +148,7 @@ def text_encoder(file: Checkpoint, kind: str, index: int, dtype: torch.dtype) ->
     """One text encoder of a whole file as transformers' class in `dtype`."""
     prefix, open_clip = ENCODERS[kind][index]
     file = file.under(prefix)
-    known = facts(kind)[f"text_encoder{'' if index == 0 else f'_{index + 1}'}"]
+    known = published_config(kind)[f"text_encoder{'' if index == 0 else f'_{index + 1}'}"]
     with reading("text encoder", file.path), without_bars():
         if open_clip:
             count = len({k.split(".")[2] for k in file.shapes if k.startswith("transformer.resblocks.")})

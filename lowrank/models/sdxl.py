@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank.models import clip_text
 from lowrank.models.family import Models, bare
-from lowrank.models.samplers import sampler as sampler_of
+from lowrank.models.samplers import build_sampler as sampler_of
 from lowrank.models.sd import PLAIN, SD15, SdOptions, sample
 from lowrank.models.sd_load import load_xl, model_hash_xl
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
-from lowrank import ldm
 from lowrank.errors import Refused
 from lowrank.models.family import Source, complete, reading
+from lowrank.naming import unet as unet_names
 from lowrank.tensors import read_tensors
 
 SUFFIXES = (".safetensors", ".sft")
@@ -134,7 +134,7 @@ def autoencoder(file: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype)
     levels = len(config["block_out_channels"])
     with reading("vae", file.path), torch.device("meta"):
         model: Any = AutoencoderKL.from_config(dict(config))
-    return fill(model, file, lambda name: ldm.vae_name(name, levels), dtype)
+    return fill(model, file, lambda name: unet_names.vae_name(name, levels), dtype)
 
 
 def original_vae(file: Checkpoint) -> Checkpoint:
@@ -143,8 +143,8 @@ def original_vae(file: Checkpoint) -> Checkpoint:
     ups = [key for key in file.shapes if key.startswith("decoder.up_blocks.")]
     if ups:
         levels = 1 + max(int(key.split(".")[2]) for key in ups)
-        file._keys = {ldm.vae_name(name, levels): key for name, key in file._keys.items()}
-        file.shapes = {ldm.vae_name(name, levels): shape for name, shape in file.shapes.items()}
+        file._keys = {unet_names.vae_name(name, levels): key for name, key in file._keys.items()}
+        file.shapes = {unet_names.vae_name(name, levels): shape for name, shape in file.shapes.items()}
     return file
 
 
@@ -169,7 +169,7 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> CLIPText
     )
 
 
-def tokenizer(kind: Any, name: str, source: Source, subfolder: str | None = None) -> Any:
+def hub_tokenizer(kind: Any, name: str, source: Source, subfolder: str | None = None) -> Any:
     """A tokenizer by its hub id: from `--tokenizer_cache_dir`/<id with / as _>, fetched if absent."""
     place = name.replace("/", "_")
     kept = Path(source.tokenizer_cache_dir) / place if source.tokenizer_cache_dir else None

@@ -8,7 +8,7 @@ from typing import Any
 from lowrank.errors import Refused, nearest
 
 
-def check(
+def check_record(
     record: Any,
     *,
     choices: Mapping[str, Sequence[str]],

@@ -25,21 +25,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.adapters import keys
-from lowrank.adapters.method import Samples, Warmup
+from lowrank.adapters.method import Warmup, WarmupBatches
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
+from lowrank.config.flags_training import Abm
 from lowrank.data.loader import Batch, Loader
 from lowrank.errors import Refused
-from lowrank.flags.training import Abm
 from lowrank.models.family import DTYPES, Models
+from lowrank.naming import keys
 from lowrank.tensors import read_tensors
-from lowrank.train import module, setup
-from lowrank.train.adapt import Job, check_base
-from lowrank.train.boundaries import Boundaries, depth_weights, places
-from lowrank.train.held import PLACES
-from lowrank.train.loop import Forward, Run, average_gradients, stream
-from lowrank.train.warmup import NOISE, abm_name, batches, log, noise
+from lowrank.train import network_module, setup
+from lowrank.train.abm_hooks import Boundaries, activations, depth_weights
+from lowrank.train.attach import Job, check_base
+from lowrank.train.loop import Forward, Run, average_gradients, batch_generator
+from lowrank.train.validation import PLACES
+from lowrank.train.warmup import NOISE, abm_name, log, noise, training_batches
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,13 @@ def _at_strength(*networks: tuple[AdapterNetwork, float]) -> Iterator[None]:
 # ------------------------------------------------------------------ the teacher
 
 
-def check(job: Job, models: Models, shapes: nn.Module | None) -> None:
+def check_abm(job: Job, models: Models, shapes: nn.Module | None) -> None:
     """Before anything is encoded: ours is the network, and the teacher is a file for this base.
 
     `shapes` is the denoiser on the meta device, where there is one. Raises `Refused`.
     """
     path = job.parsed.abm.abm_teacher
-    if module.facade_of(job.networks) is None:
+    if network_module.facade_of(job.networks) is None:
         raise Refused(
             "--abm_enabled needs a network of ours, which can stand aside for a teacher, and "
             f"{job.networks.__name__} is foreign; leave it out"
@@ -92,8 +92,8 @@ def load_teacher(
     if not state:
         return None
     name = facts.get("ss_network_module", "networks.lora")
-    networks = module.find_module(name)
-    facade = module.facade_of(networks)
+    networks = network_module.find_module(name)
+    facade = network_module.facade_of(networks)
     if facade is None:
         raise Refused(
             f"the teacher {path} was made by {name}, and ABM reads adapters of our own modules only"
@@ -153,7 +153,7 @@ class Measured(NamedTuple):
 def stage(abm: Abm, run: Run, held: Loader | None) -> Warmup:
     """The warm-up stage that the flags ask for; `held` are the images that the guard measures, if any are."""
 
-    def work(network: AdapterNetwork, _: Samples) -> None:
+    def work(network: AdapterNetwork, _: WarmupBatches) -> None:
         _Stage(abm, run, held, network).work()
 
     return Warmup(abm_name(abm), work)
@@ -226,7 +226,7 @@ class _Stage:
         abm, run = self.abm, self.run
         named = [(f"text encoder {n + 1}", encoder) for n, encoder in enumerate(run.text_encoders)]
         everywhere = [
-            one for part, root in (*named, ("denoiser", run.denoiser)) for one in places(part, root)
+            one for part, root in (*named, ("denoiser", run.denoiser)) for one in activations(part, root)
         ]
         self.boundaries = Boundaries(everywhere, abm.abm_margin, abm.abm_margin_mode == "relative")
         batch = _first(self.measured[0], 1)
@@ -255,7 +255,7 @@ class _Stage:
         for index, batch in enumerate(self.measured):
             if index % accelerator.num_processes == accelerator.process_index:
                 for number, place in enumerate(PLACES):
-                    same = partial(stream, self.run.seed, NOISE // 2 - number, batch.position)
+                    same = partial(batch_generator, self.run.seed, NOISE // 2 - number, batch.position)
                     differing, losses = self._compare("count", batch, same, place)
                     assert losses is not None  # "count" goes to the end
                     sums += torch.stack([losses.mean().float(), differing, torch.ones_like(differing)])
@@ -274,7 +274,7 @@ class _Stage:
     def _train(self) -> None:
         run, abm, accelerator = self.run, self.abm, self.run.accelerator
         trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
-        groups, _ = module.optimizer_groups(self.network, abm.abm_lr, abm.abm_lr, abm.abm_lr)
+        groups, _ = network_module.optimizer_groups(self.network, abm.abm_lr, abm.abm_lr, abm.abm_lr)
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) in trained]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], abm.abm_lr, weight_decay=0.0)
@@ -284,7 +284,9 @@ class _Stage:
         if any(p.dtype == torch.float16 for p in parameters):
             setup.scale_fp16_gradients(scaler)
         quiet = not accelerator.is_main_process
-        bar = tqdm(itertools.islice(batches(run), abm.abm_steps), "ABM", abm.abm_steps, disable=quiet)
+        bar = tqdm(
+            itertools.islice(training_batches(run), abm.abm_steps), "ABM", abm.abm_steps, disable=quiet
+        )
         for step, batch in enumerate(bar, 1):
             loss = self.loss(batch)
             if not torch.isfinite(loss):

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lowrank.data.loader import Batch, Loader
+from lowrank.train.checkpoints import Progress
 from lowrank.train.log import Meter, RunLog
-from lowrank.train.state import Progress
 from lowrank.train.watch import first_not_finite, refuse_not_finite
 
 
@@ -87,7 +87,7 @@ class Micro(NamedTuple):
     timesteps: Tensor  # (B,) 0..1000
 
 
-def components(network: Any) -> tuple[str, ...]:
+def loss_components(network: Any) -> tuple[str, ...]:
     """Names of the loss's parts: error of the images, error of the regularisation images, the penalties."""
     return ("mse", "prior", *(penalty.name for penalty in _penalties(network)))
 
@@ -96,7 +96,7 @@ def _penalties(network: Any) -> tuple:
     return getattr(getattr(network, "method", None), "penalty", ())
 
 
-def stream(seed: int, epoch: int, position: int) -> torch.Generator:
+def batch_generator(seed: int, epoch: int, position: int) -> torch.Generator:
     """The generator of one batch; torch's global one is seeded too, for dropout."""
     digest = hashlib.sha256(f"{seed},{epoch},{position}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[8:15], "big"))
@@ -112,7 +112,7 @@ def at_timesteps(network: Any, timesteps: Tensor) -> AbstractContextManager:
 def micro_step(run: Run, batch: Batch) -> Micro:
     """Loss of one batch, differentiable in the network's parameters."""
     device = run.accelerator.device
-    losses, timesteps = run.forward.losses(batch, stream(run.seed, batch.epoch, batch.position))
+    losses, timesteps = run.forward.losses(batch, batch_generator(run.seed, batch.epoch, batch.position))
     weighted = losses * batch.loss_weights.to(device)
     is_reg = torch.tensor([example.is_reg for example in batch.examples], device=device)
     parts = {
@@ -150,7 +150,7 @@ def train(run: Run, progress: Progress) -> Progress:
     Raises `Refused` at the first loss or gradient that is not finite.
     """
     accelerator, network = run.accelerator, run.network
-    meter = Meter(components(network), accelerator.device)
+    meter = Meter(loss_components(network), accelerator.device)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     images, said = 0, None
     run.log.begin(progress.step)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lowrank import __version__
+from lowrank.config.command_line import Parsed
 from lowrank.data import summary
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import sha256
 from lowrank.models.family import Family, Models
-from lowrank.options import Parsed
 
 # Options that are written as ss_<name>, by kohya's own list (train_network.py).
 _OPTIONS = (
@@ -137,7 +137,7 @@ def of_run(
     values: dict[str, Any] = _OFF | {name: parsed.value(name) for name in _OPTIONS if name in parsed.specs}
     values["cache_latents"] = parsed.value("cache_latents") or parsed.value("cache_latents_to_disk")
     values["text_encoder_lr"] = list(parsed.value("text_encoder_lr") or ()) or None
-    counts = summary.summary(loader)
+    counts = summary.dataset_summary(loader)
     values |= dict(network) | {
         "session_id": uuid.uuid4().int % 2**31,
         "training_started_at": time.time(),

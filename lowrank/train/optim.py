@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by kohya's names, and the plan of steps and epochs.
+"""Optimizers by kohya's names.
 
 A library is imported when its optimizer is asked for, and `chosen` can be called before a model is loaded, so
 that a misspelt name or argument costs no time.
@@ -14,12 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from lowrank.config.flag import literals
+from lowrank.config.flags_training import Optimizer as Options
 from lowrank.errors import Refused, nearest
-from lowrank.fields import literals
-from lowrank.flags.training import Optimizer as Options
-from lowrank.train.curves import LAST_RATE, Curve, factor
 
 log = logging.getLogger(__name__)
 
@@ -61,37 +59,6 @@ _FLAGS = {
 }
 
 
-class Plan(NamedTuple):
-    """How long a run is. `batches` are the micro-batches of one process in one epoch."""
-
-    steps: int
-    epochs: int
-    batches: int
-    accumulation: int
-    processes: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of about one epoch, at least 1: steps need not end where epochs do."""
-        return max(1, self.batches // self.accumulation)
-
-
-def plan(
-    batches: int, processes: int, accumulation: int, max_train_steps: int, max_train_epochs: int | None = None
-) -> Plan:
-    """Steps and epochs of a run whose processes have `batches` micro-batches each per epoch.
-
-    Accumulation counts micro-batches and goes on across the end of an epoch: with one image and accumulation
-    4 a step takes 4 epochs (accelerate's own data loaders would step after each, with a quarter of the
-    gradient). With `max_train_epochs`, as in kohya's scripts, `max_train_steps` does not count; the last step
-    is a whole one and may read on into one more epoch. Raises `Refused` without any batch.
-    """
-    if batches < 1:
-        raise Refused("an epoch has no batch; give at least one readable training image")
-    steps = -(-max_train_epochs * batches // accumulation) if max_train_epochs else max_train_steps
-    return Plan(steps, -(-steps * accumulation // batches), batches, accumulation, processes)
-
-
 # ---------- optimizers
 
 
@@ -114,7 +81,7 @@ def chosen(options: Options) -> Chosen:
     that the optimizer does not take, and for an optimizer that needs another kind of loop.
     """
     name = _name(options)
-    make = load(KNOWN.get(name, name), "--optimizer_type", "torch.optim", KNOWN)
+    make = import_class(KNOWN.get(name, name), "--optimizer_type", "torch.optim", KNOWN)
     if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
         raise Refused(f"--optimizer_type {name} is no optimizer; choose one of {', '.join(KNOWN)}")
     closure = inspect.signature(make.step).parameters.get("closure")
@@ -184,16 +151,16 @@ def schedule_free(optimizer: Any) -> bool:
 @contextlib.contextmanager
 def training(optimizer: Any) -> Iterator[None]:
     """Around the loop: a schedule-free optimizer holds the weights that it trains, then what it held."""
-    yield from _held(optimizer, training=True)
+    yield from _switched(optimizer, training=True)
 
 
 @contextlib.contextmanager
-def evaluating(optimizer: Any) -> Iterator[None]:
+def averaged_weights(optimizer: Any) -> Iterator[None]:
     """Around saving and sampling: a schedule-free optimizer holds its averages, then what it held."""
-    yield from _held(optimizer, training=False)
+    yield from _switched(optimizer, training=False)
 
 
-def _held(optimizer: Any, training: bool) -> Iterator[None]:
+def _switched(optimizer: Any, training: bool) -> Iterator[None]:
     inner = getattr(optimizer, "optimizer", optimizer)
     before = all(group.get("train_mode", True) for group in inner.param_groups)
     if not schedule_free(inner) or before == training:
@@ -207,7 +174,7 @@ def _held(optimizer: Any, training: bool) -> Iterator[None]:
         back()
 
 
-def load(path: str, flag: str, home: str, names: Iterable[str] = ()) -> Any:
+def import_class(path: str, flag: str, home: str, names: Iterable[str] = ()) -> Any:
     """The class `path`, dotted or of the module `home`. Raises `Refused`, naming a missing package."""
     module, _, attribute = (path if "." in path else f"{home}.{path}").rpartition(".")
     root = module.split(".")[0]
@@ -286,105 +253,3 @@ def _takes(make: type, key: str) -> bool:
 
 
 # ---------- schedules
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, options: Options, total_steps: int, processes: int = 1
-) -> LRScheduler:
-    """The learning-rate schedule of a run of `total_steps` optimizer steps, to be wrapped by accelerate.
-
-    accelerate steps a scheduler once per process at each optimizer step, so `processes` of its steps are one
-    here. Adafactor with its own rate and schedule-free optimizers have nothing to schedule: the first reports
-    its rate, the others keep theirs. Raises `Refused` for names and arguments that do not fit.
-    """
-    name = options.lr_scheduler
-    own = any(group.get("relative_step") for group in optimizer.param_groups)
-    if own or schedule_free(optimizer):
-        if (name != "constant" and not name.startswith("adafactor:")) or options.lr_scheduler_type:
-            log.warning("%s has its own schedule; --lr_scheduler has no effect", type(optimizer).__name__)
-        return _adafactor(optimizer, options) if own else LambdaLR(optimizer, lambda step: 1.0)
-    if options.lr_scheduler_type:
-        check_schedule(options)
-        return _custom(optimizer, options, processes)
-    if name.startswith("adafactor:"):
-        raise Refused(f"--lr_scheduler {name} is only for --optimizer_type Adafactor; use constant")
-    curve = factor(name, _curve(optimizer, options, total_steps))
-    return LambdaLR(optimizer, lambda step: curve(step // processes))
-
-
-def _curve(optimizer: torch.optim.Optimizer, options: Options, total_steps: int) -> Curve:
-    name, arguments = options.lr_scheduler, literals("--lr_scheduler_args", options.lr_scheduler_args)
-    known = ("step_rules",) if name == "piecewise_constant" else ()
-    for key in arguments.keys() - set(known):
-        raise Refused(
-            f"--lr_scheduler_args {key} is no argument of {name}{nearest(key, known)}; use the flags "
-            "--lr_warmup_steps, --lr_scheduler_num_cycles and the like"
-        )
-    if known and "step_rules" not in arguments:
-        raise Refused(f"--lr_scheduler {name} needs --lr_scheduler_args \"step_rules='1:10,0.1:20,0.01'\"")
-    if name == "cosine_with_min_lr" and options.lr_scheduler_min_lr_ratio is None:
-        raise Refused(f"--lr_scheduler {name} needs --lr_scheduler_min_lr_ratio, e.g. 0.1")
-    warmup, decay = (
-        int(value * total_steps) if value < 1 else int(value)
-        for value in (options.lr_warmup_steps, options.lr_decay_steps)
-    )
-    if warmup + decay > total_steps:
-        log.warning("warm-up (%d) and decay (%d) are longer than the %d steps", warmup, decay, total_steps)
-    rate = optimizer.defaults["lr"] or LAST_RATE
-    return Curve(
-        steps=total_steps,
-        warmup=warmup,
-        decay=decay,
-        cycles=options.lr_scheduler_num_cycles,
-        power=options.lr_scheduler_power,
-        timescale=options.lr_scheduler_timescale,
-        floor=options.lr_scheduler_min_lr_ratio or 0.0,
-        end=min(1.0, LAST_RATE / rate),
-        rules=str(arguments.get("step_rules", "")),
-    )
-
-
-def check_schedule(options: Options) -> None:
-    """Refuse a --lr_scheduler_type or arguments that do not fit; before anything is loaded."""
-    if not options.lr_scheduler_type:
-        return
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
-    schedule = _custom(optimizer, options)
-    optimizer.step()
-    try:
-        schedule.step()  # where some look at their arguments for the first time
-    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise Refused(
-            f"{type(schedule).__name__} rejects {' '.join(options.lr_scheduler_args)} ({error}); correct "
-            "--lr_scheduler_args"
-        ) from error
-
-
-def _custom(optimizer: torch.optim.Optimizer, options: Options, processes: int = 1) -> LRScheduler:
-    make = load(options.lr_scheduler_type, "--lr_scheduler_type", "torch.optim.lr_scheduler")
-    if not (isinstance(make, type) and issubclass(make, LRScheduler)) or make.__name__ == "ReduceLROnPlateau":
-        raise Refused(
-            f"--lr_scheduler_type {options.lr_scheduler_type} is not a schedule of the step alone; use e.g. "
-            "CosineAnnealingLR"
-        )
-    if processes > 1:
-        log.warning(
-            "with %d processes %s counts %d steps per optimizer step", processes, make.__name__, processes
-        )
-    arguments = literals("--lr_scheduler_args", options.lr_scheduler_args)
-    try:
-        return make(optimizer, **arguments)
-    except (TypeError, ValueError) as error:
-        raise Refused(
-            f"{make.__name__} rejects {arguments} ({error}); correct --lr_scheduler_args"
-        ) from error
-
-
-def _adafactor(optimizer: torch.optim.Optimizer, options: Options) -> LRScheduler:
-    from transformers.optimization import AdafactorSchedule  # only here: transformers is slow to import
-
-    start = options.lr_scheduler.partition(":")[2] or str(options.learning_rate)
-    try:
-        return AdafactorSchedule(optimizer, float(start))
-    except ValueError as error:
-        raise Refused(f"--lr_scheduler {options.lr_scheduler}: {start!r} is not a rate") from error

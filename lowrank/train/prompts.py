@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowrank.config.flags_training import SEEDS
 from lowrank.errors import Refused, nearest
 from lowrank.files import parse_toml
-from lowrank.flags.training import SEEDS
 
 log = logging.getLogger(__name__)
 

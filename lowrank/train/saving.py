@@ -9,17 +9,17 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lowrank.options import Parsed
-from lowrank.train import hub, metadata, optim, state
+from lowrank.config.command_line import Parsed
+from lowrank.train import checkpoints, hub, metadata, optim
+from lowrank.train.checkpoints import Names, Progress
 from lowrank.train.ema import Ema
-from lowrank.train.held import HeldOut
+from lowrank.train.layer_sampling import LayerSampler
 from lowrank.train.log import RunLog
-from lowrank.train.state import Names, Progress
-from lowrank.train.updates import Sampler
+from lowrank.train.validation import ValidationLoss
 from lowrank.train.watch import Preview
 
 
-class Keeper:
+class Saver:
     """Called after every step and epoch; knows what is due and what may go."""
 
     def __init__(
@@ -31,8 +31,8 @@ class Keeper:
         told: Mapping[str, str],
         log: RunLog,
         preview: Preview,
-        held: HeldOut | None,
-        chooser: Sampler | None,
+        held: ValidationLoss | None,
+        chooser: LayerSampler | None,
         names: Names,
         run_facts: Mapping[str, Any],
         plan: Any,
@@ -116,7 +116,7 @@ class Keeper:
         self._state(folder, progress)
         if self._accelerator.is_main_process:
             kept = self._options.checkpoints_total_limit
-            state.prune(state.checkpoints(self._names.output_dir), kept, folder)
+            checkpoints.prune(checkpoints.checkpoints(self._names.output_dir), kept, folder)
 
     def _state(self, folder: Path, progress: Progress) -> None:
         self._log.say(f"saving checkpoint: {folder}")
@@ -125,7 +125,7 @@ class Keeper:
             for one in self._stateful:
                 one.save(part)
 
-        state.save_state(
+        checkpoints.save_state(
             folder, self._accelerator, self._network, progress, self._facts, self._metadata(progress), extra
         )
         self._good = folder
@@ -137,7 +137,9 @@ class Keeper:
             self._log.say(f"saving checkpoint: {path}")
             with self._shown():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._network.save_weights(str(path), state.save_dtype(precision), self._metadata(progress))
+                self._network.save_weights(
+                    str(path), checkpoints.save_dtype(precision), self._metadata(progress)
+                )
             hub.upload(self._parsed.hub, path)
         self._accelerator.wait_for_everyone()
         if with_state:
@@ -163,7 +165,7 @@ class Keeper:
     def _shown(self):
         """What is saved and drawn: schedule-free optimizers' averages, and the EMA where there is one."""
         with (
-            optim.evaluating(self._optimizer),
+            optim.averaged_weights(self._optimizer),
             self._ema.applied() if self._ema else contextlib.nullcontext(),
         ):
             yield
@@ -183,14 +185,14 @@ class Keeper:
             (options.save_last_n_steps, self._names.step),
             (states, lambda n: self._names.state(self._names.step(n))),
         ):
-            gone = state.expired(step, every, keep, name)
+            gone = checkpoints.expired(step, every, keep, name)
             if gone is not None:
                 self._remove(gone)
 
     def _remove(self, path: Path) -> None:
         if self._accelerator.is_main_process and path.exists():
             self._log.say(f"removing old checkpoint: {path}")
-            state.remove(path)
+            checkpoints.remove(path)
 
     def warmed_up(self) -> None:
         """The adapter now starts elsewhere, and so does its average."""
@@ -199,8 +201,8 @@ class Keeper:
 
     def resume(self) -> Progress:
         """Continue from `--resume`."""
-        folder = state.find_state(self._parsed.value("resume"), self._names.output_dir)
-        progress = state.load_state(folder, self._accelerator, self._network, self._facts)
+        folder = checkpoints.find_state(self._parsed.value("resume"), self._names.output_dir)
+        progress = checkpoints.load_state(folder, self._accelerator, self._network, self._facts)
         for one in self._stateful:
             one.load(folder)
         self._good = folder

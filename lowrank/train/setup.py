@@ -16,15 +16,15 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
 from lowrank.adapters.network import AdapterNetwork
+from lowrank.config.command_line import Parsed
 from lowrank.data.loader import Loader
-from lowrank.data.summary import summary
+from lowrank.data.summary import dataset_summary
 from lowrank.errors import Refused, nearest
 from lowrank.models.family import DTYPES, Family, Models, Source, move
-from lowrank.options import Parsed
-from lowrank.train.held import HeldOut
-from lowrank.train.inputs import draw
+from lowrank.train.data import draw_picture
 from lowrank.train.prompts import Prompt, read_prompts
-from lowrank.train.text import Text
+from lowrank.train.text_conditions import Text
+from lowrank.train.validation import ValidationLoss
 from lowrank.train.watch import Preview
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def preview(
     def picture(prompt: Prompt, seed: int) -> Image.Image:
         if models.vae is not None:
             move(models, ("vae",), accelerator.device)
-        return draw(family, models, options, text, prompt, seed)
+        return draw_picture(family, models, options, text, prompt, seed)
 
     by_file = bool(parsed.value("sample_prompts"))
     epochs = parsed.value("sample_every_n_epochs") or (
@@ -207,12 +207,12 @@ def preview(
     )
 
 
-def held_out(parsed: Parsed, loader: Loader | None, losses: Any, seed: int) -> HeldOut | None:
+def held_out(parsed: Parsed, loader: Loader | None, losses: Any, seed: int) -> ValidationLoss | None:
     """What is measured, and when; None where nothing is held out."""
     if loader is None:
         return None
     options = parsed.validation
-    return HeldOut(
+    return ValidationLoss(
         loader,
         losses,
         seed if options.validation_seed is None else options.validation_seed,
@@ -227,7 +227,7 @@ def announce(loader: Loader, plan: Any, parsed: Parsed, network: Any, accelerato
     if not accelerator.is_main_process:
         return
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    counts = summary(loader)
+    counts = dataset_summary(loader)
     print(
         f"running training\n  num train images * repeats: {counts['num_train_images']}"
         f"\n  num reg images: {counts['num_reg_images']}"

@@ -16,11 +16,11 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from lowrank.adapters.method import Samples, Warmup
+from lowrank.adapters.method import Warmup, WarmupBatches
 from lowrank.adapters.network import AdapterNetwork
+from lowrank.config.flags_training import Abm
 from lowrank.data.loader import Batch
-from lowrank.flags.training import Abm
-from lowrank.train.loop import Run, stream
+from lowrank.train.loop import Run, batch_generator
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def warm_up(run: Run, abm: Warmup | None) -> None:
             _agree(run)
 
 
-def batches(run: Run) -> Iterator[Batch]:
+def training_batches(run: Run) -> Iterator[Batch]:
     """The training's batches of this process, epoch after epoch without end."""
     epoch, per_step = 0, run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes
     while True:
@@ -61,10 +61,10 @@ def batches(run: Run) -> Iterator[Batch]:
 
 def noise(run: Run, batch: Batch) -> torch.Generator:
     """The stream of a batch in a stage; torch's global one is seeded too, for dropout."""
-    return stream(run.seed, NOISE - batch.epoch, batch.position)
+    return batch_generator(run.seed, NOISE - batch.epoch, batch.position)
 
 
-def samples(run: Run) -> Samples:
+def samples(run: Run) -> WarmupBatches:
     """What a stage is given of a run."""
     accelerator = run.accelerator
 
@@ -76,8 +76,8 @@ def samples(run: Run) -> Samples:
         summed: Any = accelerator.reduce(tensor, "sum")
         return summed
 
-    return Samples(
-        batches=lambda: map(losses, batches(run)),
+    return WarmupBatches(
+        batches=lambda: map(losses, training_batches(run)),
         total=total,
         processes=accelerator.num_processes,
         log=lambda values, step: log(run, values, step),

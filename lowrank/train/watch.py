@@ -52,7 +52,7 @@ class Preview:
             accelerator.wait_for_everyone()
             return []
         paths, images = [], []
-        with evaluating(network), torch.no_grad(), accelerator.autocast():
+        with evaluation_mode(network), torch.no_grad(), accelerator.autocast():
             jobs = [(prompt, copy) for prompt in self.prompts for copy in range(self.per_prompt)]
             for index, (prompt, copy) in enumerate(jobs):
                 seed = prompt.seed if prompt.seed is not None else self.seed
@@ -104,7 +104,7 @@ def save_png(path: Path, image: Image.Image, parameters: str) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Evaluation mode for a block, then whatever it was."""
     before = network.training
     network.eval()

@@ -1,1 +1,1 @@
-"""Files and weights: read, compare, merge, export."""
+"""The old place of `lowrank.combine` and `lowrank.formats`; only documented paths are left."""

@@ -1,0 +1,280 @@
+"""The top singular subspace of a matrix by block Krylov iteration, and the QR factors of its core.
+
+Shapes: O outputs, I inputs (times the kernel of a convolution), R rank; W (O, I). Functions of tensors.
+
+Sources: block Krylov, Musco & Musco, arXiv 1504.05477; the residual test, Davis & Kahan 1970; the QR of the
+top-r core of W, QR-LoRA, arXiv 2507.04599.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import Refused
+
+Product = Callable[[Tensor], Tensor]
+CHUNK = 2**20  # elements of a half-precision W widened at a time: 4 MB, never a second copy of W
+FIRST_CHECK = 5  # blocks before the first residual test
+ENOUGH = 9  # blocks that σ_i = i^-0.5 needs; a matrix whose half holds fewer is solved exactly at once
+DEEP = 16  # blocks after which captured energy is accepted in place of an angle
+DECADES = 1.2  # by how much a bound falls per block, a guess that only places the next test
+
+
+class Report(NamedTuple):
+    """How a subspace was found, and how good it is as far as its residuals tell."""
+
+    method: str  # "krylov"; "exact", by float64 eigenvectors of the smaller Gram matrix; "fallback", both
+    columns: int  # dimension of the Krylov space, 0 when exact
+    sine: float  # bound on the largest principal sine to the true subspace; 1.0 says nothing
+    loss: float  # bound on 1 - captured / best possible energy
+
+
+class Subspace(NamedTuple):
+    """Top-r singular triplets, largest first: W ≈ u diag(s) vh."""
+
+    u: Tensor  # (O, R) orthonormal columns
+    s: Tensor  # (R,)
+    vh: Tensor  # (R, I) orthonormal rows
+    report: Report
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """fp32 is fp32: no TF32, no bf16 products, no autocast, no graph. The caller's settings are restored."""
+    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch >= 2.9 refuses a mix of old and new
+    modules = (torch.backends.cuda, torch.backends.mkldnn) if new else ()
+    backends = [getattr(module, "matmul") for module in modules]  # noqa: B009 - unknown to type checkers
+    before = [backend.fp32_precision for backend in backends]
+    before_old = None if new else torch.get_float32_matmul_precision()
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        if not new:
+            torch.set_float32_matmul_precision("highest")
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+        if before_old:
+            torch.set_float32_matmul_precision(before_old)
+
+
+def top_subspace(
+    weight: Tensor,
+    rank: int,
+    *,
+    seed: int = 0,
+    block: int | None = None,
+    tolerance: float = 1e-4,
+    flat: float = 1e-6,
+    name: str = "the weight",
+) -> Subspace:
+    """The top singular triplets of W (O, I), by seeded block Krylov of adaptive depth, on W's device.
+
+    The space grows by blocks until the residual test bounds the largest principal sine by `tolerance` or, on
+    a flat spectrum, where angles mean little, the lost energy by `flat` after `DEEP` blocks. A small matrix,
+    or one that would need half of the full space, is solved exactly; the report says so. Works in fp32, or in
+    float64 for a float64 W, and returns that; the rounding of fp32 is part of `report.sine`. Where W lacks
+    rank, s = 0 and the directions are arbitrary. `block` >= rank (default max(rank, 32)) makes sure that no
+    repeated singular value is missed.
+
+    Raises `Refused`, naming `name`, for NaN or infinite values and for rank > min(O, I).
+    """
+    check_rank(weight, rank, name)
+    block = max(rank, 32) if block is None else block
+    if block < rank:
+        raise ValueError(f"block {block} is narrower than rank {rank}")
+    weight, (o, i) = weight.detach(), weight.shape
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    times, back = functools.partial(_times, weight, dtype), functools.partial(_back, weight, dtype)
+    a, at = (back, times) if o > i else (times, back)  # A (short, long) is W, or Wᵀ when W is tall
+    with full_precision(weight.device):
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start for every device
+        start = a(torch.randn(max(o, i), block, generator=generator, dtype=dtype).to(weight.device))
+        if not start.isfinite().all():  # a dense Gaussian carries any NaN or infinity of W into the product
+            raise Refused(f"{name} has NaN or infinite values; the file it is from is damaged, use another")
+        if not start.any():  # W = 0, any directions will do
+            x, report = torch.eye(min(o, i), rank), Report("exact", 0, 0.0, 0.0)
+        elif min(o, i) < 2 * ENOUGH * block:
+            x, report = _exact(weight, rank), Report("exact", 0, 0.0, 0.0)
+        elif found := _krylov(a, at, start, rank, generator, (tolerance, flat)):
+            x, report = found
+        else:
+            x, report = _exact(weight, rank), Report("fallback", 0, 0.0, 0.0)
+        x, s, yh = _triplets(at, x.to(start))
+    return Subspace(yh.mT.contiguous(), s, x.mT.contiguous(), report) if o > i else Subspace(x, s, yh, report)
+
+
+def check_rank(weight: Tensor, rank: int, name: str) -> None:
+    """Raise `Refused` unless W is a floating-point matrix and 1 <= rank <= min(O, I)."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise Refused(
+            f"{name} is {weight.dtype} of shape {tuple(weight.shape)}, it must be a floating-point matrix; "
+            "dequantise or flatten it first"
+        )
+    o, i = weight.shape
+    if not 1 <= rank <= min(o, i):
+        raise Refused(
+            f"rank {rank} is not between 1 and min(out={o}, in={i}) of {name}; change --network_dim (--rank) "
+            "or leave the layer out with --network_args exclude=…"
+        )
+
+
+def _pieces(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Row blocks of W in `dtype`, each gone when the next comes; W itself when nothing has to be widened."""
+    if weight.dtype == dtype:
+        yield slice(0, len(weight)), weight
+        return
+    rows = max(1, CHUNK // weight.shape[1])
+    wide = weight.new_empty(min(rows, len(weight)), weight.shape[1], dtype=dtype)
+    for start in range(0, len(weight), rows):
+        piece = weight[start : start + rows]
+        yield slice(start, start + len(piece)), wide[: len(piece)].copy_(piece)
+
+
+def _times(weight: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
+    product = x.new_empty(weight.shape[0], x.shape[1])  # (O, c)
+    for rows, w in _pieces(weight, dtype):
+        torch.mm(w, x, out=product[rows])
+    return product
+
+
+def _back(weight: Tensor, dtype: torch.dtype, y: Tensor) -> Tensor:
+    product = y.new_zeros(weight.shape[1], y.shape[1])  # (I, c)
+    for rows, w in _pieces(weight, dtype):
+        product.addmm_(w.mT, y[rows])
+    return product
+
+
+def _krylov(
+    a: Product, at: Product, start: Tensor, rank: int, generator: torch.Generator, goal: tuple[float, float]
+) -> tuple[Tensor, Report] | None:
+    """Ritz basis (short, R) of G = A Aᵀ in span[Y, GY, G²Y, …], or None if half the space misses both goals.
+
+    Only the short side is kept: M = QᵀGQ falls out of the products that extend Q, and is solved in float64.
+    """
+    short, block = start.shape
+    limit, eps = short // 2, torch.finfo(start.dtype).eps
+    scale = start.abs().max()  # about ‖W‖: the entries of G must not leave the range of fp32
+    q = start.new_empty(limit, short)  # rows are the basis; a CPU gives it memory as it grows
+    m = torch.empty(limit, limit, dtype=torch.float64)  # rows up to the diagonal, all that eigh reads
+    x, _ = _orthonormal(start / scale, q[:0], generator)
+    k, check = 0, FIRST_CHECK * block
+    while (k := k + block) <= limit:
+        q[k - block : k] = x.mT
+        y = a(at(x) / scale) / scale  # G x                         (short, b)
+        m[k - block : k, :k] = (q[:k] @ y).mT.cpu()  # xᵀG Q        (b, k)
+        x, coupling = _orthonormal(y, q[:k], generator)
+        if k < check:
+            continue
+        vectors, sine, loss, rounding = _ritz(m[:k, :k], coupling.cpu().double(), rank, eps)
+        if sine <= goal[0] or (loss <= goal[1] and k >= DEEP * block):
+            return q[:k].mT @ vectors.to(q), Report("krylov", k, min(1.0, sine + rounding), loss)
+        check = _next_check(k, block, sine / goal[0] if sine < math.inf else loss / max(goal[1], 1e-30))
+        if check > limit:
+            break
+    return None
+
+
+def _next_check(k: int, block: int, excess: float) -> int:
+    """Where to test again when a bound is `excess` times too large: one to four blocks on, tests are dear."""
+    ahead = k + block * min(max(math.ceil(math.log10(max(excess, 1.0)) / DECADES), 1), 4)
+    return min(ahead, DEEP * block) if k < DEEP * block else ahead
+
+
+def _orthonormal(y: Tensor, q: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """X (n, b), orthonormal and orthogonal to the rows of q, and T (b, b): y = (its part in q) + X T.
+
+    At least twice: normalising magnifies what rounding left of q. Directions that vanish, where the space is
+    invariant or W lacks rank, are replaced by random ones with T = 0.
+    """
+    floor = 8 * torch.finfo(y.dtype).eps * y.norm(dim=0)
+    t = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
+    for again in range(4):
+        y, step = torch.linalg.qr(y - q.mT @ (q @ y))
+        t = step @ t
+        gone = step.diagonal().abs() <= (0.5 if again else floor)  # twice is enough, unless half is lost
+        if gone.any():
+            fresh = torch.randn(len(y), int(gone.sum()), generator=generator, dtype=y.dtype)
+            y[:, gone], t[gone] = fresh.to(y.device) / math.sqrt(len(y)), 0
+        elif again:
+            break
+    return y, t
+
+
+def _ritz(m: Tensor, coupling: Tensor, rank: int, eps: float) -> tuple[Tensor, float, float, float]:
+    """Top Ritz vectors (k, R) of M; bounds on the sine and energy loss of their span; the sine of rounding.
+
+    G Q = Q M + X T Eᵀ, so a Ritz pair (λ, y) has the residual ‖T y_last‖, and direction i is off by at most
+    residual_i / (λ_i - λ_{r+1}), where λ_{r+1} is raised by its own residual.
+    """
+    values, vectors = torch.linalg.eigh(m)
+    far = rank + rank // 2 + 2
+    values, vectors = values[-far:].flip(0).clamp(min=0), vectors[:, -far:].flip(1)
+    residual = (coupling @ vectors[-coupling.shape[1] :]).norm(dim=0)
+    gap = values[:rank] - values[rank] - residual[rank]
+    sine = (residual[:rank] / gap).norm().item() if gap[-1] > 0 else math.inf
+    # energy leaks to what the space has not caught, taken to lie below the last of these values
+    reach = (values[:rank] - values[-1]).clamp(min=torch.finfo(m.dtype).tiny)
+    leak = torch.minimum(residual[:rank], residual[:rank] ** 2 / reach).sum() / values[:rank].sum()
+    # measured for σ_i = i^-p, p from 0.25 to 2, rank 1 to 64: rounding costs up to this angle, often half
+    sigma = values[: rank + 1].sqrt()
+    rounding = eps * (40 + 0.1 * sigma[0] / (sigma[-2] - sigma[-1]).clamp(min=1e-30))
+    return vectors[:, :rank], sine, leak.item(), rounding.item()
+
+
+def _exact(weight: Tensor, rank: int) -> Tensor:
+    """Top eigenvectors (short, R) of the smaller of WWᵀ and WᵀW in float64; W is widened piece by piece."""
+    o, i = weight.shape
+    gram = torch.zeros(min(o, i), min(o, i), dtype=torch.float64, device=weight.device)
+    for _, w in _pieces(weight if o > i else weight.mT, torch.float64):
+        gram.addmm_(w.mT, w)
+    return torch.linalg.eigh(gram)[1].flip(1)[:, :rank]
+
+
+def _triplets(at: Product, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A ≈ x xᵀA in singular form: x turned within its span, s, and rows that are orthonormal at s = 0 too."""
+    y, t = torch.linalg.qr(at(x))  # Aᵀx = y t                      (long, R), (R, R)
+    p, s, qh = torch.linalg.svd(t.double())
+    return x @ qh.mT.to(x), s.to(x), (y @ p.to(x)).mT.contiguous()
+
+
+def thin_qr(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
+    """QR of the core u diag(s) vh: Q (O, R) with the span of u, R (R, I) upper trapezoidal, diag(R) > 0.
+
+    Only R × R is factored: the first R columns of diag(s) vh give the turn within the span, hence the Q of
+    the whole core up to signs, and those are fixed. It depends on the core alone, not on signs or order in u
+    and vh. Where those columns are dependent (dead inputs) the next independent one stands in: R is then an
+    echelon form with zeros on its diagonal. Where the core lacks rank, R ends in rows of zeros. Q spans u.
+    """
+    core = s.double()[:, None] * vh.double()  # (R, I)
+    rank, i = core.shape
+    floor = 4 * torch.finfo(torch.float32).eps * s.max().item() / math.sqrt(i)  # a column's rounding in fp32
+    pivots = torch.arange(rank, device=core.device)
+    o, lead = torch.linalg.qr(core[:, :rank])  # (R, R)
+    if lead.diagonal().abs().min() <= floor:
+        pivots = _pivots(core, floor)
+        o, lead = torch.linalg.qr(torch.cat([core[:, pivots], torch.eye(rank).to(core)], dim=1))
+    o = o * torch.where(lead.diagonal() < 0, -1.0, 1.0).to(core)
+    first = torch.full((rank, 1), i, device=core.device)  # each row starts at its pivot
+    first[: len(pivots), 0] = pivots
+    r = (o.mT @ core).masked_fill(torch.arange(i, device=core.device) < first, 0)
+    return u @ o.to(u), r.to(u)
+
+
+def _pivots(core: Tensor, floor: float) -> Tensor:
+    """The first columns of core (R, I), at most R, that leave the span of those before by over `floor`."""
+    rest, found = core.clone(), []
+    while len(found) < len(core) and (left := (rest.norm(dim=0) > floor).nonzero()).numel():
+        found.append(int(left[0]))
+        v = torch.nn.functional.normalize(rest[:, found[-1]], dim=0)
+        rest -= torch.outer(v, v @ rest)
+    return torch.tensor(found, dtype=torch.long, device=core.device)

@@ -1,0 +1,80 @@
+"""The base model that a script works beside: which family it is of, where it is, in which precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+
+from lowrank.errors import Refused
+from lowrank.models.family import DTYPES, Family, Models, Source, latent_scale, local_folder, reading
+from lowrank.models.flux import FLUX
+from lowrank.models.sd import SD15
+from lowrank.models.sd_single import kind_of
+from lowrank.models.sdxl import SDXL
+from lowrank.models.single import Checkpoint, check_file, is_file
+
+INDEX = "model_index.json"
+# the pipelines that a model folder may name
+FAMILIES = {"FluxPipeline": FLUX, "StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
+
+
+def base(
+    path: str,
+    dtype: str,
+    device: str | None,
+    tokenizer_cache_dir: str | None = None,
+    flag: str = "model_path",
+) -> Source:
+    """What the model's flag, --dtype and --device name. Raises `Refused` before anything is loaded."""
+    if is_file(path):
+        check_file(flag, path, pickles=True)
+    device = device_of(device)
+    return Source(path, dtype=DTYPES[dtype], device=device, tokenizer_cache_dir=tokenizer_cache_dir)
+
+
+def check_folder(path: str) -> None:
+    """Raise `Refused` for a single file, where more than the transformer is needed."""
+    if is_file(path):
+        raise Refused(
+            f"{path} is a single file, and text encoders and VAE are needed beside the "
+            "transformer; give the folder of a diffusers model"
+        )
+
+
+def model_family(source: Source) -> Family:
+    """The family that a model folder, a hub id or an SD checkpoint file is of. Raises `Refused`."""
+    if is_file(source.path):
+        file = Checkpoint(source.path)
+        if any("double_blocks." in key for key in file.shapes):
+            check_folder(source.path)
+        return SDXL if kind_of(file) == "sdxl" else SD15
+    path = local_folder(source, lambda name, **_: Path(hf_hub_download(name, INDEX)).parent) / INDEX
+    with reading("list of parts", path):
+        kind = str(json.loads(path.read_text(encoding="utf-8"))["_class_name"])
+    if kind not in FAMILIES:
+        raise Refused(
+            f"{source.path} is a model for {kind}, which is none of {', '.join(FAMILIES)}; give one of these"
+        )
+    return FAMILIES[kind]
+
+
+def own_side(models: Models) -> int:
+    """The side of the model's own pictures, in pixels: a U-Net's latents tell, or the VAE of FLUX."""
+    own = models.configs["denoiser"].get("sample_size")
+    if own:
+        return own * latent_scale(models)
+    return models.configs["vae"].get("sample_size", 1024)
+
+
+def device_of(asked: str | None) -> str:
+    """The device that is named, or the GPU if there is one. Raises `Refused` for one that is not here."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    known = ["cpu", *(["cuda", *gpus] if torch.cuda.is_available() else [])]
+    known += ["mps"] if torch.backends.mps.is_available() else []
+    device = asked or ("cuda" if "cuda" in known else "cpu")
+    if device not in known:
+        raise Refused(f"--device {device} is not on this machine; give one of {', '.join(known)}")
+    return device

@@ -1,0 +1,132 @@
+"""The command line of the script that measures a base's curvature for LaLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lowrank.config.command_line import CommandLine, Parsed, option
+from lowrank.config.flag import path, resolution
+from lowrank.config.flags_data import Buckets
+from lowrank.config.flags_training import PRECISIONS, SEEDS
+from lowrank.config.sd import token_length
+from lowrank.errors import Refused
+
+
+@dataclass(frozen=True)
+class BaseModelFlags:
+    """Base model"""
+
+    pretrained_model_name_or_path: str | None = path(
+        None, "folder of a diffusers FLUX, SD or SDXL, its hub id, or a checkpoint file", required=True
+    )
+    tokenizer_cache_dir: str | None = path(None, "folder of tokenizers for a model in a single file")
+    vae: str | None = path(None, "VAE in place of the model's own: a folder or a file")
+    no_half_vae: bool = option(False, "run the VAE in fp32")
+    mixed_precision: str = option("fp16", "precision of the model", choices=PRECISIONS)
+    fp8_base: bool = option(False, "base weights in fp8; needs --mixed_precision fp16 or bf16")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    xformers: bool = option(False, "attention by xformers, where it is installed; else by torch")
+    device: str | None = option(None, "where to compute (unset: the GPU if there is one)")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Source pictures: what must not be forgotten"""
+
+    source_data_dir: str | None = path(
+        None, "folder of pictures, or parent of folders named <repeats>_<class>; captions beside the images"
+    )
+    source_prompts: str | None = path(
+        None,
+        "file of prompts (.txt, .toml, .json) that the base itself draws, into --source_data_dir, or into "
+        "<output_path without its ending>_source",
+    )
+    images_per_prompt: int = option(1, "pictures of each prompt", low=1, high=10_000)
+    train_data_dir: str | None = path(
+        None, "folder that will be trained on; a source that holds its pictures is refused"
+    )
+    force: bool = option(False, "take the source although it is what will be trained on")
+    resolution: tuple[int, int] | None = option(
+        None,
+        "size of the pictures, '512' or 'width,height' (unset: the model's own)",
+        unit="pixels",
+        low=1,
+        convert=resolution,
+    )
+    caption_extension: str | None = option(
+        None,
+        "ending of caption files (unset: .txt if there are any, else .caption)",
+        aliases=("--caption_extention", "--captions_ext"),
+    )
+    skip_bad_images: bool = option(False, "leave out images that cannot be read, and list them")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured"""
+
+    output_path: str | None = path(None, "context file to write, .safetensors", required=True)
+    curvature: str = option(
+        "kfac_lr",
+        "kfac: S and G in full; kfac_lr: their largest eigenpairs and a diagonal; diag: diagonals; "
+        "lora_diag: the paper's diagonal of a LoRA's factors",
+        choices=("kfac", "kfac_lr", "diag", "lora_diag"),
+    )
+    kfac_rank: int = option(16, "eigenpairs of each of S and G", low=1, high=4096)
+    batch_size: int = option(4, "pictures at once; changes nothing but speed and memory", low=1)
+    max_steps: int = option(100, "batches", low=1)
+    num_samples: int | None = option(
+        None,
+        "pictures with their own noise and timestep (unset: --max_steps × --batch_size); where there are "
+        "fewer pictures, they are taken again with new noise",
+        low=1,
+    )
+    seed: int = option(0, "seed of captions, noise and timesteps", low=0, high=SEEDS)
+    network_train_unet_only: bool = option(False, "leave out the text encoders that adapters can train")
+    target: str | None = option(None, "regular expression over layer paths, as --network_args target=…")
+    exclude: str | None = option(None, "regular expression over layer paths, as --network_args exclude=…")
+    conv: bool = option(False, "a U-Net's convolutional blocks too, as --network_args conv_dim=…")
+    v_parameterization: bool = option(False, "the base predicts velocities")
+    min_snr_gamma: float | None = option(None, "min-SNR weighting, if training has it", low=0)
+    clip_skip: int | None = option(None, "as in training; for SD 1.x and 2.x", low=1, high=12)
+    max_token_length: int | None = option(
+        None, "most tokens of a caption: 75 (unset), 150 or 225; not for FLUX", convert=token_length
+    )
+    multiplier: float = option(1.0, "without effect: no adapter takes part")
+    basis_path: str | None = path(
+        None, "opened and checked, and without effect: the curvature is that of the weights, for any basis"
+    )
+
+
+def check_context(parsed: Parsed) -> Iterator[str]:
+    """Rules between flags; raises `Refused`, yields notes."""
+    sources, measure = parsed.sources, parsed.measure
+    if not sources.source_data_dir and not sources.source_prompts:
+        raise Refused(
+            "no source; give --source_data_dir FOLDER with pictures of what must not be forgotten, or "
+            "--source_prompts FILE, and the base draws them itself"
+        )
+    if not str(measure.output_path).endswith(".safetensors"):
+        raise Refused(f"--output_path {measure.output_path} does not end in .safetensors; name it so")
+    if sources.images_per_prompt > 1 and not sources.source_prompts:
+        yield "--images_per_prompt has no effect without --source_prompts"
+    for name in ("multiplier", "basis_path"):
+        if parsed.value(name) not in (None, 1.0):
+            yield (
+                f"{parsed.flag(name)} has no effect: the curvature is that of the weights, for any adapter"
+            )
+    if not sources.train_data_dir:
+        yield (
+            "without --train_data_dir it is not checked that the source is not what will be trained on; a "
+            "context of the training pictures would hold back what they teach"
+        )
+
+
+CALC_CONTEXT = CommandLine(
+    "calc_lalora_context.py",
+    "Measure how much the base minds a change of each layer, on pictures of what must not be forgotten.",
+    (BaseModelFlags, Sources, Measure, Buckets),
+    defaults={"enable_bucket": True},
+    check=check_context,
+)

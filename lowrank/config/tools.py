@@ -1,0 +1,166 @@
+"""The command lines of the scripts that do not train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lowrank.config.command_line import CommandLine, Parsed, option
+from lowrank.config.flag import comma_floats, comma_words, path
+from lowrank.config.sd import SAMPLERS
+from lowrank.errors import Refused
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Residual file"""
+
+    model_path: str | None = path(None, "folder of a diffusers FLUX, or its hub id", required=True)
+    output_dir: str | None = path(None, "folder of flux_residual_weights.safetensors", required=True)
+    rank: int = option(64, "rank of the adapters it is for", low=1)
+    dtype: str = option("fp16", "precision of the residual", choices=("fp32", "fp16", "bf16"))
+    device: str | None = option(None, "where bases are computed (unset: the GPU if there is one)")
+    basis_cache_dir: str | None = path(None, "folder where bases are kept")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merging and sampling"""
+
+    model_path: str | None = path(
+        None,
+        "folder of a diffusers FLUX, SD or SDXL, its hub id, or an SD or SDXL checkpoint file",
+        required=True,
+    )
+    style_lora_path: str | None = path(None, "adapter of the style", required=True)
+    content_lora_path: str | None = path(None, "adapter of the content", required=True)
+    residual_path: str | None = path(None, "residual file; not needed, but checked when given")
+    output_dir: str | None = path(None, "folder for images and merged adapters", required=True)
+    prompt: str | None = option(None, "what to draw; needed unless --skip_images")
+    style_weights: tuple[float, ...] = option(
+        (1.0,), "comma list of style strengths", convert=comma_floats, low=-1e6, high=1e6
+    )
+    content_weights: tuple[float, ...] = option(
+        (1.0,),
+        "comma list of content strengths; every pair of both lists is drawn",
+        convert=comma_floats,
+        low=-1e6,
+        high=1e6,
+    )
+    style_blocks: str | None = option(
+        None, 'strengths of the style\'s layers by name: "up_blocks -> 0.5; mid_block -> 0", others 1'
+    )
+    content_blocks: str | None = option(None, "the same for the content")
+    more_loras: tuple[str, ...] = option(
+        (), "comma list of further adapters at fixed strengths: a.safetensors=0.7", convert=comma_words
+    )
+    negative_prompt: str | None = option(None, "what not to draw; not for FLUX")
+    num_inference_steps: int = option(50, "denoising steps", low=1, high=1000)
+    guidance_scale: float | None = option(
+        None, "strength of the prompt: told to FLUX (unset: 3.5), CFG for SD (unset: 7.5)", low=0
+    )
+    sample_sampler: str | None = option(None, "sampler (unset: ddim); not for FLUX", choices=SAMPLERS)
+    clip_skip: int | None = option(None, "as in training; for SD 1.x and 2.x", low=1, high=12)
+    tokenizer_cache_dir: str | None = path(
+        None, "folder of tokenizers for a model in a single file, each in <folder>/<hub id with / as _>"
+    )
+    height: int | None = option(None, "height of the images (unset: the model's own)", unit="pixels", low=8)
+    width: int | None = option(None, "width of the images (unset: the model's own)", unit="pixels", low=8)
+    num_images: int = option(1, "images for each pair of strengths", low=1, high=10_000)
+    max_sequence_length: int | None = option(
+        None, "length of T5 prompts (unset: 512, schnell 256); for FLUX", low=1, high=512
+    )
+    seed: int = option(
+        0, "seed of the first image, the same for every pair of strengths", low=0, high=2**63 - 1
+    )
+    dtype: str = option("fp32", "precision of the model", choices=("fp32", "fp16", "bf16"))
+    device: str | None = option(None, "where to draw (unset: the GPU if there is one)")
+    style_reference: str | None = path(None, "picture the style was learned from, shown on the sheet")
+    content_reference: str | None = path(None, "picture the content was learned from, shown on the sheet")
+    save_merged: bool = option(False, "write the merged adapter of each pair too")
+    at_timestep: float | None = option(
+        None, "bake T-LoRAs at this timestep, 0 (picture) to 1000; needed to merge them", low=0, high=1000
+    )
+    skip_images: bool = option(False, "draw nothing, for --save_merged alone")
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Adapters to compare"""
+
+    lora1_path: str | None = path(None, "first adapter file", required=True)
+    lora2_path: str | None = path(None, "second adapter file", required=True)
+    lora1_name: str = option("style", "name of the first in plots and summary")
+    lora2_name: str = option("content", "name of the second in plots and summary")
+    output_dir: str = path("deltaR_similarity_analysis", "folder for plots, JSON and summary")
+    fixed_scale: bool = option(
+        False, "without effect: plots of fixed and of automatic scale are both written"
+    )
+
+
+@dataclass(frozen=True)
+class UniversalBasis:
+    """Basis of a collection"""
+
+    lora_dir: tuple[str, ...] = path(
+        (), "folders of LoRA files, read with everything below them, or single files", required=True
+    )
+    output: str | None = path(None, "the .safetensors file to write", required=True)
+    report: str | None = path(None, "JSON file for the table and everything counted")
+    rank: int = option(16, "most directions for each layer", low=1)
+    tau: float = option(
+        0.9, "share of each side's energy that is enough; fewer directions are then kept", above=0, high=1
+    )
+    center: bool = option(False, "take the mean LoRA away first; it is then not one of the directions")
+    normalize: bool = option(False, "let every LoRA count alike, whatever its strength")
+    sketch: int | None = option(
+        None, "columns kept for each layer and side once there are twice as many (unset: 4 × --rank)", low=1
+    )
+
+
+def check_basis(parsed: Parsed) -> Iterator[str]:
+    """A file name that the networks can open, and a sketch that has room for the rank."""
+    basis = parsed.universal_basis
+    if basis.output and not basis.output.endswith(".safetensors"):
+        raise Refused(f"--output {basis.output} does not end in .safetensors; name such a file")
+    if basis.sketch and basis.sketch < basis.rank:
+        raise Refused(
+            f"--sketch {basis.sketch} is below --rank {basis.rank}; give {4 * basis.rank} or leave it out"
+        )
+    yield from ()
+
+
+def check_merge(parsed: Parsed) -> Iterator[str]:
+    """A prompt unless no image is drawn; nothing to do is an error too."""
+    merge = parsed.merge
+    if merge.skip_images and not merge.save_merged:
+        raise Refused("--skip_images without --save_merged leaves nothing to do; give --save_merged")
+    if not merge.prompt and not merge.skip_images:
+        raise Refused("no prompt; give --prompt TEXT, or --skip_images with --save_merged")
+    yield from ()
+
+
+SAVE_RESIDUAL = CommandLine(
+    "save_flux_residual.py", "Write W − QR of every adapted layer, for tools that want it.", (Residual,)
+)
+
+INFERENCE_MERGE = CommandLine(
+    "inference_merge.py",
+    "Draw a style and a content adapter together, in every pair of strengths.",
+    (Merge,),
+    check=check_merge,
+)
+
+VISUALIZE_SIMILARITY = CommandLine(
+    "visualize_similarity.py",
+    "Compare two adapters layer by layer: plots, JSON and a text summary.",
+    (Similarity,),
+)
+
+EXTRACT_BASIS = CommandLine(
+    "tools/extract_universal_basis.py",
+    "Find the directions that a collection of LoRAs shares, for networks that train inside a basis.",
+    (UniversalBasis,),
+    ignored=("device", "vram_fraction", "num_workers", "chunk_size"),
+    check=check_basis,
+)

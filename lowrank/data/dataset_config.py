@@ -1,0 +1,224 @@
+"""`--dataset_config`: TOML or JSON with `[general]`, `[[datasets]]`, `[[datasets.subsets]]`, read strictly.
+
+Key names, levels and the order of lookup (subset, dataset, general, command line, built-in) are kohya
+sd-scripts'.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank.data.dataset import DATASET_FIELDS, SUBSET_FIELDS, Dataset, Subset, split_values
+from lowrank.errors import Refused, nearest
+from lowrank.files import parse_toml
+
+log = logging.getLogger(__name__)
+
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        (
+            "num_repeats",
+            "keep_tokens",
+            "caption_dropout_every_n_epochs",
+            "token_warmup_min",
+            "batch_size",
+            "min_bucket_reso",
+            "max_bucket_reso",
+            "bucket_reso_steps",
+            "validation_seed",
+        ),
+        (int,),
+    ),
+    **dict.fromkeys(
+        ("caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step", "validation_split"), _NUMBER
+    ),
+    **dict.fromkeys(
+        (
+            "is_reg",
+            "shuffle_caption",
+            "enable_wildcard",
+            "color_aug",
+            "flip_aug",
+            "random_crop",
+            "alpha_mask",
+            "enable_bucket",
+            "bucket_no_upscale",
+        ),
+        (bool,),
+    ),
+    **dict.fromkeys(
+        (
+            "image_dir",
+            "metadata_file",
+            "conditioning_data_dir",
+            "class_tokens",
+            "caption_extension",
+            "keep_tokens_separator",
+            "caption_separator",
+            "secondary_separator",
+            "caption_prefix",
+            "caption_suffix",
+            "resize_interpolation",
+        ),
+        (str,),
+    ),
+}
+_ONLY_IN_SUBSETS = ("image_dir", "is_reg", "metadata_file", "conditioning_data_dir")
+_OF_FOLDERS = ("is_reg", "class_tokens", "caption_extension")  # keys that a metadata file answers itself
+_WITHOUT_EFFECT = {  # keys of sd-scripts that change nothing here
+    "network_multiplier": "it has no effect in sd-scripts either",
+    "cache_info": "scanning reads only the heads of files",
+    "custom_attributes": "nothing here reads them",
+}
+_NOT_HERE = {  # keys of sd-scripts that would change the training
+    "face_crop_aug_range": "crop the images beforehand, or set random_crop",
+}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
+
+
+def from_config(
+    path: str | os.PathLike, defaults: Mapping[str, Any] | None = None, *, allow_unknown: bool = False
+) -> tuple[Dataset, ...]:
+    """The datasets of a file; `defaults` are the command line's values, named as in `Dataset` and `Subset`.
+
+    Raises `Refused` with file, table and key for a file that cannot be parsed, an unknown key (a warning with
+    `allow_unknown`), a value of another type, a missing `image_dir`, and a folder that does not exist.
+    Relative folders start at the current folder. `image_dir` is a plain folder: `N_class` names mean nothing
+    here.
+    """
+    path = Path(path)
+    reader = _Reader(path, allow_unknown)
+    tree = _parsed(path)
+    reader.check_table("", tree, ("general", "datasets"))
+    general = reader.values("general", tree.get("general", {}), DATASET_FIELDS + SUBSET_FIELDS)
+    given = dict(defaults or {}) | general
+    tables = reader.tables("datasets", tree.get("datasets"))
+    return tuple(reader.dataset(f"datasets[{i}]", table, given) for i, table in enumerate(tables))
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        is_json = path.suffix.lower() == ".json"
+        tree = json.loads(text) if is_json else parse_toml(text, f"dataset_config {path}")
+    except OSError as error:
+        raise Refused(
+            f"dataset_config {path} cannot be read ({error.strerror}); give an existing file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise Refused(f"dataset_config {path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise Refused(f"dataset_config {path} is not JSON: {error}; correct the file") from error
+    if not isinstance(tree, dict):
+        raise Refused(f"dataset_config {path} is a {type(tree).__name__} at the top; it must hold 'datasets'")
+    return tree
+
+
+class _Reader:
+    """Checks tables of one file and says where a mistake is."""
+
+    def __init__(self, path: Path, allow_unknown: bool) -> None:
+        self._path, self._allow_unknown = path, allow_unknown
+
+    def _refused(self, table: str, problem: str) -> Refused:
+        return Refused(f"{self._path}, {table or 'top level'}: {problem}")
+
+    def check_table(self, where: str, table: object, known: tuple[str, ...]) -> dict[str, Any]:
+        """The table without keys that have no effect. Raises `Refused` at the first key that is not known."""
+        if not isinstance(table, dict):
+            raise self._refused(where, f"is {_shown(table)}, not a table")
+        kept = {}
+        for key, value in table.items():
+            if key in known:
+                kept[key] = value
+            elif key in _WITHOUT_EFFECT:
+                log.warning("%s, %s: %s is ignored: %s", self._path, where, key, _WITHOUT_EFFECT[key])
+            elif key in _NOT_HERE:
+                raise self._refused(where, f"key {key!r} of sd-scripts is not supported; {_NOT_HERE[key]}")
+            elif self._allow_unknown:
+                log.warning(
+                    "%s, %s: unknown key %r is ignored%s", self._path, where, key, nearest(key, known)
+                )
+            else:
+                elsewhere = key in _ONLY_IN_SUBSETS or key in DATASET_FIELDS + SUBSET_FIELDS
+                way_out = (
+                    " at this level; move it" if elsewhere else f"{nearest(key, known)}; correct or remove it"
+                )
+                raise self._refused(where, f"unknown key {key!r}{way_out}")
+        return kept
+
+    def tables(self, where: str, value: object) -> list[object]:
+        """A non-empty list of tables."""
+        if not isinstance(value, list) or not value:
+            raise self._refused(
+                where, f"is {_shown(value)}; it must be one or more [[{where.split('.')[-1]}]] tables"
+            )
+        return value
+
+    def values(self, where: str, table: object, known: tuple[str, ...]) -> dict[str, Any]:
+        """The checked values of a table that may hold anything but what belongs to one folder."""
+        known = tuple(key for key in known if key not in _ONLY_IN_SUBSETS)
+        kept = self.check_table(where, table, known)
+        return {key: self._value(where, key, value) for key, value in kept.items() if key != "subsets"}
+
+    def _value(self, where: str, key: str, value: Any) -> Any:
+        if key in ("resolution", "skip_image_resolution"):
+            return self._resolution(where, key, value)
+        types = _TYPES[key]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise self._refused(where, f"{key} is {_shown(value)}; it must be {_WORDS[types[-1]]}")
+        return value
+
+    def _resolution(self, where: str, key: str, value: Any) -> tuple[int, int]:
+        sides = value if isinstance(value, list) else [value, value]
+        if len(sides) != 2 or any(type(side) is not int for side in sides):
+            raise self._refused(where, f"{key} is {_shown(value)}; it must be 512 or [768, 512]")
+        return sides[0], sides[1]
+
+    def dataset(self, where: str, table: object, given: Mapping[str, Any]) -> Dataset:
+        """One `[[datasets]]` table with its subsets; what it leaves out comes from `given`."""
+        if not isinstance(table, dict):
+            raise self._refused(where, f"is {_shown(table)}, not a table")
+        given = dict(given) | self.values(where, table, (*DATASET_FIELDS, *SUBSET_FIELDS, "subsets"))
+        tables = self.tables(f"{where}.subsets", table.get("subsets"))
+        subsets = tuple(self._subset(f"{where}.subsets[{i}]", item, given) for i, item in enumerate(tables))
+        if len({subset.metadata_file is None for subset in subsets}) > 1:
+            raise self._refused(
+                where, "has subsets with and without metadata_file; give each kind a [[datasets]] of its own"
+            )
+        return self._made(where, lambda: Dataset(subsets, **split_values(given)[0]))
+
+    def _subset(self, where: str, table: object, given: Mapping[str, Any]) -> Subset:
+        known = self.check_table(where, table, SUBSET_FIELDS)
+        own = {key: self._value(where, key, value) for key, value in known.items()}
+        listed = own.get("metadata_file")
+        if listed and (odd := [key for key in _OF_FOLDERS if key in own]):
+            raise self._refused(where, f"{odd[0]} has no meaning beside metadata_file {listed}; remove one")
+        if not listed and "image_dir" not in own:
+            raise self._refused(where, "image_dir is missing; give the folder of this subset's images")
+        folder = Path(own.pop("image_dir", Path(listed or "").parent))
+        if not folder.is_dir():
+            raise self._refused(
+                where, f"image_dir {folder} is not a folder (seen from {Path.cwd()}); correct the path"
+            )
+        values = split_values(given)[1] | own
+        if own.get("is_reg") and "conditioning_data_dir" not in own:
+            values.pop("conditioning_data_dir", None)  # the command line's is for training images
+        return self._made(where, lambda: Subset(folder, **values))
+
+    def _made(self, where: str, make):
+        try:
+            return make()
+        except Refused as error:
+            raise self._refused(where, str(error)) from error
+
+
+def _shown(value: object) -> str:
+    kinds = {type(None): "missing", dict: "a table", list: f"the list {value!r}"}
+    return kinds.get(type(value), f"{value!r} ({type(value).__name__})")

@@ -1,0 +1,108 @@
+"""A metadata file (`--in_json`, `metadata_file`): image names to captions and tags, as JSON or JSON lines.
+
+The two forms are kohya sd-scripts': one object `{image: {"caption": …, "tags": …}}`, or in a `.jsonl` file a
+line `{"image_path": image, "caption": …, "tags": …}` for each image. Sizes that stand there are not trusted:
+they come from the images' heads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lowrank.data import images
+from lowrank.data.dataset import Subset
+from lowrank.errors import Refused
+
+Named = tuple[Path, tuple[str, ...]]  # an image and its captions
+
+
+def entries(subset: Subset) -> list[Named]:
+    """Every image of the subset's `metadata_file` with its captions, in sorted order.
+
+    A relative name starts at `image_dir`; a name without an image's ending is a stem there. Raises `Refused`
+    with file and entry for what is not of the form.
+    """
+    assert subset.metadata_file is not None
+    file = Path(subset.metadata_file)
+    read = _lines if file.suffix.lower() == ".jsonl" else _object
+    stems: dict[str, str] = {}
+    found: dict[Path, tuple[str, ...]] = {}
+    for name, entry in read(file, _text(file)):
+        if not isinstance(entry, dict):
+            raise Refused(
+                f"metadata_file {file}: entry {name!r} is {entry!r}, not an object with a 'caption'"
+            )
+        if os.path.splitext(name)[1].lower() not in images.suffixes():
+            stems = stems or _stems(subset.image_dir)
+            name = stems.get(name, name)
+        found[subset.image_dir / name] = _captions(file, name, entry, subset)
+    if not found:
+        raise Refused(f"metadata_file {file} names no image; fill it, or leave it out")
+    return sorted(found.items())
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(
+            f"metadata_file {file} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise Refused(
+            f"metadata_file {file} cannot be read ({error.strerror}); give an existing file"
+        ) from error
+
+
+def _parsed(file: Path, text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Refused(f"metadata_file {file} is not JSON{where}: {error}; correct the file") from error
+
+
+def _object(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    tree = _parsed(file, text, "")
+    if not isinstance(tree, dict):
+        raise Refused(
+            f"metadata_file {file} is a {type(tree).__name__} at the top; it must map images to entries"
+        )
+    yield from tree.items()
+
+
+def _lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        entry = _parsed(file, line, f" in line {number}")
+        name = entry.get("image_path") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise Refused(
+                f"metadata_file {file}, line {number}: 'image_path' is missing; name the image there"
+            )
+        yield name, entry
+
+
+def _stems(folder: Path) -> dict[str, str]:
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    known = images.suffixes()
+    return {os.path.splitext(name)[0]: name for name in names if os.path.splitext(name)[1].lower() in known}
+
+
+def _captions(file: Path, name: str, entry: dict[str, Any], subset: Subset) -> tuple[str, ...]:
+    """The caption with the tags behind it; with `enable_wildcard` every line of the caption with them."""
+    caption, tags = ("" if entry.get(key) is None else entry[key] for key in ("caption", "tags"))
+    for key, text in (("caption", caption), ("tags", tags)):
+        if not isinstance(text, str):
+            raise Refused(
+                f"metadata_file {file}: {key} of {name!r} is {text!r}, not a text; put it in quotes"
+            )
+    lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
+    tags = tags.replace("\n", subset.caption_separator).strip()
+    if tags:
+        lines = [f"{line}{subset.caption_separator}{tags}" if line else tags for line in lines]
+    return tuple(lines) if subset.enable_wildcard else (lines[0],)

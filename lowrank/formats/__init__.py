@@ -1,0 +1,1 @@
+"""Adapter files: read, write, convert to other programs' formats, verify, inspect."""

@@ -1,0 +1,100 @@
+"""Names in Black Forest Labs' FLUX files (github.com/black-forest-labs/flux, model.py) of what diffusers
+calls otherwise.
+
+One rule serves the readers of their checkpoints and those of adapters that kohya's trainers and ComfyUI name
+by them. What BFL keeps in one layer diffusers keeps in several: their rows lie one after the other.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+# diffusers' name of a module -> BFL's
+TOP = {
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer.linear",
+}
+DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+SINGLE = {
+    "norm.linear": "modulation.lin",
+    "proj_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
+# BFL's one module holds these modules' rows, one after the other, in these shares
+JOINED = {
+    "img_attn.qkv": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1)),
+    "txt_attn.qkv": (("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1)),
+    "linear1": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1), ("proj_mlp", 4)),
+}
+SWAPPED = "final_layer.adaLN_modulation.1"  # BFL has shift, scale; diffusers' norm_out.linear scale, shift
+_THEIRS = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)$")
+_OURS = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)$")
+
+
+class Piece(NamedTuple):
+    """Where a module of diffusers' lies in BFL's."""
+
+    module: str  # BFL's
+    start: int  # its first row, in shares of `total`; the rows of module × start / total
+    stop: int
+    total: int
+
+
+def joined_rows(path: str) -> Piece | None:
+    """BFL's name of a module of diffusers' FLUX, and which of its rows; None for no module of it."""
+    found = _OURS.match(path)
+    if not found:
+        if path == "norm_out.linear":
+            return Piece(SWAPPED, 0, 1, 1)
+        return Piece(TOP[path], 0, 1, 1) if path in TOP else None
+    kind = "single" if found[1] else "double"
+    prefix = f"{kind}_blocks.{found[2]}"
+    for module, parts in JOINED.items():
+        at, total = 0, sum(share for _, share in parts)
+        for ours, share in parts if (module == "linear1") == (kind == "single") else ():
+            if ours == found[3]:
+                return Piece(f"{prefix}.{module}", at, at + share, total)
+            at += share
+    theirs = (SINGLE if kind == "single" else DOUBLE).get(found[3])
+    # of the joined img_attn.qkv and txt_attn.qkv, only the one that holds the name was met above
+    return Piece(f"{prefix}.{theirs}", 0, 1, 1) if theirs else None
+
+
+def modules(module: str) -> list[tuple[str, Piece]]:
+    """diffusers' modules that one of BFL's holds, in the order of the rows; empty for no module of FLUX."""
+    found = _THEIRS.match(module)
+    if not found:
+        ours = ["norm_out.linear"] if module == SWAPPED else [o for o, t in TOP.items() if t == module]
+        return [(path, Piece(module, 0, 1, 1)) for path in ours]
+    kind, number, rest = found.groups()
+    prefix = f"{'single_' if kind == 'single' else ''}transformer_blocks.{number}"
+    if rest in JOINED and (rest == "linear1") == (kind == "single"):
+        at, total, held = 0, sum(share for _, share in JOINED[rest]), []
+        for ours, share in JOINED[rest]:
+            held.append((f"{prefix}.{ours}", Piece(module, at, at + share, total)))
+            at += share
+        return held
+    table = DOUBLE if kind == "double" else SINGLE
+    return [(f"{prefix}.{o}", Piece(module, 0, 1, 1)) for o, theirs in table.items() if theirs == rest]

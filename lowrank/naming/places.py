@@ -1,0 +1,189 @@
+"""Where in a model an adapter's layer belongs, and how each program's files name that place.
+
+A place is a part of the model and a dotted path in it, both in the words of diffusers and transformers:
+`unet`, `down_blocks.1.attentions.0.proj_in`. Other programs flatten paths (kohya, LyCORIS), number a U-Net's
+blocks (SDXL's original names) or keep several layers in one (FLUX's). Flattening loses no place: the words
+that contain an underscore are known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from lowrank.errors import Refused
+from lowrank.naming import flux as flux_names
+from lowrank.naming import keys
+from lowrank.naming import unet as unet_names
+
+FAMILIES = ("sd15", "sdxl", "flux")  # SD 2.x has the names of SD 1.x
+# The words of paths that have an underscore in them: FLUX's, U-Nets', original U-Nets', BFL's, CLIP's and
+# T5's.
+_WORDS = """
+transformer_blocks single_transformer_blocks time_text_embed timestep_embedder text_embedder guidance_embedder
+linear_1 linear_2 context_embedder x_embedder proj_out proj_in proj_mlp norm_out norm1_context norm2_context
+to_q to_k to_v to_out to_add_out add_q_proj add_k_proj add_v_proj norm_q norm_k norm_added_q norm_added_k
+ff_context down_blocks mid_block up_blocks time_emb_proj conv_shortcut conv_in conv_out conv_norm_out
+time_embedding add_embedding input_blocks middle_block output_blocks in_layers out_layers emb_layers
+skip_connection time_embed label_emb double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod
+txt_mod img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation text_model
+self_attn q_proj k_proj v_proj out_proj text_projection token_embedding position_embedding wi_0 wi_1
+"""
+_WORD = re.compile(r"(?:^|_)(" + "|".join(sorted(_WORDS.split(), key=len, reverse=True)) + r"|[^_]+)(?=_|$)")
+_TEXT = re.compile(r"^(?:base_model\.model\.)?text_encoder(?:_(\d))?\.")
+_FLAT_TEXT = re.compile(r"^lora_te(\d?)_")
+_FLAT = re.compile(r"^(?:lora_(?:unet|transformer)|lycoris)_")
+_COMFY = {"clip_l": "te1", "clip_g": "te2", "t5xxl": "te3"}
+_COMFY_TEXT = re.compile(r"^text_encoders\.(clip_l|clip_g|t5xxl)\.transformer\.")
+_FLUX = re.compile(
+    r"^(single_)?transformer_blocks\.\d|^(time_text_embed|context_embedder|x_embedder|norm_out)\b"
+)
+_UNET = re.compile(r"^(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
+_SDXL_ALONE = re.compile(r"\btransformer_blocks\.[1-9]|^add_embedding")
+_SD_ALONE = re.compile(r"^(down|up)_blocks\.3\b|^down_blocks\.0\.attentions\b|^up_blocks\.2\.attentions\b")
+COMPONENTS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_2"}
+
+
+class LayerPath(NamedTuple):
+    """A layer of a model."""
+
+    part: str  # "unet" (the denoiser, also FLUX's), "te1", "te2", "te3" (FLUX's T5)
+    path: str  # in diffusers' or transformers' words
+
+
+def dotted(name: str) -> str:
+    """`transformer_blocks_0_attn_to_out_0` as `transformer_blocks.0.attn.to_out.0`."""
+    return ".".join(_WORD.findall(name))
+
+
+def part_and_path(module: str) -> tuple[str, str]:
+    """(part, path) of a file's module in any dialect, `path` in the words of whoever named it."""
+    if found := _FLAT_TEXT.match(module):
+        return f"te{found[1] or 1}", dotted(module[found.end() :])
+    if found := _TEXT.match(module):
+        return f"te{found[1] or 1}", module[found.end() :]
+    if found := _COMFY_TEXT.match(module):
+        return _COMFY[found[1]], module[found.end() :]
+    if found := _FLAT.match(module):
+        return "unet", dotted(module[found.end() :])
+    return "unet", keys.module_path(module)
+
+
+def places(module: str) -> list[tuple[LayerPath, flux_names.Piece | None]]:
+    """The places that a file's module is for: one, or several where it is one of FLUX's joined layers.
+
+    With each comes where it lies in the joined layer; None where it is the whole of the module.
+    """
+    part, path = part_and_path(module)
+    if part == "unet" and (held := flux_names.modules(path)):
+        return [(LayerPath(part, ours), one if one.total > 1 else None) for ours, one in held]
+    if part == "unet":
+        path = unet_names.diffusers_name(path)
+        if path.startswith("text_model."):  # a PEFT file of a text encoder alone
+            part = "te1"
+    elif path.startswith("encoder.block."):
+        part = "te3"  # T5, which LyCORIS numbers as the second encoder
+    elif part != "te3" and not path.startswith(("text_model.", "text_projection")):
+        path = f"text_model.{path}"  # transformers 5 has no such level
+    return [(LayerPath(part, path), None)]
+
+
+def adapter_family(modules: Iterable[str], metadata: Mapping[str, str], source: str = "the file") -> str:
+    """Which kind of model an adapter's modules are of: "sd15", "sdxl" or "flux".
+
+    Raises `Refused` where they are of two kinds, of none, or could be of either and no metadata tells.
+    """
+    modules = list(modules)
+    told = [part_and_path(module) for module in modules]
+    found = [place for module in modules for place, _ in places(module)]
+    denoiser = [place.path for place in found if place.part == "unet"]
+    flux = next((path for path in denoiser if _FLUX.match(path)), None)
+    unet = next((path for path in denoiser if _UNET.match(path)), None)
+    if flux and unet:
+        raise Refused(
+            f"{source} holds layers of two models at once, {flux} of FLUX and {unet} of a U-Net; take one "
+            f"apart"
+        )
+    strange = [p for p in denoiser if not _FLUX.match(p) and not _UNET.match(p) and p != "proj_out"]
+    if strange and not flux and not unet:
+        raise Refused(
+            f"{source} has no layer of SD, SDXL or FLUX: its layers are named like {', '.join(strange[:3])}; "
+            "only adapters of these models can be converted"
+        )
+    named = (
+        f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
+    )
+    if flux or ("flux" in named and not unet) or any(place.part == "te3" for place in found):
+        return "flux"
+    original = any(path.startswith(("input_blocks", "middle_block", "output_blocks")) for _, path in told)
+    if any(place.part == "te2" for place in found) or any(map(_SDXL_ALONE.search, denoiser)):
+        return "sdxl"
+    if any(map(_SD_ALONE.match, denoiser)) or any(m.startswith("lora_te_") for m in modules):
+        return "sd15"
+    if "xl" in named or original:
+        return "sdxl"
+    if named.strip() or any(m.startswith("lora_unet_") for m in modules):
+        return "sd15"
+    if not unet:
+        return "flux"  # only a text encoder, in dotted words: the native file of FLUX's
+    raise Refused(
+        f"{source} fits SD 1.x and SDXL alike and does not say which it is for; say so with --base sd15 or "
+        "--base sdxl"
+    )
+
+
+def check_family(modules: Iterable[str], family: str, source: str) -> None:
+    """Raise `Refused` where an adapter has a layer that no model of `family` has."""
+    other = {
+        "flux": (_UNET,),
+        "sdxl": (_FLUX, _SD_ALONE),
+        "sd15": (_FLUX, _SDXL_ALONE),
+    }[family]
+    for module in modules:
+        for place, _ in places(module):
+            if place.part == "unet" and any(one.search(place.path) for one in other):
+                raise Refused(f"{source} has {place.path}, which is not in {family}; leave --base out")
+
+
+def kohya_layer(place: LayerPath, family: str) -> str:
+    """kohya's name of a place: `lora_unet_input_blocks_4_1_proj_in`; for FLUX, of the layer that holds it."""
+    if place.part != "unet":
+        number = "" if family == "sd15" else place.part[2:]
+        return f"lora_te{number}_" + place.path.replace(".", "_")
+    path = place.path
+    if family == "flux":
+        joined = flux_names.joined_rows(path)
+        if joined is None:
+            raise Refused(
+                f"{path} has no name in Black Forest Labs' FLUX, which kohya's and ComfyUI's files are "
+                "named by; export to diffusers instead"
+            )
+        path = joined.module
+    elif family == "sdxl":
+        path = unet_names.unet_name(path, unet_names.SDXL)
+    return "lora_unet_" + path.replace(".", "_")
+
+
+def native_layer(place: LayerPath, family: str) -> tuple[str, Mapping[str, str]]:
+    """The module's name in this program's own files, and its table of suffixes by role."""
+    if family != "flux" or place.part == "te3":
+        return kohya_layer(place, family), keys.KOHYA
+    return diffusers_layer(place, family), keys.PEFT
+
+
+def diffusers_layer(place: LayerPath, family: str) -> str:
+    """diffusers' name of a place: `unet.down_blocks.1.attentions.0.proj_in`."""
+    return f"{component_name(place.part, family)}.{place.path}"
+
+
+def component_name(part: str, family: str) -> str:
+    """The folder of a diffusers model that a part is in."""
+    if part == "unet":
+        return "transformer" if family == "flux" else "unet"
+    return COMPONENTS[part]
+
+
+def lycoris_layer(place: LayerPath) -> str:
+    """LyCORIS' name of a layer of a denoiser: `lycoris_down_blocks_1_attentions_0_proj_in`."""
+    return "lycoris_" + place.path.replace(".", "_")

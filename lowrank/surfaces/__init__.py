@@ -1,1 +1,0 @@
-"""The command line of each script: its groups of flags, its rules, and the flags that it lacks."""

@@ -1,0 +1,221 @@
+"""The network module: found by name, asked through kohya's contract."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from lowrank.adapters.network_module import NetworkModule
+from lowrank.adapters.targets import as_passed
+from lowrank.errors import Refused, nearest
+
+# diffusers' classes by the names in Black Forest Labs' code (flux/modules/layers.py), which kohya's modules
+# and LyCORIS' presets list
+_PUBLISHED = {
+    "FluxTransformerBlock": "DoubleStreamBlock",
+    "FluxSingleTransformerBlock": "SingleStreamBlock",
+    "FluxAttention": "SelfAttention",
+    "TimestepEmbedding": "MLPEmbedder",  # LyCORIS lists the name for another model
+    "PixArtAlphaTextProjection": "MLPEmbedder",
+}
+# what a foreign module raises for arguments that it does not understand
+_COMPLAINTS = (ValueError, TypeError, LookupError, AssertionError, AttributeError, OSError, RuntimeError)
+
+
+# Names that kohya's launchers and interfaces have written into them; ours decide by the model's class.
+ALIASES = {"networks.lora_flux": "networks.lora", "lora_flux": "networks.lora"}
+
+
+def _own_networks() -> list[str]:
+    spec = importlib.util.find_spec("networks")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return sorted(
+        {file.stem for folder in folders for file in Path(folder).glob("*.py") if file.stem != "__init__"}
+    )
+
+
+def find_module(name: str) -> ModuleType:
+    """The module for `--network_module`: `networks.delta_r`, a bare `delta_r`, or any contract module.
+
+    Raises `Refused` with the nearest known name when there is none, or when it lacks `create_network`.
+    """
+    own = _own_networks()
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise Refused(
+            f"--network_module {name!r} is not the dotted name of a module; ours are {', '.join(own)}, and "
+            "others are named as lycoris.kohya"
+        )
+    dotted = f"networks.{name}" if name in own else ALIASES.get(name, name)
+    try:
+        module = importlib.import_module(dotted)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (dotted == error.name or dotted.startswith(error.name + ".")):
+            raise Refused(
+                f"network module {name} needs {error.name}, which is not installed; pip install it"
+            ) from error
+        short = name.removeprefix("networks.")
+        raise Refused(
+            f"there is no network module {name!r}{nearest(short, own)}; ours are {', '.join(own)}, and any "
+            "importable module that follows kohya's contract works (lycoris.kohya)"
+        ) from error
+    if not hasattr(module, "create_network"):
+        raise Refused(
+            f"{name} has no create_network, so it is not a network module; ours are {', '.join(own)}"
+        )
+    return module
+
+
+def facade_of(module: ModuleType) -> NetworkModule | None:
+    """Our façade behind a module, or None for a foreign one."""
+    owner = getattr(module.create_network, "__self__", None)
+    return owner if isinstance(owner, NetworkModule) else None
+
+
+def create(
+    module: ModuleType,
+    denoiser: nn.Module,
+    text_encoders: Sequence[nn.Module],
+    *,
+    rank: int | None,
+    alpha: float | None,
+    dropout: float | None,
+    arguments: Mapping[str, str],
+    weights: str | None,
+    dim_from_weights: bool,
+    train_denoiser: bool = True,
+) -> nn.Module:
+    """A network on its hosts, ready for the optimizer.
+
+    Call order: kohya's trainer (kohya_ss/sd-scripts, train_network.py). Raises `Refused` for arguments that
+    the module does not take, and for a foreign network without a layer in the denoiser's blocks.
+    """
+    facade = facade_of(module)
+    foreign = facade is None
+    encoders = as_passed(text_encoders, denoiser)
+    if facade is not None:
+        facade.check(arguments)
+        alpha = facade.default_alpha(rank or 4) if alpha is None else alpha
+    unet = denoiser if train_denoiser or foreign else None
+    extra: dict[str, Any] = dict(arguments)
+    if dropout is not None and foreign:
+        extra.setdefault("dropout", str(dropout))
+    if dim_from_weights and not weights:
+        raise Refused("--dim_from_weights needs --network_weights; name the file whose ranks to take")
+    before = _block_layers(denoiser)
+    with (
+        _complaints_of(module, extra) if foreign else contextlib.nullcontext(),
+        _published(denoiser, foreign),
+    ):
+        if dim_from_weights:
+            network, _ = module.create_network_from_weights(1.0, weights, None, encoders, unet, **extra)
+        else:
+            network = module.create_network(
+                1.0,
+                rank,
+                1.0 if alpha is None else alpha,
+                None,
+                encoders,
+                unet,
+                neuron_dropout=dropout,
+                **extra,
+            )
+    if network is None:
+        raise Refused(f"{module.__name__} made no network for this model; see its messages above")
+    network.apply_to(encoders, denoiser, bool(text_encoders), train_denoiser)
+    if foreign and train_denoiser and before and _block_layers(denoiser) == before:
+        raise Refused(
+            f"{module.__name__} adapts no layer in the blocks of {type(denoiser).__name__} with "
+            f"--network_args {_told(extra)}; give it another preset or other targets, or choose networks.lora"
+        )
+    if weights:
+        told = network.load_weights(weights)
+        if facade is not None and told.missing_keys:
+            raise Refused(
+                f"{weights} lacks {len(told.missing_keys)} tensors of this network, for example "
+                f"{told.missing_keys[0]}; use --dim_from_weights, or the file's own targets"
+            )
+    network.prepare_grad_etc(list(text_encoders), denoiser)
+    return network
+
+
+@contextlib.contextmanager
+def _published(denoiser: nn.Module, foreign: bool) -> Iterator[None]:
+    """While a foreign module looks for its layers, the denoiser's parts bear the names that it knows."""
+    renamed: list[tuple[nn.Module, Any]] = [
+        (part, type(part)) for part in denoiser.modules() if foreign and type(part).__name__ in _PUBLISHED
+    ]
+    try:
+        for part, kind in renamed:
+            part.__class__ = type(_PUBLISHED[kind.__name__], (kind,), {})
+        yield
+    finally:
+        for part, kind in renamed:
+            part.__class__ = kind
+
+
+@contextlib.contextmanager
+def _complaints_of(module: ModuleType, arguments: Mapping[str, str]) -> Iterator[None]:
+    """Turn what a foreign module raises into one sentence that quotes it."""
+    try:
+        yield
+    except _COMPLAINTS as error:
+        said = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line
+        raise Refused(
+            f"{module.__name__} makes no network with --network_args {_told(arguments)} "
+            f"({type(error).__name__}: {(said or '?').splitlines()[0]}); correct them"
+        ) from error
+
+
+def _told(arguments: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in arguments.items()) or "(none)"
+
+
+def _block_layers(denoiser: nn.Module) -> dict[str, tuple]:
+    """For each layer in a list of blocks what an adapter changes on it: itself, its forward, its hooks."""
+    lists = [name for name, part in denoiser.named_modules() if isinstance(part, nn.ModuleList)]
+    return {
+        name: (
+            part,
+            part.__dict__.get("forward"),
+            len(part._forward_hooks) + len(part._forward_pre_hooks),
+        )
+        for name, part in denoiser.named_modules()
+        if any(name.startswith(f"{one}.") for one in lists)
+    }
+
+
+def optimizer_groups(
+    network: Any, text_encoder_lr: Any, unet_lr: float | None, rate: float
+) -> tuple[list, list[str]]:
+    """The network's parameter groups and a description for each.
+
+    Raises `Refused` when nothing would be trained.
+    """
+    several = getattr(network, "prepare_optimizer_params_with_multiple_te_lrs", None)
+    if several is not None:
+        result = several(text_encoder_lr, unet_lr, rate)
+    else:
+        first = (
+            text_encoder_lr[0]
+            if isinstance(text_encoder_lr, (list, tuple)) and text_encoder_lr
+            else text_encoder_lr or None
+        )
+        takes = len(inspect.signature(network.prepare_optimizer_params).parameters)
+        result = network.prepare_optimizer_params(*(first, unet_lr, rate)[:takes])
+    groups, names = result if isinstance(result, tuple) else (result, [])
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    if not any(group["params"] for group in groups):
+        raise Refused(
+            "no parameter would be trained: every learning rate is 0; "
+            "set --learning_rate or --unet_lr above 0"
+        )
+    return groups, [*names, *(f"group{i}" for i in range(len(names), len(groups)))]

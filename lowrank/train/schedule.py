@@ -1,0 +1,246 @@
+"""Learning-rate schedules, and the plan of steps and epochs.
+
+A schedule is the factor on the rate as a function of the optimizer step. The formulas are those of
+diffusers.optimization and transformers.optimization, which kohya's scripts call. All but `constant` and
+`piecewise_constant` begin with a linear warm-up.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lowrank.config.flag import literals
+from lowrank.config.flags_training import Optimizer as Options
+from lowrank.errors import Refused, nearest
+from lowrank.train.optim import import_class, schedule_free
+
+log = logging.getLogger(__name__)
+
+LAST_RATE = 1e-7  # where `polynomial` ends, as in transformers
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a schedule depends on besides the step; all lengths in optimizer steps."""
+
+    steps: int
+    warmup: int = 0
+    decay: int = 0  # last steps of warmup_stable_decay
+    cycles: int = 1
+    power: float = 1.0
+    timescale: int | None = None
+    floor: float = 0.0  # lowest factor
+    end: float = 0.0  # LAST_RATE / rate
+    rules: str = ""  # "1:10,0.1:20,0.01": 1 before step 10, 0.1 before step 20, then 0.01
+
+
+def rate_factor(name: str, curve: Curve) -> Callable[[int], float]:
+    """The schedule `name` as a function of the step. Raises `Refused` for malformed `rules`."""
+    if name == "constant":
+        return lambda step: 1.0
+    if name == "piecewise_constant":
+        return _piecewise(curve.rules)
+    if name == "warmup_stable_decay":  # warms up from the floor, not from 0
+        return lambda step: _warmup_stable_decay(step, curve)
+    after = {
+        "constant_with_warmup": lambda step, c: 1.0,
+        "linear": lambda step, c: max(0.0, 1 - _progress(step, c)),
+        "cosine": lambda step, c: _half_cosine(_progress(step, c)),
+        "cosine_with_restarts": _restarts,
+        "polynomial": _polynomial,
+        "inverse_sqrt": _inverse_sqrt,
+        "cosine_with_min_lr": lambda step, c: _raised(_half_cosine(c.cycles * _progress(step, c)), c),
+    }[name]
+    return lambda step: step / curve.warmup if step < curve.warmup else after(step, curve)
+
+
+def _progress(step: int, curve: Curve) -> float:
+    """0 at the end of the warm-up, 1 at the last step."""
+    return (step - curve.warmup) / max(1, curve.steps - curve.warmup)
+
+
+def _half_cosine(progress: float) -> float:
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _raised(value: float, curve: Curve) -> float:
+    """[0, 1] squeezed into [floor, 1]."""
+    return curve.floor + (1 - curve.floor) * value
+
+
+def _restarts(step: int, curve: Curve) -> float:
+    progress = _progress(step, curve)
+    return 0.0 if progress >= 1 else _half_cosine(curve.cycles * progress % 1)
+
+
+def _polynomial(step: int, curve: Curve) -> float:
+    return curve.end + (1 - curve.end) * max(0.0, 1 - _progress(step, curve)) ** curve.power
+
+
+def _inverse_sqrt(step: int, curve: Curve) -> float:
+    scale = curve.timescale or curve.warmup or 10_000
+    return 1 / math.sqrt((step - curve.warmup + scale) / scale)
+
+
+def _warmup_stable_decay(step: int, curve: Curve) -> float:
+    if step < curve.warmup:
+        return _raised(step / curve.warmup, curve)
+    decayed = step - (curve.steps - curve.decay)
+    if decayed < 0:
+        return 1.0
+    if decayed >= curve.decay:
+        return curve.floor
+    return _raised(_half_cosine(curve.cycles * decayed / curve.decay), curve)
+
+
+def _piecewise(rules: str) -> Callable[[int], float]:
+    try:
+        *parts, last = rules.split(",")
+        pieces = sorted((int(until), float(value)) for value, until in (part.split(":") for part in parts))
+        rest = float(last)
+    except ValueError as error:
+        raise Refused(
+            f"--lr_scheduler_args step_rules={rules!r} is not of the form 1:10,0.1:20,0.01: factor 1 before "
+            "step 10, 0.1 before step 20, then 0.01"
+        ) from error
+    return lambda step: next((value for until, value in pieces if step < until), rest)
+
+
+class RunPlan(NamedTuple):
+    """How long a run is. `batches` are the micro-batches of one process in one epoch."""
+
+    steps: int
+    epochs: int
+    batches: int
+    accumulation: int
+    processes: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of about one epoch, at least 1: steps need not end where epochs do."""
+        return max(1, self.batches // self.accumulation)
+
+
+def plan_run(
+    batches: int, processes: int, accumulation: int, max_train_steps: int, max_train_epochs: int | None = None
+) -> RunPlan:
+    """Steps and epochs of a run whose processes have `batches` micro-batches each per epoch.
+
+    Accumulation counts micro-batches and goes on across the end of an epoch: with one image and accumulation
+    4 a step takes 4 epochs (accelerate's own data loaders would step after each, with a quarter of the
+    gradient). With `max_train_epochs`, as in kohya's scripts, `max_train_steps` does not count; the last step
+    is a whole one and may read on into one more epoch. Raises `Refused` without any batch.
+    """
+    if batches < 1:
+        raise Refused("an epoch has no batch; give at least one readable training image")
+    steps = -(-max_train_epochs * batches // accumulation) if max_train_epochs else max_train_steps
+    return RunPlan(steps, -(-steps * accumulation // batches), batches, accumulation, processes)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, options: Options, total_steps: int, processes: int = 1
+) -> LRScheduler:
+    """The learning-rate schedule of a run of `total_steps` optimizer steps, to be wrapped by accelerate.
+
+    accelerate steps a scheduler once per process at each optimizer step, so `processes` of its steps are one
+    here. Adafactor with its own rate and schedule-free optimizers have nothing to schedule: the first reports
+    its rate, the others keep theirs. Raises `Refused` for names and arguments that do not fit.
+    """
+    name = options.lr_scheduler
+    own = any(group.get("relative_step") for group in optimizer.param_groups)
+    if own or schedule_free(optimizer):
+        if (name != "constant" and not name.startswith("adafactor:")) or options.lr_scheduler_type:
+            log.warning("%s has its own schedule; --lr_scheduler has no effect", type(optimizer).__name__)
+        return _adafactor(optimizer, options) if own else LambdaLR(optimizer, lambda step: 1.0)
+    if options.lr_scheduler_type:
+        check_schedule(options)
+        return _custom(optimizer, options, processes)
+    if name.startswith("adafactor:"):
+        raise Refused(f"--lr_scheduler {name} is only for --optimizer_type Adafactor; use constant")
+    curve = rate_factor(name, _curve(optimizer, options, total_steps))
+    return LambdaLR(optimizer, lambda step: curve(step // processes))
+
+
+def _curve(optimizer: torch.optim.Optimizer, options: Options, total_steps: int) -> Curve:
+    name, arguments = options.lr_scheduler, literals("--lr_scheduler_args", options.lr_scheduler_args)
+    known = ("step_rules",) if name == "piecewise_constant" else ()
+    for key in arguments.keys() - set(known):
+        raise Refused(
+            f"--lr_scheduler_args {key} is no argument of {name}{nearest(key, known)}; use the flags "
+            "--lr_warmup_steps, --lr_scheduler_num_cycles and the like"
+        )
+    if known and "step_rules" not in arguments:
+        raise Refused(f"--lr_scheduler {name} needs --lr_scheduler_args \"step_rules='1:10,0.1:20,0.01'\"")
+    if name == "cosine_with_min_lr" and options.lr_scheduler_min_lr_ratio is None:
+        raise Refused(f"--lr_scheduler {name} needs --lr_scheduler_min_lr_ratio, e.g. 0.1")
+    warmup, decay = (
+        int(value * total_steps) if value < 1 else int(value)
+        for value in (options.lr_warmup_steps, options.lr_decay_steps)
+    )
+    if warmup + decay > total_steps:
+        log.warning("warm-up (%d) and decay (%d) are longer than the %d steps", warmup, decay, total_steps)
+    rate = optimizer.defaults["lr"] or LAST_RATE
+    return Curve(
+        steps=total_steps,
+        warmup=warmup,
+        decay=decay,
+        cycles=options.lr_scheduler_num_cycles,
+        power=options.lr_scheduler_power,
+        timescale=options.lr_scheduler_timescale,
+        floor=options.lr_scheduler_min_lr_ratio or 0.0,
+        end=min(1.0, LAST_RATE / rate),
+        rules=str(arguments.get("step_rules", "")),
+    )
+
+
+def check_schedule(options: Options) -> None:
+    """Refuse a --lr_scheduler_type or arguments that do not fit; before anything is loaded."""
+    if not options.lr_scheduler_type:
+        return
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
+    schedule = _custom(optimizer, options)
+    optimizer.step()
+    try:
+        schedule.step()  # where some look at their arguments for the first time
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise Refused(
+            f"{type(schedule).__name__} rejects {' '.join(options.lr_scheduler_args)} ({error}); correct "
+            "--lr_scheduler_args"
+        ) from error
+
+
+def _custom(optimizer: torch.optim.Optimizer, options: Options, processes: int = 1) -> LRScheduler:
+    make = import_class(options.lr_scheduler_type, "--lr_scheduler_type", "torch.optim.lr_scheduler")
+    if not (isinstance(make, type) and issubclass(make, LRScheduler)) or make.__name__ == "ReduceLROnPlateau":
+        raise Refused(
+            f"--lr_scheduler_type {options.lr_scheduler_type} is not a schedule of the step alone; use e.g. "
+            "CosineAnnealingLR"
+        )
+    if processes > 1:
+        log.warning(
+            "with %d processes %s counts %d steps per optimizer step", processes, make.__name__, processes
+        )
+    arguments = literals("--lr_scheduler_args", options.lr_scheduler_args)
+    try:
+        return make(optimizer, **arguments)
+    except (TypeError, ValueError) as error:
+        raise Refused(
+            f"{make.__name__} rejects {arguments} ({error}); correct --lr_scheduler_args"
+        ) from error
+
+
+def _adafactor(optimizer: torch.optim.Optimizer, options: Options) -> LRScheduler:
+    from transformers.optimization import AdafactorSchedule  # only here: transformers is slow to import
+
+    start = options.lr_scheduler.partition(":")[2] or str(options.learning_rate)
+    try:
+        return AdafactorSchedule(optimizer, float(start))
+    except ValueError as error:
+        raise Refused(f"--lr_scheduler {options.lr_scheduler}: {start!r} is not a rate") from error
