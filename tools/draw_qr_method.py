@@ -1,11 +1,12 @@
 """Draw assets/qr-method.png: how QR-LoRA splits a weight, what ΔR trains, and how two ΔR are added.
 
 python tools/draw_qr_method.py           write it
-python tools/draw_qr_method.py --check   exit 1 if the file differs from what this script would draw
+python tools/draw_qr_method.py --check   exit 1 if another version of this script drew the file
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "assets" / "qr-method.png"
+STYLE_PICTURE, CONTENT_PICTURE = ROOT / "assets/sty/cat/sty_cat.png", ROOT / "assets/cnt/dog/cnt_dog.png"
 
 FROZEN, BASE, STYLE, CONTENT, INK = "#c9d8ea", "#e6e6e6", "#f0a868", "#7fbf8e", "#2b2b2b"
 
@@ -79,10 +81,9 @@ def split(axes: Axes) -> None:
 def train(axes: Axes) -> None:
     """Step 2: each adapter trains its own ΔR on the shared Q."""
     text(axes, 0.2, 5.3, "2  Train one ΔR for each picture", 14, ha="left", weight="bold")
-    style, content = ROOT / "assets/sty/cat/sty_cat.png", ROOT / "assets/cnt/dog/cnt_dog.png"
     rows = (
-        (3.95, STYLE, "ΔR style", "“a cat in <s> style”", style),
-        (2.6, CONTENT, "ΔR content", "“a photo of a <c> dog”", content),
+        (3.95, STYLE, "ΔR style", "“a cat in <s> style”", STYLE_PICTURE),
+        (2.6, CONTENT, "ΔR content", "“a photo of a <c> dog”", CONTENT_PICTURE),
     )
     for y, colour, label, caption, file in rows:
         thumbnail(axes, 0.4, y - 0.08, 1.06, file)
@@ -139,18 +140,31 @@ def figure() -> Figure:
     return picture
 
 
+def source_hash() -> str:
+    """The sha256 of this script and the pictures in the figure; the PNG's text field `Source` has it."""
+    return hashlib.sha256(
+        b"".join(file.read_bytes() for file in (Path(__file__), STYLE_PICTURE, CONTENT_PICTURE))
+    ).hexdigest()
+
+
 def png() -> bytes:
     """The picture as a PNG file without version or date, so that equal libraries give equal bytes."""
     with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
         stream = io.BytesIO()
-        figure().savefig(stream, format="png", metadata={"Software": None})
+        figure().savefig(stream, format="png", metadata={"Software": None, "Source": source_hash()})
     return stream.getvalue()
+
+
+def drawn_from(file: Path) -> str | None:
+    """The text field `Source` of a PNG file."""
+    with Image.open(file) as picture:
+        return picture.info.get("Source")
 
 
 def main() -> int:
     """Write the picture, or with --check compare it."""
     if "--check" in sys.argv[1:]:
-        current = PICTURE.is_file() and PICTURE.read_bytes() == png()
+        current = PICTURE.is_file() and drawn_from(PICTURE) == source_hash()
         print(f"{PICTURE} is {'current' if current else 'not current; run python tools/draw_qr_method.py'}")
         return 0 if current else 1
     PICTURE.write_bytes(png())

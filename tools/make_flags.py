@@ -87,21 +87,21 @@ def list_flags(surfaces: Mapping[str, Surface]) -> list[FlagRow]:
     """
     specs = {title: surface.specs for title, surface in surfaces.items()}
     rows: dict[str, FlagRow] = {}
-    for title, flags in specs.items():
+    for script, flags in specs.items():
         for name, spec in flags.items():
             if name not in rows:
                 group = (spec.group.__doc__ or "").splitlines()[0].rstrip(".")
-                defaults = tuple(cell(surface, name) for surface in surfaces.values())
+                defaults = tuple(cell(name, specs[title], surface) for title, surface in surfaces.items())
                 rows[name] = FlagRow(group, spec.names, spec.flag.help, values(spec), defaults)
             elif spec.flag.help not in rows[name].help:
-                rows[name] = rows[name]._replace(help=f"{rows[name].help}; {title}: {spec.flag.help}")
+                rows[name] = rows[name]._replace(help=f"{rows[name].help}; {script}: {spec.flag.help}")
     return list(rows.values())
 
 
-def cell(surface: Surface, name: str) -> str:
+def cell(name: str, specs: Mapping[str, Spec], surface: Surface) -> str:
     """What a script does with a flag: its default, `ignored`, `refused`, or `–` for an unknown flag."""
-    if name in surface.specs:
-        return default(surface.specs[name])
+    if name in specs:
+        return default(specs[name])
     return "ignored" if name in surface.ignored else "refused" if name in surface.refused else "–"
 
 
@@ -123,16 +123,17 @@ def table(rows: Sequence[FlagRow], columns: Sequence[str], level: str) -> str:
 
 def unsupported() -> str:
     """What each script ignores, and what it refuses with the way out; without the flags of the tables."""
-    lines = [
-        "\n## Flags of other trainers: ignored\n\nThe script accepts them, warns once, and continues.\n\n"
-    ]
     known = {name for surface in TRAINERS.values() for name in surface.specs}
+    ignored: dict[str, list[str]] = {}
     for title, surface in TRAINERS.items():
-        names = ", ".join(f"`--{name}`" for name in sorted(set(surface.ignored) - known))
-        lines.append(f"- {title}: {names}\n" if names else "")
-    lines.append(
-        "\n## Flags of other trainers: refused\n\n| flag | refused by | what to do |\n|---|---|---|\n"
-    )
+        for name in set(surface.ignored) - known:
+            ignored.setdefault(name, []).append(title)
+    lines = [
+        "\n## Flags of other trainers: ignored\n\nThe script accepts them, warns once, and continues.\n\n",
+        "| flag | ignored by |\n|---|---|\n",
+        *(f"| `--{name}` | {', '.join(titles)} |\n" for name, titles in sorted(ignored.items())),
+        "\n## Flags of other trainers: refused\n\n| flag | refused by | what to do |\n|---|---|---|\n",
+    ]
     refused: dict[tuple[str, str], list[str]] = {}
     for title, surface in TRAINERS.items():
         for name, hint in surface.refused.items():
