@@ -135,6 +135,12 @@ def test_every_page_is_reachable_from_the_index():
     } == set()
 
 
+def test_the_index_links_every_page_of_docs():
+    links = re.findall(r"\]\(([^)\s#]+)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert pages - {"index.md"} - set(links) == set()
+
+
 def test_the_readmes_lead_to_the_index():
     for readme in ("README.md", "README-ja.md"):
         assert "(docs/index.md)" in (ROOT / readme).read_text(encoding="utf-8"), readme
