@@ -141,6 +141,13 @@ def test_the_index_links_every_page_of_docs():
     assert pages - {"index.md"} - set(links) == set()
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=name)
+def test_every_written_page_links_the_glossary(page):
+    text = page.read_text(encoding="utf-8")
+    generated = "` writes this page" in text  # by a script, for readers of another page
+    assert generated or page.name in ("glossary.md", "versions.md") or "(glossary.md" in text
+
+
 def test_the_readmes_lead_to_the_index():
     for readme in ("README.md", "README-ja.md"):
         assert "(docs/index.md)" in (ROOT / readme).read_text(encoding="utf-8"), readme
