@@ -88,6 +88,19 @@ def test_every_script_that_is_called_is_there(page):
     assert [s for s in called if s not in elsewhere and "NAME" not in s and not (ROOT / s).is_file()] == []
 
 
+@pytest.mark.skipif(
+    not (ROOT / "lowrank" / "naming").is_dir(), reason="pages name the layout with lowrank/naming"
+)
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_module_that_is_named_exists(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`(lowrank/[\w/.]+)`", text)
+    named += [
+        module.replace(".", "/") for module in re.findall(r"^from (lowrank[\w.]+) import", text, re.MULTILINE)
+    ]
+    assert [path for path in named if not ((ROOT / path).exists() or (ROOT / f"{path}.py").is_file())] == []
+
+
 @pytest.fixture(scope="module")
 def flags():
     """Every flag of every script, and those that the small scripts name in their text."""
