@@ -1,6 +1,4 @@
-"""What the tests of exports and imports hold, as tables: test_export.py goes through every cell, and
-tools/make_compatibility.py writes docs/compatibility.md from them.
-"""
+"""Tables of exports and imports: test_export.py tests every cell, make_compatibility.py prints them."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ def refusal(family: str, method: str, to: str) -> str | None:
 
 # dialect that is read -> how its files look, what becomes of them
 IMPORTS = {
-    "kohya": ("`lora_unet_….lora_down.weight`, FLUX's joined layers parted", "exact"),
+    "kohya": ("`lora_unet_….lora_down.weight`, FLUX's joined layers split", "exact"),
     "diffusers": ("`unet.…`, `transformer.…lora_A.weight`, and names from before PEFT", "exact"),
     "PEFT": ("a folder with `adapter_config.json`: alpha patterns, rsLoRA", "exact"),
     "LyCORIS": ("`lycoris_….lora_up.weight`, DoRA on outputs, `lora_mid` of convolutions", "exact"),
@@ -50,7 +48,7 @@ IMPORTS = {
     "official QR-LoRA, QR": ("`….lora.up.weight`; its start comes from `--model`", "to the basis' 1e-4"),
     "LyCORIS T-LoRA": ("`….lambda_layer`; its start comes from `--model`", "exact at every timestep"),
     "official T-LoRA": ("`….processor.to_q_lora.…`; `--tlora_min_rank`", "exact at every timestep"),
-    "any LoRA as ΔR": ("`--method delta_r --model BASE`: Qᵀ·ΔW", "the loss is said"),
-    "LoHa, LoKr, OFT, GLoRA, full": ("other mathematics", "refused, or counted among the left out"),
+    "any LoRA as ΔR": ("`--method delta_r --model BASE`: Qᵀ·ΔW", "the lost share is printed"),
+    "LoHa, LoKr, OFT, GLoRA, full": ("other mathematics", "refused, or left out and counted"),
     "DoRA with a length for each input": ("LyCORIS' wd_on_output=False", "refused"),
 }

@@ -64,8 +64,10 @@ def joined(factor: str, addition: str, cache: str = "") -> Method | str:
 
 def export(method: Method) -> str:
     """What a file of this combination becomes for other programs."""
+    if method.experts is not None and method.gate is not None:
+        return "no export: use it live"
     if method.experts is not None:
-        return "the nearest LoRA, `--calibrate`"
+        return "the nearest LoRA (`--calibrate`)"
     if method.gate is not None:
-        return "LoRA with all ranks open, or one timestep"
-    return "LoRA with lengths" if method.magnitude is not None else "LoRA, exact"
+        return "LoRA with all ranks open, or of one timestep"
+    return "DoRA, exact" if method.magnitude is not None else "LoRA, exact"
