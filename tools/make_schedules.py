@@ -15,6 +15,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -65,11 +66,13 @@ def cases() -> list[dict]:
 
 def factors(case: dict, processes: int = 1) -> list[float]:
     """The factor on the rate at each step of a row and `AFTER` steps more."""
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in case.items()}
+    given: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in case.items()
+    }
     name, steps, rate = (given.pop(key) for key in ("name", "steps", "rate"))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
     options = dataclasses.replace(Options(learning_rate=rate), lr_scheduler=name, **given)
-    schedule = build_scheduler(optimizer, options, steps, processes)
+    schedule: Any = build_scheduler(optimizer, options, steps, processes)
     return [float(schedule.lr_lambdas[0](step)) for step in range((steps + AFTER) * processes)]
 
 
