@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lowrank.errors import Refused
 from lowrank.models import family, flux_load, flux_single
 from lowrank.models.family import Models, Source
 from lowrank.models.flux import FLUX, FluxOptions, flux_dev_config
+from lowrank.models.single import Checkpoint
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -347,7 +349,10 @@ def test_single_file_layout_is_diffusers_own():
         state = FluxTransformer2DModel(**config).state_dict()
     bfl = bfl_state(state, 1, 1)
     ours = {name: value.shape for key, v in bfl.items() for name, value in flux_single.to_diffusers(key, v)}
-    assert flux_single.transformer_config({k: tuple(v.shape) for k, v in bfl.items()}, "x") == config
+    assert (
+        flux_single.transformer_config(Checkpoint(Path("x"), {}, {k: tuple(v.shape) for k, v in bfl.items()}))
+        == config
+    )
     theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(bfl))
     assert (
         ours == {key: value.shape for key, value in theirs.items()} == {k: v.shape for k, v in state.items()}
