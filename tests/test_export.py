@@ -10,6 +10,7 @@ import pytest
 import torch
 from compatibility import FAMILIES, METHODS, READERS, refusal
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from files import FLUX_DEV
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import SHIPPED
@@ -18,7 +19,6 @@ from lowrank import bfl, ldm
 from lowrank.cli import export, importing, inspection
 from lowrank.cli.adapter import read
 from lowrank.errors import Refused
-from lowrank.models.flux import flux_dev_config
 from lowrank.models.sd_single import facts
 from lowrank.weights import checkpoint, places, static, verify
 from lowrank.weights.convert import only, resize, write
@@ -111,7 +111,7 @@ def test_a_broken_export_is_refused(saved, tmp_path):
 def _meta(family: str):
     with torch.device("meta"):
         if family == "flux":
-            return FluxTransformer2DModel(**flux_dev_config())
+            return FluxTransformer2DModel(**FLUX_DEV)
         return UNet2DConditionModel.from_config(facts(family)["unet"])
 
 

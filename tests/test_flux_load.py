@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from files import FLUX_DEV
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from lowrank.errors import Refused
 from lowrank.models import family, flux_load, flux_single
 from lowrank.models.family import Models, Source
-from lowrank.models.flux import FLUX, FluxOptions, flux_dev_config
+from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.single import Checkpoint
 
 
@@ -344,7 +345,7 @@ def test_single_file_layout_is_diffusers_own():
     """At FLUX's real width the reader and diffusers' converter agree on every name and shape."""
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-    config = {**flux_dev_config(), "num_layers": 1, "num_single_layers": 1}
+    config = {**FLUX_DEV, "num_layers": 1, "num_single_layers": 1}
     with torch.device("meta"):
         state = FluxTransformer2DModel(**config).state_dict()
     bfl = bfl_state(state, 1, 1)

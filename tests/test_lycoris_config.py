@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+from files import FLUX_DEV
 from safetensors import safe_open
 from test_train import arguments as flux_arguments  # noqa: F401 (fixture)
 from test_train import pictures  # noqa: F401 (fixture)
@@ -25,7 +26,6 @@ from lowrank.cli.sd_train import main as sd
 from lowrank.cli.sdxl_train import main as sdxl
 from lowrank.errors import Refused
 from lowrank.models import sd_single
-from lowrank.models.flux import flux_dev_config
 from lowrank.surfaces.flux import FLUX_TRAIN
 from lowrank.surfaces.sd import SD_TRAIN
 from lowrank.train.module import facade_of, find_module
@@ -55,7 +55,7 @@ def full():
         return {
             "sd15": UNet2DConditionModel.from_config(sd_single.facts("sd15")["unet"]),
             "sdxl": UNet2DConditionModel.from_config(sd_single.facts("sdxl")["unet"]),
-            "flux": FluxTransformer2DModel(**flux_dev_config()),
+            "flux": FluxTransformer2DModel(**FLUX_DEV),
             "flux2": Flux2Transformer2DModel(num_layers=2, num_single_layers=3),
         }
 

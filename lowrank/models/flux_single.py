@@ -9,13 +9,12 @@ shapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     CLIPTextModel,
@@ -26,9 +25,8 @@ from transformers import (
 
 from lowrank import bfl
 from lowrank.errors import Refused
-from lowrank.models.family import Models, Source, complete, reading
-from lowrank.models.parts import without_bars
-from lowrank.models.single import Checkpoint, check_file, clip_config, fill, open_checkpoint
+from lowrank.models.family import Models, Source, reading
+from lowrank.models.single import Checkpoint, check_file, clip_config, fill, filled_encoder, open_checkpoint
 
 VAE_FACTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}  # FLUX.1's autoencoder
 TOKENIZERS = {CLIPTokenizer: "openai/clip-vit-large-patch14", T5TokenizerFast: "google/t5-v1_1-xxl"}
@@ -120,22 +118,17 @@ def transformer(path: Path, dtype: torch.dtype) -> nn.Module:
 
 def text_encoder(kind: Any, path: Path, dtype: torch.dtype) -> nn.Module:
     """CLIP-L or T5-XXL from one file in transformers' names (clip_l.safetensors, t5xxl_fp16.safetensors)."""
-    with reading(kind.__name__, path), without_bars(), safe_open(path, framework="pt") as file:
-        state = {
-            key: file.get_tensor(key).to(dtype)
-            for key in file.keys()  # noqa: SIM118
-            if not key.startswith(("logit_scale", "text_projection", "decoder."))
-        }
+    others = ("logit_scale", "text_projection", "decoder.")
+    with reading(kind.__name__, path):
+        file = open_checkpoint(path)
+        names = [name for name in file.shapes if not name.startswith(others)]
         configure = {CLIPTextModel: clip_config}.get(kind, t5_config)
-        config = configure({k: tuple(v.shape) for k, v in state.items()})
-        model, info = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
-    complete(kind.__name__, path, info)
-    return model
+        config = configure({name: file.shapes[name] for name in names})
+        state = {name: value.to(dtype) for name, value in file.read(names)}
+    return filled_encoder(kind, config, state, dtype, path)
 
 
-def t5_config(shapes: dict[str, tuple[int, ...]]) -> T5Config:
+def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
     """T5 v1.1's configuration."""
     layer = "encoder.block.0.layer"
     buckets, heads = shapes[f"{layer}.0.SelfAttention.relative_attention_bias.weight"]

@@ -22,9 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import lowrank
 from lowrank import ldm
 from lowrank.errors import Refused
-from lowrank.models.family import complete, reading
-from lowrank.models.parts import without_bars
-from lowrank.models.single import Checkpoint, clip_config, fill
+from lowrank.models.family import reading
+from lowrank.models.single import Checkpoint, clip_config, fill, filled_encoder
 
 UNET = "model.diffusion_model."
 # where files keep their text encoders, and whether these have OpenCLIP's names
@@ -140,30 +139,19 @@ def text_encoder(file: Checkpoint, kind: str, index: int, dtype: torch.dtype) ->
     """One text encoder of a whole file as transformers' class in `dtype`."""
     prefix, open_clip = ENCODERS[kind][index]
     known = facts(kind)[f"text_encoder{'' if index == 0 else f'_{index + 1}'}"]
-    with reading("text encoder", file.path), without_bars():
+    with reading("text encoder", file.path):
         if open_clip:
             # SD 2 was trained on the last layer but one, and its published encoder ends there
             state = _open_clip(file, prefix, whole=kind != "sd2")
         else:
             file = file.under(prefix)
-            # the oldest files lack the level; the ids are a table of 0…76
-            state = {f"text_model.{n.removeprefix('text_model.')}": n for n in file.shapes}
-            state = {n: t for n, t in state.items() if not n.endswith(("position_ids", "logit_scale"))}
-            stored = dict(file.read(state.values()))
-            state = {name: stored[theirs] for name, theirs in state.items()}
+            names = [name for name in file.shapes if not name.endswith(("position_ids", "logit_scale"))]
+            # the oldest files lack the level text_model; the ids, left out, are a table of 0…76
+            state = {f"text_model.{n.removeprefix('text_model.')}": value for n, value in file.read(names)}
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         config = clip_config(shapes, hidden_act=known["hidden_act"], layer_norm_eps=known["layer_norm_eps"])
-        return _encoder(config, {k: v.to(dtype).contiguous() for k, v in state.items()}, index, dtype, file)
-
-
-def _encoder(
-    config: CLIPTextConfig, state: dict[str, Tensor], index: int, dtype: torch.dtype, file: Checkpoint
-) -> nn.Module:
-    made: Any = CLIPTextModelWithProjection if index else CLIPTextModel
     if not index:
         state.pop("text_projection.weight", None)
-    model, info = made.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    return filled_encoder(
+        CLIPTextModelWithProjection if index else CLIPTextModel, config, state, dtype, file.path
     )
-    complete("text encoder", file.path, info)
-    return model

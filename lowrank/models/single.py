@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig
 
 from lowrank.errors import Refused
 from lowrank.models.family import Source, complete, reading
+from lowrank.models.parts import without_bars
 from lowrank.tensors import read_tensors
 
 SUFFIXES = (".safetensors", ".sft")
@@ -177,6 +178,19 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> CLIPText
         pad_token_id=vocabulary - 1,
         **facts,
     )
+
+
+def filled_encoder(
+    kind: Any, config: Any, state: Mapping[str, Tensor], dtype: torch.dtype, where: Path
+) -> nn.Module:
+    """A text encoder of transformers with these tensors, in `dtype`; `Refused` where some are missing."""
+    with reading(kind.__name__, where), without_bars():
+        cast = {name: value.to(dtype).contiguous() for name, value in state.items()}
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=cast, dtype=dtype, output_loading_info=True
+        )
+    complete(kind.__name__, where, info)
+    return model
 
 
 def tokenizer(kind: Any, name: str, source: Source, subfolder: str | None = None) -> Any:
