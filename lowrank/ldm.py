@@ -1,15 +1,14 @@
 """Names in original Stable Diffusion files (CompVis' latent-diffusion, Stability's generative-models) of what
-diffusers' U-Nets call otherwise.
+diffusers calls otherwise.
 
-One table serves readers of checkpoints in the original layout, writers of merged ones, and SDXL adapter keys,
-which kohya's trainers write with the original block names.
+One rule serves two readers: checkpoints in the original layout, and SDXL adapter keys, which kohya's trainers
+write with the original block names.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,8 @@ _RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
-_LEVELS = 8  # more than any U-Net has
+_IN_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(.*)$")
+_IN_MIDDLE = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)(.*)$")
 
 
 @dataclass(frozen=True)
@@ -54,71 +54,45 @@ class Blocks:
 SDXL = Blocks(2, frozenset({0, 1}))
 
 
-@functools.cache
-def table(blocks: Blocks) -> Mapping[str, str]:
-    """The original name of every module of diffusers' U-Net whose name differs; what lies inside an attention
-    block has one name."""
-    names = {f"mid_block.{ours}": f"middle_block.{theirs}" for ours, theirs in _MIDDLE.items()}
-    step = blocks.layers + 1
-    for i in range(_LEVELS):
-        for kind, place in (("resnets", 0), ("attentions", 1)):
-            for j in range(step):
-                names[f"up_blocks.{i}.{kind}.{j}"] = f"output_blocks.{step * i + j}.{place}"
-            for j in range(blocks.layers):
-                names[f"down_blocks.{i}.{kind}.{j}"] = f"input_blocks.{step * i + j + 1}.{place}"
-        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{step * (i + 1)}.0.op"
-        place = 1 + (i in blocks.attending)
-        names[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{step * i + blocks.layers}.{place}"
-    inside = {
-        f"{ours}.{part}": f"{theirs}.{original}"
-        for ours, theirs in names.items()
-        if ".resnets." in ours
-        for part, original in _RESNET.items()
-    }
-    return {**_TOP, **names, **inside}
-
-
-@functools.cache
-def _reverse(layers: int) -> Mapping[str, str]:
-    """diffusers' names by the original ones, wherever an upsampler stands: after an attention or without."""
-    names = {theirs: ours for ours, theirs in table(Blocks(layers, frozenset())).items()}
-    for i in range(_LEVELS):
-        for place in (1, 2):
-            original = f"output_blocks.{(layers + 1) * i + layers}.{place}.conv"
-            names[original] = f"up_blocks.{i}.upsamplers.0.conv"
-    attending = Blocks(layers, frozenset(range(_LEVELS)))
-    return names | {theirs: ours for ours, theirs in table(attending).items() if ".upsamplers." not in ours}
-
-
-@functools.cache
-def _flat_sdxl() -> Mapping[str, str]:
-    return {ours.replace(".", "_"): theirs.replace(".", "_") for ours, theirs in table(SDXL).items()}
-
-
-def _spelled(path: str, names: Mapping[str, str], separator: str = ".") -> str:
-    """The path with the longest beginning that is in `names` replaced."""
-    head, tail = path, ""
-    while head and head not in names:
-        head, between, last = head.rpartition(separator)
-        tail = between + last + tail
-    return names[head] + tail if head else path
-
-
 def unet_name(path: str, blocks: Blocks) -> str:
     """The original name of a module or tensor of diffusers' U-Net: `down_blocks.1.attentions.0.norm` is
-    `input_blocks.4.1.norm` where blocks have two layers."""
-    return _spelled(path, table(blocks))
+    `input_blocks.4.1.norm` where blocks have two layers. What lies inside an attention block has one name.
+    """
+    if found := _IN_MIDDLE.match(path):
+        kind, rest = found.groups()
+        return f"middle_block.{_MIDDLE[kind]}{_inside(kind, rest)}"
+    if found := _IN_BLOCK.match(path):
+        side, i, kind, j, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+        first = (blocks.layers + 1) * i
+        inner = _inside(kind, rest)
+        if side == "down":
+            if kind == "downsamplers":
+                return f"input_blocks.{first + blocks.layers + 1}.0.op{inner.removeprefix('.conv')}"
+            return f"input_blocks.{first + j + 1}.{int(kind == 'attentions')}{inner}"
+        if kind == "upsamplers":
+            return f"output_blocks.{first + blocks.layers}.{1 + (i in blocks.attending)}{inner}"
+        return f"output_blocks.{first + j}.{int(kind == 'attentions')}{inner}"
+    for ours, theirs in _TOP.items():
+        if path == ours or path.startswith(f"{ours}."):
+            return theirs + path[len(ours) :]
+    return path
+
+
+_FLAT = re.compile(
+    r"(?:(?P<side>down|up)_blocks_(?P<i>\d+)|mid_block)_(?P<kind>resnets|attentions|downsamplers|upsamplers)"
+    r"_(?P<j>\d+)(?P<rest>_.*)$"
+)
 
 
 def flat_sdxl_name(flat: str) -> str:
     """`unet_name` of SDXL for a path whose dots are underscores: `down_blocks_1_attentions_0_norm` is
-    `input_blocks_4_1_norm`, and names that are original already stay."""
-    return _spelled(flat, _flat_sdxl(), "_")
-
-
-def diffusers_name(path: str, layers: int = 2) -> str:
-    """The reverse of `unet_name`: `input_blocks.4.1.norm` is `down_blocks.1.attentions.0.norm`."""
-    return _spelled(path, _reverse(layers))
+    `input_blocks_4_1_norm`, and names that are original already stay.
+    """
+    if found := _FLAT.match(flat):
+        block = f"{found['side']}_blocks.{found['i']}" if found["side"] else "mid_block"
+        path = f"{block}.{found['kind']}.{found['j']}.{found['rest'][1:]}"
+        return unet_name(path, SDXL).replace(".", "_")
+    return {ours.replace(".", "_"): theirs.replace(".", "_") for ours, theirs in _TOP.items()}.get(flat, flat)
 
 
 _DOWN = re.compile(r"input_blocks\.(\d+)\.0\.op\.")
@@ -127,3 +101,44 @@ _DOWN = re.compile(r"input_blocks\.(\d+)\.0\.op\.")
 def layers_of(names: Iterable[str]) -> int:
     """Resnets per block of an original U-Net, by where its first downsampler stands; SD's 2 without one."""
     return min((int(found[1]) for name in names if (found := _DOWN.search(name))), default=3) - 1
+
+
+_NUMBERED = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)(?:\.(.+))?$")
+_MIDDLE_NUMBERED = re.compile(r"middle_block\.(\d)(?:\.(.+))?$")
+
+
+def diffusers_name(path: str, layers: int = 2) -> str:
+    """The reverse of `unet_name` for modules: `input_blocks.4.1.norm` is
+    `down_blocks.1.attentions.0.norm`."""
+    if found := _MIDDLE_NUMBERED.match(path):
+        kind = next((ours for ours, theirs in _MIDDLE.items() if theirs == found[1]), None)
+        return path if kind is None else f"mid_block.{kind}{_outside(kind, found[2])}"
+    if (found := _NUMBERED.match(path)) and path != "input_blocks.0.0":
+        side, number, place, rest = found[1], int(found[2]), int(found[3]), found[4] or ""
+        if side == "input":
+            i, j = divmod(number - 1, layers + 1)
+            if rest == "op":
+                return f"down_blocks.{i}.downsamplers.0.conv"
+            block = f"down_blocks.{i}"
+        else:
+            i, j = divmod(number, layers + 1)
+            if place and rest == "conv":
+                return f"up_blocks.{i}.upsamplers.0.conv"
+            block = f"up_blocks.{i}"
+        kind = f"attentions.{j}" if place else f"resnets.{j}"
+        return f"{block}.{kind}{_outside(kind, rest)}"
+    return next((ours for ours, theirs in _TOP.items() if theirs == path), path)
+
+
+def _outside(kind: str, rest: str | None) -> str:
+    if not rest:
+        return ""
+    known = {theirs: ours for ours, theirs in _RESNET.items()} if kind.startswith("resnets") else {}
+    return f".{known.get(rest, rest)}"
+
+
+def _inside(kind: str, rest: str) -> str:
+    if not kind.startswith("resnets"):
+        return rest
+    part, dot, tail = rest.removeprefix(".").partition(".")
+    return f".{_RESNET.get(part, part)}{dot}{tail}" if part else rest
