@@ -13,7 +13,6 @@ from transformers import CLIPTextModelWithProjection
 
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
-from lowrank.models.flux import flux_dev_config
 from tools import make_tiny_sd, tiny
 
 # a few layers of every kind: linear ones, 1×1 and 3×3 convolutions, FLUX's joined ones, some not whole
@@ -25,8 +24,21 @@ TARGETS = {
     "flux": r"^transformer_blocks\.0\.(attn|norm1|ff)"
     r"|^single_transformer_blocks\.0\.(attn|proj_mlp|proj_out)",
 }
+# FLUX.1-dev's transformer: 11,901,408,320 parameters, 19 double and 38 single blocks of width 3072
+FLUX_DEV: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
 FLUX = {
-    **flux_dev_config(),
+    **FLUX_DEV,
     "in_channels": 16,
     "num_layers": 1,
     "num_single_layers": 1,

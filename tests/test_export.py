@@ -10,6 +10,7 @@ import pytest
 import torch
 from compatibility import FAMILIES, METHODS, READERS, refusal
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from files import FLUX_DEV
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import SHIPPED
@@ -21,7 +22,6 @@ from lowrank.formats import base_checkpoint, static, verify
 from lowrank.formats.convert import only, resize, write
 from lowrank.formats.formats import FORMATS, Choices
 from lowrank.formats.static import Plain, Static
-from lowrank.models.flux import flux_dev_config
 from lowrank.models.sd_single import published_config
 from lowrank.naming import flux as flux_names
 from lowrank.naming import places
@@ -113,7 +113,7 @@ def test_a_broken_export_is_refused(saved, tmp_path):
 def _meta(family: str):
     with torch.device("meta"):
         if family == "flux":
-            return FluxTransformer2DModel(**flux_dev_config())
+            return FluxTransformer2DModel(**FLUX_DEV)
         return UNet2DConditionModel.from_config(published_config(family)["unet"])
 
 

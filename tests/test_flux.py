@@ -9,10 +9,11 @@ import shutil
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from files import FLUX_DEV
 
 from lowrank.errors import Refused
 from lowrank.models.family import Models, Source, latent_scale
-from lowrank.models.flux import FLUX, FluxOptions, flux_dev_config, image_ids, pack, unpack
+from lowrank.models.flux import FLUX, FluxOptions, image_ids, pack, unpack
 from tools.make_tiny_flux import make
 
 CAPTIONS = ["a <c> dog in <s> style", "a [sks] dog", "a dog", "<s>", "<c>", "[sks]", "a cat", ""]
@@ -101,7 +102,7 @@ def test_wide(tmp_path):
 
 def test_flux_dev_facts():
     with torch.device("meta"):
-        model = FluxTransformer2DModel(**flux_dev_config())
+        model = FluxTransformer2DModel(**FLUX_DEV)
     assert sum(p.numel() for p in model.parameters()) == 11_901_408_320
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from files import FLUX_DEV
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from lowrank.errors import Refused
 from lowrank.models import family, flux_load, flux_single
 from lowrank.models.family import Models, Source
-from lowrank.models.flux import FLUX, FluxOptions, flux_dev_config
+from lowrank.models.flux import FLUX, FluxOptions
+from lowrank.models.single import Checkpoint
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -232,6 +235,7 @@ def bfl_state(state: dict, double: int, single: int) -> dict:
         "img_in": "x_embedder",
         "final_layer.linear": "proj_out",
     }
+    names = {a: b for a, b in names.items() if f"{b}.weight" in state}  # schnell has no guidance
     out = {f"{a}.{k}": state[f"{b}.{k}"] for a, b in names.items() for k in ("weight", "bias")}
     for k in ("weight", "bias"):
         scale, shift = state[f"norm_out.linear.{k}"].chunk(2)
@@ -338,16 +342,20 @@ def test_single_files_give_the_same_model(models, single):
     assert len({FLUX.model_hash(other, role) for role in family.ROLES}) == 3
 
 
-def test_single_file_layout_is_diffusers_own():
-    """At FLUX's real width the reader and diffusers' converter agree on every name and shape."""
+@pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
+def test_single_file_layout_is_diffusers_own(guidance):
+    """At FLUX.1's real size the reader and diffusers' converter agree on every name and shape."""
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-    config = {**flux_dev_config(), "num_layers": 1, "num_single_layers": 1}
+    config = {**FLUX_DEV, "guidance_embeds": guidance}
     with torch.device("meta"):
         state = FluxTransformer2DModel(**config).state_dict()
-    bfl = bfl_state(state, 1, 1)
+    bfl = bfl_state(state, 19, 38)
     ours = {name: value.shape for key, v in bfl.items() for name, value in flux_single.to_diffusers(key, v)}
-    assert flux_single.transformer_config({k: tuple(v.shape) for k, v in bfl.items()}, "x") == config
+    assert (
+        flux_single.transformer_config(Checkpoint(Path("x"), {}, {k: tuple(v.shape) for k, v in bfl.items()}))
+        == config
+    )
     theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(bfl))
     assert (
         ours == {key: value.shape for key, value in theirs.items()} == {k: v.shape for k, v in state.items()}

@@ -408,7 +408,6 @@ def test_a_hundred_thousand_keys(tmp_path, capsys):
     [
         (["--base", "flux"], "is not in flux; leave --base out"),
         (["--base", "flux", "--tlora_min_rank", "1"], "is not in flux; leave --base out"),
-        (["--basis", "none"], "is for the fork's files"),
         (["--tlora_min_rank", "0"], "--tlora_min_rank 0 is below 1"),
         (["--tlora_min_rank", "1", "--tlora_alpha", "nan"], "--tlora_alpha nan is no number above 0"),
         (["--tlora_min_rank", "1", "--method", "lora"], "--method lora is none"),

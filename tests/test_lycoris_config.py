@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+from files import FLUX_DEV
 from safetensors import safe_open
 from test_train import arguments as flux_arguments  # noqa: F401 (fixture)
 from test_train import pictures  # noqa: F401 (fixture)
@@ -27,7 +28,6 @@ from lowrank.config.flux import FLUX_TRAIN
 from lowrank.config.sd import SD_TRAIN
 from lowrank.errors import Refused
 from lowrank.models import sd_single
-from lowrank.models.flux import flux_dev_config
 from lowrank.train.network_module import facade_of, find_module
 
 FILES = (
@@ -55,7 +55,7 @@ def full():
         return {
             "sd15": UNet2DConditionModel.from_config(sd_single.published_config("sd15")["unet"]),
             "sdxl": UNet2DConditionModel.from_config(sd_single.published_config("sdxl")["unet"]),
-            "flux": FluxTransformer2DModel(**flux_dev_config()),
+            "flux": FluxTransformer2DModel(**FLUX_DEV),
             "flux2": Flux2Transformer2DModel(num_layers=2, num_single_layers=3),
         }
 

@@ -7,14 +7,13 @@ import json
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from files import FLUX
+from files import FLUX, FLUX_DEV
 from toys import PLAIN, SHIPPED, base, network, shake
 
 from lowrank.adapters import network_module
 from lowrank.adapters.method import Factor, Gate, Magnitude, Method
 from lowrank.adapters.targets import find
 from lowrank.errors import Refused
-from lowrank.models.flux import flux_dev_config
 from lowrank.tensors import read_tensors
 from lowrank.train.network_module import create, facade_of, find_module, optimizer_groups
 
@@ -69,7 +68,7 @@ COUNTS = {rank: {**counts, "effilora": EFFI[rank]} for rank, counts in COUNTS.it
 @pytest.fixture(scope="module")
 def flux_dev():
     with torch.device("meta"):
-        return FluxTransformer2DModel(**flux_dev_config())
+        return FluxTransformer2DModel(**FLUX_DEV)
 
 
 @pytest.mark.parametrize("rank", COUNTS)

@@ -14,8 +14,8 @@ from toys import HOSTS, base, shake
 from lowrank.bases.null_space import least_used, nullity
 from lowrank.cli import importing
 from lowrank.errors import Refused
-from lowrank.formats import legacy_null
 from lowrank.tensors import read_metadata
+from tools import legacy_files
 
 USER = ("network_null_lalora", "network_null_lalora_plus", "network_null_lalora_plus_Effi_ABM")
 
@@ -214,21 +214,23 @@ def test_files_of_the_fork_are_plain_loras(length, swapped, tmp_path):
     if swapped:
         roles = [f"{name}.null_up", f"{name}.null_down"]
         state[roles[0]], state[roles[1]] = state[roles[1]], state[roles[0]]
-    assert legacy_null.is_legacy(state)
-    ((up, down),) = legacy_null.plain_lora(state, basis, "old.safetensors").values()
+    ((up, down),) = legacy_files.plain_lora(state, basis, "old.safetensors").values()
     torch.testing.assert_close(x @ down.T @ up.T, want, rtol=1e-4, atol=1e-4)  # fp32 beside float64
     save_file(state, tmp_path / "old.safetensors")
     save_file(basis, tmp_path / "basis.safetensors")
     line = [str(tmp_path / "old.safetensors"), str(tmp_path / "new.safetensors"), "--base", "sd15"]
-    with pytest.raises(Refused, match="--basis"):
+    with pytest.raises(Refused, match=r"convert it with tools/legacy_files\.py and the basis file"):
         importing.main(line)
-    assert importing.main([*line, "--basis", str(tmp_path / "basis.safetensors")]) == 0
+    assert legacy_files.main([*line, "--basis", str(tmp_path / "basis.safetensors")]) == 0
     native = load_file(tmp_path / "new.safetensors")
     torch.testing.assert_close(native["lora_unet_mid_block_proj.lora_up.weight"], up)
+    plain = ["new.safetensors", "newer.safetensors"]
+    with pytest.raises(Refused, match=r"no file of the fork .* give it to tools/import_lora\.py"):
+        legacy_files.main([*(str(tmp_path / name) for name in plain), "--basis", str(tmp_path / "b")])
     with pytest.raises(Refused, match="routed"):
-        legacy_null.plain_lora({**state, f"{name}.gate.weight": rand(3, I)}, basis, "old.safetensors")
+        legacy_files.plain_lora({**state, f"{name}.gate.weight": rand(3, I)}, basis, "old.safetensors")
     with pytest.raises(Refused, match="basis file it was trained with"):
-        legacy_null.plain_lora(state, {}, "old.safetensors")
+        legacy_files.plain_lora(state, {}, "old.safetensors")
 
 
 def test_experts_that_are_not_enabled_are_one_and_said(caplog, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import json
 import logging
 import sys
 import types
@@ -25,6 +26,7 @@ from lowrank.errors import Refused
 from lowrank.train import schedule
 from lowrank.train.optim import KNOWN, averaged_weights, build_optimizer, chosen, training
 from lowrank.train.schedule import build_scheduler, plan_run
+from tools import make_schedules
 
 
 def options(**changes) -> Options:
@@ -356,6 +358,29 @@ def test_schedules_equal_their_libraries(name, warmup, processes):
     )
     expected = rates(oracle(name, steps, warmup, decay), steps + 3)
     assert rates(ours, steps + 3, processes) == pytest.approx(expected, abs=1e-12)
+
+
+def rows_of(name: str) -> list[dict]:
+    return [row for row in json.loads(make_schedules.TABLE.read_text()) if row["name"] == name]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedule_golden_table(name):
+    """Every factor that was once computed. 1e-12: two orders of the same operations differ by some last bits
+    of a double, and 1 - a/b by one of 1 where it is close to 0 (the absolute part)."""
+    rows = rows_of(name)
+    assert len(rows) >= 15, "make the table again with tools/make_schedules.py"
+    for row in rows:
+        expected = row.pop("factors")
+        for processes in (1, 2):
+            found = make_schedules.factors(row, processes)[::processes]
+            assert found == pytest.approx(expected, rel=1e-12, abs=1e-15), row
+
+
+def test_schedule_golden_table_is_that_of_its_script():
+    table = [row for name in SCHEDULERS for row in rows_of(name)]
+    stored = [{key: value for key, value in row.items() if key != "factors"} for row in table]
+    assert stored == json.loads(json.dumps(make_schedules.cases()))
 
 
 def test_accelerate_steps_it_as_often_as_there_are_processes(monkeypatch):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +28,10 @@ from lowrank.models.flux import FLUX
 from lowrank.models.samplers import SAMPLERS, build_sampler
 from lowrank.models.sd import PLAIN, SD15, SdOptions
 from lowrank.models.sdxl import SDXL
-from lowrank.models.single import Checkpoint, autoencoder_config, original_vae
+from lowrank.models.single import Checkpoint, autoencoder_config, under_diffusers_names
 from lowrank.naming import unet as unet_names
 from tools import make_tiny_flux, make_tiny_sd, tiny
+from tools.single_file import vae_name
 
 KINDS = ("sd15", "sd2", "sdxl")
 FAMILIES = {"sd15": SD15, "sd2": SD15, "sdxl": SDXL}
@@ -206,10 +208,8 @@ def full(config: dict) -> dict:
 
 
 def shapes_only(state: dict) -> Checkpoint:
-    file = object.__new__(Checkpoint)
-    file.path, file._held, file.told, file._keys = "a file", None, {}, {name: name for name in state}
-    file.shapes = {name: tuple(value.shape) for name, value in state.items()}
-    return file
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    return Checkpoint(Path("a file"), {name: name for name in state}, shapes)
 
 
 def test_full_sizes_are_read_off_the_tensors(kind):
@@ -221,7 +221,7 @@ def test_full_sizes_are_read_off_the_tensors(kind):
         assert told[key] == expected[key], key
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(facts["vae"])
-    vae_state = {unet_names.vae_name(name, 4): value for name, value in vae.state_dict().items()}
+    vae_state = {vae_name(name, 4): value for name, value in vae.state_dict().items()}
     assert autoencoder_config(shapes_only(vae_state), facts["vae"]) == facts["vae"]
     assert (
         sum(p.numel() for p in state.values())
@@ -243,7 +243,7 @@ def test_names_are_those_of_diffusers_converter(kind):
         f"model.diffusion_model.{unet_names.unet_name(k, blocks)}": v for k, v in unet.state_dict().items()
     }
     for key, value in vae.state_dict().items():
-        told = unet_names.vae_name(key, 4)
+        told = vae_name(key, 4)
         original[f"first_stage_model.{told}"] = (
             value[..., None, None] if ".attn_1." in told and value.dim() == 2 else value
         )
@@ -310,9 +310,7 @@ def test_vae_override(layout, folders, all_models, tmp_path):
     save_file(state, path, {"format": "pt"})
     if layout in ("original", "prefixed"):
         prefix = "first_stage_model." if layout == "prefixed" else ""
-        save_file(
-            {prefix + unet_names.vae_name(key, 4): v for key, v in state.items()}, tmp_path / "v.safetensors"
-        )
+        save_file({prefix + vae_name(key, 4): v for key, v in state.items()}, tmp_path / "v.safetensors")
     place = {"folder": tmp_path / "vae", "parent": tmp_path, "diffusers": path}
     given = str(place.get(layout, tmp_path / "v.safetensors"))
     other = SD15.load(Source(str(folders["sd15"]), vae=given, dtype=torch.float32), ("vae",))
@@ -555,12 +553,12 @@ def test_the_empty_denoiser_has_the_shapes(kind, all_models):
 
 
 def test_original_vae_reads_names_from_before_diffusers_0_15():
-    names = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     state = {f"encoder.mid_block.attentions.0.{n}.weight": torch.zeros(2, 2) for n in names}
     state["decoder.up_blocks.0.resnets.0.conv1.weight"] = torch.zeros(2, 2)
-    assert set(original_vae(shapes_only(state)).shapes) == {
-        *(f"encoder.mid.attn_1.{n}.weight" for n in names.values()),
-        "decoder.up.0.block.0.conv1.weight",
+    assert set(under_diffusers_names(state)) == {
+        *(f"encoder.mid_block.attentions.0.{n}.weight" for n in names.values()),
+        "decoder.up_blocks.0.resnets.0.conv1.weight",
     }
 
 

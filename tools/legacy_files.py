@@ -1,9 +1,11 @@
-"""Trained files of the fork that the user's network names come from, turned into plain LoRAs.
+"""Write a trained file of the null-LoRA fork (a-ru2016/sd-scripts) as a native file: it is a plain LoRA.
 
-Format (owner: a-ru2016/sd-scripts): `<layer>.alpha_up` and `.alpha_down` (h, h), `.s` (2h,) or `.m` (O,),
-`.null_up` (O, h) and `.null_down` (h, I), in older files the two
-swapped. The basis is not inside: its file has `<layer>.lora_up.weight.basis` (O, K),
-`.lora_down.weight.basis` (I, K) and their `.mean`s. Its forward was
+    python tools/legacy_files.py old.safetensors native.safetensors --basis basis.safetensors
+
+The names network_null_lalora… come from this fork. In its files `<layer>.alpha_up` and `.alpha_down` are
+(h, h), `.s` is (2h,) or `.m` (O,), `.null_up` (O, h) and `.null_down` (h, I), in older files the two swapped.
+The basis has a file of its own, with `<layer>.lora_up.weight.basis` (O, K), `.lora_down.weight.basis` (I, K)
+and their `.mean`s. The forward of the fork is
 
     ΔW = (L·α_up + μ_up·1ᵀ)·diag(s₁)·V_N + U_N·diag(s₂)·(α_down·R + 1·μ_downᵀ)      or m ⊙ the same without s
 
@@ -12,18 +14,21 @@ with the basis cut to h directions and no alpha, which is a plain LoRA of rank 2
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
 
+from lowrank.cli import importing
 from lowrank.errors import Refused
-from lowrank.naming import keys
-
-
-def is_legacy(names: Iterable[str]) -> bool:
-    """Whether the tensors of these names are a trained file of that layout."""
-    return any(name.endswith(".alpha_up") for name in names)
+from lowrank.naming import keys, places
+from lowrank.tensors import read_tensors, write_tensors
 
 
 def plain_lora(
@@ -85,3 +90,32 @@ def _pair(
 def _flat(name: str) -> str:
     """`unet.down.blocks.0…`, `unet_down_blocks_0…` and `te1_text_model…` as `keys.flat` spells them."""
     return keys.flat("lora_" + name.replace(".", "_").removeprefix("lora_"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert one file, and print what tools/import_lora.py says of it. Raises `Refused`."""
+    parser = argparse.ArgumentParser(prog="tools/legacy_files.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("source", help="trained file of the fork (alpha_up, alpha_down, null_up, null_down)")
+    parser.add_argument("target", help="native .safetensors file to write")
+    parser.add_argument("--basis", required=True, help="the basis file that it was trained with")
+    parser.add_argument("--base", choices=places.FAMILIES, help="the base model, where names do not tell it")
+    args = parser.parse_args(argv)
+    state, _ = read_tensors(args.source)
+    if not any(name.endswith(".alpha_up") for name in state):
+        raise Refused(f"{args.source} is no file of the fork (no alpha_up); give it to tools/import_lora.py")
+    plain = {}
+    for name, (up, down) in plain_lora(state, read_tensors(args.basis)[0], args.source).items():
+        root = "lora_" + (name.replace("|", "_") if keys.is_flat_text(name) else f"unet_{name}")
+        plain |= {f"{root}.lora_up.weight": up, f"{root}.lora_down.weight": down}
+        plain[f"{root}.alpha"] = torch.tensor(float(len(down)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / Path(args.source).name
+        write_tensors(path, plain, {})
+        return importing.main([str(path), args.target, *(["--base", args.base] if args.base else [])])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Refused as refused:
+        sys.exit(f"error: {refused}")
