@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole test suite in the environment of this repository: no GPU, no network once installed.
 #     bash run_tests.sh                         everything
-#     bash run_tests.sh tests/test_tree.py -x   what pytest is told
+#     bash run_tests.sh tests/contract/test_tree.py -x   what pytest is told
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

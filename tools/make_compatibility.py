@@ -1,4 +1,4 @@
-"""Write docs/compatibility.md from the tables that the tests go through (tests/compatibility.py).
+"""Write docs/compatibility.md from the tables that the tests go through (tests/support/compatibility.py).
 
 python tools/make_compatibility.py           write it
 python tools/make_compatibility.py --check   exit 1 when it is not what this would write
@@ -18,8 +18,9 @@ from lowrank.weights.formats import FORMATS  # noqa: E402
 
 INTRODUCTION = """# What works with what
 
-Written by `tools/make_compatibility.py` from `tests/compatibility.py`; `tests/test_export.py` and
-`tests/test_import.py` go through every cell on small SD 1.5, SDXL and FLUX models. *Exact* means: the program
+Written by `tools/make_compatibility.py` from `tests/support/compatibility.py`;
+`tests/contract/test_export.py` and `tests/contract/test_import.py` go through every cell on small SD 1.5,
+SDXL and FLUX models. *Exact* means: the program
 that the format is of loads the file with no tensor missing and none unexpected, and every layer answers as
 ours does to 10⁻⁵ of its change in fp32. How: [export.md](export.md).
 """
@@ -34,7 +35,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def page() -> str:
     """The page."""
-    spec = importlib.util.spec_from_file_location("compatibility", ROOT / "tests" / "compatibility.py")
+    spec = importlib.util.spec_from_file_location(
+        "compatibility", ROOT / "tests" / "support" / "compatibility.py"
+    )
     assert spec and spec.loader  # the file is there
     known = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(known)
