@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +13,9 @@ import pytest
 import torch
 from flux_run import WEIGHTS, arguments, pictures, same  # noqa: F401 (fixtures)
 from PIL import Image
-from repository import ROOT
+from processes import finished, start
 from safetensors.torch import load_file
+from sd_run import one_thread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lowrank.cli.flux_train import main
@@ -93,24 +92,20 @@ def test_four_steps_are_two_and_two(method, arguments, tmp_path):
 
 def test_resume_after_kill(arguments, tmp_path):
     more = ("--checkpointing_steps", "2", "--max_train_steps", "6")
-    assert main(arguments("whole", *more)) == 0
     line = arguments("killed", "--checkpointing_steps", "2", "--max_train_steps", "100000")
-    with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen(
-            [sys.executable, str(ROOT / "flux_train_qrlora.py"), *line],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        )
+    with one_thread():
+        assert main(arguments("whole", *more)) == 0
+    run = start("flux_train_qrlora.py", line, tmp_path / "log")
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "checkpoint-2").is_dir():
-        assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        assert run.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.kill()
+    assert finished(run) == -signal.SIGKILL
     for folder in (tmp_path / "killed").glob("checkpoint-*"):  # whatever was reached is whole
         assert json.loads((folder / "train_state.json").read_text())["files"]
-    assert main(arguments("killed", *more, "--resume", "checkpoint-2")) == 0
+    with one_thread():
+        assert main(arguments("killed", *more, "--resume", "checkpoint-2")) == 0
     assert same(tmp_path / "whole" / WEIGHTS, tmp_path / "killed" / WEIGHTS)
     assert not list((tmp_path / "killed").glob(".*.part"))
 
@@ -292,22 +287,13 @@ def test_bad_images_are_skipped_when_asked(arguments, tmp_path, caplog):
 
 
 def test_the_exit_code_and_the_sentence(arguments, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "flux_train_qrlora.py"), *arguments("run", "--rank", "1000")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert (
-        done.stderr.splitlines()[-1].startswith("error: rank 1000 does not fit")
-        and "Traceback" not in done.stderr
-    )
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "flux_train_qrlora.py"), "--lerning_rate", "1"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "--learning_rate" in done.stderr
+    log = tmp_path / "log"
+    assert finished(start("flux_train_qrlora.py", arguments("run", "--rank", "1000"), log)) == 1
+    printed = log.read_text()
+    assert printed.splitlines()[-1].startswith("error: rank 1000 does not fit")
+    assert "Traceback" not in printed
+    assert finished(start("flux_train_qrlora.py", ["--lerning_rate", "1"], log)) == 2
+    assert "--learning_rate" in log.read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path):
@@ -444,19 +430,16 @@ def test_a_full_disk_loses_nothing(arguments, tmp_path, monkeypatch):
 
 def test_control_c_saves_and_leaves(arguments, tmp_path):
     line = arguments("run", "--max_train_steps", "100000")
-    with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen(
-            [sys.executable, str(ROOT / "flux_train_qrlora.py"), *line], stdout=log, stderr=log
-        )
+    run = start("flux_train_qrlora.py", line, tmp_path / "log")
     deadline = time.monotonic() + 120
     while (
         not (tmp_path / "run" / "loss.csv").is_file()
         or len((tmp_path / "run" / "loss.csv").read_text().splitlines()) < 3
     ):
-        assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        assert run.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
-    assert run.wait(60) == 130
+    os.kill(run.pid, signal.SIGINT)
+    assert finished(run) == 130
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
     assert json.loads((saved / "train_state.json").read_text())["current_step"] == int(saved.name[11:])
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +13,7 @@ import pytest
 import torch
 from flux_run import same
 from PIL import Image
-from repository import ROOT
+from processes import finished, launch_two, start
 from safetensors.torch import load_file, save_file
 from sd_run import arguments, folders, metadata, one_thread, rows, scalars  # noqa: F401 (fixtures)
 
@@ -148,28 +145,24 @@ def test_eight_steps_are_three_and_three_and_two(case, arguments, tmp_path, requ
 
 def test_resume_after_kill(arguments, tmp_path):
     more = ("--save_every_n_steps", "2", "--save_state", "--network_train_unet_only")
-    assert sd(arguments("whole", *more, "--max_train_steps", "6")) == 0
+    with one_thread():
+        assert sd(arguments("whole", *more, "--max_train_steps", "6")) == 0
     line = arguments("killed", *more, "--max_train_steps", "100000")
-    with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen(
-            [sys.executable, str(ROOT / "train_network_ABM.py"), *line],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        )
+    run = start("train_network_ABM.py", line, tmp_path / "log")
     killed = tmp_path / "killed"
     deadline = time.monotonic() + 240
     while not (killed / "cat-step00000002-state").is_dir():
-        assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        assert run.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.kill()
+    assert finished(run) == -signal.SIGKILL
     for folder in killed.glob("*-state"):  # whatever was reached is whole
         assert json.loads((folder / "train_state.json").read_text())["files"]
     for file in killed.glob("*.safetensors"):
         assert load_file(file)
     state = str(killed / "cat-step00000002-state")
-    assert sd(arguments("killed", *more, "--max_train_steps", "6", "--resume", state)) == 0
+    with one_thread():
+        assert sd(arguments("killed", *more, "--max_train_steps", "6", "--resume", state)) == 0
     assert same(tmp_path / "whole" / "cat.safetensors", killed / "cat.safetensors")
 
 
@@ -177,14 +170,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(arguments, tmp_path):
     """Bit for bit, with AdamW, which makes whole steps of a gradient that is rounding noise."""
     more = ("--lr_scheduler", "linear", "--lr_warmup_steps", "2")
     line = arguments("two", *more, "--gradient_accumulation_steps", "1")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "train_network_ABM.py"), *line],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_two("train_network_ABM.py", line, tmp_path)
     with one_thread():
         assert sd(arguments("one", *more, "--gradient_accumulation_steps", "2")) == 0
     two, one = (load_file(tmp_path / run / "cat.safetensors") for run in ("two", "one"))

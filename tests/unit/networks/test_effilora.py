@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from flux_run import same
 from kohya_models import SD15, tiny
+from processes import launch_two
 from repository import ROOT
 from safetensors.torch import load_file
 from sd_run import arguments, folders, one_thread  # noqa: F401 - the first two are fixtures
@@ -528,14 +529,7 @@ def test_two_processes_draw_and_probe_alike(arguments, tmp_path):
         ),
         *("--network_args", "num_experts=2", "effi_update_ratio=0.5", "effi_probe_every=1"),
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "train_network_ABM.py"), *arguments("two", *more)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_two("train_network_ABM.py", arguments("two", *more), tmp_path)
     with one_thread():
         assert main(arguments("one", *more, "--gradient_accumulation_steps", "2")) == 0
     assert same(tmp_path / "two" / "cat.safetensors", tmp_path / "one" / "cat.safetensors")
