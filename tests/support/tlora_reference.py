@@ -32,6 +32,8 @@ def out(model, times, grad=True):
         "txt_ids": torch.zeros(5, 3),
         "guidance": torch.ones(B),
     }
+    for name in ("hidden_states", "encoder_hidden_states", "pooled_projections"):
+        inputs[name] = inputs[name].to(model.dtype)
     with torch.set_grad_enabled(grad):
         return model(**inputs, return_dict=False)[0]
 

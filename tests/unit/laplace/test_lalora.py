@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -38,10 +39,10 @@ def dense(spectrum: Spectrum) -> Tensor:
     return spectrum.form(torch.eye(spectrum.main.shape[-1], dtype=spectrum.main.dtype))
 
 
-def problem(kind: str, samples: int = 6):
+def problem(kind: str, samples: int = 6, dtype: torch.dtype = torch.float32):
     """A base, inputs and targets, and the loss of each sample."""
     torch.manual_seed(3)
-    model, x = base(kind), HOSTS[kind].example(samples)
+    model, x = base(kind, dtype), HOSTS[kind].example(samples).to(dtype)
     target = torch.randn_like(model(x))
 
     def losses(rows: slice = slice(None)) -> Tensor:
@@ -51,9 +52,15 @@ def problem(kind: str, samples: int = 6):
 
 
 def measured(
-    kind: str, curvature: str = "kfac", batch: int = 6, scale: float = 1.0, rank: int = 4, samples: int = 6
+    kind: str,
+    curvature: str = "kfac",
+    batch: int = 6,
+    scale: float = 1.0,
+    rank: int = 4,
+    samples: int = 6,
+    dtype: torch.dtype = torch.float32,
 ):
-    model, x, losses = problem(kind, samples)
+    model, x, losses = problem(kind, samples, dtype)
     fisher = Fisher(find("unet", model, target="."), curvature, rank, 0, "cpu")
     with fisher.watching():
         for start in range(0, len(x), batch):
@@ -112,10 +119,13 @@ def test_the_curvature_is_that_of_a_loop_over_samples(kind):
 @pytest.mark.parametrize("curvature", ["kfac", "kfac_lr", "diag", "lora_diag"])
 @pytest.mark.parametrize("change", [{"batch": 1}, {"batch": 4}, {"scale": 65536.0}])
 def test_neither_batches_nor_the_scale_of_the_loss_matter(curvature, change):
-    one, other = measured("conv", curvature)[1], measured("conv", curvature, **change)[1]
+    """Gradients in float64, because a CPU may choose another fp32 kernel for another batch size."""
+    exact = {"dtype": torch.float64}
+    one, other = measured("conv", curvature, **exact)[1], measured("conv", curvature, **exact, **change)[1]
     for name in one.layers:
         for mine, his in zip(one.layers[name], other.layers[name], strict=True):
-            assert torch.linalg.norm(dense(mine) - dense(his)) <= 1e-4 * torch.linalg.norm(dense(his))
+            # the sums are fp32: 3e-7 measured with kernels for SSE4.1, AVX2 and AVX-512
+            assert torch.linalg.norm(dense(mine) - dense(his)) <= 3e-6 * torch.linalg.norm(dense(his))
 
 
 def test_autocast_changes_rounding_alone():
@@ -527,7 +537,12 @@ def test_the_script_on_every_family(kind, line, tmp_path, capsys, request):
     assert all(torch.isfinite(layer.S.main).all() for layer in context.layers.values())
 
 
-def test_the_file_does_not_depend_on_the_batch_size(line, tiny_sd2, tmp_path):
+def test_context_file_does_not_depend_on_the_batch_size(line, tiny_sd2, tmp_path):
+    """To fp32's rounding: other kernels for other batch sizes, amplified by the way back through the U-Net.
+
+    Measured with oneDNN's kernels for SSE4.1, AVX2 and AVX-512 and without oneDNN: at most 1.2e-3 in one of
+    48 matrices, 1.5e-4 at the median. A miscounted sample would change them by a fifth.
+    """
     own = ("--target", "up_blocks.3.*attn", "--network_train_unet_only", "--num_samples", "5")
     own = (*own, "--v_parameterization")
     files = []
@@ -535,9 +550,11 @@ def test_the_file_does_not_depend_on_the_batch_size(line, tiny_sd2, tmp_path):
         out = tmp_path / f"{size}.safetensors"
         assert main(line(tiny_sd2, *own, "--batch_size", size, "--output_path", str(out))) == 0
         files.append(read_context(out))
+    apart = []
     for name, layer in files[0].layers.items():
         for mine, his in zip(layer, files[1].layers[name], strict=True):
-            assert torch.linalg.norm(dense(mine) - dense(his)) <= 1e-3 * torch.linalg.norm(dense(his)), name
+            apart.append(float(torch.linalg.norm(dense(mine) - dense(his)) / torch.linalg.norm(dense(his))))
+    assert max(apart) <= 1e-2 and median(apart) <= 1e-3
     assert main(line(tiny_sd2, *own, "--mixed_precision", "bf16", "--fp8_base", "--xformers")) == 0
 
 
