@@ -55,6 +55,7 @@ class Weights:
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_every_export_is_what_its_readers_read(family, method, to, saved, tmp_path):
     adapter = read(saved(family, method))
     if to in ("lycoris", "qrlora"):
@@ -258,6 +259,7 @@ def test_joined_layers_of_other_ranks_scales_and_gaps_are_exact(tmp_path):
 @pytest.mark.parametrize(
     "name", ["single_transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.add_k_proj"]
 )
+@pytest.mark.slow
 def test_diffusers_reads_a_joined_layer_of_which_one_part_is_adapted(name, tmp_path):
     """Zeros for the layers beside it are no unexpected keys: a model has them."""
     adapter = _flux({name: _random(3072, 3072, 1, 0.5)})

@@ -36,6 +36,7 @@ def line(tiny_sd, tmp_path):
 
 
 @pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.slow
 def test_a_hostile_file_is_not_drawn(what, line, tmp_path):
     save_file(HOSTILE[what][0], tmp_path / "in.safetensors")
     with pytest.raises(Refused) as told:
@@ -91,6 +92,7 @@ ORTHOGONAL = {
 
 
 @pytest.mark.parametrize("what", DAMAGED)
+@pytest.mark.slow
 def test_damaged_metadata_are_one_sentence(what, line, tmp_path):
     """In a network that is made from the file, and in a picture where that network draws it."""
     told, words = DAMAGED[what]
@@ -137,6 +139,7 @@ def test_a_path_in_metadata_is_not_opened(method, line, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
+@pytest.mark.slow
 def test_mixed_precisions_and_an_alpha_of_zero_are_drawn(dtype, line, tiny_sd, tmp_path, caplog):
     width = json.loads((tiny_sd / "unet" / "config.json").read_text())["block_out_channels"][-1]
     state = {**whole(A, 2, width, width, dtype), **whole(B, 2, width, width), f"{B}.alpha": torch.tensor(0.0)}

@@ -26,6 +26,8 @@ from lowrank.cli.sheet import _shortened, sheet
 from lowrank.errors import Refused
 from lowrank.tensors import write_tensors
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.fixture
 def adapters(arguments, tmp_path):

@@ -18,6 +18,8 @@ from lowrank.cli.similarity import main as similarity
 from lowrank.errors import Refused
 from lowrank.weights.export import export_lora, worst_difference
 
+pytestmark = pytest.mark.slow  # whole runs
+
 STEPS = 2
 
 

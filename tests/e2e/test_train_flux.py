@@ -24,6 +24,8 @@ from lowrank.files import only_writer
 from lowrank.tensors import read_metadata
 from tools.make_tiny_flux import make
 
+pytestmark = pytest.mark.slow  # whole runs
+
 METHODS = {
     "triu": ("--lora_init_method", "triu_deltaR"),
     "qr": ("--lora_init_method", "qr"),

@@ -21,6 +21,8 @@ from lowrank.cli.sd_train import main as sd
 from lowrank.cli.sdxl_train import main as sdxl
 from lowrank.errors import Refused
 
+pytestmark = pytest.mark.slow  # whole runs
+
 # The user's own command, word for word but for the script's name.
 DOCUMENTED = """
   --pretrained_model_name_or_path=../models/Stable-diffusion/v1-5-pruned-emaonly.safetensors

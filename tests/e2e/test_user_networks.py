@@ -19,6 +19,8 @@ from lowrank.cli.sdxl_train import main as sdxl
 from lowrank.errors import Refused
 from tools import extract_universal_basis
 
+pytestmark = pytest.mark.slow  # whole runs
+
 MODULE = "network_null_lalora_plus_Effi_ABM"
 # user document 3, without what a test has of its own: paths, epochs, and 32 directions, too many here
 COMMAND = ("--network_module", MODULE, "--network_dim", "8", "--network_alpha", "4")

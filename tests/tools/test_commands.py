@@ -99,8 +99,10 @@ def test_the_test_command_and_ci_run_the_whole_suite(tree):
     bash(tree, "tools/setup_env.sh", "dev")
     for script, given in (("run_tests.sh", ("tests/contract/test_tree.py", "-x")), (".ci/run", ())):
         arguments, environment = call(tree, script, *given)
-        assert arguments == ["-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *given]
+        assert arguments == ["-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *given]
         assert environment["OMP_NUM_THREADS"] == "1"
+    arguments, _ = call(tree, "run_tests.sh", "--fast", "-x")
+    assert arguments[-3:] == ["-m", "not slow", "-x"]
     assert call(tree, "run_tests.sh", OMP_NUM_THREADS="2")[1]["OMP_NUM_THREADS"] == "2"
 
 

@@ -62,6 +62,7 @@ def test_the_card_tells_the_measured_shares(family):
 # diffusers' Euler scheduler hands numpy a torch tensor in a way that numpy 2 deprecates
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_a_shipped_model_draws_what_it_is_asked(family, pipes, judge):
     scenes = [seen_scenes()[i] for i in range(0, len(seen_scenes()), 140)]
     drawn = report.pictures(pipes[family], [caption(s) for s in scenes], 0, report.CALL[family])
@@ -76,6 +77,7 @@ def test_the_scorer_knows_the_pictures_that_adapters_learn_from(judge):
     assert all(values.all() for values in scorer.score(judge, pictures, scenes).values())
 
 
+@pytest.mark.slow
 def test_a_content_is_learned_from_one_picture(tmp_path, pipes, judge):
     """The demo in small: before, the words draw a dog; after a few seconds they draw the poodle."""
     prompts = [f"a photo of a <c> dog on a {place} background" for place in ("red", "blue", "yellow", "gray")]

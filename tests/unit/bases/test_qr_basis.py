@@ -376,6 +376,7 @@ def slow_processes(tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_computes_and_both_have_the_same(slow_processes, tmp_path):
     outputs = [process.communicate(timeout=60) for process in slow_processes(2, 0.1)]
     lines = [out.splitlines() for out, _ in outputs]

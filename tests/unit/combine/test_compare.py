@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
-from repository import ROOT
+from processes import finished, start
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -441,12 +439,6 @@ def test_bad_values_are_refused_by_name_and_nothing_is_written(tmp_path):
 
 def test_the_root_script_refuses_in_one_sentence(tmp_path):
     one = write(tmp_path / "a.safetensors", delta_r(1))
-    script = str(ROOT / "visualize_similarity.py")
-    ran = subprocess.run(
-        [sys.executable, script, "--lora1_path", one, "--lora2_path", "absent"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1) and ran.stderr.startswith("error: absent ")
+    words = ["--lora1_path", one, "--lora2_path", "absent"]
+    assert finished(start("visualize_similarity.py", words, log := tmp_path / "log")) == 1
+    assert log.read_text().count("\n") == 1 and log.read_text().startswith("error: absent ")

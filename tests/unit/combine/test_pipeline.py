@@ -295,6 +295,7 @@ def stock(request, tiny_flux, tiny_sd, tiny_sdxl):
 
 
 @pytest.mark.parametrize("stock", ["sd", "sdxl", "flux"], indirect=True)
+@pytest.mark.slow
 def test_stock_pipelines_open_the_ranks_of_each_step(stock, tmp_path):
     """As by hand, bit for bit; with guidance and two images for each prompt."""
     family, models = stock

@@ -115,6 +115,7 @@ def test_flux_2_by_its_own_names_and_by_the_general_ones(full):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.slow
 def test_the_guides_files_train_stable_diffusion(kind, request, arguments, tmp_path):
     """Unchanged but for the rank, which the tiny model's narrowest layers do not have."""
     told = json.loads((FILES / "lycoris_tlora.json").read_text()) | {"linear_dim": 8, "linear_alpha": 0.5}

@@ -80,6 +80,7 @@ def saved(tmp_path_factory, request):
 
 @pytest.mark.parametrize("method", ROUTED)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_every_format_holds_the_nearest_lora(family, method, saved, tmp_path):
     base, source, nearest, told = saved(family, method)
     adapter, routed = read(nearest), export.made_by(source)
@@ -107,6 +108,7 @@ def test_every_format_holds_the_nearest_lora(family, method, saved, tmp_path):
 
 @pytest.mark.parametrize("method", ROUTED)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_where_experts_are_alike_nothing_is_lost(family, method, saved, tmp_path):
     """In one forward of the model, text encoders apart: the routed network against the exported files."""
     base, source, nearest, _ = saved(family, method, alike=True)

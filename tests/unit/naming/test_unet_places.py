@@ -194,6 +194,7 @@ def answer(kind: str, models, unet, encoders):
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 @pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
+@pytest.mark.slow
 def test_stock_diffusers_loads_what_we_save(kind, conv, tiny_sd, tiny_sdxl, tmp_path, caplog):
     folder = {"sd15": tiny_sd, "sdxl": tiny_sdxl}[kind]
     models, net = trained(kind, folder, conv)

@@ -393,6 +393,7 @@ print(hashlib.sha256(repr(order).encode()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_order_does_not_depend_on_pythons_hashes():
     """Layers, parameters and tensors of a file, with the start values that follow from the order."""
     more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -498,6 +499,7 @@ def test_what_has_no_static_up_is_refused():
 # ------------------------------------------------------------------ whole runs
 
 
+@pytest.mark.slow
 def test_a_whole_run_saves_loads_and_resumes_bit_for_bit(arguments, tmp_path, tiny_sd):
     more = (
         *("--network_module", "effilora", "--max_train_steps", "3", "--save_every_n_steps", "2"),
@@ -516,6 +518,7 @@ def test_a_whole_run_saves_loads_and_resumes_bit_for_bit(arguments, tmp_path, ti
     assert read_tensors(whole / "cat.safetensors")[1]["lowrank.method"] == "effilora"
 
 
+@pytest.mark.slow
 def test_two_processes_draw_and_probe_alike(arguments, tmp_path):
     """As one process with twice the accumulation, bit for bit."""
     more = (

@@ -440,6 +440,7 @@ def run_text(encoder):
 
 @pytest.mark.parametrize("conv", [{}, {"conv_dim": "2", "conv_alpha": "1"}], ids=["linear", "conv"])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.slow
 def test_stock_diffusers_loads_the_file(family, conv, tmp_path, caplog):
     net, encoders, unet = made(family, **conv)
     shake(net)
