@@ -170,7 +170,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
 
 @pytest.mark.parametrize("case", ["flux", "sd"], indirect=True)
 @pytest.mark.parametrize("method", SHIPPED)
-def test_every_method_gives_what_it_gave_in_training(method, case, nodes, trained):
+def test_node_output_equals_training_forward(method, case, nodes, trained):
     base = case.expected()
     network = trained(method)
     with network.denoise_at(case.timesteps):

@@ -180,7 +180,7 @@ def test_the_times_of_a_basis_are_what_was_measured():
         assert (float(angle), float(memory)) == pytest.approx((of["sin_max"], of["memory"]), rel=0.02)
 
 
-def test_the_checks_can_fail(tmp_path):
+def test_docs_checks_detect_mistakes(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A `b` c\n[1](#a-b-c) [2](#b) [3](none.md) [4](https://example.org/none)\n")
     assert dead(page) == ["#b", "none.md"]

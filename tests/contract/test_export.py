@@ -56,7 +56,7 @@ class Weights:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
-def test_every_export_is_what_its_readers_read(family, method, to, saved, tmp_path):
+def test_export_matrix_read_back_by_each_program(family, method, to, saved, tmp_path):
     adapter = read(saved(family, method))
     if to in ("lycoris", "qrlora"):
         adapter = only(adapter, "unet")
@@ -344,7 +344,7 @@ def test_a_joined_layer_with_lengths_needs_the_base(saved, tmp_path):
 # ---------- metadata, precision, rank
 
 
-def test_what_interfaces_read(saved, tmp_path):
+def test_metadata_read_by_web_interfaces(saved, tmp_path):
     for family, version, module in (
         ("sd15", "sd_v1", "networks.lora"),
         ("sdxl", "sdxl_base_v1-0", "networks.lora"),
@@ -363,7 +363,7 @@ def test_what_interfaces_read(saved, tmp_path):
 @pytest.mark.parametrize(
     ("name", "dtype", "most"), [("bf16", torch.bfloat16, 1e-2), ("fp16", torch.float16, 2e-3)]
 )
-def test_half_precision_is_said(name, dtype, most, saved, tmp_path, capsys):
+def test_half_precision_rounding_is_reported(name, dtype, most, saved, tmp_path, capsys):
     path = tmp_path / "out.safetensors"
     assert export.main([str(saved("flux", "lora")), str(path), "--dtype", name]) == 0
     state = load_file(path)
@@ -373,7 +373,7 @@ def test_half_precision_is_said(name, dtype, most, saved, tmp_path, capsys):
     assert 1e-5 < told < most
 
 
-def test_what_a_smaller_rank_loses_is_what_is_said(saved, tmp_path, capsys):
+def test_rank_reduction_reports_its_loss(saved, tmp_path, capsys):
     adapter = read(saved("sd15", "qrlora"))
     small, loss = resize(adapter, 3)
     assert {one.rank for one in small.layers.values()} == {3}
@@ -452,7 +452,7 @@ def test_merging_reads_pieces_and_rounds_once(tmp_path, monkeypatch):
         assert file.metadata() == {"kept": "yes"}
 
 
-def test_what_cannot_be_merged_says_why(saved, tiny_sd, tmp_path):
+def test_merge_into_base_errors(saved, tiny_sd, tmp_path):
     base = checkpoint.Base(tiny_sd)
     adapter = read(saved("flux", "lora"))
     with pytest.raises(Refused, match="is not in"):
@@ -488,7 +488,7 @@ def test_what_cannot_be_merged_says_why(saved, tiny_sd, tmp_path):
 # ---------- the command
 
 
-def test_the_command_says_why_not(saved, tmp_path):
+def test_export_command_errors(saved, tmp_path):
     source, target = str(saved("sd15", "lora")), str(tmp_path / "out.safetensors")
     for words, why in (
         (["--to", "merged"], "needs the base model"),
@@ -528,7 +528,7 @@ def test_the_adapter_is_never_written_over(method, words, saved, tmp_path):
     assert (tmp_path / "in.safetensors").read_bytes() == saved("sd15", method).read_bytes()
 
 
-def test_nothing_is_merged_into_the_base(saved, tiny_sd):
+def test_merged_target_may_not_be_the_base(saved, tiny_sd):
     words = [str(saved("sd15", "lora")), str(tiny_sd / "new"), "--to", "merged", "--model", str(tiny_sd)]
     with pytest.raises(Refused, match="is inside the base model"):
         export.main(words)

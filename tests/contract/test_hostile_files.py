@@ -53,7 +53,7 @@ NOT_FILES = {
 
 
 @pytest.mark.parametrize("what", NOT_FILES)
-def test_what_is_no_file_of_tensors(what, line, tmp_path):
+def test_files_that_are_not_safetensors_are_refused(what, line, tmp_path):
     path = tmp_path / "in.safetensors"
     save_file(whole(A), path)
     data = NOT_FILES[what]
@@ -93,7 +93,7 @@ ORTHOGONAL = {
 
 @pytest.mark.parametrize("what", DAMAGED)
 @pytest.mark.slow
-def test_damaged_metadata_are_one_sentence(what, line, tmp_path):
+def test_merge_with_damaged_metadata_is_refused(what, line, tmp_path):
     """In a network that is made from the file, and in a picture where that network draws it."""
     told, words = DAMAGED[what]
     path = tmp_path / "in.safetensors"

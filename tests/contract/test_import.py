@@ -34,7 +34,7 @@ from networks import lora
     ("family", "method"), [("sd15", "lora"), ("sdxl", "dora"), ("flux", "dora"), ("flux", "delta_r")]
 )
 @pytest.mark.slow
-def test_there_and_back_is_the_same(family, method, to, bases, tmp_path, capsys):
+def test_export_import_round_trip(family, method, to, bases, tmp_path, capsys):
     adapter = read(files.save(tmp_path, family, method, bases, text=to != "lycoris"))
     target = tmp_path / ("out" if FORMATS[to].folder else "out.safetensors")
     write(adapter, to, target, Choices(flat_clip=export.flat_clip()))
@@ -206,7 +206,7 @@ def test_names_that_other_programs_write(key, place):
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_file_is_one_sentence(what, tmp_path, capsys):
+def test_hostile_files_are_refused(what, tmp_path, capsys):
     """In export, import and merging; inspecting tells what is wrong with it. Networks and mixtures too, where
     they would use what is wrong."""
     state, why = HOSTILE[what]
@@ -243,7 +243,7 @@ def test_mixed_precisions_are_read(dtype, tmp_path, capsys):
     assert inspection.main([str(path)]) == 0 and str(dtype).removeprefix("torch.") in capsys.readouterr().out
 
 
-def test_an_alpha_of_zero_is_no_strength_everywhere(tmp_path, capsys, caplog):
+def test_alpha_zero_means_strength_zero(tmp_path, capsys, caplog):
     """As in ComfyUI, A1111 and diffusers; kohya's networks take the rank. No file that is written has one."""
     path, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     zero = {f"{A}.alpha": torch.tensor(0.0)}
@@ -311,7 +311,7 @@ def test_pickles_are_read_as_tensors_and_never_run(tmp_path, capsys):
         checkpoint.Base(tmp_path / "base.ckpt")
 
 
-def test_damaged_metadata_harm_nothing(tmp_path, capsys):
+def test_damaged_metadata_is_ignored(tmp_path, capsys):
     path = tmp_path / "in.safetensors"
     for told in (
         {"lowrank.method": "../../evil", "lowrank.options": "{"},

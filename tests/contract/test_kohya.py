@@ -177,7 +177,7 @@ def test_checkpointing_changes_nothing(train):
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_files_go_on(train):
+def test_training_continues_from_a_file(train):
     """--network_weights with and without --dim_from_weights, --base_weights, --scale_weight_norms."""
     first = train("sd", "networks.delta_r", "--output_name", "first", "--network_dim", 3)
     for more in (("--dim_from_weights",), ("--network_dim", 3)):
@@ -216,7 +216,7 @@ def test_states_are_saved_and_resumed(family, network, train, tmp_path):
     ids=flags,
 )
 @pytest.mark.parametrize("network", ["delta_r", "dora"])
-def test_small_memory(family, more, network, train):
+def test_low_memory_options(family, more, network, train):
     finite(train(family, f"networks.{network}", *more))
 
 
@@ -405,11 +405,11 @@ def test_directions_that_need_no_data_train(train):
         (("basis_path=auto:grad",), "begins with a stage on data before step 0"),
     ],
 )
-def test_what_has_no_place_there_is_refused(more, said, train):
+def test_unsupported_methods_are_refused(more, said, train):
     assert said in train("sd", f"networks.{EVERYTHING}", "--network_args", *more, fails=True)
 
 
-def test_a_file_with_its_stages_done_goes_on(train, models, tmp_path):
+def test_training_continues_from_a_file_after_warmup(train, models, tmp_path):
     """The basis from the data and the ABM stage in our trainer, further steps in kohya's."""
     line = {
         "pretrained_model_name_or_path": models / "sd15",

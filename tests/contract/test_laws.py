@@ -196,7 +196,7 @@ def test_law_8_a_batch_of_timesteps_is_batches_of_one(method, kind, cache):
 
 
 @pytest.mark.parametrize("method", (*MERGED, "tlora"))
-def test_little_learning_is_not_lost_in_half_precision(method, cache):
+def test_small_updates_survive_half_precision(method, cache):
     made = shake(network(method, base("linear"), cache), scale=1e-4)
     with torch.no_grad():
         before = [layer.delta_weight(torch.zeros(1)) for layer in made.layers()]

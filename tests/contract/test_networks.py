@@ -162,7 +162,7 @@ def test_triu_stays_trapezoidal_under_momentum_and_decay(flux, cache):
     assert torch.equal(layer.delta_r.tril(-1), torch.zeros_like(layer.delta_r))
 
 
-def test_delta_r_in_bf16_is_not_swamped(flux, cache):
+def test_delta_r_in_bf16_keeps_small_updates(flux, cache):
     net = made("delta_r", flux, cache)
     layer = net.layers()[0]
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_composition_fills_empty_slots_and_refuses_full_ones():
         (lambda f, c: find("unet", torch.nn.Sequential(torch.nn.Linear(2, 2))), "no default targets"),
     ],
 )
-def test_mistakes_are_one_sentence(call, words, flux, cache):
+def test_bad_network_arguments_are_refused(call, words, flux, cache):
     with pytest.raises(Refused, match=words) as told:
         call(flux, cache)
     assert "\n" not in str(told.value)

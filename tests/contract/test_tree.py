@@ -235,7 +235,7 @@ def test_nothing_at_module_or_class_level_changes(file):
     assert not changed, f"{name(file)}: line and name of constants that are written: {changed}"
 
 
-def test_the_rules_can_fail():
+def test_tree_rules_detect_violations():
     """The readers above see what they should, and nothing else."""
     source = "def f():\n    from ..adapters import layer\nfrom . import names\nimport networks.lora"
     seen = {module for _, module in imports(ast.parse(source), "lowrank.weights")}

@@ -114,7 +114,7 @@ def test_a_state_of_another_run_is_refused(flags, said, early, trained, folders,
     assert said in told and ("--network_weights" in told or "--max_train_steps" in told)
 
 
-def test_pictures_are_told_by_their_content(early, trained, folders, tmp_path):
+def test_resume_compares_pictures_by_content(early, trained, folders, tmp_path):
     """One painted over in the same number of bytes is another."""
     shutil.copytree(folders / "train", tmp_path / "pictures")
     resume = ("--train_data_dir", str(tmp_path / "pictures"), "--resume", str(trained / "cat-state"))
@@ -126,7 +126,7 @@ def test_pictures_are_told_by_their_content(early, trained, folders, tmp_path):
     assert "it had other pictures" in early(*resume)
 
 
-def test_files_of_network_arguments_are_told_by_their_content(arguments, early, tmp_path):
+def test_resume_compares_network_argument_files_by_content(arguments, early, tmp_path):
     """A basis may move, and may not be another one under the same name; a cache may be anywhere."""
 
     def basis(name: str, seed: int) -> str:
@@ -163,7 +163,7 @@ def test_a_state_on_another_base_is_refused(early, trained, tiny_sd, tmp_path):
     assert "it had another base model than this run" in told
 
 
-def test_base_weights_are_told_by_their_content(arguments, early, trained, tmp_path):
+def test_resume_compares_base_weights_by_content(arguments, early, trained, tmp_path):
     """Moved, they are the same; of another strength or with other values they are not."""
     shutil.copy(trained / "cat.safetensors", tmp_path / "base.safetensors")
     base = ("--base_weights", str(tmp_path / "base.safetensors"))
@@ -212,7 +212,7 @@ def test_a_damaged_state_is_refused(damage, early, trained, tmp_path):
     "text",
     ["", "{", "[1]", "null", '{"current_step": -3}', "[" * 100_000, "\xff", "kohya", "seed", "files", "runs"],
 )
-def test_a_table_of_another_shape_is_refused(text, early, trained, tmp_path):
+def test_loss_table_with_other_columns_is_refused(text, early, trained, tmp_path):
     folder = tmp_path / "cat-state"
     shutil.copytree(trained / "cat-state", folder)
     table = folder / "train_state.json"
@@ -227,7 +227,7 @@ def test_a_table_of_another_shape_is_refused(text, early, trained, tmp_path):
     assert "is not a whole checkpoint of this program" in early("--resume", str(folder))
 
 
-def test_a_state_that_is_not_there_is_refused(early, trained, tmp_path):
+def test_missing_state_is_refused(early, trained, tmp_path):
     assert "to resume from does not exist" in early("--resume", str(tmp_path / "nowhere"))
     assert "there is no checkpoint-N folder" in early("--resume", "latest")
     told = early("--resume", str(trained / "cat.safetensors"))

@@ -153,7 +153,7 @@ def test_an_adapter_of_another_base_is_refused(line, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_trained_text_encoder_speaks_at_its_strength(arguments, line, tmp_path):
+def test_merge_scales_the_text_encoder_adapter(arguments, line, tmp_path):
     more = ("--network_train_text_encoder_only", "--text_encoder_lr", "0.5")
     assert train(arguments("text", *more, "--learning_rate", "0.5")) == 0
     adapter = str(tmp_path / "text" / WEIGHTS)
@@ -200,7 +200,7 @@ def test_merging_refuses_before_anything_is_loaded(flags, words, tmp_path):
     assert "\n" not in str(told.value)
 
 
-def test_sides_fit_the_model():
+def test_image_size_is_checked_against_the_model():
     _check_sides(Namespace(height=80, width=None), 16)
     with pytest.raises(Refused, match="--height 77 is not a multiple of 16"):
         _check_sides(Namespace(height=77, width=64), 16)
@@ -227,7 +227,7 @@ def test_strengths_as_close_as_floats_get_names_of_their_own():
         (("--rank", "65000"), r"--rank 65000 exceeds the \d+ of transformer\..*; give \d+ or less"),
     ],
 )
-def test_residual_refuses_by_its_own_flags(flags, words, tiny_flux, tmp_path):
+def test_residual_errors_name_flags_of_the_residual_script(flags, words, tiny_flux, tmp_path):
     given = {"--model_path": str(tiny_flux), "--output_dir": str(tmp_path / "r"), "--rank": "4"}
     given |= dict(zip(flags[::2], flags[1::2], strict=True))
     with pytest.raises(Refused, match=words) as told:
@@ -245,7 +245,7 @@ def test_a_long_prompt_is_cut_to_the_sheet():
     sheet(cells, "W" * 2_000_000)
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(arguments, tmp_path):
+def test_flux_two_processes_equal_doubled_accumulation(arguments, tmp_path):
     """Bit for bit, on two CPU processes under accelerate launch, as on N GPUs; also saving there.
 
     The mean of two processes' gradients and the sum of two halves are the same number, and with one thread
@@ -272,7 +272,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(arguments, tmp_path):
     assert saved >= {"random_states_0.pkl", "random_states_1.pkl"}
 
 
-def test_a_file_is_as_readable_as_any_other(tmp_path):
+def test_written_files_have_default_permissions(tmp_path):
     """safetensors 0.8 makes its files for their owner alone; a program of another user draws with ours."""
     write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
     (tmp_path / "b").touch()

@@ -46,7 +46,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_four_steps_are_two_and_two(method, arguments, tmp_path):
+def test_resume_equals_uninterrupted_run(method, arguments, tmp_path):
     if method == "lycoris":
         pytest.importorskip("lycoris")
     more = (
@@ -92,7 +92,7 @@ def test_four_steps_are_two_and_two(method, arguments, tmp_path):
     assert ("tlora" in method) is ({"tlora_max_rank", "tlora_min_rank", "tlora_T"} <= said[0].keys())
 
 
-def test_resume_after_kill(arguments, tmp_path):
+def test_resume_after_sigkill(arguments, tmp_path):
     more = ("--checkpointing_steps", "2", "--max_train_steps", "6")
     line = arguments("killed", "--checkpointing_steps", "2", "--max_train_steps", "100000")
     with one_thread():
@@ -112,7 +112,7 @@ def test_resume_after_kill(arguments, tmp_path):
     assert not list((tmp_path / "killed").glob(".*.part"))
 
 
-def test_what_a_run_leaves_behind(arguments, tmp_path):
+def test_output_folder_of_a_run(arguments, tmp_path):
     more = (
         "--checkpointing_steps",
         "2",
@@ -267,7 +267,7 @@ def broken(folder: Path, name: str) -> Path:
         (("--resolution", "60"), "multiple"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(flags, words, arguments, tiny_flux, tmp_path):
+def test_bad_input_is_refused_and_writes_nothing(flags, words, arguments, tiny_flux, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign").mkdir()
     broken(tmp_path / "broken", "bad.png")
@@ -288,7 +288,7 @@ def test_bad_images_are_skipped_when_asked(arguments, tmp_path, caplog):
     assert "bad.png" in caplog.text
 
 
-def test_the_exit_code_and_the_sentence(arguments, tmp_path):
+def test_exit_code_and_error_message(arguments, tmp_path):
     log = tmp_path / "log"
     assert finished(start("flux_train_qrlora.py", arguments("run", "--rank", "1000"), log)) == 1
     printed = log.read_text()
@@ -374,7 +374,7 @@ def test_an_adapter_with_the_basis_of_another_base_is_refused(arguments, tiny_fl
     assert "is used all the same" in caplog.text
 
 
-def test_an_unset_seed_is_the_checkpoints(arguments, tmp_path):
+def test_resume_without_seed_uses_the_checkpoints_seed(arguments, tmp_path):
     line = arguments("run", "--checkpointing_steps", "2")
     at = line.index("--seed")
     del line[at : at + 2]
@@ -403,7 +403,7 @@ def test_a_full_disk_in_a_checkpoint_keeps_the_earlier_ones(arguments, tmp_path,
     assert not [p for p in (tmp_path / "run").rglob("*") if ".part" in p.name]
 
 
-def test_a_gpu_that_is_not_there_is_refused(arguments, monkeypatch):
+def test_missing_gpu_is_refused(arguments, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -415,7 +415,7 @@ def test_token_warmup_may_be_a_share(arguments, tmp_path):
     assert main(arguments("run", "--token_warmup_step", "0.5")) == 0
 
 
-def test_a_full_disk_loses_nothing(arguments, tmp_path, monkeypatch):
+def test_full_disk_at_the_end_keeps_earlier_files(arguments, tmp_path, monkeypatch):
     assert main(arguments("run", "--checkpointing_steps", "2")) == 0
     before = (tmp_path / "run" / WEIGHTS).read_bytes()
     import lowrank.tensors
@@ -430,7 +430,7 @@ def test_a_full_disk_loses_nothing(arguments, tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "run").rglob("*") if ".part" in p.name]
 
 
-def test_control_c_saves_and_leaves(arguments, tmp_path):
+def test_sigint_saves_a_checkpoint_and_exits(arguments, tmp_path):
     line = arguments("run", "--max_train_steps", "100000")
     run = start("flux_train_qrlora.py", line, tmp_path / "log")
     deadline = time.monotonic() + 120
@@ -453,7 +453,7 @@ def test_control_c_saves_and_leaves(arguments, tmp_path):
         (("--network_train_text_encoder_only",), {"text_encoder"}),
     ],
 )
-def test_the_text_encoder_trains_too(flags, parts, arguments, tmp_path):
+def test_text_encoder_training(flags, parts, arguments, tmp_path):
     more = (
         *flags,
         "--validation_prompt",

@@ -111,7 +111,7 @@ LAW = {
 
 
 @pytest.mark.parametrize("case", LAW)
-def test_eight_steps_are_three_and_three_and_two(case, arguments, tmp_path, request):
+def test_resume_twice_equals_uninterrupted_run(case, arguments, tmp_path, request):
     """Bit for bit, with buckets, accumulation over the end of an epoch, regularisation; resumed twice."""
     main, model, more = LAW[case]
     more = (
@@ -145,7 +145,7 @@ def test_eight_steps_are_three_and_three_and_two(case, arguments, tmp_path, requ
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_resume_after_kill(arguments, tmp_path):
+def test_resume_after_sigkill(arguments, tmp_path):
     more = ("--save_every_n_steps", "2", "--save_state", "--network_train_unet_only")
     with one_thread():
         assert sd(arguments("whole", *more, "--max_train_steps", "6")) == 0
@@ -168,7 +168,7 @@ def test_resume_after_kill(arguments, tmp_path):
     assert same(tmp_path / "whole" / "cat.safetensors", killed / "cat.safetensors")
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(arguments, tmp_path):
+def test_sd_two_processes_equal_doubled_accumulation(arguments, tmp_path):
     """Bit for bit, with AdamW, which makes whole steps of a gradient that is rounding noise."""
     more = ("--lr_scheduler", "linear", "--lr_warmup_steps", "2")
     line = arguments("two", *more, "--gradient_accumulation_steps", "1")
@@ -205,7 +205,7 @@ def moved(folder: Path) -> dict[str, float]:
         (("--unet_lr", "0"), {"unet", "te1", "te2"}, {"unet"}),
     ],
 )
-def test_the_parts_of_sdxl_train_at_their_own_rates(flags, parts, still, arguments, tmp_path, tiny_sdxl):
+def test_sdxl_learning_rates_by_component(flags, parts, still, arguments, tmp_path, tiny_sdxl):
     assert sdxl(arguments("run", *flags, "--max_train_steps", "2", model=tiny_sdxl)) == 0
     found = moved(tmp_path / "run")
     assert found.keys() == parts
@@ -258,7 +258,7 @@ def test_sd2_predicts_v(arguments, tmp_path, tiny_sd2):
 @pytest.mark.parametrize(
     ("family", "method"), [("sd", "delta_r"), ("sd", "dora"), ("sdxl", "delta_r_triu"), ("sdxl", "qrlora")]
 )
-def test_our_methods_train_on_both(family, method, arguments, tmp_path, request):
+def test_every_method_trains_on_sd_and_sdxl(family, method, arguments, tmp_path, request):
     main = {"sd": sd, "sdxl": sdxl}[family]
     model = request.getfixturevalue(f"tiny_{family}")
     more = ("--network_module", f"networks.{method}", "--network_train_unet_only", "--max_train_steps", "2")
@@ -307,7 +307,7 @@ def test_prior_loss_is_a_component(arguments, folders, tmp_path):
         assert float(row["loss"]) == pytest.approx(float(row["mse"]) + float(row["prior"]))
 
 
-def test_masked_loss_counts_what_is_white(arguments, folders, tmp_path):
+def test_masked_loss_counts_white_pixels(arguments, folders, tmp_path):
     flags = ("--conditioning_data_dir", str(folders / "masks"), "--max_train_steps", "1")
     assert sd(arguments("whole", "--max_train_steps", "1")) == 0
     assert sd(arguments("unused", *flags)) == 0
@@ -316,7 +316,7 @@ def test_masked_loss_counts_what_is_white(arguments, folders, tmp_path):
     assert unused == whole and 0.3 * whole < masked < 0.7 * whole  # half of each picture is black
 
 
-def test_held_out_images_are_measured_and_change_nothing(arguments, tmp_path):
+def test_validation_loss_does_not_change_training(arguments, tmp_path):
     more = (
         "--validation_split",
         "0.34",
@@ -340,7 +340,7 @@ def test_held_out_images_are_measured_and_change_nothing(arguments, tmp_path):
     assert len(scalars(tmp_path / "logs2")["loss/validation/epoch_average"]) == 2
 
 
-def test_an_untrained_adapter_always_measures_the_same(arguments, tmp_path):
+def test_validation_loss_is_repeatable(arguments, tmp_path):
     more = ("--validation_split", "0.34", "--validate_every_n_steps", "1", "--learning_rate", "1e-30")
     assert sd(arguments("run", *more, "--logging_dir", str(tmp_path / "logs"))) == 0
     told = scalars(tmp_path / "logs")["loss/validation/step_average"]
@@ -405,7 +405,7 @@ def test_sample_images_with_kohyas_prompt_file(arguments, tmp_path):
     assert "Negative prompt: blurry, dark" in first.text["parameters"]
 
 
-def test_a_sampler_that_is_not_there_is_named(arguments, tmp_path):
+def test_unknown_sampler_is_named(arguments, tmp_path):
     (tmp_path / "p.txt").write_text("a cat --ss euler_b")
     with pytest.raises(Refused, match="'euler_b' of a prompt is unknown \\(did you mean 'euler_a'"):
         sd(arguments("run", "--sample_prompts", str(tmp_path / "p.txt")))
@@ -414,7 +414,7 @@ def test_a_sampler_that_is_not_there_is_named(arguments, tmp_path):
 # ---------- dry run
 
 
-def test_dry_run_tells_every_layer_and_rate(arguments, tmp_path, capsys, tiny_sdxl):
+def test_dry_run_prints_every_layer_and_rate(arguments, tmp_path, capsys, tiny_sdxl):
     more = ("--text_encoder_lr", "1e-3", "1e-4", "--dry_run")
     assert sdxl(arguments("run", *more, model=tiny_sdxl)) == 0
     told = capsys.readouterr().out

@@ -21,7 +21,7 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_bash_can_read_it(script):
+def test_shell_scripts_parse(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
@@ -119,7 +119,7 @@ TRAINERS = {"sd15": "train_network_ABM.py", "sdxl": "sdxl_train_network_ABM.py"}
 
 
 @pytest.mark.parametrize("family", ["flux", "sd15", "sdxl"])
-def test_the_demo_walks_the_documented_road(tree, family):
+def test_demo_runs_the_documented_commands(tree, family):
     out = f"demo_output/{family}"
     for finished in ("style", "content"):  # an earlier run's results
         (tree / out / finished).mkdir(parents=True)

@@ -196,7 +196,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path):
+def test_resume_equals_uninterrupted_training(tmp_path):
     whole, loss = toy()
     facts = fit("toy", PLAN, {"toy": whole}, loss, tmp_path / "whole")
     assert facts["steps"] == 7 and not whole.training
@@ -393,7 +393,7 @@ def test_an_unfinished_training_says_so_and_makes_nothing(tmp_path, font, monkey
     assert not (tmp_path / "out" / "scorer").exists() and not (tmp_path / "work" / "scorer.json").exists()
 
 
-def test_what_is_told_of_parts_without_their_work_folder(tmp_path):
+def test_report_without_work_folder(tmp_path):
     shop = make_demo_models.Workshop(tmp_path / "work", tmp_path, "cpu", None)
     assert shop.told("flux") == {}
     kept = {"vae": {"psnr seen": 30}, "flux": {"shares": {}, "training": {"pretraining": {"steps": 3}}}}

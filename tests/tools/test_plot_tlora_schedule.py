@@ -99,6 +99,6 @@ def test_tables_and_a_picture(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_mistakes_are_one_sentence(line, words, capsys):
+def test_bad_arguments_are_refused(line, words, capsys):
     assert main(line) == 1
     assert words in capsys.readouterr().err

@@ -118,7 +118,7 @@ def test_the_curvature_is_that_of_a_loop_over_samples(kind):
 
 @pytest.mark.parametrize("curvature", ["kfac", "kfac_lr", "diag", "lora_diag"])
 @pytest.mark.parametrize("change", [{"batch": 1}, {"batch": 4}, {"scale": 65536.0}])
-def test_neither_batches_nor_the_scale_of_the_loss_matter(curvature, change):
+def test_curvature_does_not_depend_on_batch_size_or_loss_scale(curvature, change):
     """Gradients in float64, because a CPU may choose another fp32 kernel for another batch size."""
     exact = {"dtype": torch.float64}
     one, other = measured("conv", curvature, **exact)[1], measured("conv", curvature, **exact, **change)[1]
@@ -337,7 +337,7 @@ def test_lambda_zero_is_the_same_run_and_a_huge_one_stands_still(tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.slow
-def test_half_of_the_forgetting_goes_at_two_percent_of_the_target(seed, tmp_path):
+def test_penalty_halves_forgetting_at_little_cost(seed, tmp_path):
     """Source and target inputs fill 8 of a layer's 24 dimensions each, as low-dimensional data do; outputs
     and hidden values they share. Against a plain LoRA, against L2 of any strength about the same target loss,
     and against the curvature of the target's own data."""

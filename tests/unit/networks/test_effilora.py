@@ -519,7 +519,7 @@ def test_a_whole_run_saves_loads_and_resumes_bit_for_bit(arguments, tmp_path, ti
 
 
 @pytest.mark.slow
-def test_two_processes_draw_and_probe_alike(arguments, tmp_path):
+def test_effilora_two_processes_equal_doubled_accumulation(arguments, tmp_path):
     """As one process with twice the accumulation, bit for bit."""
     more = (
         *(

@@ -153,7 +153,7 @@ def test_masked_ranks_get_no_gradient(orthogonal, flux):
                 assert bool((moved[:opened] > 0).all()) and not moved[opened:].any()
 
 
-def test_a_batch_of_timesteps_and_accumulation_are_batches_of_one(flux):
+def test_tlora_batch_equals_single_samples(flux):
     """In float64: a CPU may choose another fp32 kernel for another batch size."""
     net = shake(made("tlora", flux, None, 8, tlora_min_rank="1"), 0.1).double()
     flux.double()

@@ -71,7 +71,7 @@ def test_lycoris_adapts_and_trains_every_layer_of_the_blocks(denoiser, preset):
         ({"preset": "ia3", "algo": "ia3"}, "adapts no layer in the blocks of FluxTransformer2DModel"),
     ],
 )
-def test_what_lycoris_cannot_make_is_one_sentence(denoiser, arguments, said):
+def test_lycoris_errors_are_refusals(denoiser, arguments, said):
     pytest.importorskip("lycoris")
     with pytest.raises(Refused) as caught:
         create(module.find_module("lycoris.kohya"), denoiser, **arguments)

@@ -82,7 +82,7 @@ def test_torch_optimizers_by_name(name):
         assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["weight_decay"] == 0.01
 
 
-def test_texts_are_kohyas():
+def test_optimizer_names_match_kohya():
     args = ("weight_decay=0.05", "betas=0.9,0.99")
     name, text, optimizer = build_optimizer(groups(1e-3, 2e-3), options(optimizer_args=args))
     assert (name, text) == ("torch.optim.adamw.AdamW", "weight_decay=0.05,betas=(0.9, 0.99)")
@@ -127,7 +127,7 @@ def test_diffusers_flags_are_arguments():
         ({"optimizer_type": "AdamW", "use_lion_optimizer": True}, "--use_lion_optimizer is Lion"),
     ],
 )
-def test_mistakes_are_one_sentence(changes, said):
+def test_bad_optimizer_options_are_refused(changes, said):
     assert said in refused(**changes)
 
 
@@ -386,7 +386,7 @@ def test_warmup_as_a_share_of_the_steps():
     assert rates(linear, 12) == pytest.approx([0.1 * min(1, step / 10) for step in range(12)])
 
 
-def test_a_schedule_goes_on_from_its_state():
+def test_scheduler_resumes_from_its_state():
     straight, first, second = (build_scheduler(build(), options(lr_scheduler="cosine"), 10) for _ in range(3))
     whole = rates(straight, 10)
     assert rates(first, 4) == whole[:4]
@@ -425,7 +425,7 @@ def test_custom_schedules():
         ({"lr_scheduler": "cosine_with_min_lr"}, "needs --lr_scheduler_min_lr_ratio"),
     ],
 )
-def test_schedule_mistakes_are_one_sentence(changes, said):
+def test_bad_schedule_options_are_refused(changes, said):
     assert said in scheduler_refused(**changes)
 
 

@@ -10,7 +10,7 @@ from lowrank.train.prompts import Prompt, parse_line, read_prompts
 DEFAULT = Prompt("", width=64, height=64)
 
 
-def test_a_line_a_table_and_an_object_mean_the_same(tmp_path):
+def test_txt_toml_and_json_prompts_are_equivalent(tmp_path):
     wanted = [Prompt("a cat", "blurry", width=512, height=768, sample_steps=28, guidance_scale=3.0, seed=1)]
     texts = {
         "p.txt": "# cats\n\na cat --n blurry --w 512 --h 775 --s 28 --g 3 --d 1\n",
@@ -52,7 +52,7 @@ def test_a_line_a_table_and_an_object_mean_the_same(tmp_path):
         ("p.yaml", "x", "is neither .txt, .toml nor .json"),
     ],
 )
-def test_what_means_nothing_is_refused(tmp_path, name, text, said):
+def test_bad_prompt_files_are_refused(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     with pytest.raises(Refused) as caught:
         read_prompts(tmp_path / name, DEFAULT)

@@ -235,7 +235,7 @@ def test_the_loss_scale_changes_no_gradient(planted):
     assert scaler is not None and scaler.get_scale() == 8.0  # the run's own is as it was
 
 
-def test_a_part_of_a_batch_has_the_gradient_of_its_own_loss(planted):
+def test_abm_batch_size_takes_part_of_a_batch(planted):
     found = []
     for size, cut in ((2, B), (None, 2)):
         run = run_of(model := Toy(), on(model), planted[1])
@@ -304,7 +304,7 @@ def test_a_teacher_of_the_task_helps_and_leaves_nothing_else_behind(planted):
     assert scores[60] < 0.97 * scores[0]
 
 
-def test_the_tasks_own_teacher_gives_a_head_start_and_takes_nothing_later(tmp_path):
+def test_abm_warmup_with_the_tasks_teacher_lowers_the_loss(tmp_path):
     """A LoRA of the same task as teacher, and a task that no LoRA of that rank solves: far ahead at step 10,
     not behind at 300. That many steps of the task itself in place of the stage are the better start."""
     target, draw = Toy(), torch.Generator().manual_seed(50)
@@ -345,7 +345,7 @@ def test_the_tasks_own_teacher_gives_a_head_start_and_takes_nothing_later(tmp_pa
     assert fit(control, 10)[10] < ahead[10]
 
 
-def test_the_guard_undoes_what_does_harm(planted):
+def test_abm_guard_reverts_a_harmful_warmup(planted):
     run = run_of(model := Toy(), on(model), Toy())  # the task is the base's own, the teacher's another
     before = values(run.network)
     given = options(abm_teacher=str(planted[0]), abm_steps=10)
@@ -420,7 +420,7 @@ def angle(one: torch.Tensor, two: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", gradients.KINDS)
 @pytest.mark.parametrize("overflows", [0, 2])
-def test_a_planted_subspace_is_found(kind, overflows):
+def test_gradient_basis_finds_a_planted_subspace(kind, overflows):
     draw = torch.Generator().manual_seed(0)
     U = torch.linalg.qr(torch.randn(40, 3, generator=draw))[0]
     V = torch.linalg.qr(torch.randn(60, 3, generator=draw))[0]
@@ -559,7 +559,7 @@ def teachers(tiny_sd, tiny_sdxl, tiny_flux, tmp_path_factory):
 ABM = ("--abm_enabled", "--abm_steps", "2", "--abm_lr", "1e-3", "--no-abm_guard", "--abm_layers", "0.5")
 
 
-def test_a_resumed_run_is_the_whole_one(arguments, teachers, tmp_path, capsys):
+def test_resume_after_warmup_equals_uninterrupted_run(arguments, teachers, tmp_path, capsys):
     """SD 1.5 with its text encoder, checkpointed; the stage runs once."""
     more = (*ABM, "--abm_teacher", str(teachers("sd")), "--gradient_checkpointing", "--max_train_steps", "2")
     more += ("--checkpointing_steps", "1", "--ema_decay", "0.5")
