@@ -1,4 +1,4 @@
-"""Write docs/compatibility.md from the tables that the tests go through (tests/compatibility.py).
+"""Write docs/compatibility.md from the tables that the tests go through (tests/support/compatibility.py).
 
 python tools/make_compatibility.py           write it
 python tools/make_compatibility.py --check   exit 1 when it is not what this would write
@@ -18,10 +18,11 @@ from lowrank.formats.formats import FORMATS  # noqa: E402
 
 INTRODUCTION = """# What works with what
 
-`tools/make_compatibility.py` writes this page from `tests/compatibility.py`. `tests/test_export.py` and
-`tests/test_import.py` test every cell on small SD 1.5, SDXL and FLUX models. *Exact* means: the program of
-that format loads the file with no tensor missing and none unexpected, and the change of every layer equals
-ours to 10⁻⁵ of its size in fp32. How to export and import: [export.md](export.md).
+`tools/make_compatibility.py` writes this page from `tests/support/compatibility.py`.
+`tests/contract/test_export.py` and `tests/contract/test_import.py` test every cell on small SD 1.5, SDXL and
+FLUX models. *Exact* means: the program of that format loads the file with no tensor missing and none
+unexpected, and the change of every layer equals ours to 10⁻⁵ of its size in fp32. How to export and import:
+[export.md](export.md).
 """
 EXPORT_NOTES = """
 `merged` rounds once to the precision of the checkpoint and prints what the rounding loses. DoRA has two
@@ -45,7 +46,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def page() -> str:
     """The page."""
-    spec = importlib.util.spec_from_file_location("compatibility", ROOT / "tests" / "compatibility.py")
+    spec = importlib.util.spec_from_file_location(
+        "compatibility", ROOT / "tests" / "support" / "compatibility.py"
+    )
     assert spec and spec.loader  # the file is there
     known = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(known)

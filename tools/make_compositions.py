@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from compositions import ADDITIONS, FACTORS, export, joined  # noqa: E402  # pyright: ignore[reportMissingImports]
 
@@ -18,8 +18,8 @@ from lowrank.adapters.method import CONFLICTS  # noqa: E402
 PAGE = ROOT / "docs" / "composition.md"
 TEXT = """# Which methods go together
 
-`tools/make_compositions.py` writes this page. `tests/test_compositions.py` builds every pair, trains it two
-steps, saves, reloads and exports it.
+`tools/make_compositions.py` writes this page. `tests/contract/test_compositions.py` builds every pair, trains
+it two steps, saves, reloads and exports it.
 
 A method fills some of the slots factor, gate, experts, magnitude, penalty, rates and warm-up
 ([the slots](architecture.md#the-seven-slots-of-a-method)). `a | b` joins two methods. It refuses two values

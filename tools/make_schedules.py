@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from lowrank.config.flag import SCHEDULERS  # noqa: E402
-from lowrank.files import atomic  # noqa: E402
 from lowrank.config.flags_training import Optimizer as Options  # noqa: E402
+from lowrank.files import atomic  # noqa: E402
 from lowrank.train.schedule import build_scheduler  # noqa: E402
 
 TABLE = ROOT / "tests" / "golden" / "schedules.json"
