@@ -46,7 +46,7 @@ def results(tmp_path):
 
 
 def differences(results: tuple[Path, Path]) -> list[tuple[str, str, float | None]]:
-    return [tuple(difference) for difference in compare(results[0] / NAME, results[1] / NAME)]
+    return [(row.file, row.where, row.largest) for row in compare(results[0] / NAME, results[1] / NAME)]
 
 
 def test_equal_results(results, capsys):
