@@ -106,6 +106,7 @@ def methods(family: str) -> Iterator[Recipe]:
         needs = tuple(f"{family}/{run}" for run in read)
         # The exports verify DoRA against the size of the change, which must be well above rounding.
         rate = ("--learning_rate", "2e-2") if method in LENGTHS else ()
+        rate += ("--network_alpha", "16") if rate and family == "sdxl" else ()
         yield train(family, method, "--network_module", f"networks.{method}", *rate, *words, needs=needs)
 
 
@@ -205,7 +206,9 @@ def exports(family: str, trained: Recipe) -> Iterator[Recipe]:
         yield export("diffusers", "out.safetensors", refused=True)
         return
     joined = ("--model", model) if family == "flux" and method in LENGTHS else ()
-    yield export("kohya", "out.safetensors", *joined)
+    # DoRA of a text layer that the loss hardly reaches is too close to rounding to be verified.
+    parts = ("--parts", "unet") if family == "sdxl" and method in LENGTHS else ()
+    yield export("kohya", "out.safetensors", *joined, *parts)
     yield export("diffusers", "out.safetensors", "--dtype", "fp16", "--rank", "2")
     yield export("peft", "out")
     yield export("lycoris", "out.safetensors", "--parts", "unet")
@@ -281,7 +284,9 @@ def others(family: str) -> Iterator[Recipe]:
         "--model",
         model,
     )
-    yield Recipe(name, "tools/import_lora.py", (*words, "--rank", "4"), (f"{family}/lora-kohya",))
+    short = family == "sdxl"  # the demo model has fewer layers in a block than SDXL's names count
+    needs = (f"{family}/lora-kohya",)
+    yield Recipe(name, "tools/import_lora.py", (*words, "--rank", "4"), needs, refused=short)
     masked, back = f"{family}/tlora_data-lycoris-tlora", f"{family}/tlora_data-imported"
     words = (adapter.format("tlora_data"), f"{masked}/out.safetensors", "--to", "lycoris-tlora")
     yield Recipe(masked, "tools/export_lora.py", words, (f"{family}/tlora_data",))
