@@ -181,9 +181,20 @@ def _is_equal(before: Any, after: Any) -> bool:
         return math.isclose(before, after, rel_tol=REPORTED, abs_tol=REPORTED) or (
             math.isnan(before) and math.isnan(after)
         )
-    if isinstance(before, str) and isinstance(after, str) and before[:1] + after[:1] in ("{{", "[["):
-        return not list(_compare_values(json.loads(before), json.loads(after)))  # metadata that is JSON
-    return before == after
+    values = _parsed(before), _parsed(after)
+    if values[0] is None or values[1] is None:
+        return before == after
+    return not list(_compare_values(*values))
+
+
+def _parsed(value: Any) -> Any:
+    """The dictionary or list in a string of metadata; None for another string or value."""
+    if not isinstance(value, str) or value[:1] not in ("{", "["):
+        return None
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return None
 
 
 def _compare_json(old: Path, new: Path) -> Mismatches:

@@ -129,6 +129,12 @@ def test_rounding_of_a_report_is_equal_but_a_billionth_is_not(results):
     assert size == pytest.approx(1e-9, rel=1e-3)
 
 
+def test_text_that_only_begins_like_json(results):
+    for tree, text in zip(results, ("[a", "[b"), strict=True):
+        (tree / NAME / "report.json").write_text(json.dumps({"text": text, "prompt": "[c"}))
+    assert differences(results) == [("report.json", "text", None)]
+
+
 def test_option_in_another_table_is_equal(results):
     (results[1] / NAME / "config.toml").write_text('[train]\nrank = 2\nname = "a"\n')
     assert differences(results) == []
