@@ -17,7 +17,7 @@ FAST = ("sd15/lora", "sdxl/delta_r", "flux/qrlora")  # one network of each famil
 # Relative to the loss of a step. Other processors have other kernels, which round sums otherwise. Measured on
 # an AMD EPYC with AVX-512, as `tools/make_golden.py --spread` does: ATen without vectors or with AVX2, oneDNN
 # with SSE4.1 or AVX2, and without oneDNN moved the losses by at most 2.2e-7 in float32 (sd15/lora,
-# sdxl/delta_r, flux/qrlora) and by at most 1.2e-3 with bf16 or fp8 (sd15 and flux). The margins, 45 and 4, are
+# sdxl/delta_r, flux/qrlora) and by at most 1.2e-3 with bf16 or fp8 (sd15, flux). The margins, 45 and 4, are
 # for recipes and processors that were not measured.
 TOLERANCE = 1e-5
 HALF_TOLERANCE = 5e-3  # bf16 weights or activations; a run in fp32 differs by 8e-3 and is caught
