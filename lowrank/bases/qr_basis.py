@@ -158,7 +158,7 @@ def _locked(cache: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.warning("another process computes bases in %s; waiting", cache)
+            logger.warning("another process computes bases in %s; waiting for it", cache)
             fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         raise Refused(
