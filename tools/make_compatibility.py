@@ -1,7 +1,7 @@
-"""Write docs/compatibility.md from the tables that the tests go through (tests/compatibility.py).
+"""Write docs/compatibility.md from the tables in tests/compatibility.py, which the tests check.
 
-python tools/make_compatibility.py           write it
-python tools/make_compatibility.py --check   exit 1 when it is not what this would write
+python tools/make_compatibility.py           write the page
+python tools/make_compatibility.py --check   exit 1 if the page is not up to date
 """
 
 from __future__ import annotations
@@ -26,40 +26,36 @@ ours does to 10⁻⁵ of its change in fp32. How: [export.md](export.md).
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    told = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in told) + "\n"
+    escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in escaped) + "\n"
 
 
 def page() -> str:
-    """The page."""
+    """Return the text of the page."""
     spec = importlib.util.spec_from_file_location("compatibility", ROOT / "tests" / "compatibility.py")
-    assert spec and spec.loader  # the file is there
-    known = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(known)
+    assert spec and spec.loader  # the file exists
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
 
     def cell(method: str, to: str) -> str:
-        held = [name for family, name in known.FAMILIES.items() if not known.refusal(family, method, to)]
-        return (
-            "–"
-            if not held
-            else "exact"
-            if len(held) == len(known.FAMILIES)
-            else f"exact on {', '.join(held)}"
-        )
+        families = [name for key, name in tables.FAMILIES.items() if not tables.refusal(key, method, to)]
+        if not families:
+            return "–"
+        return "exact" if len(families) == len(tables.FAMILIES) else f"exact on {', '.join(families)}"
 
     exports = [
-        [f"`{m}`", told, *(cell(m, to) for to in FORMATS), "exact"] for m, told in known.METHODS.items()
+        [f"`{m}`", kind, *(cell(m, to) for to in FORMATS), "exact"] for m, kind in tables.METHODS.items()
     ]
     routed = [
-        [f"`{m}`", told, *("–" if to == "qrlora" else "nearest" for to in FORMATS), "nearest"]
-        for m, told in known.ROUTED.items()
+        [f"`{m}`", kind, *("–" if to == "qrlora" else "nearest" for to in FORMATS), "nearest"]
+        for m, kind in tables.ROUTED.items()
     ]
     formats = [
-        [f"`{to}`", form.readers, known.READERS.get(to, "our own reader")] for to, form in FORMATS.items()
+        [f"`{to}`", form.readers, tables.READERS.get(to, "our own reader")] for to, form in FORMATS.items()
     ]
-    imports = [[name, how, what] for name, (how, what) in known.IMPORTS.items()]
+    imports = [[name, how, what] for name, (how, what) in tables.IMPORTS.items()]
     return (
         INTRODUCTION
         + "\n## Exports\n\n"
@@ -80,6 +76,7 @@ def page() -> str:
 
 
 def main() -> int:
+    """Write or check the page; returns the exit status."""
     if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page():
         return 0
     if "--check" in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""Write docs/composition.md: which methods go together, from the code itself.
+"""Write docs/composition.md: which methods can be combined, determined by combining them.
 
 python tools/make_compositions.py
 """
@@ -29,20 +29,21 @@ file becomes for other programs, or the number of the reason against it. ABM goe
 
 
 def page() -> str:
-    """The page's text."""
+    """Return the text of the page."""
     reasons: dict[str, int] = {}
     rows = [f"| | {' | '.join(ADDITIONS)} |", "|---" * (len(ADDITIONS) + 1) + "|"]
     for factor in FACTORS:
         cells = []
         for addition in ADDITIONS:
-            made = joined(factor, addition)
-            cells.append(
-                f"[{reasons.setdefault(made, len(reasons) + 1)}]" if isinstance(made, str) else export(made)
-            )
+            method = joined(factor, addition)  # or the reason why not
+            if isinstance(method, str):
+                cells.append(f"[{reasons.setdefault(method, len(reasons) + 1)}]")
+            else:
+                cells.append(export(method))
         rows.append(f"| `{factor}` | {' | '.join(cells)} |")
-    told = "\n".join(f"{number}. {reason}" for reason, number in reasons.items())
+    numbered = "\n".join(f"{number}. {reason}" for reason, number in reasons.items())
     never = "\n".join(f"- {' and '.join(pair)}: {reason}." for pair, reason in CONFLICTS.items())
-    return TEXT + "\n".join(rows) + f"\n\n{told}\n\nSlots that never go together:\n\n{never}\n"
+    return TEXT + "\n".join(rows) + f"\n\n{numbered}\n\nSlots that never go together:\n\n{never}\n"
 
 
 if __name__ == "__main__":

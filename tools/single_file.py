@@ -1,10 +1,10 @@
-"""Write a Stable Diffusion of a diffusers folder as one file in the layout of the original code.
+"""Convert a Stable Diffusion model from a diffusers folder to one file in the layout of the original code.
 
     python tools/single_file.py assets/demo/sd15 models/demo-sd15
 
-writes `models/demo-sd15/model.safetensors` and beside it `tokenizers`, a --tokenizer_cache_dir. The metadata
-of the file hold what shapes do not tell (numbers of heads and of groups, scale of the latents), so that our
-scripts load models of any size; other programs take the published numbers.
+writes `models/demo-sd15/model.safetensors` and `models/demo-sd15/tokenizers`, a --tokenizer_cache_dir. The
+file's metadata contain what tensor shapes do not show (numbers of heads and groups, scale of the latents), so
+lowrank's scripts load models of any size; other programs assume the published numbers.
 """
 
 from __future__ import annotations
@@ -32,32 +32,34 @@ TOKENIZERS = {
     "sd2": ("stabilityai_stable-diffusion-2",),
     "sdxl": ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"),
 }
-UNTOLD = {
+NOT_IN_SHAPES = {  # config entries that tensor shapes do not show
     "unet": ("attention_head_dim", "norm_num_groups", "sample_size"),
     "vae": ("norm_num_groups", "scaling_factor", "shift_factor", "sample_size"),
 }
 
 
 def write_single(pipe: Any, source: Path, folder: Path, kind: str) -> None:
-    """Write `folder`/model.safetensors, and its tokenizers, those of the diffusers folder `source`."""
+    """Write `folder`/model.safetensors, and copy the tokenizers of the diffusers folder `source`."""
     folder.mkdir(exist_ok=True)
-    told = {part: {key: getattr(pipe, part).config[key] for key in keys} for part, keys in UNTOLD.items()}
-    save_file(original(pipe, kind), folder / "model.safetensors", {CONFIGS: json.dumps(told)})
-    for name, place in zip(("tokenizer", "tokenizer_2"), TOKENIZERS[kind], strict=False):
-        shutil.copytree(source / name, folder / "tokenizers" / place)
+    config = {
+        part: {key: getattr(pipe, part).config[key] for key in keys} for part, keys in NOT_IN_SHAPES.items()
+    }
+    save_file(original(pipe, kind), folder / "model.safetensors", {CONFIGS: json.dumps(config)})
+    for name, target in zip(("tokenizer", "tokenizer_2"), TOKENIZERS[kind], strict=False):
+        shutil.copytree(source / name, folder / "tokenizers" / target)
 
 
 def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
-    """All tensors of a pipeline under the names and in the layout of the original code."""
+    """Return all tensors of a pipeline with the names and in the layout of the original code."""
     blocks, levels = unet_names.Blocks.of(pipe.unet), len(pipe.vae.config.block_out_channels)
     state = {
         f"model.diffusion_model.{unet_names.unet_name(name, blocks)}": value
         for name, value in pipe.unet.state_dict().items()
     }
     for name, value in pipe.vae.state_dict().items():
-        told = unet_names.vae_name(name, levels)
-        convolution = ".attn_1." in told and value.dim() == 2  # 1×1 there, linear here
-        state[f"first_stage_model.{told}"] = value[:, :, None, None] if convolution else value
+        key = unet_names.vae_name(name, levels)
+        convolution = ".attn_1." in key and value.dim() == 2  # 1×1 convolution there, linear here
+        state[f"first_stage_model.{key}"] = value[:, :, None, None] if convolution else value
     clip = {
         f"text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()
     }
@@ -76,12 +78,12 @@ def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
 
 
 def open_clip(state: dict[str, torch.Tensor], spare: bool) -> dict[str, torch.Tensor]:
-    """A CLIP of transformers under OpenCLIP's names; `spare` adds the last layer, which SD 2 does not use."""
-    found: dict[str, list] = {}
+    """Rename a CLIP of transformers to OpenCLIP's names; `spare` adds a last layer, unused by SD 2."""
+    pieces: dict[str, list] = {}
     for name, value in state.items():
-        told, third = unet_names.open_clip_name(name)
-        found.setdefault(told, []).append((third or 0, value.T if told == "text_projection" else value))
-    joined = {name: torch.cat([v for _, v in sorted(vs, key=lambda p: p[0])]) for name, vs in found.items()}
+        key, third = unet_names.open_clip_name(name)
+        pieces.setdefault(key, []).append((third or 0, value.T if key == "text_projection" else value))
+    joined = {name: torch.cat([v for _, v in sorted(vs, key=lambda p: p[0])]) for name, vs in pieces.items()}
     if spare:
         layers = {int(name.split(".")[2]) for name in joined if ".resblocks." in name}
         last = f"transformer.resblocks.{max(layers)}."
@@ -91,27 +93,27 @@ def open_clip(state: dict[str, torch.Tensor], spare: bool) -> dict[str, torch.Te
 
 
 def kind_of(pipe: Any) -> str:
-    """Which kind of model a stock pipeline holds."""
+    """Return the kind of a stock pipeline: "sd15", "sd2" or "sdxl"."""
     if hasattr(pipe, "text_encoder_2"):
         return "sdxl"
     return "sd2" if pipe.unet.config.use_linear_projection else "sd15"
 
 
 def _check_target(folder: Path, source: Path) -> None:
-    """Raise `Refused` where something would be replaced, or the model that is read would change."""
+    """Raise `Refused` if something would be replaced, or the source model changed."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Refused(f"{folder} exists already and would be replaced as a whole; give a new folder")
+        raise Refused(f"{folder} exists and would be replaced; give a new folder")
     if source.resolve() in folder.resolve().parents:
-        raise Refused(f"{folder} is inside the model that is read; give a folder elsewhere")
+        raise Refused(f"{folder} is inside the source model; give a folder elsewhere")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     from diffusers import DiffusionPipeline
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, help="a diffusers folder of SD 1, SD 2 or SDXL")
-    parser.add_argument("folder", type=Path, help="where the file and the tokenizers go")
+    parser.add_argument("folder", type=Path, help="folder to write the file and the tokenizers to")
     options = parser.parse_args(argv)
     try:
         if not (options.source / "unet").is_dir() or not (options.source / "model_index.json").is_file():
