@@ -68,7 +68,7 @@ def _encoder(kind: str, path: str, dtype: Any, device: Any) -> Any:
 
 
 def make(folder: Path) -> None:
-    """Write `sd15` and `sdxl` (diffusers folders), `flux` (BFL files), `tokenizers`, and pictures in `data`."""
+    """Write `sd15`, `sdxl` (diffusers folders), `flux` (BFL files), `tokenizers`, and pictures in `data`."""
     import random
 
     import torch
@@ -82,7 +82,8 @@ def make(folder: Path) -> None:
     torch.manual_seed(0)
     make_tiny_sd.make(folder / "sd15", "sd15", single=True)
     weights = folder / "sd15" / "text_encoder" / "model.safetensors"
-    state = load_file(weights)  # gen_img.py divides by the mean, 0 without bias
+    state = load_file(weights)
+    # gen_img.py divides by the output's mean, which is 0 without a bias in the last norm
     next(v for k, v in state.items() if k.endswith("final_layer_norm.bias")).fill_(0.1)
     save_file(state, weights, {"format": "pt"})
     vocab, _ = tiny.clip_vocabulary(tiny.WORDS.split())
