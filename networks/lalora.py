@@ -45,7 +45,7 @@ def penalty(options: Options) -> Method:
     if strength < 0:
         raise Refused(f"network argument lalora_lambda={strength:g} is below 0; give 0 or more")
     if path and options.lalora_isotropic:
-        raise Refused(f"lalora_isotropic=True does not use lalora_context_path={path}; give one of both")
+        raise Refused(f"lalora_isotropic=True does not use lalora_context_path={path}; give only one of them")
     if options.lalora_isotropic:
         prepare = partial(laplace_penalty.isotropic, strength=strength)
     elif path:

@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Options:
     basis_path: str | None = structural(None, words=(*AUTO, NONE, EMBEDDED))
-    """basis file, auto:grad (default), auto:actgrad, auto:weight, auto:random; none where a method can"""
+    """basis file, or auto:grad (default), auto:actgrad, auto:weight, auto:random; none trains whole matrices,
+    in network_null_lalora and its variants only"""
     basis_required: bool = False
     """refuse to start without basis_path instead of using auto:grad"""
     basis_samples: int = 256

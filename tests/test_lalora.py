@@ -438,7 +438,7 @@ def test_lambda_needs_something_to_go_by(tmp_path):
         (lalora.Options(None, 0.1), "needs a context; give"),
         (lalora.Options(None, -1.0), "below 0"),
         (lalora.Options(str(tmp_path / "none.safetensors"), 0.0), "does not exist"),
-        (lalora.Options(written(tmp_path), 0.1, True), "give one of both"),
+        (lalora.Options(written(tmp_path), 0.1, True), "give only one of them"),
     ):
         with pytest.raises(Refused, match=said):
             lalora.method(options)

@@ -60,7 +60,7 @@ class CommonArguments:
     block_lr_zero_threshold: float = 0.0
     """U-Net blocks whose learning rate multiple is at most this are excluded"""
     loraplus_lr_ratio: float | None = None
-    """LoRA+: learning rate of the up factor as a multiple of that of the down factor"""
+    """LoRA+: factor by which the learning rate of the up factor is multiplied"""
     loraplus_unet_lr_ratio: float | None = None
     """loraplus_lr_ratio for the denoiser (U-Net or transformer)"""
     loraplus_text_encoder_lr_ratio: float | None = None
