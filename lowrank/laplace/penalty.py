@@ -94,9 +94,11 @@ def isotropic(network: Any, strength: float) -> Callable[[Any], Tensor]:
 def _laplace(
     layers: Mapping[AdaptedLayer, Curvature], strength: float, measure: Callable[..., Tensor], source: str
 ) -> Callable[[Any], Tensor]:
-    curvatures = layers.values()
-    total = sum(float(part.G.main.double().sum() * part.S.main.double().sum()) for part in curvatures)
-    weights = sum(O * I for O, I in (part.shape for part in curvatures))
+    total = sum(
+        float(curvature.G.main.double().sum() * curvature.S.main.double().sum())
+        for curvature in layers.values()
+    )
+    weights = sum(O * I for O, I in (curvature.shape for curvature in layers.values()))
     if not total > 0:
         raise Refused(
             f"{source} has no curvature in any of the {len(layers)} adapted layers, the penalty would be 0; "
