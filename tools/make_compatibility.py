@@ -1,7 +1,7 @@
-"""Write docs/compatibility.md from the tables in tests/compatibility.py, which the tests check.
+"""Write docs/compatibility.md from the tables in tests/support/compatibility.py, which the tests check.
 
-python tools/make_compatibility.py           write the page
-python tools/make_compatibility.py --check   exit 1 if the page is not up to date
+python tools/make_compatibility.py           write it
+python tools/make_compatibility.py --check   exit 1 when it is not what this would write
 """
 
 from __future__ import annotations
@@ -18,10 +18,22 @@ from lowrank.formats.formats import FORMATS  # noqa: E402
 
 INTRODUCTION = """# What works with what
 
-Written by `tools/make_compatibility.py` from `tests/compatibility.py`; `tests/test_export.py` and
-`tests/test_import.py` go through every cell on small SD 1.5, SDXL and FLUX models. *Exact* means: the program
-that the format is of loads the file with no tensor missing and none unexpected, and every layer answers as
-ours does to 10⁻⁵ of its change in fp32. How: [export.md](export.md).
+`tools/make_compatibility.py` writes this page from `tests/support/compatibility.py`.
+`tests/contract/test_export.py` and `tests/contract/test_import.py` test every cell on small SD 1.5, SDXL and
+FLUX models. *Exact* means: the program of that format loads the file with no tensor missing and none
+unexpected, and the change of every layer equals ours to 10⁻⁵ of its size in fp32. How to export and import:
+[export.md](export.md).
+"""
+EXPORT_NOTES = """
+`merged` rounds once to the precision of the checkpoint and prints what the rounding loses. DoRA has two
+conventions of norm, chosen with `--dora_norm`. diffusers ignores kohya's `dora_scale`; use `--to diffusers`.
+
+### Several experts, by calibration
+
+The ΔW of several experts depends on the input. `--model BASE --calibrate PROMPTS` draws pictures with the
+adapter and exports the LoRA that is nearest over the inputs of all layers. The error is printed and stored in
+the metadata; the files hold the nearest LoRA exactly. Without `--calibrate` these adapters are refused.
+
 """
 
 
@@ -34,39 +46,35 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def page() -> str:
     """Return the text of the page."""
-    spec = importlib.util.spec_from_file_location("compatibility", ROOT / "tests" / "compatibility.py")
+    spec = importlib.util.spec_from_file_location(
+        "compatibility", ROOT / "tests" / "support" / "compatibility.py"
+    )
     assert spec and spec.loader  # the file exists
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    known = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(known)
 
     def cell(method: str, to: str) -> str:
-        families = [name for key, name in tables.FAMILIES.items() if not tables.refusal(key, method, to)]
+        families = [name for family, name in known.FAMILIES.items() if not known.refusal(family, method, to)]
         if not families:
             return "–"
-        return "exact" if len(families) == len(tables.FAMILIES) else f"exact on {', '.join(families)}"
+        return "exact" if len(families) == len(known.FAMILIES) else f"exact on {', '.join(families)}"
 
     exports = [
-        [f"`{m}`", kind, *(cell(m, to) for to in FORMATS), "exact"] for m, kind in tables.METHODS.items()
+        [f"`{m}`", text, *(cell(m, to) for to in FORMATS), "exact"] for m, text in known.METHODS.items()
     ]
     routed = [
-        [f"`{m}`", kind, *("–" if to == "qrlora" else "nearest" for to in FORMATS), "nearest"]
-        for m, kind in tables.ROUTED.items()
+        [f"`{m}`", text, *("–" if to == "qrlora" else "nearest" for to in FORMATS), "nearest"]
+        for m, text in known.ROUTED.items()
     ]
     formats = [
-        [f"`{to}`", form.readers, tables.READERS.get(to, "our own reader")] for to, form in FORMATS.items()
+        [f"`{to}`", form.readers, known.READERS.get(to, "our own reader")] for to, form in FORMATS.items()
     ]
-    imports = [[name, how, what] for name, (how, what) in tables.IMPORTS.items()]
+    imports = [[name, how, what] for name, (how, what) in known.IMPORTS.items()]
     return (
         INTRODUCTION
         + "\n## Exports\n\n"
         + table(["method", "as", *(f"`{to}`" for to in FORMATS), "`merged`"], exports)
-        + "\n`merged` rounds once to the precision of the checkpoint and says what that loses. DoRA has two "
-        "conventions\nof norm, `--dora_norm`; diffusers leaves kohya's `dora_scale` out, and reads "
-        "`--to diffusers`.\n"
-        + "\n### Several experts, by calibration\n\n"
-        + "Their ΔW depends on the input. `--model BASE --calibrate PROMPTS` draws pictures with the\n"
-        "adapter and exports the LoRA that is nearest over all its layers' inputs. What that loses is\n"
-        "printed and in the metadata; files hold that LoRA exactly. Without the flag they are refused.\n\n"
+        + EXPORT_NOTES
         + table(["method", "as", *(f"`{to}`" for to in FORMATS), "`merged`"], routed)
         + "\n## Formats\n\n"
         + table(["`--to`", "read by", "read back in the tests by"], formats)
@@ -76,7 +84,6 @@ def page() -> str:
 
 
 def main() -> int:
-    """Write or check the page; returns the exit status."""
     if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page():
         return 0
     if "--check" in sys.argv[1:]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
         for name, value in pipe.unet.state_dict().items()
     }
     for name, value in pipe.vae.state_dict().items():
-        key = unet_names.vae_name(name, levels)
+        key = vae_name(name, levels)
         convolution = ".attn_1." in key and value.dim() == 2  # 1×1 convolution there, linear here
         state[f"first_stage_model.{key}"] = value[:, :, None, None] if convolution else value
     clip = {
@@ -77,11 +78,77 @@ def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
     return {name: value.contiguous().clone() for name, value in state.items()}
 
 
+_VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
+# the second half: names of diffusers before 0.15
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"} | {
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+}
+_VAE_BLOCK = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)$")
+_VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.+)$")
+
+
+def vae_name(path: str, levels: int) -> str:
+    """Return the original name of a tensor of diffusers' AutoencoderKL with `levels` levels.
+
+    Original decoders number their levels in reverse order.
+    """
+    if match := _VAE_MIDDLE.match(path):
+        side, kind, i, rest = match.groups()
+        if kind == "resnets":
+            return f"{side}.mid.block_{int(i) + 1}.{_renamed(rest, _VAE_RESNET)}"
+        return f"{side}.mid.attn_1.{_renamed(rest, _VAE_ATTENTION)}"
+    if match := _VAE_BLOCK.match(path):
+        side, direction, i, kind, j, rest = match.groups()
+        level = int(i) if direction == "down" else levels - 1 - int(i)
+        inner = f"block.{j}" if kind == "resnets" else f"{direction}sample"
+        return f"{side}.{direction}.{level}.{inner}.{_renamed(rest, _VAE_RESNET)}"
+    return path.replace(".conv_norm_out.", ".norm_out.")
+
+
+def _renamed(rest: str, table: dict[str, str]) -> str:
+    part, dot, kind = rest.rpartition(".")
+    return table.get(part, part) + dot + kind
+
+
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "text_projection.weight": "text_projection",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_CLIP_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+
+
+def open_clip_name(name: str) -> tuple[str, int | None]:
+    """Return OpenCLIP's name of a tensor of transformers' CLIP, and which third of its rows, or None.
+
+    OpenCLIP (text encoder of SD 2, second one of SDXL) joins q, k and v; for these the third is 0, 1 or 2.
+    `text_projection` is transposed.
+    """
+    name = name.removeprefix("text_model.")
+    if match := _CLIP_LAYER.match(name):
+        layer, part, kind = match.groups()
+        if part.endswith(("q_proj", "k_proj", "v_proj")):
+            third = "qkv".index(part[-6])
+            return f"transformer.resblocks.{layer}.attn.in_proj_{kind}", third
+        return f"transformer.resblocks.{layer}.{_OPEN_CLIP_LAYER[part]}.{kind}", None
+    return _OPEN_CLIP.get(name, name.replace("final_layer_norm", "ln_final")), None
+
+
 def open_clip(state: dict[str, torch.Tensor], spare: bool) -> dict[str, torch.Tensor]:
     """Rename a CLIP of transformers to OpenCLIP's names; `spare` adds a last layer, unused by SD 2."""
     pieces: dict[str, list] = {}
     for name, value in state.items():
-        key, third = unet_names.open_clip_name(name)
+        key, third = open_clip_name(name)
         pieces.setdefault(key, []).append((third or 0, value.T if key == "text_projection" else value))
     joined = {name: torch.cat([v for _, v in sorted(vs, key=lambda p: p[0])]) for name, vs in pieces.items()}
     if spare:

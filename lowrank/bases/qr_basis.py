@@ -8,7 +8,6 @@ a checksum of both.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -154,18 +154,18 @@ def _locked(cache: Path) -> Iterator[None]:
     """Lock a cache folder for this process; the system releases the lock when the process ends or dies."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        file = open(cache / ".lock", "a")  # noqa: SIM115 - closed below
+        lock = FileLock(cache / ".lock")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            locked = lock.acquire(timeout=0)
+        except Timeout:
             logger.warning("another process computes bases in %s; waiting for it", cache)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = lock.acquire()
     except OSError as error:
         raise Refused(
             f"the basis cache {cache} cannot be locked ({error}); give a writable folder on a local disk "
             "with --basis_cache_dir or LOWRANK_CACHE"
         ) from error
-    with file:
+    with locked:
         for partial in cache.glob(".*.part"):  # from a killed run: a running one would hold the lock
             partial.unlink()
         yield
