@@ -1,7 +1,7 @@
 """Write docs/compatibility.md from the tables in tests/support/compatibility.py, which the tests check.
 
-python tools/make_compatibility.py           write it
-python tools/make_compatibility.py --check   exit 1 when it is not what this would write
+python tools/make_compatibility.py           write the page
+python tools/make_compatibility.py --check   exit 1 if the page is not up to date
 """
 
 from __future__ import annotations
