@@ -93,7 +93,7 @@ def start(weights, ranks, scales, options: Options) -> Start:
 
 def gate(schedule: Schedule) -> Gate:
     """Open ranks by a schedule; in a network of rank R, every layer in proportion to R."""
-    return Gate(schedule.open, schedule.facts, lambda rank: gate(schedule.of(rank)))
+    return Gate(schedule.open, schedule.metadata, lambda rank: gate(schedule.of(rank)))
 
 
 def method(options: Options) -> Method:

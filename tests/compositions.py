@@ -41,7 +41,7 @@ def _plus(factor: Factor) -> Method:
 
 def _gate(factor: Factor) -> Method:
     schedule = Schedule(1, 1.0)
-    return Method("tlora's gate", gate=Gate(schedule.open, schedule.facts))
+    return Method("tlora's gate", gate=Gate(schedule.open, schedule.metadata))
 
 
 ADDITIONS: dict[str, Callable[[Factor], Method]] = {

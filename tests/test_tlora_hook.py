@@ -66,14 +66,14 @@ def saved(path, model=None, **arguments):
 def heard(made: AdapterNetwork) -> list[list[float]]:
     """What the network's clock is told from now on."""
     told: list[list[float]] = []
-    original = made.clock.tell
+    original = made.clock.set
 
     def tell(timestep):
         if timestep is not None:
             told.append(timestep.tolist())
         original(timestep)
 
-    made.clock.tell = tell
+    made.clock.set = tell
     return told
 
 
@@ -319,7 +319,7 @@ def test_stock_pipelines_open_the_ranks_of_each_step(stock, tmp_path):
     steps = [t[0] for t in told]
     opened = [int(gate.open_ranks(torch.tensor([t]), R, 1)) for t in dict.fromkeys(steps)]
     assert len(opened) == STEPS and opened == RANKS[family.name]
-    network.clock.leave()  # the same by hand: each call of the denoiser inside `denoise_at`
+    network.clock.detach()  # the same by hand: each call of the denoiser inside `denoise_at`
     original, index = models.denoiser.forward, iter(steps)
 
     def by_hand(*args, **kwargs):

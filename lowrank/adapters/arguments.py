@@ -65,9 +65,7 @@ class CommonArguments:
     """frozen tensors in files: full (all), q (what using the file needs), none (found again from the base)"""
 
     def __post_init__(self) -> None:
-        layer_rules.parse_rules(
-            self.module_rules
-        )  # a rule that cannot be read is said before a model is loaded
+        layer_rules.parse_rules(self.module_rules)  # refuse a malformed rule before a model is loaded
         for name in ("dropout", "rank_dropout", "module_dropout"):
             share = getattr(self, name)
             if share is not None and not 0 <= share < 1:

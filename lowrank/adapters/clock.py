@@ -5,7 +5,7 @@ timesteps, σ = t/1000, or 1 − σ. `CONVENTIONS` has a row for each class, rea
 0.42 and of kohya's trainers; a class without a row is refused, not guessed.
 
 The hook stands in front of the denoiser's forward, so that stock pipelines, our loop and other trainers are
-served alike, also under `torch.compile`. What a caller says itself (`Clock.at`) goes before what the hook
+served alike, also under `torch.compile`. What a caller says itself (`Clock.pinned`) goes before what the hook
 hears.
 """
 
@@ -40,38 +40,38 @@ def open_mask(method: Method, timestep: Tensor, rank: int) -> Tensor | None:
 class Clock:
     """The timesteps (B,) of the samples now in the denoiser, and the gate's mask for each rank in use.
 
-    Masks are made when the time is told, once for all layers; inside a compiled graph they are inputs.
+    Masks are made when the timestep is set, once for all layers; inside a compiled graph they are inputs.
     """
 
     def __init__(self, method: Method) -> None:
         self._method, self._ranks = method, ()
         self.timestep: Tensor | None = None
         self.masks: dict[int, Tensor] = {}
-        self._held = False  # by `at`, which the hook does not overrule
+        self._pinned = False  # by `pinned`, which the hook does not overrule
         self._hook: Hook | None = None
         self.steps: Callable[[], Tensor | None] = lambda: None  # the scheduler's timesteps, where known
 
-    def serve(self, ranks: Iterable[int]) -> None:
+    def set_ranks(self, ranks: Iterable[int]) -> None:
         """Make masks for these ranks. Raises `Refused` where the gate does not fit one."""
         self._ranks = tuple(sorted(set(ranks)))
-        with self.at(torch.zeros(1)):
+        with self.pinned(torch.zeros(1)):
             pass
 
-    def follow(self, denoiser: nn.Module) -> None:
-        """Hear the time from this denoiser whenever it runs, where there is a gate and its class is known."""
+    def attach(self, denoiser: nn.Module) -> None:
+        """Read the timestep of this denoiser whenever it runs, if there is a gate and its class is known."""
         model = uncompiled(denoiser)
         if self._method.gate is not None and type(model).__name__ in CONVENTIONS and _arguments(model)[1]:
             self._hook = Hook(denoiser, self)
 
-    def leave(self) -> None:
-        """Follow no denoiser any more."""
+    def detach(self) -> None:
+        """Remove the hook from the denoiser."""
         if self._hook is not None:
             self._hook.remove()
         self._hook = None
 
-    def tell(self, timestep: Tensor | None) -> None:
-        """What the hook hears; nothing where a caller said it."""
-        if not self._held:
+    def set(self, timestep: Tensor | None) -> None:
+        """Set the timesteps that the hook read, unless a caller pinned others."""
+        if not self._pinned:
             self._set(timestep)
 
     def _set(self, timestep: Tensor | None) -> None:
@@ -81,19 +81,19 @@ class Clock:
             self.masks = {rank: mask for rank, mask in made.items() if mask is not None}
 
     @contextlib.contextmanager
-    def at(self, timestep: Tensor | None) -> Iterator[None]:
+    def pinned(self, timestep: Tensor | None) -> Iterator[None]:
         """Set the timesteps for a block and restore what was there."""
-        before = self.timestep, self.masks, self._held
+        before = self.timestep, self.masks, self._pinned
         try:
             self._set(timestep)
-            self._held = timestep is not None
+            self._pinned = timestep is not None
             yield
         finally:
-            self.timestep, self.masks, self._held = before
+            self.timestep, self.masks, self._pinned = before
 
     def now(self) -> contextlib.AbstractContextManager:
         """Return to this moment later: gradient checkpointing re-enters it when it recomputes."""
-        return self.at(self.timestep)
+        return self.pinned(self.timestep)
 
 
 # ------------------------------------------------------------------ what denoisers are told
@@ -198,13 +198,13 @@ class Hook:
                     "needs one for each sample, so run the pipeline without expand_timesteps"
                 )
             self._earlier = clock.timestep
-            clock.tell(rule.timestep(told, clock.steps()))
+            clock.set(rule.timestep(told, clock.steps()))
 
         def after(_module: nn.Module, _args: tuple, out: Any) -> None:
             # after a forward that raised, torch gives no output; with one and a gradient, a backward may yet
             # recompute this forward, or the one before
             if out is None or not torch.is_grad_enabled():
-                clock.tell(self._earlier)
+                clock.set(self._earlier)
 
         self._earlier: Tensor | None = None
 

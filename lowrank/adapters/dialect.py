@@ -18,7 +18,7 @@ from lowrank.naming.flux_join import Roles, alike, cut_rows, join_layers, piece_
 logger = logging.getLogger(__name__)
 
 
-def tell_zeros(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+def warn_zero_alphas(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Warn of layers whose alpha is 0, which programs read in two ways."""
     zeros = [name for name, roles in layers.items() if "alpha" in roles and not roles["alpha"].any()]
     if zeros:

@@ -84,7 +84,7 @@ class Schedule:
             return max(1, rank // 2)
         return self.min_rank if self.max_rank is None else max(1, self.min_rank * rank // self.max_rank)
 
-    def facts(self, rank: int | None) -> dict[str, str]:
+    def metadata(self, rank: int | None) -> dict[str, str]:
         """What a file's metadata says; a rank of None, where layers differ, leaves out what depends on it."""
         told = {
             "tlora_alpha": f"{self.alpha:g}",

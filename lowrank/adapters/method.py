@@ -101,12 +101,12 @@ class Factor:
 class Gate:
     """`open(timestep (B,), rank) -> (B,)`: how many leading ranks are open.
 
-    `facts(rank, or None where layers differ)`: what files say about it. `of(rank)`: the gate of a network of
+    `metadata(rank, or None where layers differ)`: its entries in a file. `of(rank)`: the gate of a network of
     this rank, where layers of other ranks have their share of it.
     """
 
     open: Callable[[Tensor, int], Tensor]
-    facts: Callable[[int | None], Mapping[str, str]] = lambda rank: {}
+    metadata: Callable[[int | None], Mapping[str, str]] = lambda rank: {}
     of: Callable[[int], Gate] | None = None
 
 

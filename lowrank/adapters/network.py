@@ -69,7 +69,7 @@ class AdapterNetwork(nn.Module):
             )
             for t in targets
         }
-        self.clock.serve(layer.rank for layer in self.layers("unet"))
+        self.clock.set_ranks(layer.rank for layer in self.layers("unet"))
         self._owners = self._join()
         self.facts: dict[str, str] = {}  # what the start values were made from, for the file's metadata
         # (part, role) -> multiple of the part's learning rate
@@ -147,17 +147,17 @@ class AdapterNetwork(nn.Module):
             assert value is not None  # a penalty has one or the other
             self._penalties[one.name] = value
         if apply_unet:
-            self.clock.follow(unet)
+            self.clock.attach(unet)
 
     def restore(self) -> None:
         """Take every layer off its host again."""
         for layer in reversed(self.layers()):
             layer.restore()
-        self.clock.leave()
+        self.clock.detach()
 
     def denoise_at(self, timestep: Tensor | None):
         """`with network.denoise_at(t):` tells gated layers the samples' timesteps (B,) in 0..1000."""
-        return self.clock.at(timestep)
+        return self.clock.pinned(timestep)
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Hold frozen tensors in the dtype of the forward, so that a file says what training used.
@@ -225,7 +225,7 @@ class AdapterNetwork(nn.Module):
             layer.multiplier = multiplier if isinstance(multiplier, Tensor) else float(multiplier)
 
     def prepare_network(self, args: Any) -> None:
-        """kohya's trainers hand over their options, ours does not. Raises `Refused`, see `foreign.check`."""
+        """kohya's trainers hand over their options, ours does not. Raises `Refused`, see `check_trainer`."""
         kohya_trainer.check_trainer(self.method, args)
         self._pull = kohya_trainer.pull(args) if self.method.penalty else None
 
@@ -285,7 +285,7 @@ class AdapterNetwork(nn.Module):
             "lowrank.alpha": str(one[1]),
             "lowrank.layers": str(len(self.layers())),
             **{f"lowrank.{key}": value for key, value in self.facts.items()},
-            **({} if self.method.gate is None else self.method.gate.facts(one[0])),
+            **({} if self.method.gate is None else self.method.gate.metadata(one[0])),
         }
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
@@ -311,7 +311,7 @@ class AdapterNetwork(nn.Module):
                 f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model "
                 f"has {', '.join(list(self.targets)[:2])}; it was made for another base"
             )
-        dialect.tell_zeros(source, found)
+        dialect.warn_zero_alphas(source, found)
         for name, values in found.items():
             self._check_shared(name, found, source)
             self._made[name].load(values, source)

@@ -1,7 +1,7 @@
 """Bases that an adapter's core lives in: files of a left L (O, K) and a right R (K, I) for each layer.
 
 With them a method trains only a core: ΔW = s · L · C · R. Where they come from: a collection of LoRAs
-(`weights.hosvd`), the layer's own weight, or chance; the last two are made here and need no data.
+(`combine.shared_basis`), the layer's own weight, or chance; the last two are made here and need no data.
 
 Our file is safetensors: `<layer>.left` (O, K) and `<layer>.right` (K, I), orthonormal, most important
 direction first, with `<layer>.left_values` and `<layer>.right_values` (K,), their singular values. The

@@ -18,11 +18,11 @@ def made_by(path: str | Path) -> Method | None:
 def read(path: str | Path, family: str | None = None) -> Plain:
     """An adapter file of any dialect and method, place by place; says which keys were left out."""
     adapter = static.read(path, family, made_by(path))
-    tell_skipped(adapter.source, adapter.skipped)
+    warn_skipped(adapter.source, adapter.skipped)
     return adapter
 
 
-def tell_skipped(source: str, skipped: tuple[str, ...] | list[str]) -> None:
+def warn_skipped(source: str, skipped: tuple[str, ...] | list[str]) -> None:
     """Name keys that are no adapter's."""
     if skipped:
         few = ", ".join(sorted(skipped)[:5])

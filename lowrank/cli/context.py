@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _source(parsed: Parsed) -> Source:
-    own = parsed.base
+    own = parsed.base_model_flags
     device, precision = device_of(own.device), own.mixed_precision
     if precision == "fp16" and device == "cpu":
         logger.warning("there is no GPU, and mixed precision fp16 needs one: this run computes in fp32")
@@ -147,12 +147,12 @@ def _prepared(parsed: Parsed, family: Family, models: Models, encoders: Sequence
     family.add(models, ("denoiser",))
     align(models)
     denoiser, measure = models.denoiser, parsed.measure
-    choose_attention(parsed.base.xformers, denoiser)
+    choose_attention(parsed.base_model_flags.xformers, denoiser)
     passed = as_passed(encoders, denoiser) if encoders else []
     targets = find_all(passed, denoiser, target=measure.target, exclude=measure.exclude, conv=measure.conv)
-    if parsed.base.fp8_base:
+    if parsed.base_model_flags.fp8_base:
         memory.store_in_fp8(denoiser, models.source.dtype)
-    if parsed.base.gradient_checkpointing:
+    if parsed.base_model_flags.gradient_checkpointing:
         memory.checkpoint_blocks(denoiser)
     return targets
 

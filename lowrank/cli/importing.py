@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lowrank import __version__
-from lowrank.cli.adapter import read, tell_skipped
+from lowrank.cli.adapter import read, warn_skipped
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, legacy_null, native_tlora, static
 from lowrank.formats.names import read_contents, read_layers
@@ -139,7 +139,7 @@ def _masked(args: argparse.Namespace, source: str) -> str | None:
     family = args.base or places.adapter_family(layers, metadata, source)
     made = native_tlora.to_native_tlora(layers, metadata, schedule, family, source, bool(left_out))
     _write(made, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
-    tell_skipped(source, skipped)
+    warn_skipped(source, skipped)
     back, told = read_layers(args.target)
     opened = schedule_of(args.target, back, told)
     assert opened is not None  # it was written

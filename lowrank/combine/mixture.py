@@ -248,7 +248,7 @@ class AttachedParts:
 
 
 def _gate(adapter: Adapter) -> Gate | None:
-    return None if adapter.schedule is None else Gate(adapter.schedule.open, adapter.schedule.facts)
+    return None if adapter.schedule is None else Gate(adapter.schedule.open, adapter.schedule.metadata)
 
 
 def _part(module: str) -> str:

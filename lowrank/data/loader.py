@@ -79,7 +79,7 @@ class Loader:
         found, self._held = plan.split_holdout(self.datasets, found, seed)
         self._plan(found)
         for dataset, all_of_it, placed in zip(self.datasets, self.examples, self.groups, strict=True):
-            plan.tell(dataset, all_of_it, placed)
+            plan.log_plan(dataset, all_of_it, placed)
         self._check_sides(multiple)
 
     def held_out(self) -> Loader | None:

@@ -128,7 +128,7 @@ def balanced(reg: Sequence[Placed], total: int) -> list[Placed]:
     ]
 
 
-def tell(dataset: Dataset, examples: Sequence[Example], placed: Sequence[Placed]) -> None:
+def log_plan(dataset: Dataset, examples: Sequence[Example], placed: Sequence[Placed]) -> None:
     """Log what a user may not expect: unused regularisation images, images that are mostly cropped away."""
     reg = sum(example.is_reg for example in examples)
     used = sum(one.example.is_reg for one in placed)

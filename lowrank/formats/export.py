@@ -55,7 +55,7 @@ def export_lora(source: str | Path, target: str | Path, at: float | None = None)
         "lowrank.exported_from": metadata.get("lowrank.method", "unknown"),
     }
     if schedule is not None:
-        facts |= schedule.facts(None if rank == "None" else int(rank))
+        facts |= schedule.metadata(None if rank == "None" else int(rank))
         if schedule.group == 1 and "lowrank.options" in metadata:
             facts["lowrank.options"] = metadata["lowrank.options"]
     if at is not None:

@@ -106,7 +106,7 @@ def read_contents(path: str | Path, roles: Collection[str] = ()) -> Contents:
             "initial copy, it needs the residual it was trained on and is not what it adds",
             path,
         )
-    dialect.tell_zeros(str(path), layers)
+    dialect.warn_zero_alphas(str(path), layers)
     return Contents(layers, metadata, strange)
 
 

@@ -85,7 +85,7 @@ def to_native_tlora(
         "lowrank.rank": str(rank),
         "lowrank.alpha": str(alpha),
         "lowrank.layers": str(len(layers)),
-        **replace(schedule, group=1).facts(rank),
+        **replace(schedule, group=1).metadata(rank),
     }
     return Native(state, {**kept, **told})
 
