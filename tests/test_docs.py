@@ -11,9 +11,10 @@ from statistics import median
 
 import pytest
 
-from lowrank.cli import export, importing, inspection
 from lowrank.cli.resolve import with_network
 from lowrank.config.command_line import pairs
+from lowrank.config.positional import parse_words
+from lowrank.config.tools import CONVERT_WORDS, EXPORT, IMPORT, INSPECT, INSPECT_WORDS
 from lowrank.train.network_module import facade_of, find_module
 from tools.make_flags import SURFACES
 
@@ -21,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "assets").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 PARSERS = {
-    "tools/export_lora.py": export.parser,
-    "tools/import_lora.py": importing.parser,
-    "tools/inspect_lora.py": inspection.parser,
+    "tools/export_lora.py": (EXPORT, CONVERT_WORDS),
+    "tools/import_lora.py": (IMPORT, CONVERT_WORDS),
+    "tools/inspect_lora.py": (INSPECT, INSPECT_WORDS),
 }
 # flags of other programs, and of the lines of a prompt file, that pages speak of
 FOREIGN = {"--check", "--ss", "--network_merge", "--network_pre_calc", "--fp16"}
@@ -80,7 +81,9 @@ def test_every_script_that_is_called_is_there(page):
 @pytest.fixture(scope="module")
 def flags():
     """Every flag of every script, and those that the small scripts name in their text."""
-    parsers = [surface.parser() for surface in SURFACES] + [parser() for parser in PARSERS.values()]
+    parsers = [surface.parser() for surface in SURFACES] + [
+        command.parser() for command, _ in PARSERS.values()
+    ]
     known = FOREIGN.union(*(parser._option_string_actions for parser in parsers))
     for file in [*ROOT.glob("*.sh"), *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         known.update(FLAG.findall(file.read_text(encoding="utf-8")))
@@ -98,7 +101,7 @@ def test_every_command_is_understood(page, monkeypatch):
     surfaces = {surface.prog: surface for surface in SURFACES}
     for script, words in commands(page.read_text(encoding="utf-8")):
         if script in PARSERS:
-            PARSERS[script]().parse_args(words)
+            parse_words(PARSERS[script][0], words, PARSERS[script][1])
         if script not in surfaces or "…" in words:  # … stands for the reader's own flags
             continue
         parsed = surfaces[script].parse([EXAMPLES.get(word, word) for word in words])

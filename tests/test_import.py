@@ -13,17 +13,16 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_export import _flux, _random
 
+from lowrank.adapter_file import read_adapter_file
 from lowrank.cli import export, importing, inspection
 from lowrank.cli.adapter import read
-from lowrank.combine.mixture import Mixture
+from lowrank.combine.mixture import read_mixture
 from lowrank.errors import Refused
-from lowrank.formats import base_checkpoint, static
-from lowrank.formats.convert import only, write
+from lowrank.formats import base_checkpoint
+from lowrank.formats.delta import Delta, distance
 from lowrank.formats.formats import FORMATS, Choices
-from lowrank.formats.names import read_layers
-from lowrank.formats.read import Adapter
-from lowrank.formats.static import Static
 from lowrank.formats.verify import difference
+from lowrank.formats.write import only, write
 from lowrank.naming import keys
 from lowrank.naming.flux_join import join_layers, strength
 from lowrank.naming.places import LayerPath
@@ -89,7 +88,7 @@ def test_a_lora_projected_on_a_basis(method, bases, tmp_path, capsys):
     assert importing.main(words) == 0
     out = capsys.readouterr().out
     adapter, made = read(source), read(tmp_path / "out.safetensors")
-    lost = sum(static.distance(one, made.layers[p]) ** 2 for p, one in adapter.layers.items()) ** 0.5
+    lost = sum(distance(one, made.layers[p]) ** 2 for p, one in adapter.layers.items()) ** 0.5
     whole = sum(one.norm() ** 2 for one in adapter.layers.values()) ** 0.5
     assert f"{lost / whole:.2%} of ‖ΔW‖ is lost" in out and 0.01 < lost / whole < 1
     target = r"mid_block\.attentions\.0\.transf.*attn1"
@@ -131,7 +130,7 @@ def test_peft_scales_are_read_from_the_configuration(tmp_path):
         ({"lora_alpha": 8, "alpha_pattern": {"^attn.to_q": 1}}, 2.0),
     ):
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
-        assert importing.peft_folder(str(folder)).layers[LayerPath("unet", path)].scale == scale
+        assert read(folder).layers[LayerPath("unet", path)].scale == scale
     for config, why in (
         ({"peft_type": "LOHA", "lora_alpha": 1}, "LOHA"),
         ({"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {"(a+)+$": 1}}, "no plain name"),
@@ -140,9 +139,10 @@ def test_peft_scales_are_read_from_the_configuration(tmp_path):
     ):
         (folder / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(Refused, match=why):
-            importing.peft_folder(str(tmp_path))
+            read(tmp_path)
     with pytest.raises(Refused, match=r"has no adapter_config\.json"):
-        importing.peft_folder(str(tmp_path / "transformer" / ".." / "none"))
+        (tmp_path / "none").mkdir()
+        read(tmp_path / "none")
 
 
 def test_lycoris_convolution_of_three_parts_is_folded(tmp_path):
@@ -153,7 +153,7 @@ def test_lycoris_convolution_of_three_parts_is_folded(tmp_path):
         {f"{name}.lora_up.weight": up, f"{name}.lora_mid.weight": mid, f"{name}.lora_down.weight": down},
         tmp_path / "t.safetensors",
     )
-    layer = next(iter(read_layers(tmp_path / "t.safetensors")[0].values()))
+    layer = next(iter(read_adapter_file(tmp_path / "t.safetensors").layers.values()))
     x = torch.randn(1, 6, 5, 5, generator=made)
     conv = torch.nn.functional.conv2d
     theirs = conv(conv(conv(x, down), mid, padding=1), up)
@@ -267,7 +267,7 @@ def test_a_hostile_file_is_one_sentence(what, tmp_path, capsys):
     if what in clean or what == "a length for each input":
         return
     with pytest.raises(Refused):
-        Mixture([Adapter(path)])
+        read_mixture([path])
     model = files.denoiser("sd15")
     net = lora.create_network(1.0, 2, 1.0, None, [], model, target=r"mid_block\.attentions\.0\.proj")
     if what not in ("whole numbers", "alpha of two numbers", "three axes"):
@@ -299,7 +299,7 @@ def test_an_alpha_of_zero_is_no_strength_everywhere(tmp_path, capsys, caplog):
         assert main([str(path), str(target)]) == 0
         assert f"alpha is 0 in 1 of 2 layers, for example {A}" in caplog.text
         assert {key.rpartition(".lora_")[0] for key in load_file(target) if "lora_" in key[9:]} == {B}
-    mixture = Mixture([Adapter(path)])
+    mixture = read_mixture([path]).pairs
     changes = {n: mixture.up(n) @ mixture.down(n, [1.0]) for n in mixture.modules}
     assert [bool(dW.any()) for dW in changes.values()] == [False, True]
     net = lora.create_network(
@@ -389,8 +389,8 @@ def test_a_hundred_thousand_keys(tmp_path, capsys):
     assert len(state) > 100_000 - 20
     started = time.process_time()
     adapter = read(path)
-    assert len(adapter.layers) == 10_000 and len(adapter.skipped) == 70_020
-    assert "70020 keys are no adapter's" in capsys.readouterr().out
+    assert len(adapter.layers) == 10_000 and len(adapter.not_understood) == 70_020
+    assert "70020 keys are not read by this program" in capsys.readouterr().out
     assert time.process_time() - started < 20
     started = time.process_time()
     write(adapter, "kohya", tmp_path / "out.safetensors", Choices())
@@ -410,7 +410,7 @@ def test_a_hundred_thousand_keys(tmp_path, capsys):
         (["--base", "flux", "--tlora_min_rank", "1"], "is not in flux; leave --base out"),
         (["--basis", "none"], "is for the fork's files"),
         (["--tlora_min_rank", "0"], "--tlora_min_rank 0 is below 1"),
-        (["--tlora_min_rank", "1", "--tlora_alpha", "nan"], "--tlora_alpha nan is no number above 0"),
+        (["--tlora_min_rank", "1", "--tlora_alpha", "-1"], "--tlora_alpha -1 is not above 0"),
         (["--tlora_min_rank", "1", "--method", "lora"], "--method lora is none"),
     ],
 )
@@ -427,5 +427,5 @@ def test_only_one_part(bases, tmp_path):
     assert {p.part for p in only(adapter, "unet").layers} == {"unet"}
     with pytest.raises(Refused, match="no layer of the text part"):
         only(_flux({"proj_out": _random(4, 4, 2)}), "text")
-    assert isinstance(next(iter(adapter.layers.values())), Static)
+    assert isinstance(next(iter(adapter.layers.values())), Delta)
     assert isinstance(files.denoiser("sd15"), UNet2DConditionModel)

@@ -17,6 +17,7 @@ FOUNDATION = {
     "files": {"errors"},
     "tensors": {"errors", "files"},
     "naming": {"errors"},
+    "adapter_file": {"errors", "files", "tensors", "naming"},
 }
 # What each part of `lowrank` may import besides itself and the foundation: imports point one way.
 MAY_IMPORT = {
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     },
 }
 OLD_PATHS = ("lowrank.weights", "lowrank.adapters.kohya", "lowrank.adapters.plain")
-NETWORKS_MAY_IMPORT = {*FOUNDATION, "adapters", "bases", "laplace", "formats"}
+NETWORKS_MAY_IMPORT = {*FOUNDATION, "adapters", "bases", "laplace"}
 PURE = [f"adapters/{name}.py" for name in ("factor", "gate", "experts", "magnitude", "penalty", "rates")]
 PURE += ["bases/krylov.py"]
 LONG, TOO_LONG = 300, 400

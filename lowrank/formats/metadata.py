@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lowrank.formats.static import Plain
+from lowrank.formats.read import Adapter
 from lowrank.naming import keys
 
 _KINDS = {  # what interfaces read off metadata: ss_base_model_version, modelspec.architecture, implementation
@@ -23,7 +23,7 @@ _KINDS = {  # what interfaces read off metadata: ss_base_model_version, modelspe
 }
 
 
-def kohya_facts(adapter: Plain, state: Mapping[str, Tensor]) -> dict[str, str]:
+def kohya_facts(adapter: Adapter, state: Mapping[str, Tensor]) -> dict[str, str]:
     """What A1111, Forge, ComfyUI and Civitai read of a LoRA: kohya's ss_* and Stability's modelspec.
 
     What the training wrote stays; the network is told as the one that reads the file.
@@ -49,7 +49,7 @@ def kohya_facts(adapter: Plain, state: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-def kept_facts(adapter: Plain) -> dict[str, str]:
+def kept_facts(adapter: Adapter) -> dict[str, str]:
     """The training's own metadata, and where the file came from."""
     kept = {
         key: value
