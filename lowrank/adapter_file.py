@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -30,11 +30,11 @@ Roles = dict[str, Tensor]
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 HEADER = "lora_adapter_metadata"  # diffusers writes PEFT's configuration of each component here
-BIAS = "bias"
+BIAS, CORE = "bias", "core"
 # What is not read, by the ends of the keys: other kinds of adapters (LyCORIS, PEFT, kohya), and tensors of
 # this program's methods in a file that does not name its method
 _FOREIGN = {
-    r"(core|core_up|core_down|(basis|null|norm|free)_(up|down))": "core",
+    r"(core|core_up|core_down|(basis|null|norm|free)_(up|down))": CORE,
     r"hada_\w+": "LoHa",
     r"lokr_\w+": "LoKr",
     r"oft_\w+(\.weight)?": "OFT",
@@ -213,6 +213,24 @@ def warn_zero_alpha(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> 
             "diffusers; kohya's and LyCORIS' networks use the rank instead. If that is meant, set alpha",
             *(source, len(zeros), len(layers), min(zeros)),
         )
+
+
+def check_base(source: str, metadata: Mapping[str, str], base_hash: Callable[[], str], way_out: str) -> None:
+    """Compare the base that a file was made on with the base in use, by the hashes of their denoisers.
+
+    Raises `Refused` where the file's basis belongs to another base, and warns where it has none. `base_hash`
+    is called only for a file that names its base, `way_out` completes the refusal.
+    """
+    made_on = metadata.get("lowrank.base_hash")
+    if not made_on or made_on == "None" or made_on == (here := base_hash()):
+        return
+    told = (
+        f"{source} was made on {metadata.get('lowrank.base_model')} ({made_on[:12]}), and this base is "
+        f"{here[:12]}"
+    )
+    if metadata.get("lowrank.basis_hash") not in (None, "None"):
+        raise Refused(f"{told}; its basis belongs to that base, so {way_out}")
+    logger.warning("%s; the file is used all the same", told)
 
 
 # ---------- alpha

@@ -146,7 +146,7 @@ def test_the_base_may_be_a_file_and_flags_of_flux_are_refused(adapters, tmp_path
     file = model / "single" / "model.safetensors"
     more = ("--tokenizer_cache_dir", str(model / "single" / "tokenizers"), "--sample_sampler", "pndm")
     assert merge(line(file, style, content, tmp_path / "file", *more)) == 0
-    assert "it is drawn all the same" in caplog.text
+    assert "is used all the same" in caplog.text
     name = "inference_s1.00_c1.00.png"
     assert numpy.abs(pixels(tmp_path / "folder" / name) - pixels(tmp_path / "file" / name)).max() <= 1
 

@@ -124,7 +124,7 @@ class AdapterNetwork(nn.Module):
                     chosen[role] = self._in_shape(role, value, own[role].shape) if role in own else value
             layer.load(chosen, "the start values")
             if roles is None:
-                if "router" in layer.roles():
+                if keys.ROUTER in layer.roles():
                     nn.init.normal_(layer.router, std=0.3 / layer.router.shape[1] ** 0.5)
                 layer.start_magnitude()
         self.facts.update(facts)

@@ -261,9 +261,8 @@ class NetworkModule:
             )
         kept = [target for target in targets if target.name in size]
         if not layout.selection and not layout.exclude:
-            names = {one.key: one.module for one in adapter.not_understood}
-            names |= {key: module for module, own in adapter.keys.items() for key in own.values()}
-            unread = {keys.flat(names[key]) for key in unused if keys.role_of(key)}
+            names = {key: module for module, own in adapter.keys.items() for key in own.values()}
+            unread = {keys.flat(names[key]) for key in unused if key in names}
             _tell_unread(source, unread, unet is not None and all(one.part != "unet" for one in kept))
         network = self._network(method, layout, kept, size, multiplier)
         state = {

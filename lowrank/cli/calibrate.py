@@ -84,7 +84,7 @@ def nearest_lora(source: str, model: str, prompts: str) -> tuple[RawFile, str]:
     worst = max(errors, key=lambda name: errors[name].share)
     whole = together(errors.values()).share
     told = {
-        "method": "dora" if method.magnitude else LORA.name,
+        "method": keys.DORA if method.magnitude else LORA.name,
         "options": "{}",
         "exported_from": method.name,
         "unrouted_error": f"{whole:.6g}",

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from lowrank.adapter_file import check_base
 from lowrank.adapters.targets import find
 from lowrank.cli.base_model import base, model_family, own_side
 from lowrank.cli.contact_sheet import sheet
@@ -204,19 +205,14 @@ def _draw(
 
 
 def _check_base(mixture: Mixture, family: Family, models: Models) -> None:
-    """Adapters with a basis of their base must be of this one; of others that name another, it is said."""
-    here = family.model_hash(models, "denoiser")
+    """Refuse adapters with a basis of another base; warn of others that were made on another base."""
     for adapter in mixture.adapters:
-        there = adapter.fact("base_hash")
-        if not there or there == here:
-            continue
-        told = (
-            f"{adapter.path} was trained on {adapter.fact('base_model')} ({there[:12]}), and "
-            f"{models.source.path} is {here[:12]}"
+        check_base(
+            adapter.source,
+            adapter.metadata,
+            lambda: family.model_hash(models, "denoiser"),
+            "give the model it was trained on with --model_path",
         )
-        if adapter.fact("basis_hash"):
-            raise Refused(f"{told}; give the model it was trained on with --model_path")
-        logger.warning("%s; it is drawn all the same", told)
 
 
 def _settings(

@@ -202,7 +202,7 @@ def _runs_as_network(adapter: Adapter) -> bool:
 
 
 def _method(adapter: Adapter) -> str:
-    return adapter.fact("method") or ("dora" if adapter.has_magnitude() else LORA.name)
+    return adapter.fact("method") or (keys.DORA if adapter.has_magnitude() else LORA.name)
 
 
 def _check_rules(adapter: Adapter, rules: Sequence[Share]) -> None:

@@ -21,7 +21,7 @@ from lowrank.errors import Refused
 from lowrank.naming import keys
 from lowrank.naming.flux_join import strength
 
-LORA = Method("lora", LORA_FACTOR)
+LORA = Method(keys.LORA, LORA_FACTOR)
 
 
 class Delta(NamedTuple):

@@ -273,7 +273,7 @@ def write_lycoris(adapter: Adapter, choices: Choices) -> list[Written]:
     for place, layer in adapter.layers.items():
         state |= _spelled(places.lycoris_layer(place), _lengths(place, layer, choices), keys.KOHYA)
     config = {
-        "algo": "lora",
+        "algo": keys.LORA,
         "dora_wd": any(layer.magnitude is not None for layer in adapter.layers.values()),
     }
     return [Written("", state, {**kept_facts(adapter), "lycoris_config": json.dumps(config)})]

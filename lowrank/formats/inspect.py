@@ -132,7 +132,7 @@ def _kind(layers: Mapping[str, Mapping[str, Tensor]], others: Counter) -> str:
         return " + ".join(sorted(others)) or "unknown"
     kinds = {method_for(roles, None).name for roles in layers.values()} - {LORA.name}
     dora = any("magnitude" in roles for roles in layers.values())
-    return "+".join(sorted(kinds)) or ("dora" if dora else LORA.name)
+    return "+".join(sorted(kinds)) or (keys.DORA if dora else LORA.name)
 
 
 def _target(path: str) -> str:

@@ -45,7 +45,7 @@ def kohya_facts(adapter: Adapter, state: Mapping[str, Tensor]) -> dict[str, str]
         "ss_network_module": "lycoris.kohya" if dora else module,
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
         "ss_network_alpha": str(alphas.most_common(1)[0][0]),
-        "ss_network_args": json.dumps({"algo": "lora", "dora_wd": "True"} if dora else {}),
+        "ss_network_args": json.dumps({"algo": keys.LORA, "dora_wd": "True"} if dora else {}),
     }
 
 
@@ -62,5 +62,5 @@ def kept_facts(adapter: Adapter) -> dict[str, str]:
     return {
         **kept,
         **({"lowrank.method": gated} if gated else {}),
-        "lowrank.exported_from": adapter.fact("exported_from") or adapter.fact("method") or "lora",
+        "lowrank.exported_from": adapter.fact("exported_from") or adapter.fact("method") or keys.LORA,
     }

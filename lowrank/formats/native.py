@@ -47,7 +47,7 @@ def method_of(adapter: Adapter) -> str:
     if len(names) == 1 and names != {LORA.name}:
         return names.pop()
     lengths = any(layer.magnitude is not None for layer in adapter.layers.values())
-    return "dora" if lengths else LORA.name
+    return keys.DORA if lengths else LORA.name
 
 
 def to_native(
@@ -63,7 +63,7 @@ def to_native(
     `base` is needed for a basis, of `rank` (the adapter's own when None), which depends on the `precision`
     that the base is loaded in for training. Raises `Refused` for what the method cannot hold.
     """
-    plain = method in (LORA.name, "dora")
+    plain = method in (LORA.name, keys.DORA)
     if not plain and method_of(adapter) == method and rank is None:
         layers = {place: dict(adapter.raw[place]) for place in adapter.layers}
         for place, roles in layers.items():

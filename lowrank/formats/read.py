@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank.adapter_file import (
+    CORE,
     AdapterFile,
     ForeignKey,
     RawFile,
@@ -124,7 +125,7 @@ def read_adapter(
 
 def _refuse_no_adapter(contents: AdapterFile) -> None:
     made_by = contents.fact("method")
-    if made_by and any(one.kind == "core" for one in contents.not_understood):
+    if made_by and any(one.kind == CORE for one in contents.not_understood):
         raise Refused(
             f"{contents.source} was made by networks.{made_by}, which is not here; use the release "
             "that made it"

@@ -20,6 +20,7 @@ KOHYA = {
 PEFT = {**KOHYA, "down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 MIDDLE = "mid"  # LyCORIS' third factor of a convolution
 ROUTER = "router"  # of experts
+LORA, DORA = "lora", "dora"  # the methods of a plain pair of factors, without and with a magnitude
 QR_BASIS = ("q", "base_r")  # Q and R of W: a ΔR layer's basis, a QR-LoRA layer's start
 # Which method computes a layer with this role, where the file does not name its method; the first one counts
 METHOD_OF = {
