@@ -102,14 +102,14 @@ class RawFile(NamedTuple):
     config: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
-def open_adapter_file(path: str | Path, *, header_alpha: bool = False) -> RawFile:
+def open_adapter_file(path: str | Path) -> RawFile:
     """The contents of a file of any dialect, or of a folder that PEFT saved. Raises `Refused`."""
     if Path(path).is_dir():
         return _open_peft_folder(Path(path))
     state, metadata = read_tensors(path)
-    config = _header_config(metadata, str(path)) if header_alpha else {}
+    config = _header_config(metadata, str(path))
     beside = Path(path).with_name(PEFT_CONFIG)
-    if header_alpha and Path(path).name == PEFT_FILE and beside.is_file():
+    if Path(path).name == PEFT_FILE and beside.is_file():
         config = {"": _peft_config(beside)}
     return RawFile(state, metadata, str(path), config)
 

@@ -145,6 +145,36 @@ def test_peft_scales_are_read_from_the_configuration(tmp_path):
         read(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"transformer.lora_alpha": 8}, 2.0),
+        ({"transformer.lora_alpha": 8, "transformer.use_rslora": True}, 4.0),
+        ({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"to_q": 1}}, 0.25),
+        ({"text_encoder.lora_alpha": 8}, 1.0),
+    ],
+)
+def test_alpha_in_the_header_counts_in_every_tool(config, scale, tmp_path, capsys):
+    """diffusers and SimpleTuner write alpha nowhere else; at scale 1 such a file is silently wrong."""
+    path, target = "transformer_blocks.0.attn.to_q", tmp_path / "out.safetensors"
+    state = {f"transformer.{path}.lora_A.weight": torch.ones(4, 6)}
+    state[f"transformer.{path}.lora_B.weight"] = torch.ones(5, 4)
+    save_file(state, tmp_path / "in.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    want = scale * torch.full((5, 6), 4.0)
+    assert torch.equal(read(tmp_path / "in.safetensors").layers[LayerPath("unet", path)].delta(), want)
+    for main in (export.main, importing.main):
+        words = [str(tmp_path / "in.safetensors"), str(target)]
+        assert main([*words, *(("--to", "diffusers") if main is export.main else ())]) == 0
+        assert torch.equal(read(target).layers[LayerPath("unet", path)].delta(), want)
+    pairs = read_mixture([tmp_path / "in.safetensors"]).pairs
+    (name,) = pairs.modules
+    assert torch.equal(pairs.up(name) @ pairs.down(name, [1.0]), want)
+    capsys.readouterr()
+    assert inspection.main([str(tmp_path / "in.safetensors"), "--json"]) == 0
+    (layer,) = json.loads(capsys.readouterr().out)["layers"]
+    assert layer["norm"] == pytest.approx(float(want.norm()))
+
+
 def test_lycoris_convolution_of_three_parts_is_folded(tmp_path):
     made = torch.Generator().manual_seed(0)
     up, mid, down = (torch.randn(*s, generator=made) for s in ((8, 3, 1, 1), (3, 3, 3, 3), (3, 6, 1, 1)))

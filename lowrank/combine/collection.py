@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from lowrank.adapter_file import BIAS, AdapterFile, open_adapter_file, read_adapter_file
+from lowrank.adapter_file import BIAS, AdapterFile, read_adapter_file
 from lowrank.combine.compare import unscaled
 from lowrank.errors import Refused
 from lowrank.files import sha256
@@ -60,7 +60,7 @@ def read_updates(path: str | Path) -> Lora:
 
     Raises `Refused`, naming the file, where it is not whole, where factors do not fit, and for NaN.
     """
-    file = read_adapter_file(open_adapter_file(path, header_alpha=True))
+    file = read_adapter_file(path)
     kinds = {one.module: one.kind for one in file.not_understood if one.kind != BIAS and one.certain}
     for one in file.not_understood:  # what no adapter has counts only beside factors, which it then changes
         if not one.certain and one.module in file.layers:
