@@ -55,6 +55,17 @@ def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
         raise Refused(f"{owner} argument {name}={text!r} is not {_WORDS[kind]}; correct its value") from error
 
 
+def _parse_options(kind: type, arguments: Mapping[str, Any]) -> Any:
+    """A record of network arguments from those that it has a field for."""
+    hints = typing.get_type_hints(kind)
+    given = {
+        field.name: _value("network", field.name, arguments[field.name], hints[field.name])
+        for field in dataclasses.fields(kind)
+        if field.name in arguments
+    }
+    return kind(**given)
+
+
 def _tell_unread(file: str, unread: Set[str], no_denoiser: bool) -> None:
     """Warn of a file's layers that are not here; `Refused` where they are all that it has of a denoiser."""
     denoisers = {name for name in unread if not keys.is_flat_text(name)}
@@ -97,20 +108,15 @@ class NetworkModule:
 
     def made(self, metadata: Mapping[str, str], source: str = "the file") -> Method:
         """The method as a file of it tells, in all that decides which tensors there are."""
-        return self._parse(self._structure(metadata, source))[0].of(_network_rank(metadata, source))
+        return self._parse_method(self._structure(metadata, source)).of(_network_rank(metadata, source))
 
     def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, CommonArguments]:
-        read = []
-        for kind in (self._options, CommonArguments):
-            hints = typing.get_type_hints(kind)
-            given = {
-                f.name: _value("network", f.name, arguments[f.name], hints[f.name])
-                for f in dataclasses.fields(kind)
-                if f.name in arguments
-            }
-            read.append(kind(**given))
-        method = self._method(read[0])
-        return dataclasses.replace(method, options={**dataclasses.asdict(read[0]), **method.options}), read[1]
+        return self._parse_method(arguments), _parse_options(CommonArguments, arguments)
+
+    def _parse_method(self, arguments: Mapping[str, Any]) -> Method:
+        options = _parse_options(self._options, arguments)
+        method = self._method(options)
+        return dataclasses.replace(method, options={**dataclasses.asdict(options), **method.options})
 
     def _network(
         self,
