@@ -65,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export_lycoris(args: Export) -> int:
     adapter = read(args.source, strict=False)
-    layers = {adapter.name(place): dict(roles) for place, roles in adapter.raw.items()}
-    state = export_lycoris(layers, adapter.metadata, adapter.schedule, adapter.source, args.target)
+    state = export_lycoris(adapter.raw, adapter.metadata, adapter.schedule, adapter.source, args.target)
     ranks = sorted(ranks_of(state))
     apart = difference(adapter, read_adapter(args.target, strict=False))
     print(

@@ -28,7 +28,7 @@ from lowrank.bases.singular import PARTS, singular_components
 from lowrank.errors import Refused, nearest
 from lowrank.files import atomic
 from lowrank.naming import keys
-from lowrank.naming import unet as unet_names
+from lowrank.naming.places import LayerPath, lycoris_layer
 from lowrank.tensors import write_tensors
 
 Layers = dict[str, dict[str, Tensor]]
@@ -231,7 +231,11 @@ def _configured(config: Mapping[str, Any], ranks: set[int], source: str, told: S
 
 
 def export_lycoris(
-    layers: Layers, metadata: Mapping[str, str], schedule: Schedule | None, source: str, target: str | Path
+    layers: Mapping[LayerPath, Mapping[str, Tensor]],
+    metadata: Mapping[str, str],
+    schedule: Schedule | None,
+    source: str,
+    target: str | Path,
 ) -> dict[str, Tensor]:
     """Write an orthogonal T-LoRA as LyCORIS' `tlora`, `lycoris_config.json` beside it; returns its tensors.
 
@@ -240,12 +244,12 @@ def export_lycoris(
     """
     down = _factor().chains[0].down[-1]
     made = options_of(metadata, source)
-    downs = {module: roles[down] for module, roles in layers.items() if down in roles}
-    ranks = {(len(value), float(layers[module]["alpha"])) for module, value in downs.items()}
+    downs = {place: roles[down] for place, roles in layers.items() if down in roles}
+    ranks = {(len(value), float(layers[place]["alpha"])) for place, value in downs.items()}
     why = None
     if schedule is None or len(downs) < len(layers):
         why = "is no orthogonal T-LoRA, the only form that LyCORIS has"
-    elif any(keys.is_text_encoder(module) for module in layers):
+    elif any(place.part != "unet" for place in layers):
         why = "has layers of a text encoder, which LyCORIS would mask"
     elif any(value.shape[2:] not in ((), (1, 1)) for value in downs.values()):
         why = "has k×k convolutions, which LyCORIS holds as 1×1"
@@ -259,8 +263,8 @@ def export_lycoris(
             "train with --network_args sig_type=principal use_data_init=True"
         )
     state = {}
-    for module, roles in layers.items():
-        name = lycoris_name(module)
+    for place, roles in layers.items():
+        name = lycoris_layer(place)
         for role, sides in _factor().sides().items():
             value = roles[role].reshape(1, -1) if len(sides) == 1 else roles[role]
             state[f"{name}.{keys.KOHYA[role]}"] = value
@@ -296,28 +300,6 @@ def write_sidecar(folder: Path, config: Mapping[str, Any]) -> Path:
     with atomic(path) as part:
         part.write_text(text, encoding="utf-8")
     return path
-
-
-def lycoris_name(module: str) -> str:
-    """LyCORIS' name of a layer: its path in diffusers' model, from a name in our files."""
-    flat = keys.flat(module)
-    for original, path in _sdxl_blocks().items():
-        if flat.startswith(original):
-            flat = path + flat[len(original) :]
-            break
-    return f"lycoris_{flat}"
-
-
-def _sdxl_blocks() -> dict[str, str]:
-    """What SDXL's attention blocks begin with: kohya's flat name -> diffusers'."""
-    paths = [
-        f"{side}_blocks.{i}.attentions.{j}." for side in ("down", "up") for i in range(3) for j in range(3)
-    ]
-    paths.append("mid_block.attentions.0.")
-    return {
-        unet_names.unet_name(path, unet_names.SDXL).replace(".", "_"): path.replace(".", "_")
-        for path in paths
-    }
 
 
 def _classes(names: list[str]) -> list[str]:
