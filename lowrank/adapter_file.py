@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,7 +105,7 @@ class RawFile(NamedTuple):
 
 def open_adapter_file(path: str | Path) -> RawFile:
     """The contents of a file of any dialect, or of a folder that PEFT saved. Raises `Refused`."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where a name is too long
         return _open_peft_folder(Path(path))
     state, metadata = read_tensors(path)
     config = _header_config(metadata, str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -110,7 +111,7 @@ def _import_tlora(args: ImportAdapter, adapter: Adapter, start: _Start) -> int:
 
 def _raw_file(args: ImportAdapter) -> RawFile:
     """The source, or what it is as a plain LoRA where it is a file of the fork's null networks."""
-    if Path(args.source).is_dir() or not legacy_null.is_legacy(read_names(args.source)):
+    if os.path.isdir(args.source) or not legacy_null.is_legacy(read_names(args.source)):
         if args.basis:
             raise Refused(
                 f"--basis is for the fork's files (alpha_up, alpha_down), and {args.source} is none; leave "

@@ -143,7 +143,7 @@ def compare(
 ) -> dict[str, list[LayerSimilarity]]:
     """Per matrix one `LayerSimilarity` for each layer that both files have, in the first file's order.
 
-    `first`, `second`: module -> role -> finite tensor, as `formats.names.read_layers` returns them, in one
+    `first`, `second`: module -> role -> finite tensor, as `comparable` gives them, in one
     dialect or two. A matrix that no common layer has on both sides is left out. Raises `Refused` for files
     with no layer or matrix in common, for factors that do not multiply and for layers of different models.
     """
