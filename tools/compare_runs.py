@@ -182,7 +182,10 @@ def _is_equal(before: Any, after: Any) -> bool:
             math.isnan(before) and math.isnan(after)
         )
     if isinstance(before, str) and isinstance(after, str) and before[:1] + after[:1] in ("{{", "[["):
-        return not list(_compare_values(json.loads(before), json.loads(after)))  # metadata that is JSON
+        try:
+            return not list(_compare_values(json.loads(before), json.loads(after)))  # metadata in JSON
+        except ValueError:  # a text that only begins like JSON
+            return before == after
     return before == after
 
 
