@@ -35,7 +35,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.cli import flux_train, sd_train
-from lowrank.combine.mixture import Mixture
+from lowrank.combine.mixture import Mixture, read_for_merge
 from lowrank.formats.read import Adapter
 from tools.glyph_world import report, scorer
 from tools.glyph_world.world import BACKGROUNDS, SEEN_STYLES, Scene, caption
@@ -96,7 +96,7 @@ class Bench:
         if not file.is_file():
             seconds = train(self.family, method, rate, pictures, prompt, out, steps, METHODS[method])
             print(f"trained {out.name} in {seconds:.0f} s", file=sys.stderr, flush=True)
-        return Adapter(next(out.glob("*.safetensors")))
+        return read_for_merge(next(out.glob("*.safetensors")))
 
     def draw(
         self,

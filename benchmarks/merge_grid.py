@@ -21,7 +21,7 @@ from step_time import inputs, model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lowrank.combine.mixture import Mixture
+from lowrank.combine.mixture import Mixture, read_for_merge
 from lowrank.formats.read import Adapter
 
 
@@ -36,7 +36,7 @@ def adapter(denoiser: torch.nn.Module, name: str, seed: int, folder: Path) -> Ad
             parameter.normal_(std=1e-3)
     path = folder / f"{name}-{seed}.safetensors"
     network.save_weights(str(path), None, {})
-    return Adapter(path)
+    return read_for_merge(path)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lowrank.formats import base_checkpoint  # noqa: E402
-from lowrank.formats.static import Static  # noqa: E402
+from lowrank.formats.delta import Delta  # noqa: E402
 from lowrank.naming.places import LayerPath  # noqa: E402
 from lowrank.tensors import stream_pieces, stream_tensors  # noqa: E402
 
@@ -47,7 +47,7 @@ def main() -> None:
         small = Path(folder) / "small.safetensors"
         stream_tensors(small, {names[0]: (8, 8)}, torch.bfloat16, lambda _: torch.ones(8, 8), {})
         place = LayerPath("unet", "transformer_blocks.0.ff.net.0.proj")
-        tiny = {place: Static(torch.ones(8, 2), torch.ones(2, 8), 1.0)}
+        tiny = {place: Delta(torch.ones(8, 2), torch.ones(2, 8), 1.0)}
         base_checkpoint.merge(
             base_checkpoint.BaseCheckpoint(small), tiny, Path(folder) / "out.safetensors", {}
         )
@@ -58,7 +58,7 @@ def main() -> None:
             {},
         )
         adapter = {
-            LayerPath("unet", f"transformer_blocks.{i}.ff.net.0.proj"): Static(
+            LayerPath("unet", f"transformer_blocks.{i}.ff.net.0.proj"): Delta(
                 torch.randn(outs, RANK).bfloat16(), torch.randn(RANK, INPUTS).bfloat16(), 1e-3
             )
             for i in range(3)

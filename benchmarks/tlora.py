@@ -31,7 +31,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.formats.static import phantom
+from lowrank.formats.delta import phantom
 from lowrank.models.sd_single import published_config
 from tools import make_tiny_sd
 

@@ -8,8 +8,6 @@ the denoiser runs. Layers are found through ComfyUI's key maps, which also say w
 
 from __future__ import annotations
 
-import copy
-import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,33 +22,38 @@ from torch import Tensor, nn
 from lowrank.adapters.magnitude import row_norm
 from lowrank.adapters.method import Gate
 from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.network_module import network_named
 from lowrank.adapters.targets import Layer, find, host_shape
-from lowrank.combine.mixture import STATIC, Mixture
+from lowrank.combine.mixture import read_for_merge
+from lowrank.combine.pair_sum import PAIRS, PairSum
 from lowrank.errors import Refused
-from lowrank.formats.names import Thin, thin
+from lowrank.formats.delta import Delta, swapped
 from lowrank.formats.read import Adapter
-from lowrank.formats.tlora import with_copies
 from lowrank.naming import keys
-from lowrank.tensors import read_names, read_tensors
+from lowrank.naming.places import LayerPath
 
 from .live import Beside, LayerRows
 
 logger = logging.getLogger(__name__)
-_ROUTER = ".router"  # what only files of routed experts have
 
 
 @dataclass(frozen=True)
 class File:
-    """An adapter file. One of routed experts is read only where its network is made."""
+    """An adapter file, and a schedule {min_rank, alpha} that goes before what the file states."""
 
     path: str
-    adapter: Adapter | None
+    adapter: Adapter
+    config: Mapping[str, Any] | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether it has experts, whose ΔW depends on the input."""
+        return any(keys.ROUTER in roles for roles in self.adapter.raw.values())
 
     @property
     def static(self) -> bool:
         """Whether it adds one ΔW, which has a low rank: all but T-LoRA, routed experts and DoRA."""
-        plain = self.adapter is not None and self.adapter.schedule is None
-        return plain and not any("magnitude" in roles for roles in self.adapter.layers.values())
+        return not self.routed and self.adapter.schedule is None and not self.adapter.has_magnitude()
 
 
 class Hosts:
@@ -101,9 +104,8 @@ class Hosts:
 
 
 def read_adapter(path: str, config: Mapping[str, Any] | None = None) -> File:
-    """An adapter file; `config` is a schedule {min_rank, alpha} that goes before what the file says."""
-    routed = any(key.endswith(_ROUTER) for key in read_names(path))
-    return File(path, None if routed else Adapter(path, config=config))
+    """An adapter file; `config` is a schedule {min_rank, alpha} that goes before what the file states."""
+    return File(path, read_for_merge(path, schedule=config), config)
 
 
 def apply_adapter(
@@ -112,28 +114,31 @@ def apply_adapter(
     """Clones of model and CLIP with an adapter; `clip` may be None. Raises `Refused` for another base's."""
     model, clip = model.clone(), None if clip is None else clip.clone()
     denoiser, encoders = _hosts(model, clip)
-    if file.adapter is None:
-        _live(model, _routed(file.path, denoiser), strength)
+    if file.routed:
+        _live(model, _routed(file, denoiser), strength)
         return model, clip
     adapter = file.adapter
-    named = {keys.flat(module): module for module in adapter.layers}
+    if adapter.schedule is not None:
+        start = lambda module: denoiser.weight(keys.flat(module))  # noqa: E731
+        adapter = read_for_merge(file.path, schedule=file.config, start=start)
+    adapter.require_deltas()
+    named = {keys.flat(adapter.name(place)): place for place in adapter.layers}
     text = [name for name in named if keys.is_flat_text(name)]
-    pairs: dict[str, Any] = {}
     _check(file.path, [name for name in named if name not in text], denoiser)
     if adapter.schedule is not None:
-        adapter.layers = with_copies(
-            adapter.layers, lambda one: denoiser.weight(keys.flat(one)), adapter.metadata, file.path
-        )
-        _live(model, _masked(adapter, [n for n in named if n not in text], denoiser), strength)
+        part = {place: layer for place, layer in adapter.layers.items() if place.part == "unet"}
+        _live(model, _masked(replace(adapter, layers=part), denoiser), strength)
         named = {name: named[name] for name in text}  # an encoder knows no timestep: all ranks are open
-    for name, module in named.items():
-        roles = adapter.layers[module]
-        plain = {role: value for role, value in roles.items() if role != "magnitude"}
-        pair = thin(module, plain, file.path, adapter.fact("method"))
-        pairs[name] = Dora(pair, roles["magnitude"]) if "magnitude" in roles else pair
+    pairs = {name: _as_named(adapter, place) for name, place in named.items()}
     _patch(model, denoiser, {n: p for n, p in pairs.items() if n not in text}, strength)
     _patch_text(clip, encoders, {n: p for n, p in pairs.items() if n in text}, strength_clip)
     return model, clip
+
+
+def _as_named(adapter: Adapter, place: LayerPath) -> Delta:
+    """ΔW with its rows in the order of the layer that the file names; BFL's adaLN exchanges the halves."""
+    layer = adapter.layers[place]
+    return swapped(layer) if "adaLN" in adapter.modules[place] else layer
 
 
 def merge_adapters(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
@@ -141,15 +146,14 @@ def merge_adapters(model: Any, clip: Any, files: Sequence[File], weights: Sequen
 
     Raises `Refused` for adapters of different bases, or without a layer in common.
     """
-    adapters = [file.adapter for file in files if file.adapter is not None and file.static]
-    if len(adapters) < len(files):
+    if not all(file.static for file in files):
         for file, weight in zip(files, weights, strict=True):
             model, clip = apply_adapter(model, clip, file, weight, weight)
         return model, clip
-    mixture = Mixture(adapters)
+    sums = PairSum([file.adapter for file in files])
     model, clip = model.clone(), None if clip is None else clip.clone()
     denoiser, encoders = _hosts(model, clip)
-    pairs = {name: Thin(mixture.up(name), mixture.down(name, weights), 1.0) for name in mixture.modules}
+    pairs = {name: Delta(sums.up(name), sums.down(name, weights), 1.0) for name in sums.modules}
     text = [name for name in pairs if keys.is_flat_text(name)]
     _check(files[0].path, [name for name in pairs if name not in text], denoiser)
     _patch(model, denoiser, {n: p for n, p in pairs.items() if n not in text}, 1.0)
@@ -184,8 +188,9 @@ class Dora(comfy.weight_adapter.WeightAdapterBase):
 
     name = "lowrank_dora"
 
-    def __init__(self, pair: Thin, magnitude: Tensor) -> None:
-        self.loaded_keys, self.weights = set(), (pair.up, pair.down, magnitude.flatten(), pair.scale)
+    def __init__(self, pair: Delta) -> None:
+        assert pair.magnitude is not None  # the caller has asked
+        self.loaded_keys, self.weights = set(), (pair.up, pair.down, pair.magnitude, pair.scale)
 
     def calculate_weight(
         self,
@@ -208,21 +213,20 @@ class Dora(comfy.weight_adapter.WeightAdapterBase):
         return weight
 
 
-def _patch(patcher: Any, hosts: Hosts, pairs: Mapping[str, Any], strength: float) -> None:
+def _patch(patcher: Any, hosts: Hosts, pairs: Mapping[str, Delta], strength: float) -> None:
     state, patches = {}, {}
     for name, pair in pairs.items():
         outs, ins = host_shape(hosts.stand_in(name))
-        up, down = (pair.weights if isinstance(pair, Dora) else pair)[:2]
-        if (up.shape[0], down.shape[1]) != (outs, ins):
+        if (pair.up.shape[0], pair.down.shape[1]) != (outs, ins):
             raise Refused(
-                f"{name} is {up.shape[0]}×{down.shape[1]} in the adapter and {outs}×{ins} in the model; the "
-                "adapter is for another base"
+                f"{name} is {pair.up.shape[0]}×{pair.down.shape[1]} in the adapter and {outs}×{ins} in the "
+                "model; the adapter is for another base"
             )
-        if isinstance(pair, Dora):
-            patches[hosts.patch_key(name)] = pair
+        if pair.magnitude is not None:
+            patches[hosts.patch_key(name)] = Dora(pair)
         else:
-            told = {"up": up, "down": down, "alpha": torch.tensor(pair.scale * len(down))}
-            state |= {f"{name}.{keys.KOHYA[role]}": value for role, value in told.items()}
+            roles = {"up": pair.up, "down": pair.down, "alpha": torch.tensor(pair.scale * pair.rank)}
+            state |= {f"{name}.{keys.KOHYA[role]}": value for role, value in roles.items()}
     names = {name: hosts.patch_key(name) for name in pairs if f"{name}.{keys.KOHYA['up']}" in state}
     patches |= comfy.lora.load_lora(state, names)
     if patches:
@@ -245,44 +249,46 @@ def _live(model: Any, found: tuple[AdapterNetwork, dict[str, LayerRows]], streng
     Beside(network, places, strength).install(model)
 
 
-def _masked(
-    adapter: Adapter, names: Sequence[str], hosts: Hosts
-) -> tuple[AdapterNetwork, dict[str, LayerRows]]:
+def _masked(adapter: Adapter, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, LayerRows]]:
     """A T-LoRA as pairs of factors whose leading ranks open by the timestep."""
-    assert adapter.schedule is not None  # asked by the caller
-    part = copy.copy(adapter)
-    part.layers = {m: roles for m, roles in adapter.layers.items() if keys.flat(m) in names}
-    mixture = Mixture([part])
-    targets = {keys.flat(t.name): t for t in find("unet", _tree(names, hosts), target=".")}
-    gate = Gate(adapter.schedule.open, adapter.schedule.facts)
-    chosen = [targets[name] for name in mixture.modules]
-    ranks = {targets[name].name: mixture.up(name).shape[1] for name in mixture.modules}
+    assert adapter.schedule is not None  # the caller has asked
+    pairs = PairSum([adapter])
+    targets = {keys.flat(t.name): t for t in find("unet", _tree(list(pairs.modules), hosts), target=".")}
+    gate = Gate(adapter.schedule.open, adapter.schedule.metadata)
+    chosen = [targets[name] for name in pairs.modules]
+    ranks = {targets[name].name: pairs.up(name).shape[1] for name in pairs.modules}
     size = {name: (rank, float(rank)) for name, rank in ranks.items()}
-    network = AdapterNetwork(replace(STATIC, gate=gate), chosen, lambda t: size[t.name])
+    network = AdapterNetwork(replace(PAIRS, gate=gate), chosen, lambda t: size[t.name])
     for layer in network.layers():
         name = keys.flat(layer.name)
-        values = {"up": mixture.up(name), "down": mixture.down(name, [1.0])}
+        values = {"up": pairs.up(name), "down": pairs.down(name, [1.0])}
         shaped = {role: value.reshape(layer.get_buffer(role).shape) for role, value in values.items()}
-        layer.load(shaped, str(adapter.path))
+        layer.load(shaped, adapter.source)
     return network, {layer.name: hosts.place(keys.flat(layer.name)) for layer in network.layers()}
 
 
-def _routed(path: str, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, LayerRows]]:
+def _routed(file: File, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, LayerRows]]:
     """A network of routed experts, of the method that its file names."""
-    state, metadata = read_tensors(path)
-    told = metadata.get("ss_network_module") or f"networks.{metadata.get('lowrank.method')}"
-    names = dict.fromkeys(keys.flat(key.removesuffix(_ROUTER)) for key in state if key.endswith(_ROUTER))
-    if text := [name for name in names if keys.is_flat_text(name)]:
-        raise Refused(f"{path} has experts in text encoders ({text[0]}), which are not offered in ComfyUI")
-    modules = {keys.flat((keys.role_of(key) or (key.rpartition(".")[0],))[0]) for key in state}
-    names = list(names | dict.fromkeys(sorted(name for name in modules if not keys.is_flat_text(name))))
+    adapter, path = file.adapter, file.path
+    module = network_named(adapter.metadata.get("lowrank.method", ""))
+    if module is None or adapter.method is None:
+        raise Refused(
+            f"{path} has experts and does not name a network of this program that made it; use the file as "
+            "it was saved"
+        )
+    experts = [place for place, roles in adapter.raw.items() if keys.ROUTER in roles]
+    if text := [place for place in experts if place.part != "unet"]:
+        raise Refused(
+            f"{path} has experts in text encoders ({text[0].path}), which are not offered in ComfyUI"
+        )
+    others = sorted(p for p in adapter.raw if p.part == "unet" and p not in experts)
+    names = [keys.flat(adapter.name(place)) for place in (*experts, *others)]
     _check(path, names, hosts)
-    module: Any = importlib.import_module(told)
     network, _ = module.create_network_from_weights(1.0, path, None, [], _tree(names, hosts))
     if network.method.magnitude is not None:
         raise Refused(f"{path} has lengths beside experts, which are not offered in ComfyUI")
-    needed = {role: keys.KOHYA.get(role, role) for role in network.factor.frozen}
-    if absent := [role for role, end in needed.items() if not any(key.endswith(f".{end}") for key in state)]:
+    present = {role for roles in adapter.raw.values() for role in roles}
+    if absent := [role for role in adapter.method.file_roles() if role in network.factor.frozen - present]:
         raise Refused(f"{path} leaves out {', '.join(absent)}; train with --save_basis full to keep it")
     network.load_weights(path)
     return network, {layer.name: hosts.place(keys.flat(layer.name)) for layer in network.layers()}

@@ -108,19 +108,23 @@ def writable_folder(path: str | os.PathLike, option: str = "--output_dir") -> Pa
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. Raises `Refused` while another run holds it.
+    """Lock a folder for this process. Raises `Refused` while another run holds the lock.
 
-    The system drops the lock when its process ends, however it ends. The empty lock file stays: to remove it
-    would let two later runs lock two files of one name.
+    The system drops the lock when its process ends, however it ends. The lock file is removed while it is
+    locked. That is safe because filelock does not accept a lock on a file that was removed from its path.
     """
+    file = folder / ".lock"
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        lock = FileLock(file).acquire(timeout=0.2, poll_interval=0.05)
     except Timeout as error:
         raise Refused(f"another run is writing to {folder}; wait for it or name another folder") from error
     except OSError as error:
         raise Refused(f"{folder} cannot be locked ({error}); name a folder on a local disk") from error
     with lock:
-        yield
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def sha256(path: str | os.PathLike, first: int | None = None) -> str:

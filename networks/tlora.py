@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters.gate import Schedule
-from lowrank.adapters.method import LORA_FACTOR, Factor, Gate, Method, Start, structural
+from lowrank.adapters.method import LORA_FACTOR, Chain, Factor, Gate, Method, Start, structural
 from lowrank.adapters.network_module import bind
 from lowrank.bases.qr_basis import basis_hash
+from lowrank.bases.singular import PARTS, component_slice, singular_components
 from lowrank.errors import Refused, nearest
-from lowrank.formats.tlora import COPY, ORTHOGONAL, PARTS, component_slice, singular_components
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def method(options: Options) -> Method:
         factor = Factor(
             partial(start, options=options),
             trained=("p_layer", "lambda_layer", "q_layer"),
-            chains=(ORTHOGONAL,),
-            copy=COPY,
+            chains=(Chain(("p_layer", "lambda_layer"), ("q_layer",)),),
+            copy=Chain(("base_p", "base_lambda"), ("base_q",)),
             diagonal=("lambda_layer", "base_lambda"),
             unique="" if options.use_data_init else "are drawn at random and stored in this file",
             plus=("p_layer",),

@@ -1,4 +1,4 @@
-"""A file's tensors as this model's layers: every spelling of a name, FLUX's q, k and v apart or joined."""
+"""An adapter file's layers as this model's layers: FLUX's q, k and v as three layers or joined in one."""
 
 from __future__ import annotations
 
@@ -6,71 +6,61 @@ import logging
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
 
+from lowrank.adapter_file import AdapterFile, Roles
 from lowrank.adapters.method import Method
 from lowrank.adapters.targets import Target, dense_weight, host_shape
 from lowrank.errors import Refused
 from lowrank.naming import flux as flux_names
 from lowrank.naming import keys
-from lowrank.naming.flux_join import Roles, alike, cut_rows, join_layers, piece_rows
+from lowrank.naming.flux_join import alike, cut_rows, join_layers, piece_rows
 
 logger = logging.getLogger(__name__)
 
 
-def warn_zero_alphas(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Warn of layers whose alpha is 0, which programs read in two ways."""
-    zeros = [name for name, roles in layers.items() if "alpha" in roles and not roles["alpha"].any()]
-    if zeros:
-        logger.warning(
-            "%s: alpha is 0 in %d of %d layers, for example %s: they add nothing, as in ComfyUI, A1111 and "
-            "diffusers; kohya's and LyCORIS' networks take the rank for it, and if that is meant, set it",
-            *(source, len(zeros), len(layers), min(zeros)),
-        )
-
-
 def match_layers(
-    state: Mapping[str, Tensor], targets: Iterable[Target], method: Method, source: str
+    file: AdapterFile, targets: Iterable[Target], method: Method
 ) -> tuple[dict[str, Roles], list[str]]:
-    """({layer's name: {role: tensor}}, keys of no layer here) of a file in any dialect.
+    """({layer's name: {role: tensor}}, keys of no layer of this model).
 
     Raises `Refused` where parts cannot be joined: what depends on the rank's order, on an input or on a shape
     of the whole factor is not the same in a joined layer.
     """
-    by_module: dict[str, Roles] = {}
-    spelled: dict[str, list[str]] = {}
-    for key, value in state.items():
-        module, role = keys.role_of(key) or (key.rpartition(".")[0], key.rpartition(".")[2])
-        if key.endswith(keys.PEFT["magnitude"]):
-            value = value.flatten()  # PEFT's has an axis in front for a convolution
-        own = by_module.setdefault(keys.flat(module), {})
-        if role in own:
-            raise Refused(
-                f"{source} gives the {role} of {module} twice, once as {key}; it holds two adapters at once, "
-                "take one of them out"
-            )
-        own[role] = value
-        spelled.setdefault(keys.flat(module), []).append(key)
-    found, used = {}, set()
+    by_name = {keys.flat(module): (module, roles) for module, roles in file.layers.items()}
+    plain = {name: roles for name, (_, roles) in by_name.items()}
+    foreign: dict[str, list[str]] = {}
+    for unread in file.not_understood:
+        module, _, suffix = unread.key.rpartition(".")
+        foreign.setdefault(keys.flat(module), []).append(suffix)
+    matched: dict[str, Roles] = {}
+    used: set[str] = set()
     for target in targets:
-        name = next((one for one in target.spellings if one in by_module), None)
+        name = next((one for one in target.spellings if one in plain), None)
         if name is not None:
-            found[target.name], sources = by_module[name], {name}
+            roles, sources = plain[name], {name}
         else:
-            found[target.name], sources = _other_flux(target, by_module, method, source)
+            roles, sources = _other_flux(target, plain, method, file.source)
         used |= sources
-        if not found[target.name]:
-            del found[target.name]
-        else:
-            _check_whole(target.name, found[target.name], method, source)
-    return found, [key for name, given in spelled.items() if name not in used for key in given]
+        other = next((suffix for one in target.spellings for suffix in foreign.get(one, ())), None)
+        if other is not None:
+            raise Refused(
+                f"{target.name} has no {other!r}, which {file.source} gives; it was made by another method "
+                f"than {method.name}"
+            )
+        if roles:
+            matched[target.name] = roles
+            _check_whole(target.name, roles, method, file.source)
+    unused = [
+        key for name, (module, _) in by_name.items() if name not in used for key in file.keys[module].values()
+    ]
+    return matched, [*unused, *(one.key for one in file.not_understood)]
 
 
 def _check_whole(name: str, roles: Roles, method: Method, source: str) -> None:
     """Raise `Refused` for a layer that has only a part of what its method trains."""
     factor = method.require_factor()
     trained = set(factor.trained) - {factor.shared}
-    strange = roles.keys() - trained - factor.frozen - {"alpha", "magnitude", "router", *factor.record}
+    strange = roles.keys() - method.file_roles() - {"alpha", "magnitude", keys.ROUTER}
     if (absent := trained - roles.keys()) and (trained & roles.keys() or not strange):
         raise Refused(
             f"{name} in {source} has no {', '.join(sorted(absent))}, only {', '.join(sorted(roles))}; the "
@@ -78,27 +68,25 @@ def _check_whole(name: str, roles: Roles, method: Method, source: str) -> None:
         )
 
 
-def check_start(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str], method: Method, source: str
-) -> None:
+def check_start(file: AdapterFile, method: Method) -> None:
     """Raise `Refused` for a plain LoRA where a method subtracts a start, which would come from the base.
 
-    QR-LoRA's official files have no start either, and the keys of diffusers before PEFT: that is said.
+    QR-LoRA's official files have no start either, and the keys of diffusers before PEFT: that is logged.
     """
     factor = method.require_factor()
-    roles = {told[1] for key in state if (told := keys.role_of(key))}
+    roles = {role for own in file.layers.values() for role in own}
     plain = {"up", "down"} <= roles.intersection(factor.trained) and not roles.intersection(factor.copies)
-    if factor.copy is None or not plain or "lowrank.method" in metadata:
+    if factor.copy is None or not plain or "lowrank.method" in file.metadata:
         return
-    if not any(key.endswith(f".{keys.OLD_UP}") for key in state):
+    if not file.has_suffix(keys.OLD_UP):
         raise Refused(
-            f"{source} holds pairs of a plain LoRA and does not say that {method.name} made it, which would "
-            "subtract a start that these never had; use --network_module lora"
+            f"{file.source} holds pairs of a plain LoRA and does not say that {method.name} made it, which "
+            "would subtract a start that these never had; use --network_module lora"
         )
     logger.warning(
         "%s is read as an official QR-LoRA file, whose start comes from this base; a LoRA of diffusers "
         "before PEFT has the same keys, and is one for --network_module lora",
-        source,
+        file.source,
     )
 
 

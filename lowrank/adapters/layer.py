@@ -56,7 +56,7 @@ class AdaptedLayer(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         for role, shape in self._shapes(outs, ins, kernel).items():
             empty = torch.empty(shape, device="meta" if host.weight.is_meta else None)
-            if role in self.factor.trained or role in ("magnitude", "router"):
+            if role in self.factor.trained or role in ("magnitude", keys.ROUTER):
                 self.register_parameter(role, nn.Parameter(empty))
             else:
                 self.register_buffer(role, empty)
@@ -70,7 +70,7 @@ class AdaptedLayer(nn.Module):
                 shapes[role] = (R,) if role in factor.diagonal else (R, R)
         if E:
             shapes[E.role] = (E.count, *shapes[E.role])
-            shapes["router"] = (E.count, self.rank if E.on == "h" else ins)
+            shapes[keys.ROUTER] = (E.count, self.rank if E.on == "h" else ins)
         if self.method.magnitude:
             shapes["magnitude"] = (outs, 1, *ones)
         return shapes

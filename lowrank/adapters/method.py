@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowrank.adapters.factor import kaiming
 from lowrank.errors import Refused
+from lowrank.naming.keys import ROUTER
 
 # values by layer and role, facts for the file's metadata
 Start = tuple[dict[str, dict[str, Tensor]], dict[str, str]]
@@ -78,6 +79,19 @@ class Factor:
         """The roles of the forward that are not trained."""
         roles = {role for chain in self.chains for role in (*chain.up, *chain.down)}
         return frozenset(roles.union(self.copies)) - set(self.trained)
+
+    def sides(self) -> dict[str, tuple[str, ...]]:
+        """The sizes that each role has, in the order of its tensor: "outputs", "rank", "inputs".
+
+        A convolution's kernel belongs to the inputs, a record has the shape of a D, and experts' ups one
+        dimension more in front.
+        """
+        shapes: dict[str, tuple[str, ...]] = {}
+        for chain in (*((self.copy,) if self.copy else ()), *self.chains):
+            for role in (*chain.up[1:], *chain.down[:-1]):
+                shapes[role] = ("rank",) if role in self.diagonal else ("rank", "rank")
+            shapes[chain.down[-1]], shapes[chain.up[0]] = ("rank", "inputs"), ("outputs", "rank")
+        return shapes | dict.fromkeys(self.record, ("rank", "inputs"))
 
     @property
     def shared(self) -> str | None:
@@ -204,6 +218,13 @@ class Method:
         if self.factor is None:
             raise Refused(f"{self.name} has no factor; join it with a method that has one, as in `a | b`")
         return self.factor
+
+    def file_roles(self) -> tuple[str, ...]:
+        """The tensors that a file of this method has for each layer, besides alpha and a magnitude."""
+        factor = self.require_factor()
+        chains = (*factor.chains, *((factor.copy,) if factor.copy else ()))
+        roles = [role for chain in chains for role in (*chain.up, *chain.down)]
+        return (*dict.fromkeys(roles), *factor.record, *((ROUTER,) if self.experts else ()))
 
     def of(self, rank: int | None) -> Method:
         """The method for a network of this rank, which a gate may count by; None where nobody knows it."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.adapter_file import AdapterFile, RawFile, read_adapter_file, warn_zero_alpha
 from lowrank.adapters import dialect, kohya_trainer, magnitude, rates
 from lowrank.adapters.clock import Clock
 from lowrank.adapters.layer import AdaptedLayer
@@ -24,7 +25,7 @@ from lowrank.adapters.method import Method, check_made_by
 from lowrank.adapters.targets import Layer, Target, dense_weight
 from lowrank.errors import Refused
 from lowrank.naming import keys
-from lowrank.tensors import read_tensors, write_tensors
+from lowrank.tensors import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class AdapterNetwork(nn.Module):
                     chosen[role] = self._in_shape(role, value, own[role].shape) if role in own else value
             layer.load(chosen, "the start values")
             if roles is None:
-                if "router" in layer.roles():
+                if keys.ROUTER in layer.roles():
                     nn.init.normal_(layer.router, std=0.3 / layer.router.shape[1] ** 0.5)
                 layer.start_magnitude()
         self.facts.update(facts)
@@ -230,7 +231,7 @@ class AdapterNetwork(nn.Module):
         self._pull = kohya_trainer.pull(args) if self.method.penalty else None
 
     def set_current_generation(self, *_: Any) -> None:
-        """Nothing to do: kohya's gen_img tells the batch that regional masks would need."""
+        """Nothing to do: only regional masks need the batch that kohya's gen_img passes here."""
 
     def set_region(self, *_: Any) -> None:
         raise Refused("regional masks are not offered by this network; generate without a mask image")
@@ -295,23 +296,25 @@ class AdapterNetwork(nn.Module):
 
     def load_weights(self, file: str):
         """Read a file of any dialect; returns torch's named tuple of missing and unexpected keys."""
-        state, metadata = read_tensors(Path(file))
-        dialect.check_start(state, metadata, self.method, file)
-        return self.read_state(state, metadata, str(file))
+        adapter = read_adapter_file(file, self.method.file_roles())
+        dialect.check_start(adapter, self.method)
+        return self.read_layers(adapter)
 
     def read_state(self, state: Mapping[str, Tensor], metadata: Mapping[str, str], source: str):
-        """`load_weights` for tensors already read.
+        """`load_weights` for tensors already read."""
+        return self.read_layers(read_adapter_file(RawFile(state, metadata, source), self.method.file_roles()))
 
-        Frozen tensors that a file leaves out are computed from the base.
-        """
+    def read_layers(self, file: AdapterFile):
+        """Load an adapter file's layers; frozen tensors that it leaves out are computed from the base."""
+        source, metadata = file.source, file.metadata
         check_made_by(source, metadata, self.method)
-        found, unexpected = dialect.match_layers(state, self.targets.values(), self.method, source)
+        found, unexpected = dialect.match_layers(file, self.targets.values(), self.method)
         if not found:
             raise Refused(
-                f"{source} has no layer of this model: it holds {', '.join(list(state)[:2])} and the model "
+                f"{source} has no layer of this model: it holds {', '.join(unexpected[:2])} and the model "
                 f"has {', '.join(list(self.targets)[:2])}; it was made for another base"
             )
-        dialect.warn_zero_alphas(source, found)
+        warn_zero_alpha(source, found)
         for name, values in found.items():
             self._check_shared(name, found, source)
             self._made[name].load(values, source)
@@ -367,10 +370,7 @@ class AdapterNetwork(nn.Module):
         return self.method.experts is None and self.method.gate is None
 
     def merge_to(self, text_encoder, unet, weights_sd=None, dtype=None, device=None) -> None:
-        """W ← W + ΔW in fp32, rounded once to W's dtype.
-
-        The only place that writes base weights, on demand.
-        """
+        """W ← W + ΔW in fp32, rounded once to W's dtype: the only place that writes base weights."""
         if weights_sd is not None:
             self.read_state(weights_sd, {}, "the weights to merge")
         with torch.no_grad():

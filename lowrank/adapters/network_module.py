@@ -9,6 +9,7 @@ a string.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank.adapter_file import RawFile, open_adapter_file, read_adapter_file
 from lowrank.adapters import dialect
 from lowrank.adapters.arguments import CommonArguments, layer_sizes, speeds
 from lowrank.adapters.method import Factor, Method, check_made_by
@@ -27,7 +29,6 @@ from lowrank.adapters.targets import Target, find_all
 from lowrank.errors import Refused, nearest
 from lowrank.naming import keys
 from lowrank.naming.flux_join import strength
-from lowrank.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,17 @@ def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
         return value
     except ValueError as error:
         raise Refused(f"{owner} argument {name}={text!r} is not {_WORDS[kind]}; correct its value") from error
+
+
+def _parse_options(kind: type, arguments: Mapping[str, Any]) -> Any:
+    """A record of network arguments from those that it has a field for."""
+    hints = typing.get_type_hints(kind)
+    given = {
+        field.name: _value("network", field.name, arguments[field.name], hints[field.name])
+        for field in dataclasses.fields(kind)
+        if field.name in arguments
+    }
+    return kind(**given)
 
 
 def _tell_unread(file: str, unread: Set[str], no_denoiser: bool) -> None:
@@ -96,20 +108,15 @@ class NetworkModule:
 
     def made(self, metadata: Mapping[str, str], source: str = "the file") -> Method:
         """The method as a file of it tells, in all that decides which tensors there are."""
-        return self._parse(self._structure(metadata, source))[0].of(_network_rank(metadata, source))
+        return self._parse_method(self._structure(metadata, source)).of(_network_rank(metadata, source))
 
     def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, CommonArguments]:
-        read = []
-        for kind in (self._options, CommonArguments):
-            hints = typing.get_type_hints(kind)
-            given = {
-                f.name: _value("network", f.name, arguments[f.name], hints[f.name])
-                for f in dataclasses.fields(kind)
-                if f.name in arguments
-            }
-            read.append(kind(**given))
-        method = self._method(read[0])
-        return dataclasses.replace(method, options={**dataclasses.asdict(read[0]), **method.options}), read[1]
+        return self._parse_method(arguments), _parse_options(CommonArguments, arguments)
+
+    def _parse_method(self, arguments: Mapping[str, Any]) -> Method:
+        options = _parse_options(self._options, arguments)
+        method = self._method(options)
+        return dataclasses.replace(method, options={**dataclasses.asdict(options), **method.options})
 
     def _network(
         self,
@@ -237,20 +244,22 @@ class NetworkModule:
         **arguments: Any,
     ) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
         """A network of the file's shapes (ranks, alphas, layers) without values, and the file's tensors."""
-        metadata: Mapping[str, str] = {}
-        whole, source = weights_sd is None, file or "the given weights"
-        if weights_sd is None:
-            weights_sd, metadata = read_tensors(file or "")
+        raw = open_adapter_file(file or "") if weights_sd is None else None
+        raw = raw or RawFile(weights_sd or {}, {}, file or "the given weights")
+        metadata, source = raw.metadata, raw.source
         given = {k: v for k, v in arguments.items() if k in self.known}
         method, layout = self._parse({**self._structure(metadata, source, given), **given})
         method = method.of(_network_rank(metadata, source))
         check_made_by(source, metadata, method)
-        if whole:
-            dialect.check_start(weights_sd, metadata, method, source)
+        adapter = read_adapter_file(raw, method.file_roles())
+        if weights_sd is None:
+            dialect.check_start(adapter, method)
         chosen = layout.selection or {"target": ".*" if unet is not None else None}
         targets = find_all(text_encoder, unet, exclude=layout.exclude, **chosen)
-        found, strange = dialect.match_layers(weights_sd, targets, method, source)
-        size = {name: told for name, roles in found.items() if (told := _told(method, roles)) is not None}
+        layers, unused = dialect.match_layers(adapter, targets, method)
+        size = {
+            name: rank for name, roles in layers.items() if (rank := _rank_alpha(method, roles)) is not None
+        }
         if not size:
             raise Refused(
                 f"{source} holds no {method.name} layer of this model; it was made by another method or for "
@@ -258,13 +267,32 @@ class NetworkModule:
             )
         kept = [target for target in targets if target.name in size]
         if not layout.selection and not layout.exclude:
-            unread = {keys.flat(told[0]) for key in strange if (told := keys.role_of(key))}
+            names = {key: module for module, own in adapter.keys.items() for key in own.values()}
+            unread = {keys.flat(names[key]) for key in unused if key in names}
             _tell_unread(source, unread, unet is not None and all(one.part != "unet" for one in kept))
         network = self._network(method, layout, kept, size, multiplier)
-        names = {
-            f"{name}.{keys.KOHYA.get(role, role)}": v for name in size for role, v in found[name].items()
+        state = {
+            f"{name}.{keys.KOHYA.get(role, role)}": v for name in size for role, v in layers[name].items()
         }
-        return network, {**names, **{key: weights_sd[key] for key in strange}}
+        return network, {**state, **{key: raw.state[key] for key in unused}}
+
+
+def network_named(name: str) -> NetworkModule | None:
+    """`networks.<name>`, where it is one of this program's network modules; None for any other module.
+
+    The one place that imports a module because a file names it: nothing outside the folder `networks` is.
+    """
+    if not name.isidentifier() or importlib.util.find_spec(f"networks.{name}") is None:
+        return None
+    create = getattr(importlib.import_module(f"networks.{name}"), "create_network", None)
+    module = getattr(create, "__self__", None)
+    return module if isinstance(module, NetworkModule) else None
+
+
+def method_made_by(metadata: Mapping[str, str], source: str) -> Method | None:
+    """The method that a file's metadata name, with its options; None where they name none of ours."""
+    module = network_named(metadata.get("lowrank.method", ""))
+    return module.made(metadata, source) if module else None
 
 
 def options_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
@@ -288,7 +316,7 @@ def _network_rank(metadata: Mapping[str, str], source: str) -> int | None:
     return None if told is None else int(told[:9])
 
 
-def _told(method: Method, roles: Mapping[str, Tensor]) -> tuple[int, float] | None:
+def _rank_alpha(method: Method, roles: Mapping[str, Tensor]) -> tuple[int, float] | None:
     """(rank, alpha) of a file's layer, or None for one without a factor."""
     ranks = (method.require_factor().rank_in(role, value.shape) for role, value in roles.items())
     rank = next((rank for rank in ranks if rank), None)

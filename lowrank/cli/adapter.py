@@ -1,29 +1,26 @@
-"""An adapter file on the command line: the method it was made by, and its layers."""
+"""An adapter file on the command line: read, and a line about the keys that are not used."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank.adapters.method import Method
-from lowrank.formats import static
-from lowrank.formats.static import Plain
-from lowrank.tensors import read_metadata
+from lowrank.adapter_file import ForeignKey, RawFile
+from lowrank.formats.read import Adapter, read_adapter
 
 
-def made_by(path: str | Path) -> Method | None:
-    """The method that a file says it was made by, with its options; None where it says none of ours."""
-    return static.made_by(read_metadata(path), str(path))
-
-
-def read(path: str | Path, family: str | None = None) -> Plain:
-    """An adapter file of any dialect and method, place by place; says which keys were left out."""
-    adapter = static.read(path, family, made_by(path))
-    warn_skipped(adapter.source, adapter.skipped)
+def read(file: str | Path | RawFile, family: str | None = None, **how) -> Adapter:
+    """An adapter file of any dialect and method, layer by layer; prints which keys are not used."""
+    adapter = read_adapter(file, family, **how)
+    print_not_used(adapter.source, adapter.not_understood)
     return adapter
 
 
-def warn_skipped(source: str, skipped: tuple[str, ...] | list[str]) -> None:
-    """Name keys that are no adapter's."""
-    if skipped:
-        few = ", ".join(sorted(skipped)[:5])
-        print(f"{source}: {len(skipped)} keys are no adapter's this program reads and are left out: {few}")
+def print_not_used(source: str, unread: Sequence[ForeignKey]) -> None:
+    """Print how many keys of a file are not used, of what kinds."""
+    if unread:
+        kinds = Counter(one.kind for one in unread if not one.kind.startswith("unknown"))
+        told = f" ({', '.join(f'{kind} × {count}' for kind, count in kinds.items())})" if kinds else ""
+        few = ", ".join(sorted(one.key for one in unread)[:5])
+        print(f"{source}: {len(unread)} keys are not read by this program and not used{told}: {few}")

@@ -6,43 +6,54 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lowrank.adapters.method import Method
+from lowrank.adapter_file import RawFile
 from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.network_module import method_made_by, network_named
 from lowrank.adapters.targets import as_passed
-from lowrank.cli.adapter import made_by
 from lowrank.cli.base_model import base, device_of, model_family, own_side
 from lowrank.cli.source_pictures import default_prompt
 from lowrank.errors import Refused
+from lowrank.formats.delta import LORA
 from lowrank.formats.nearest_lora import together, unrouted
 from lowrank.models.family import Models, align
 from lowrank.naming import keys
-from lowrank.tensors import TensorFile, read_metadata, write_tensors
+from lowrank.tensors import TensorFile, read_metadata
 from lowrank.train.data import draw_picture
-from lowrank.train.network_module import find_module
 from lowrank.train.prompts import read_prompts
 from lowrank.train.text_conditions import TextConditions
 
 
-def attached(method: Method, source: str, models: Models, strength: float = 1.0) -> AdapterNetwork:
-    """The network of a file of `method`, live on the parts of the model that are in memory."""
+def attached(file: str | RawFile, models: Models, strength: float = 1.0) -> AdapterNetwork:
+    """The network of an adapter file, live on the parts of the model that are in memory.
+
+    Raises `Refused` for a file of no method here.
+    """
     encoders, denoiser = list(models.text_encoders), models.denoiser
-    module, passed = find_module(method.name), as_passed(encoders, denoiser)
-    network, _ = module.create_network_from_weights(strength, source, None, passed, denoiser)
-    network.load_weights(source)
+    metadata = file.metadata if isinstance(file, RawFile) else read_metadata(file)
+    name, passed = metadata.get("lowrank.method", ""), as_passed(encoders, denoiser)
+    module = network_named(name)
+    if module is None:
+        raise Refused(f"there is no networks/{name}.py, which made the adapter; use the release that made it")
+    if isinstance(file, RawFile):
+        network, _ = module.create_network_from_weights(strength, None, None, passed, denoiser, file.state)
+        network.read_state(file.state, file.metadata, file.source)
+    else:
+        network, _ = module.create_network_from_weights(strength, file, None, passed, denoiser)
+        network.load_weights(file)
     network.apply_to(passed, denoiser, bool(encoders), True)
     network.set_multiplier(strength)
     network.to(next(denoiser.parameters()).device)
     return network
 
 
-def write_nearest(source: str, model: str, prompts: str, target: Path) -> str:
-    """Write the nearest LoRA, or DoRA, of a routed adapter as a native file, and say how near it is.
+def nearest_lora(source: str, model: str, prompts: str) -> tuple[RawFile, str]:
+    """The nearest LoRA, or DoRA, of a routed adapter, as a native file has it, and a sentence on its error.
 
     Each prompt is one picture, drawn with the adapter attached; all positions of all its steps count, with
     and without the prompt where the guidance asks for both. The file's metadata keep the errors. Raises
     `Refused`.
     """
-    method = made_by(source)
+    method = method_made_by(read_metadata(source), source)
     if method is None or method.experts is None:
         raise Refused(
             f"{source} has one ΔW, or is of no method here, and needs no calibration; leave --calibrate out"
@@ -62,7 +73,7 @@ def write_nearest(source: str, model: str, prompts: str, target: Path) -> str:
     said = TextConditions(family, models, switches, texts, trains)
     family.add(models, ("denoiser", "vae"))
     align(models)
-    network = attached(method, source, models)
+    network = attached(source, models)
 
     def calibrate() -> None:
         for index, one in enumerate(tqdm(asked, desc="calibrating", unit="picture")):
@@ -73,7 +84,7 @@ def write_nearest(source: str, model: str, prompts: str, target: Path) -> str:
     worst = max(errors, key=lambda name: errors[name].share)
     whole = together(errors.values()).share
     told = {
-        "method": "dora" if method.magnitude else "lora",
+        "method": keys.DORA if method.magnitude else LORA.name,
         "options": "{}",
         "exported_from": method.name,
         "unrouted_error": f"{whole:.6g}",
@@ -81,8 +92,8 @@ def write_nearest(source: str, model: str, prompts: str, target: Path) -> str:
         "unrouted_on": f"{len(asked)} pictures of {Path(prompts).name}",
     }
     facts = read_metadata(source) | {f"lowrank.{name}": value for name, value in told.items()}
-    write_tensors(target, {key: value.cpu() for key, value in state.items()}, facts)
-    return (
+    nearest = RawFile({key: value.detach().cpu() for key, value in state.items()}, facts, source)
+    return nearest, (
         f"{method.experts.count} experts become one up by least squares over {len(asked)} pictures: "
         f"{whole:.2%} of what they add to the layers' outputs is lost, {errors[worst].share:.2%} in the "
         f"worst layer ({worst})"

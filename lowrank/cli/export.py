@@ -3,10 +3,7 @@ verify."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,78 +12,37 @@ import torch
 from torch import Tensor
 
 from lowrank import __version__
-from lowrank.cli.adapter import made_by, read
+from lowrank.adapter_file import RawFile
+from lowrank.cli.adapter import read
 from lowrank.cli.base_model import base as base_source
 from lowrank.cli.base_model import model_family
-from lowrank.cli.calibrate import attached, write_nearest
+from lowrank.cli.calibrate import attached, nearest_lora
+from lowrank.config.command_line import Parsed
+from lowrank.config.positional import parse_words
+from lowrank.config.tools import CONVERT_WORDS, EXPORT, Export
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, verify
-from lowrank.formats.convert import PARTS, only, resize, write
-from lowrank.formats.export import export_lora, export_lycoris, ranks_of, worst_difference
+from lowrank.formats.delta import LORA
 from lowrank.formats.formats import FORMATS, Choices
-from lowrank.formats.static import Plain
+from lowrank.formats.native import to_native
+from lowrank.formats.read import Adapter, baked, read_adapter
+from lowrank.formats.tlora import export_lycoris, ranks_of
+from lowrank.formats.verify import difference
+from lowrank.formats.write import only, resize, write
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
-from lowrank.naming import places
 
 MERGED, MASKED = "merged", "lycoris-tlora"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line of tools/export_lora.py."""
-    made = argparse.ArgumentParser(
-        prog="tools/export_lora.py",
-        description="Write an adapter as a file of another program, and read it back.",
-    )
-    made.add_argument("source", help="adapter file of any method or dialect")
-    made.add_argument("target", help="file to write; a folder for peft, and for merged where the base is one")
-    made.add_argument("--to", choices=(*FORMATS, MASKED, MERGED), default="kohya", help="format (kohya)")
-    made.add_argument("--model", help="base model: folder of a diffusers model, or one checkpoint file")
-    made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision written (as it is)")
-    made.add_argument("--rank", type=int, help="largest rank of a layer, by SVD; what is lost is said")
-    made.add_argument("--parts", choices=PARTS, default="all", help="which layers (all)")
-    made.add_argument("--base", choices=places.FAMILIES, help="what the file is for, where it does not tell")
-    made.add_argument(
-        "--dora_norm",
-        choices=("merged", "base"),
-        default="merged",
-        help="whose rows DoRA's readers divide by: W + ΔW (merged: LyCORIS), or W (base: ComfyUI; needs "
-        "--model)",
-    )
-    made.add_argument(
-        "--at-timestep",
-        "--at_timestep",
-        type=float,
-        help="bake a T-LoRA at this timestep, 0 … 1000",
-    )
-    made.add_argument(
-        "--calibrate",
-        metavar="PROMPTS",
-        help="file of prompts (.txt, .toml, .json) that --model draws with an adapter of several experts; "
-        "the LoRA nearest to it over all steps is exported, and its error is printed",
-    )
-    made.add_argument("--strength", type=float, default=1.0, help="share of the change that is merged (1)")
-    made.add_argument(
-        "--verify",
-        choices=("auto", "layers", "forward", "off"),
-        default="auto",
-        help="read the file back by the program it is for: layer by layer, or one forward of the model "
-        "(auto: forward where --model is given, except for merged)",
-    )
-    return made
-
-
 def main(argv: list[str] | None = None) -> int:
     """Export one file and say how exact it is. Raises `Refused`."""
-    args = parser().parse_args(argv)
-    if args.rank is not None and args.rank < 1:
-        raise Refused(f"--rank {args.rank} is below 1; give 1 or more")
+    parsed = parse_words(EXPORT, argv, CONVERT_WORDS)
+    args = parsed.export
     if args.to == MERGED and not args.model:
         raise Refused("--to merged needs the base model; give it with --model")
     if Path(args.target).resolve() == Path(args.source).resolve():
         raise Refused(f"{args.target} is the adapter itself, which is not overwritten; give another name")
-    if not math.isfinite(args.strength):
-        raise Refused(f"--strength {args.strength:g} is no finite number; 1 adds the whole change")
     if args.strength != 1.0 and args.to != MERGED:
         raise Refused(f"--strength {args.strength:g} is for --to merged; set it where the adapter is used")
     if args.calibrate and not args.model:
@@ -94,40 +50,47 @@ def main(argv: list[str] | None = None) -> int:
     if args.calibrate and args.at_timestep is not None:
         raise Refused("--calibrate is for experts and --at-timestep for T-LoRA; leave one out")
     if args.to == MASKED:
-        _refuse_unmasked(args)
-        ranks = sorted(ranks_of(export_lycoris(args.source, args.target)))
-        print(
-            f"{args.target}: T-LoRA of rank {', '.join(map(str, ranks))} for LyCORIS; read back, the largest "
-            f"relative difference of a layer is {worst_difference(args.source, args.target):.1e}"
-        )
-        return 0
-    if args.at_timestep is None and not args.calibrate:
-        return _export(args)
-    with tempfile.TemporaryDirectory() as folder:  # a file with one ΔW stands for the one without
-        baked = Path(folder) / Path(args.source).name
-        if args.calibrate:
-            print(write_nearest(args.source, args.model, args.calibrate, baked))
-        else:
-            export_lora(args.source, baked, args.at_timestep)
-        args.source = str(baked)
-        return _export(args)
+        _refuse_unmasked(parsed)
+        return _export_lycoris(args)
+    if args.calibrate:
+        raw, told = nearest_lora(args.source, args.model, args.calibrate)
+        print(told)
+        return _export(args, read(raw, args.base), raw)
+    if args.at_timestep is None:
+        return _export(args, read(args.source, args.base), args.source)
+    adapter = baked(read(args.source, args.base, precision=torch.float32), args.at_timestep)
+    native = to_native(adapter, LORA.name)
+    return _export(args, adapter, RawFile(native.state, native.metadata, args.source))
 
 
-def _refuse_unmasked(args: argparse.Namespace) -> None:
+def _export_lycoris(args: Export) -> int:
+    adapter = read(args.source, strict=False)
+    state = export_lycoris(adapter.raw, adapter.metadata, adapter.schedule, adapter.source, args.target)
+    ranks = sorted(ranks_of(state))
+    apart = difference(adapter, read_adapter(args.target, strict=False))
+    print(
+        f"{args.target}: T-LoRA of rank {', '.join(map(str, ranks))} for LyCORIS; read back, the largest "
+        f"relative difference of a layer is {apart:.1e}"
+    )
+    return 0
+
+
+def _refuse_unmasked(parsed: Parsed) -> None:
     """Raise `Refused` for flags that a T-LoRA, written tensor by tensor for LyCORIS, would go without."""
+    args = parsed.export
     if Path(args.target).suffix != ".safetensors":
         raise Refused(
             f"{args.target} is no .safetensors name, and --to {MASKED} writes one such file; give one"
         )
-    unset = parser()
     for name in ("model", "dtype", "rank", "parts", "base", "at_timestep", "calibrate"):
-        if getattr(args, name) != unset.get_default(name):
+        if name in parsed.given:
             raise Refused(f"--{name} has no effect with --to {MASKED}; leave it out, or write --to kohya")
 
 
-def _export(args: argparse.Namespace) -> int:
-    adapter = only(read(args.source, args.base), args.parts)
-    method = made_by(args.source)
+def _export(args: Export, adapter: Adapter, live: str | RawFile) -> int:
+    """Write the adapter; `live` is the file, or its tensors in memory, whose network it is compared with."""
+    adapter = only(adapter, args.parts)
+    method = adapter.method
     if method is not None and method.gate is not None:
         group = "1" if method.require_factor().copy is None else "2"  # ranks that open together
         told = {"tlora_group": group, "lowrank.gated_by": method.name}
@@ -154,7 +117,7 @@ def _export(args: argparse.Namespace) -> int:
             f"the model's precision loses {lost:.1e} of the change"
         )
         if args.verify == "forward":
-            _tell_forward(args, adapter)
+            _tell_forward(args, adapter, live)
         return 0
     if base is not None:
         base.check(adapter.layers)
@@ -170,7 +133,7 @@ def _export(args: argparse.Namespace) -> int:
         if not told:
             print("not read back: no program for that is here, or it has more layers than any model")
     if args.verify == "forward" or (args.verify == "auto" and args.model):
-        _tell_forward(args, adapter)
+        _tell_forward(args, adapter, live)
     return 0
 
 
@@ -183,7 +146,7 @@ def flat_clip() -> bool:
     return not hasattr(tiny, "text_model")
 
 
-def _described(adapter: Plain) -> str:
+def _described(adapter: Adapter) -> str:
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
     told = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
     return f"{len(adapter.layers)} layers of rank {told}"
@@ -192,8 +155,8 @@ def _described(adapter: Plain) -> str:
 # ---------- one forward of the model
 
 
-def _tell_forward(args: argparse.Namespace, adapter: Plain) -> None:
-    told = forward_difference(args.source, adapter, args.to, Path(args.target), args.model, args.strength)
+def _tell_forward(args: Export, adapter: Adapter, live: str | RawFile) -> None:
+    told = forward_difference(live, adapter, args.to, Path(args.target), args.model, args.strength)
     if isinstance(told, str):
         print(f"no forward compared: {told}")
         return
@@ -207,16 +170,15 @@ def _tell_forward(args: argparse.Namespace, adapter: Plain) -> None:
 
 
 def forward_difference(
-    source: str, adapter: Plain, to: str, target: Path, model: str, strength: float = 1.0
+    live: str | RawFile, adapter: Adapter, to: str, target: Path, model: str | None, strength: float = 1.0
 ) -> float | str:
     """‖theirs − ours‖/‖ours‖ of the denoiser's answer to one noise, or a sentence why none can be compared.
 
     Ours is the live network of the file's own method, with all ranks open, as an export has them; theirs what
     the program that the export is for makes of it. The model is loaded in fp32.
     """
-    method = made_by(source)
-    if method is None:
-        return f"{source} is not of a method here, so that there is no live network to compare with"
+    if adapter.method is None:
+        return f"{adapter.source} is not of a method here, so that there is no live network to compare with"
     if not model or (is_file(model) and "flux" in adapter.family):
         return "it needs the folder of a diffusers model, or one file of SD or SDXL (--model)"
     origin = base_source(model, "fp32", "cpu")
@@ -224,7 +186,7 @@ def forward_difference(
     models = family.load(origin, ("denoiser",))
     inputs = example_inputs(models, family)
     denoiser: Any = models.denoiser
-    network = attached(method, source, models, strength)
+    network = attached(live, models, strength)
     with network.denoise_at(torch.zeros_like(inputs["timesteps"])):
         ours = _ask(models, family, inputs)
     network.restore()
@@ -240,7 +202,7 @@ def forward_difference(
     return float((theirs - ours).norm() / ours.norm())
 
 
-def _loader(to: str, adapter: Plain) -> Callable[[Any, Path], None] | None:
+def _loader(to: str, adapter: Adapter) -> Callable[[Any, Path], None] | None:
     asked = verify.readers(to, adapter, Choices())
     if "diffusers" in asked:
         return lambda denoiser, path: verify.load_by_diffusers(path, adapter, denoiser)

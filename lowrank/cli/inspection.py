@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowrank.cli.adapter import made_by
+from lowrank.adapters.network_module import method_made_by
+from lowrank.config.positional import parse_words
+from lowrank.config.tools import INSPECT, INSPECT_WORDS
 from lowrank.errors import Refused
-from lowrank.formats import inspect, static
+from lowrank.formats import inspect
+from lowrank.formats.read import read_adapter
+from lowrank.tensors import read_metadata
 
 _BLOCK = re.compile(
     r"^((?:single_)?transformer_blocks|down_blocks|up_blocks|mid_block|text_model)(?:\.(\d+))?"
@@ -19,21 +22,9 @@ _BLOCK = re.compile(
 _FEW = 8
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line of tools/inspect_lora.py."""
-    made = argparse.ArgumentParser(
-        prog="tools/inspect_lora.py", description="Say what adapter files are; of two, what differs."
-    )
-    made.add_argument("files", nargs="+", metavar="FILE", help="adapter files of any program")
-    made.add_argument("--json", action="store_true", help="everything as JSON, on one page")
-    made.add_argument("--layers", action="store_true", help="a line for every layer, not for every block")
-    made.add_argument("--metadata", action="store_true", help="the file's metadata, word for word")
-    return made
-
-
 def main(argv: list[str] | None = None) -> int:
     """Show the files. Raises `Refused` for what is no file of tensors."""
-    args = parser().parse_args(argv)
+    args = parse_words(INSPECT, argv, INSPECT_WORDS).inspect
     told = [inspect.report(file, _method(file)) for file in args.files]
     apart = _apart(args.files, told) if len(told) == 2 else None
     if args.json:
@@ -49,15 +40,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _method(file: str):
     try:
-        return made_by(file)
+        return method_made_by(read_metadata(file), file)
     except Refused:  # its metadata are damaged; the tensors are told all the same
         return None
 
 
-def _apart(files: list[str], told: list[dict[str, Any]]) -> dict[str, Any]:
+def _apart(files: Sequence[str], told: list[dict[str, Any]]) -> dict[str, Any]:
     apart = inspect.differences(*told)
     try:
-        layers = [static.read(file, method=_method(file)).layers for file in files]
+        layers = [read_adapter(file).layers for file in files]
     except Refused as refused:
         return {**apart, "changes": {}, "not_compared": str(refused)}
     changes = inspect.compared(*layers)

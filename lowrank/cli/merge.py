@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from lowrank.adapter_file import check_base
 from lowrank.adapters.targets import find
 from lowrank.cli.base_model import base, model_family, own_side
 from lowrank.cli.contact_sheet import sheet
-from lowrank.combine.ensemble import Ensemble, Part, shares
+from lowrank.combine.mixture import Entry, Mixture, read_mixture, shares
 from lowrank.config.command_line import Parsed
 from lowrank.config.tools import INFERENCE_MERGE
 from lowrank.data import images
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     folder = writable_folder(options.output_dir)
     stored = functools.cache(lambda: BaseCheckpoint(options.model_path))
-    mixture = Ensemble(
+    mixture = read_mixture(
         _parts(options),
         options.at_timestep,
         lambda module: stored().stored(places(module)[0][0], source.dtype),  # as LyCORIS would find it
@@ -115,12 +116,12 @@ def _more(told: tuple[str, ...]) -> list[tuple[Path, float]]:
     return found
 
 
-def _parts(options: Any) -> list[Part]:
+def _parts(options: Any) -> list[Entry]:
     """The adapters: style, content, and the others."""
     return [
-        Part(Path(options.style_lora_path), shares(options.style_blocks)),
-        Part(Path(options.content_lora_path), shares(options.content_blocks)),
-        *(Part(path) for path, _ in _more(options.more_loras)),
+        Entry(Path(options.style_lora_path), shares(options.style_blocks)),
+        Entry(Path(options.content_lora_path), shares(options.content_blocks)),
+        *(Entry(path) for path, _ in _more(options.more_loras)),
     ]
 
 
@@ -130,10 +131,13 @@ def _check_sides(options: Any, step: int) -> None:
             raise Refused(f"--{side} {getattr(options, side)} is not a multiple of {step}; give one that is")
 
 
-def _check_residual(path: str, mixture: Ensemble, family: Family, models: Models) -> None:
+def _check_residual(path: str, mixture: Mixture, family: Family, models: Models) -> None:
     family.add(models, ("denoiser",))
     hosts = {t.native.removeprefix("transformer."): t.module for t in find("unet", models.denoiser)}
-    checked = [check_residual(path, a.layers, a.metadata, hosts) for a in mixture.adapters]
+    checked = [
+        check_residual(path, {a.name(p): roles for p, roles in a.raw.items()}, a.metadata, hosts)
+        for a in mixture.adapters
+    ]
     print("\n".join(dict.fromkeys(checked)))
 
 
@@ -152,7 +156,7 @@ def _switches(parsed: Parsed, family: Family) -> Any:
 
 def _draw(
     options: Any,
-    mixture: Ensemble,
+    mixture: Mixture,
     family: Family,
     models: Models,
     switches: Any,
@@ -200,25 +204,20 @@ def _draw(
     print(f"{len(cells)} pairs of strengths; the sheet of all is {path}")
 
 
-def _check_base(mixture: Ensemble, family: Family, models: Models) -> None:
-    """Adapters with a basis of their base must be of this one; of others that name another, it is said."""
-    here = family.model_hash(models, "denoiser")
+def _check_base(mixture: Mixture, family: Family, models: Models) -> None:
+    """Refuse adapters with a basis of another base; warn of others that were made on another base."""
     for adapter in mixture.adapters:
-        there = adapter.fact("base_hash")
-        if not there or there == here:
-            continue
-        told = (
-            f"{adapter.path} was trained on {adapter.fact('base_model')} ({there[:12]}), and "
-            f"{models.source.path} is {here[:12]}"
+        check_base(
+            adapter.source,
+            adapter.metadata,
+            lambda: family.model_hash(models, "denoiser"),
+            "give the model it was trained on with --model_path",
         )
-        if adapter.fact("basis_hash"):
-            raise Refused(f"{told}; give the model it was trained on with --model_path")
-        logger.warning("%s; it is drawn all the same", told)
 
 
 def _settings(
     options: Any,
-    mixture: Ensemble,
+    mixture: Mixture,
     pair: tuple[float, float],
     seed: int,
     width: int,

@@ -19,11 +19,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lowrank.combine.compare import UPDATES, LayerSimilarity, Names, common, compare, judge, statistics
+from lowrank.combine.compare import (
+    UPDATES,
+    LayerSimilarity,
+    Names,
+    common,
+    comparable,
+    compare,
+    judge,
+    statistics,
+)
 from lowrank.config.tools import VISUALIZE_SIMILARITY
 from lowrank.files import atomic, writable_folder
-from lowrank.formats.names import missing
-from lowrank.formats.read import Adapter
+from lowrank.formats.delta import missing_from
+from lowrank.formats.read import Adapter, read_adapter
 
 _INK, _MEAN, _UNDEFINED = "#1f5fa8", "#c0392b", "#777777"
 _BAND: Mapping[str, Any] = MappingProxyType({"color": "#e8a33d", "alpha": 0.35, "linewidth": 0})
@@ -52,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = VISUALIZE_SIMILARITY.parse(argv).similarity
     names = (told.lora1_name, told.lora2_name)
     folder = writable_folder(told.output_dir)
-    first, second = Adapter(told.lora1_path), Adapter(told.lora2_path)
-    found = compare(first.layers, second.layers, names)
+    first, second = (read_adapter(path, strict=False) for path in (told.lora1_path, told.lora2_path))
+    found = compare(comparable(first), comparable(second), names)
     about = [*_files(first, second, names), *_notes((first, second), names)]
     text = statistics_text(found, names) + "\n" + "\n".join(about) + "\n"
     written = write_comparison(folder, found, names, text)
@@ -169,12 +178,13 @@ def _remark(matrix: str, mean: float | None) -> str:
 
 
 def _files(first: Adapter, second: Adapter, names: Names) -> list[str]:
-    both = len(common(first.layers, second.layers))
+    layers = comparable(first), comparable(second)
+    both = len(common(*layers))
     return [
         f"Files:  {names[0]} = {first.path}",
         f"        {names[1]} = {second.path}",
-        f"Layers: {both} in both, {len(first.layers) - both} only in {names[0]}, "
-        f"{len(second.layers) - both} only in {names[1]}",
+        f"Layers: {both} in both, {len(layers[0]) - both} only in {names[0]}, "
+        f"{len(layers[1]) - both} only in {names[1]}",
     ]
 
 
@@ -188,14 +198,15 @@ def _notes(adapters: Sequence[Adapter], names: Names) -> list[str]:
                 "only deltaW then compares what they do to a layer."
             )
     for adapter, name in zip(adapters, names, strict=True):
-        if any("delta_r" in roles and "q" not in roles for roles in adapter.layers.values()):
+        absent = [missing_from(roles, adapter.method) for roles in adapter.raw.values()]
+        if "basis" in absent:
             notes.append(f"Note: {name} was saved without its basis, so there is no Q and no deltaW.")
-        elif any(missing(roles, adapter.fact("method")) for roles in adapter.layers.values()):
+        elif "initial copy" in absent:
             notes.append(
                 f"Note: {name} was saved without its initial copy, so its deltaW, where it has one, is that "
                 "of Q′R′ and not of the update."
             )
-        if any("magnitude" in roles for roles in adapter.layers.values()):
+        if adapter.has_magnitude():
             notes.append(f"Note: {name} also scales output rows (DoRA); deltaW is its low-rank part alone.")
     return notes
 

@@ -19,26 +19,19 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import Refused
-from lowrank.formats.names import missing, sizes, thin
+from lowrank.formats.delta import Delta, check_shapes, delta_of, method_for, missing_roles
+from lowrank.formats.read import Adapter
 from lowrank.naming import keys
 from lowrank.naming.flux_join import strength
 
-MATRICES = ("Q", "deltaR", "baseR", "A", "B", "deltaW")  # order of every report
+MATRICES = (*keys.MATRICES, "deltaW")  # order of every report
 UPDATES = ("deltaR", "deltaW")  # what a merge adds up
-ROLE_OF = {"Q": "q", "deltaR": "delta_r", "baseR": "base_r", "A": "down", "B": "up"}
 _THRESHOLDS = {"Q": (0.99, 0.95), "baseR": (0.99, 0.95), "deltaR": (0.10, 0.50), "deltaW": (0.10, 0.50)}
 _FLOOR = 1e-13  # an energy under this share of the terms it sums is float64 rounding, hence zero
 _DEGENERATE = 1e-12  # Gram eigenvalues: directions under 1e-6 of the largest are float32 rounding
 
 Roles = Mapping[str, Tensor]  # role -> tensor of one layer
 Names = tuple[str, str]  # what the two files are called in reports
-
-
-class Update(NamedTuple):
-    """ΔW = up @ down in float64, the scale alpha/rank already in `down`."""
-
-    up: Tensor  # (O, k)
-    down: Tensor  # (k, I)
 
 
 class RowOverlap(NamedTuple):
@@ -78,36 +71,34 @@ def cosine(first: Tensor, second: Tensor) -> float | None:
     return _unit((a @ b / lengths).item()) if lengths > 0 else None
 
 
-def update(module: str, roles: Roles) -> Update | None:
-    """The update a layer's tensors stand for, or None when the file leaves out a factor it needs.
+def update(module: str, roles: Roles) -> Delta | None:
+    """ΔW in float64 at scale 1, or None when the file leaves out a factor that it needs.
 
-    QR-LoRA's Q′R′ − QR is written (Q′−Q)·R′ + Q·(R′−R): no cancellation, exactly 0 for an untrained layer.
+    The layer of the file's method gives it, where QR-LoRA's Q′R′ − QR is exactly 0 for an untrained layer.
     """
-    if missing(roles):
+    if missing_roles(roles, method_for(roles, None)):
         return None
-    pair = thin(module, roles)
-    up, down = pair.up.double(), pair.down.double() * pair.scale
-    if {"up", "q", "base_r"} <= roles.keys():
-        trained_up, q = up.chunk(2, dim=1)  # Q′, Q
-        trained_down, negative = down.chunk(2)  # R′, −R
-        up = torch.cat([trained_up - q, q], dim=1)  # (O, 2r)
-        down = torch.cat([trained_down, trained_down + negative])  # (2r, I)
-    return Update(up, down)
+    return unscaled(delta_of(module, roles, precision=torch.float64))
 
 
-def inner(first: Update, second: Update) -> float:
+def unscaled(delta: Delta) -> Delta:
+    """The same ΔW in float64, with the scale in the down."""
+    return Delta(delta.up.double(), delta.down.double() * delta.scale, 1.0)
+
+
+def inner(first: Delta, second: Delta) -> float:
     """⟨U₁D₁, U₂D₂⟩ = Σ (U₁ᵀU₂) ∘ (D₁D₂ᵀ)."""
     return ((first.up.T @ second.up) * (first.down @ second.down.T)).sum().item()
 
 
-def energy(of: Update) -> float:
+def energy(of: Delta) -> float:
     """‖U·D‖²; exactly 0 when what remains is only the rounding of terms that cancel."""
     terms = (of.up.T @ of.up) * (of.down @ of.down.T)  # (k, k)
     total = terms.sum().item()
     return total if total > _FLOOR * terms.abs().sum().item() else 0.0
 
 
-def rows(of: Update) -> Tensor:
+def rows(of: Delta) -> Tensor:
     """(k, I) with the row space and the row energies of U·D: (UᵀU)^½·D. It is D itself for orthonormal U."""
     values, vectors = torch.linalg.eigh(of.up.T @ of.up)
     return (vectors * values.clamp_min(0).sqrt()) @ (vectors.T @ of.down)
@@ -152,7 +143,7 @@ def compare(
 ) -> dict[str, list[LayerSimilarity]]:
     """Per matrix one `LayerSimilarity` for each layer that both files have, in the first file's order.
 
-    `first`, `second`: module -> role -> finite tensor, as `formats.names.read_layers` returns them, in one
+    `first`, `second`: module -> role -> finite tensor, as `comparable` gives them, in one
     dialect or two. A matrix that no common layer has on both sides is left out. Raises `Refused` for files
     with no layer or matrix in common, for factors that do not multiply and for layers of different models.
     """
@@ -165,7 +156,7 @@ def compare(
     found: dict[str, list[LayerSimilarity]] = {matrix: [] for matrix in MATRICES}
     for module, one, two in pairs:
         _refuse_other_model(module, one, two, names)
-        for matrix, role in ROLE_OF.items():
+        for matrix, role in keys.MATRICES.items():
             if role in one and role in two:
                 found[matrix].append(_compare_matrix(matrix, module, one, two, names))
         whole = update(module, one), update(module, two)
@@ -181,6 +172,18 @@ def compare(
     return found
 
 
+def comparable(adapter: Adapter) -> dict[str, Roles]:
+    """An adapter's layers by name: the file's own tensors, or of methods with cores one pair of factors."""
+    layers: dict[str, Roles] = {}
+    for place, roles in adapter.raw.items():
+        delta = adapter.layers.get(place)
+        if delta is not None and not roles.keys() <= keys.KOHYA.keys():
+            pair = {"up": delta.up, "down": delta.down, "alpha": torch.tensor(delta.scale * delta.rank)}
+            roles = pair if delta.magnitude is None else {**pair, "magnitude": delta.magnitude}
+        layers[adapter.name(place)] = roles
+    return layers
+
+
 def common(first: Mapping[str, Roles], second: Mapping[str, Roles]) -> list[tuple[str, str]]:
     """The modules both files have, as the first and as the second spell them, in the first's order."""
     spelled = {keys.flat(module): module for module in second}
@@ -194,7 +197,7 @@ def layer_name(module: str) -> str:
 
 
 def _compare_matrix(matrix: str, module: str, one: Roles, two: Roles, names: Names) -> LayerSimilarity:
-    a, b = (roles[ROLE_OF[matrix]].double().flatten(1) for roles in (one, two))
+    a, b = (roles[keys.MATRICES[matrix]].double().flatten(1) for roles in (one, two))
     alike, zero = a.shape == b.shape, _zero(a.norm().item(), b.norm().item(), names)
     layer = LayerSimilarity(
         layer_name(module),
@@ -219,7 +222,7 @@ def _compare_matrix(matrix: str, module: str, one: Roles, two: Roles, names: Nam
     return layer
 
 
-def _compare_updates(module: str, one: Update, two: Update, rank: int, names: Names) -> LayerSimilarity:
+def _compare_updates(module: str, one: Delta, two: Delta, rank: int, names: Names) -> LayerSimilarity:
     energies = energy(one), energy(two)
     norms = math.sqrt(energies[0]), math.sqrt(energies[1])
     out, inputs = one.up.shape[0], one.down.shape[1]
@@ -244,7 +247,7 @@ def _compare_updates(module: str, one: Update, two: Update, rank: int, names: Na
 
 
 def _rank(roles: Roles) -> int:
-    return (roles["delta_r"] if "delta_r" in roles else roles["down"]).shape[0]
+    return check_shapes("the layer", roles, "the file")["rank"]
 
 
 def _zero(first: float, second: float, names: Names) -> str | None:
@@ -254,7 +257,7 @@ def _zero(first: float, second: float, names: Names) -> str | None:
 
 def _refuse_other_model(module: str, one: Roles, two: Roles, names: Names) -> None:
     full = layer_name(module)
-    ours, theirs = (sizes(full, roles, name) for roles, name in zip((one, two), names, strict=True))
+    ours, theirs = (check_shapes(full, roles, name) for roles, name in zip((one, two), names, strict=True))
     for side in ("outputs", "inputs"):
         if ours.get(side) and theirs.get(side) and ours[side] != theirs[side]:
             raise Refused(

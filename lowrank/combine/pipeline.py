@@ -20,10 +20,8 @@ from torch import Tensor, nn
 
 from lowrank.adapters.clock import convention, uncompiled
 from lowrank.adapters.targets import dense_weight, find
-from lowrank.combine.mixture import Mixture
+from lowrank.combine.mixture import Mixture, read_for_merge
 from lowrank.errors import Refused
-from lowrank.formats.read import Adapter
-from lowrank.formats.tlora import with_copies
 from lowrank.naming import keys
 
 
@@ -47,13 +45,13 @@ class TimestepRanks:
         denoiser, scheduler = denoiser_of(pipe), getattr(pipe, "scheduler", None)
         convention(denoiser)
         _check_steps(scheduler)
-        adapter = Adapter(file, config=getattr(pipe, "_tlora_config", None) if config is None else config)
+        config = getattr(pipe, "_tlora_config", None) if config is None else config
+        adapter = read_for_merge(file, schedule=config, start=_Weights(denoiser))
         if adapter.schedule is None:
             raise Refused(
                 f"{file} says no schedule, so it is no T-LoRA that can be masked; load it with "
                 'pipe.load_lora_weights, or pass config={"max_rank": …, "min_rank": …, "alpha": …}'
             )
-        adapter.layers = with_copies(adapter.layers, _Weights(denoiser), adapter.metadata, str(file))
         encoders = [
             getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
         ]

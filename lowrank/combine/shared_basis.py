@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from lowrank.adapters.factor import concat, resize_pair
 from lowrank.bases.basis_file import Pair, Values, random_columns
-from lowrank.combine.collection import Lora, read_lora
-from lowrank.combine.compare import Update, energy, rows
+from lowrank.combine.collection import Lora, read_updates
+from lowrank.combine.compare import energy, rows
 from lowrank.combine.sketch import Side, Sketch, without
 from lowrank.errors import Refused
+from lowrank.formats.delta import Delta
 
 LEAST = 3  # LoRAs: fewer share nothing that one could tell from chance
 
@@ -42,24 +43,25 @@ class _Layer:
     def __init__(self, shape: tuple[int, int], source: Path, size: int) -> None:
         self.shape, self.source, self.size, self.loras = shape, source, size, 0
         self.left, self.right = Sketch(size), Sketch(size)
-        self.sum: Update | None = None  # of all ΔW, where they are centred
+        self.sum: Delta | None = None  # of all ΔW, where they are centred
 
-    def add(self, one: Update) -> None:
+    def add(self, one: Delta) -> None:
         self.right.add(rows(one).mT)
         self.left.add(rows(_transposed(one)).mT)
 
-    def add_to_sum(self, one: Update) -> None:
+    def add_to_sum(self, one: Delta) -> None:
         """Of rank 2·size at most: exact up to there."""
         up, down = concat([(1.0, pair.up, pair.down) for pair in (self.sum, one) if pair is not None])
         if up.shape[1] > 2 * self.size:
             up, down, _ = resize_pair(up, down, min(self.size, *self.shape))
-        self.sum = Update(up, down)
+        self.sum = Delta(up, down, 1.0)
 
-    def centred(self, one: Update) -> Update:
+    def centred(self, one: Delta) -> Delta:
         """ΔW minus the mean, where a sum was made."""
         if self.sum is None:
             return one
-        return Update(*concat([(1.0, one.up, one.down), (-1.0 / self.loras, self.sum.up, self.sum.down)]))
+        parts = [(1.0, one.up, one.down), (-1.0 / self.loras, self.sum.up, self.sum.down)]
+        return Delta(*concat(parts), 1.0)
 
 
 class _Found:
@@ -89,7 +91,7 @@ class _Found:
             values[: len(own)] = own
         return Values(*padded)
 
-    def measure(self, one: Update) -> None:
+    def measure(self, one: Delta) -> None:
         """Take down how much of a LoRA lies in the basis, and in the one made without it."""
         left, right = self.left.vectors, self.right.vectors
         core = (left.mT @ one.up) @ (one.down @ right)  # (m, m')
@@ -117,8 +119,8 @@ class _Found:
         )
 
 
-def _transposed(one: Update) -> Update:
-    return Update(one.down.mT, one.up.mT)
+def _transposed(one: Delta) -> Delta:
+    return Delta(one.down.mT, one.up.mT, 1.0)
 
 
 class Row(NamedTuple):
@@ -179,7 +181,7 @@ def extract(files: Sequence[Path], how: Extraction, *, progress: bool = True) ->
 
     def pass_over(what: str) -> Iterator[tuple[Path, Lora]]:
         for path in tqdm(files, desc=what, unit="file", file=sys.stderr, disable=not progress):
-            yield path, read_lora(path)
+            yield path, read_updates(path)
 
     for path, lora in pass_over("mean" if how.center else "directions"):
         other.update(lora.other)
@@ -224,11 +226,11 @@ def extract(files: Sequence[Path], how: Extraction, *, progress: bool = True) ->
     )
 
 
-def _usable(lora: Lora, how: Extraction) -> Iterator[tuple[str, Update]]:
+def _usable(lora: Lora, how: Extraction) -> Iterator[tuple[str, Delta]]:
     """The updates that are not zero, of length 1 where that is asked for."""
     for name, one in lora.updates.items():
         if (whole := energy(one)) > 0:
-            yield name, Update(one.up, one.down / math.sqrt(whole)) if how.normalize else one
+            yield name, Delta(one.up, one.down / math.sqrt(whole), 1.0) if how.normalize else one
 
 
 def _refuse_small(loras: int, layers: Mapping[str, _Layer], other: Counter[str]) -> None:

@@ -9,6 +9,8 @@ from lowrank.config.command_line import CommandLine, Parsed, option
 from lowrank.config.flag import comma_floats, comma_words, path
 from lowrank.config.sd import SAMPLERS
 from lowrank.errors import Refused
+from lowrank.naming.keys import IMPORTED
+from lowrank.naming.places import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,91 @@ class UniversalBasis:
     )
 
 
+_PRECISIONS = ("fp32", "fp16", "bf16")
+FORMATS = ("kohya", "diffusers", "peft", "lycoris", "qrlora", "lycoris-tlora", "merged")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Adapter to export"""
+
+    source: str = path("", "adapter file of any method or dialect", required=True)
+    target: str = path(
+        "",
+        "file to write; a folder for --to peft, and for --to merged where the base is a folder",
+        required=True,
+    )
+    to: str = option("kohya", "format of the file that is written", choices=FORMATS)
+    model: str | None = path(None, "base model: folder of a diffusers model, or one checkpoint file")
+    dtype: str | None = option(None, "precision written (unset: as in the file)", choices=_PRECISIONS)
+    rank: int | None = option(None, "largest rank of a layer, by SVD; the loss is printed", low=1)
+    parts: str = option("all", "layers to export", choices=("all", "unet", "text"))
+    base: str | None = option(
+        None, "kind of model the file is for, where the file does not state it", choices=FAMILIES
+    )
+    dora_norm: str = option(
+        "merged",
+        "rows that a DoRA's readers divide by: W + ΔW (merged: LyCORIS), or W (base: ComfyUI; needs --model)",
+        choices=("merged", "base"),
+    )
+    at_timestep: float | None = option(
+        None, "bake a T-LoRA at this timestep, 0 to 1000", aliases=("--at-timestep",)
+    )
+    calibrate: str | None = path(
+        None,
+        "file of prompts (.txt, .toml, .json) that --model draws with an adapter of several experts; the "
+        "LoRA nearest to it over all steps is exported, and its error is printed",
+    )
+    strength: float = option(1.0, "share of the change that --to merged adds")
+    verify: str = option(
+        "auto",
+        "read the file back by the program it is for: layer by layer, or one forward of the model (auto: "
+        "forward where --model is given, except for --to merged)",
+        choices=("auto", "layers", "forward", "off"),
+    )
+
+
+@dataclass(frozen=True)
+class ImportAdapter:
+    """Adapter to import"""
+
+    source: str = path(
+        "",
+        "LoRA or DoRA of kohya, diffusers, PEFT (its folder) or LyCORIS; official QR-LoRA",
+        required=True,
+    )
+    target: str = path("", "native .safetensors file to write", required=True)
+    method: str = option("auto", "method of the file", choices=("auto", *IMPORTED, "tlora"))
+    tlora_min_rank: int | None = option(
+        None, "ranks that a T-LoRA has open at pure noise, where the file does not state it", low=1
+    )
+    tlora_alpha: float | None = option(
+        None, "exponent of the schedule of --tlora_min_rank (unset: 1)", above=0
+    )
+    model: str | None = path(None, "base model: what a basis, an official QR file or missing lengths need")
+    rank: int | None = option(None, "rank of the basis (unset: that of the adapter)", low=1)
+    basis_dtype: str | None = option(
+        None,
+        "precision the base is trained in, which a basis depends on (unset: as it is stored)",
+        choices=_PRECISIONS,
+    )
+    basis_cache_dir: str | None = path(None, "folder where bases are kept")
+    dtype: str | None = option(None, "precision written (unset: as in the file)", choices=_PRECISIONS)
+    base: str | None = option(
+        None, "kind of model the file is for, where the file does not state it", choices=FAMILIES
+    )
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Files to inspect"""
+
+    files: tuple[str, ...] = path((), "adapter files of any program", required=True)
+    json: bool = option(False, "everything as JSON, on one page")
+    layers: bool = option(False, "a line for every layer, not for every block")
+    metadata: bool = option(False, "the file's metadata, word for word")
+
+
 def check_basis(parsed: Parsed) -> Iterator[str]:
     """A file name that the networks can open, and a sketch that has room for the rank."""
     basis = parsed.universal_basis
@@ -163,4 +250,25 @@ EXTRACT_BASIS = CommandLine(
     (UniversalBasis,),
     ignored=("device", "vram_fraction", "num_workers", "chunk_size"),
     check=check_basis,
+)
+
+CONVERT_WORDS, INSPECT_WORDS = ("source", "target"), ("files",)  # the flags of words without a flag
+
+EXPORT = CommandLine(
+    "tools/export_lora.py",
+    "tools/export_lora.py SOURCE TARGET [--flag value …]: write an adapter as a file of another program, and "
+    "read it back.",
+    (Export,),
+)
+
+IMPORT = CommandLine(
+    "tools/import_lora.py",
+    "tools/import_lora.py SOURCE TARGET [--flag value …]: write another program's adapter as a native file.",
+    (ImportAdapter,),
+)
+
+INSPECT = CommandLine(
+    "tools/inspect_lora.py",
+    "tools/inspect_lora.py FILE … [--flag value …]: print what adapter files are; of two, what differs.",
+    (Inspect,),
 )

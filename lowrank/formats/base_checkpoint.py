@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank.errors import Refused
 from lowrank.files import atomic_folder
-from lowrank.formats.static import Static
+from lowrank.formats.delta import Delta
 from lowrank.naming import flux as flux_names
 from lowrank.naming import unet as unet_names
 from lowrank.naming.places import LayerPath
@@ -126,7 +126,7 @@ class BaseCheckpoint:
             )
         return self._rows[place]
 
-    def check(self, layers: Mapping[LayerPath, Static]) -> None:
+    def check(self, layers: Mapping[LayerPath, Delta]) -> None:
         """Raise `Refused` where a layer is not in this base or of another size."""
         for place, layer in layers.items():
             outs, *rest = self.shape(place)
@@ -217,7 +217,7 @@ def _of_open_clip(file: TensorFile, name: str, key: str, part: str) -> Iterator[
 
 def merge(
     base: BaseCheckpoint,
-    layers: Mapping[LayerPath, Static],
+    layers: Mapping[LayerPath, Delta],
     target: str | Path,
     metadata: Mapping[str, str],
     strength: float = 1.0,
@@ -299,7 +299,7 @@ class _Lost:
 
 def _rewrite(
     file: TensorFile,
-    mine: Mapping[tuple[Path, str], list[tuple[Static, Rows]]],
+    mine: Mapping[tuple[Path, str], list[tuple[Delta, Rows]]],
     target: Path,
     metadata: Mapping[str, str],
     strength: float,
@@ -334,7 +334,7 @@ def _edges(rows: Rows) -> tuple[int, ...]:
 
 
 def _changed(
-    value: Tensor, owner: tuple[Static, Rows], start: int, strength: float, dtype: torch.dtype, lost: _Lost
+    value: Tensor, owner: tuple[Delta, Rows], start: int, strength: float, dtype: torch.dtype, lost: _Lost
 ) -> Tensor:
     layer, rows = owner
     first, last = rows.range()

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lowrank.errors import Refused
 from lowrank.formats.base_checkpoint import BaseCheckpoint
+from lowrank.formats.delta import Delta, method_for, swapped
 from lowrank.formats.metadata import kept_facts, kohya_facts
-from lowrank.formats.static import Plain, Static, swapped
+from lowrank.formats.read import Adapter
 from lowrank.naming import flux as flux_names
 from lowrank.naming import keys, places
 from lowrank.naming.places import LayerPath
@@ -53,14 +54,14 @@ class Written(NamedTuple):
 class Format(NamedTuple):
     """A format: its writer, and what it is for."""
 
-    write: Callable[[Plain, Choices], list[Written]]
+    write: Callable[[Adapter, Choices], list[Written]]
     folder: bool  # the target is a folder
     readers: str  # which programs read it
 
 
-def write_kohya(adapter: Plain, choices: Choices) -> list[Written]:
+def write_kohya(adapter: Adapter, choices: Choices) -> list[Written]:
     """kohya's keys: `lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`, `.dora_scale`."""
-    joined: dict[str, list[tuple[LayerPath, Static]]] = {}
+    joined: dict[str, list[tuple[LayerPath, Delta]]] = {}
     for place, layer in adapter.layers.items():
         joined.setdefault(places.kohya_layer(place, adapter.family), []).append((place, layer))
     state: dict[str, Tensor] = {}
@@ -80,7 +81,7 @@ def write_kohya(adapter: Plain, choices: Choices) -> list[Written]:
     return [Written("", state, kohya_facts(adapter, state))]
 
 
-def _fused(module: str, parts: Mapping[LayerPath, Static], choices: Choices) -> Static:
+def _fused(module: str, parts: Mapping[LayerPath, Delta], choices: Choices) -> Delta:
     """One layer whose rows are several: ups block diagonal over stacked downs, or one down that all share.
 
     Layers that are not adapted are rows of zeros; with DoRA their length is that of the base's rows.
@@ -110,14 +111,14 @@ def _fused(module: str, parts: Mapping[LayerPath, Static], choices: Choices) -> 
         magnitude = torch.cat([_fused_lengths(place, parts.get(place), choices) for place, _ in held])
     wide = _widest(downs)
     down = first.down if same else torch.cat([one.to(wide) for one in downs])
-    return Static(up, down, first.scale if same else scale, magnitude)
+    return Delta(up, down, first.scale if same else scale, magnitude)
 
 
 def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, (one.dtype for one in tensors))
 
 
-def joined_lengths(place: LayerPath, layer: Static | None, base: BaseCheckpoint | None) -> Tensor:
+def joined_lengths(place: LayerPath, layer: Delta | None, base: BaseCheckpoint | None) -> Tensor:
     """The rows' lengths (O,) in a joined layer that has lengths: of a part without, those it has by
     itself."""
     if layer is not None and layer.magnitude is not None:
@@ -131,7 +132,7 @@ def joined_lengths(place: LayerPath, layer: Static | None, base: BaseCheckpoint 
     return torch.linalg.vector_norm(W if layer is None else W + layer.delta(), dim=1)
 
 
-def _fused_lengths(place: LayerPath, layer: Static | None, choices: Choices) -> Tensor:
+def _fused_lengths(place: LayerPath, layer: Delta | None, choices: Choices) -> Tensor:
     told = joined_lengths(place, layer, choices.base)
     if layer is None:  # ‖W‖ in both conventions
         return told
@@ -140,7 +141,7 @@ def _fused_lengths(place: LayerPath, layer: Static | None, choices: Choices) -> 
     return made.float()
 
 
-def _lengths(place: LayerPath, layer: Static, choices: Choices) -> Static:
+def _lengths(place: LayerPath, layer: Delta, choices: Choices) -> Delta:
     """The layer with its lengths in the convention asked for.
 
     A reader that divides by ‖W‖ gets m·‖W‖/‖W + ΔW‖, so that both compute m·(W + ΔW)/‖W + ΔW‖.
@@ -158,7 +159,7 @@ def _lengths(place: LayerPath, layer: Static, choices: Choices) -> Static:
     return layer._replace(magnitude=told)
 
 
-def _spelled(name: str, layer: Static, table: Mapping[str, str], alpha: bool = True) -> dict[str, Tensor]:
+def _spelled(name: str, layer: Delta, table: Mapping[str, str], alpha: bool = True) -> dict[str, Tensor]:
     state = {
         f"{name}.{table['down']}": layer.joined_kernel(layer.down, rows=True),
         f"{name}.{table['up']}": layer.joined_kernel(layer.up, rows=False),
@@ -173,7 +174,7 @@ def _spelled(name: str, layer: Static, table: Mapping[str, str], alpha: bool = T
     return state
 
 
-def write_diffusers(adapter: Plain, choices: Choices) -> list[Written]:
+def write_diffusers(adapter: Adapter, choices: Choices) -> list[Written]:
     """diffusers' keys: `unet.….lora_A.weight`, `transformer.…`, `text_encoder.…`; the scale is in the down.
 
     Without an alpha every reader takes the scale for 1. A file of several ranks says so in metadata, because
@@ -191,7 +192,7 @@ def write_diffusers(adapter: Plain, choices: Choices) -> list[Written]:
     return [Written("", state, {**metadata, "format": "pt"})]
 
 
-def _folded(layer: Static) -> Static:
+def _folded(layer: Delta) -> Delta:
     """The same ΔW at scale 1."""
     if layer.scale == 1.0:
         return layer
@@ -204,9 +205,9 @@ def own_path(place: LayerPath, flat_clip: bool) -> str:
     return place.path.removeprefix("text_model.") if flat_clip and place.part == "te1" else place.path
 
 
-def _configs(layers: Mapping[LayerPath, Static], family: str, flat_clip: bool = False) -> dict[str, dict]:
+def _configs(layers: Mapping[LayerPath, Delta], family: str, flat_clip: bool = False) -> dict[str, dict]:
     """PEFT's LoraConfig of each component: ranks and alphas by module, the common ones as defaults."""
-    found: dict[str, dict[str, Static]] = {}
+    found: dict[str, dict[str, Delta]] = {}
     for place, layer in layers.items():
         found.setdefault(places.component_name(place.part, family), {})[own_path(place, flat_clip)] = layer
     configs = {}
@@ -226,7 +227,7 @@ def _configs(layers: Mapping[LayerPath, Static], family: str, flat_clip: bool = 
     return configs
 
 
-def peft(adapter: Plain, choices: Choices) -> list[Written]:
+def peft(adapter: Adapter, choices: Choices) -> list[Written]:
     """PEFT's folders, one for each model: `unet/adapter_config.json`, `unet/adapter_model.safetensors`."""
     configs = _configs(adapter.layers, adapter.family, choices.flat_clip)
     files = []
@@ -258,7 +259,7 @@ def peft(adapter: Plain, choices: Choices) -> list[Written]:
     return files
 
 
-def write_lycoris(adapter: Plain, choices: Choices) -> list[Written]:
+def write_lycoris(adapter: Adapter, choices: Choices) -> list[Written]:
     """LyCORIS' keys for a model wrapped whole (also SimpleTuner's): `lycoris_….lora_down.weight`, …"""
     text = [place.path for place in adapter.layers if place.part != "unet"]
     if text:
@@ -272,13 +273,13 @@ def write_lycoris(adapter: Plain, choices: Choices) -> list[Written]:
     for place, layer in adapter.layers.items():
         state |= _spelled(places.lycoris_layer(place), _lengths(place, layer, choices), keys.KOHYA)
     config = {
-        "algo": "lora",
+        "algo": keys.LORA,
         "dora_wd": any(layer.magnitude is not None for layer in adapter.layers.values()),
     }
     return [Written("", state, {**kept_facts(adapter), "lycoris_config": json.dumps(config)})]
 
 
-def qrlora(adapter: Plain, choices: Choices) -> list[Written]:
+def qrlora(adapter: Adapter, choices: Choices) -> list[Written]:
     """The official QR-LoRA code's keys (FLUX): `transformer.….lora.delta_r.weight`, `.lora.q.weight`, …
 
     Its scale is 1, so alpha/r is folded into R and ΔR. A trained QR pair is written as it is; it needs the
@@ -287,41 +288,37 @@ def qrlora(adapter: Plain, choices: Choices) -> list[Written]:
     if adapter.family != "flux":
         raise Refused(f"the official QR-LoRA code is for FLUX, and {adapter.source} is for {adapter.family}")
     state: dict[str, Tensor] = {}
+    q, r = keys.QR_BASIS
     for place, layer in adapter.layers.items():
         roles = adapter.raw.get(place, {})
-        if layer.magnitude is not None or place.part != "unet" or "q" not in roles:
+        if layer.magnitude is not None or place.part != "unet" or q not in roles:
             raise Refused(
                 f"{place.path} in {adapter.source} is no ΔR or QR-LoRA layer of the transformer, and the "
-                f"official "
-                "format holds nothing else; project a LoRA onto a basis first: tools/import_lora.py --method "
-                "delta_r --model BASE"
+                "official format holds nothing else; project a LoRA onto a basis first: tools/import_lora.py "
+                "--method delta_r --model BASE"
             )
-        if "base_r" not in roles:
+        if r not in roles:
             raise Refused(
                 f"{place.path} in {adapter.source} was saved without R, which the official format holds; "
                 "give the base with --model"
             )
         module = places.diffusers_layer(place, "flux")
-        if "delta_r" in roles:
-            state |= {
-                f"{module}.{keys.PEFT['q']}": roles["q"],
-                f"{module}.{keys.PEFT['base_r']}": layer.scale * roles["base_r"].float(),
-                f"{module}.{keys.PEFT['delta_r']}": layer.scale * roles["delta_r"].float(),
-            }
+        if "up" not in roles:
+            state[f"{module}.{keys.PEFT[q]}"] = roles[q]
+            for role in (r, *method_for(roles, None).require_factor().trained):
+                state[f"{module}.{keys.PEFT[role]}"] = layer.scale * roles[role].float()
         else:
             last = ".to_out.0" if module.endswith(".to_out.0") else ""  # official files repeat it
-            state |= {
-                f"{module}{last}.lora.up.weight": roles["up"],
-                f"{module}{last}.lora.down.weight": layer.scale * roles["down"].float(),
-            }
+            state[f"{module}{last}.{keys.OLD_UP}"] = roles["up"]
+            state[f"{module}{last}.lora.down.weight"] = layer.scale * roles["down"].float()
     return [Written("", state, {})]
 
 
-def as_official(adapter: Plain) -> Plain:
-    """What an official QR-LoRA file says: of a QR pair Q·R itself, without the initial copy."""
+def as_official(adapter: Adapter) -> Adapter:
+    """What an official QR-LoRA file holds: of a QR pair Q·R itself, without the initial copy."""
     layers = {
         place: layer
-        if "delta_r" in (roles := adapter.raw[place])
+        if "up" not in (roles := adapter.raw[place])
         else layer._replace(up=roles["up"].flatten(1), down=roles["down"].flatten(1))
         for place, layer in adapter.layers.items()
     }

@@ -16,29 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank.adapter_file import AdapterFile, open_adapter_file, read_adapter_file
 from lowrank.adapters.method import Method
 from lowrank.errors import Refused
 from lowrank.files import sha256
-from lowrank.formats import static
-from lowrank.formats.static import Static
+from lowrank.formats.delta import LORA, Delta, delta_of, distance, method_for
 from lowrank.naming import keys
 from lowrank.naming.places import adapter_family, places
-from lowrank.tensors import existing_file, read_tensors
+from lowrank.tensors import existing_file
 
-# What the last words of keys say about files of other kinds (owner: LyCORIS, kohya sd-scripts)
-_KINDS = {
-    "hada_w1_a": "LoHa",
-    "lokr_w1": "LoKr",
-    "lokr_w1_a": "LoKr",
-    "lambda_layer": "T-LoRA",
-    "oft_blocks": "OFT",
-    "oft_R.weight": "OFT",
-    "diff": "full difference",
-    "diff_b": "bias difference",
-    "w_norm": "norm layers",
-    "b1.weight": "GLoRA",
-    "on_input": "IA3",
-}
 TRAINING = (  # facts of kohya's metadata, in the order they are shown
     *("output_name", "training_started_at", "steps", "epoch", "num_epochs", "num_train_images"),
     *("num_reg_images", "batch_size_per_device", "total_batch_size", "gradient_accumulation_steps"),
@@ -53,39 +39,30 @@ _NONE = (None, "", "None", "null")
 
 def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
     """Everything that is shown of a file, ready for JSON. Raises `Refused` for no file of tensors."""
-    file = existing_file(path)
-    state, metadata = read_tensors(file)
-    own = () if method is None else static.roles_of(method)
-    layers: dict[str, dict[str, Tensor]] = {}
-    odd: list[str] = []
-    for key, value in state.items():
-        module, _, last = key.rpartition(".")
-        found = keys.role_of(key) or ((module, last) if module and last in own else None)
-        if found is None:
-            odd.append(key)
-        else:
-            layers.setdefault(keys.module_path(found[0]), {})[found[1]] = value
-    told, problems = [], []
-    for module, roles in layers.items():
-        one = _layer(module, roles, str(file), metadata, method)
-        told.append(one)
-        if one["problem"]:
-            problems.append(f"{module}: {one['problem']}")
-    kinds = Counter(kind for key in odd for last, kind in _KINDS.items() if key.endswith(f".{last}"))
+    file, layers, problems = existing_file(path), [], []
+    raw = open_adapter_file(file)
+    contents = read_adapter_file(raw, method.file_roles() if method else (), strict=False)
+    for module in contents.layers:
+        layer = _layer(module, contents, method)
+        layers.append(layer)
+        if layer["problem"]:
+            problems.append(f"{module}: {layer['problem']}")
+    other, metadata = contents.not_understood, raw.metadata
+    kinds = Counter(kind for _, kind in {(one.module, one.kind) for one in other} if "unknown" not in kind)
     return {
         "file": str(file),
         "bytes": file.stat().st_size,
         "sha256": sha256(file),
-        "tensors": len(state),
-        "model": _family(layers, metadata, problems),
-        "method": metadata.get("lowrank.method") or _kind(layers, kinds),
-        "ranks": _counted(one["rank"] for one in told),
-        "alphas": _counted(one["alpha"] for one in told),
-        "dtypes": _counted(str(v.dtype).removeprefix("torch.") for v in state.values() if v.dim()),
-        "parts": _counted(one["part"] for one in told),
-        "targets": _counted(_target(one["path"]) for one in told),
-        "experts": max((one["experts"] for one in told), default=1),
-        "norm": math.sqrt(sum((one["norm"] or 0.0) ** 2 for one in told)),
+        "tensors": len(raw.state),
+        "model": _family(contents.layers, metadata, problems),
+        "method": metadata.get("lowrank.method") or _kind(contents.layers, kinds),
+        "ranks": _counted(one["rank"] for one in layers),
+        "alphas": _counted(one["alpha"] for one in layers),
+        "dtypes": _counted(str(v.dtype).removeprefix("torch.") for v in raw.state.values() if v.dim()),
+        "parts": _counted(one["part"] for one in layers),
+        "targets": _counted(_target(one["path"]) for one in layers),
+        "experts": max((one["experts"] for one in layers), default=1),
+        "norm": math.sqrt(sum((one["norm"] or 0.0) ** 2 for one in layers)),
         "base": _facts(metadata, BASE) | _lowrank(metadata, ("base_model", "base_hash")),
         "basis_hash": metadata.get("lowrank.basis_hash"),
         "training": _facts(metadata, TRAINING),
@@ -93,21 +70,23 @@ def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
         "command": metadata.get("lowrank.command"),
         "made": _lowrank(metadata, ("version", "exported_from", "imported_from", "merged_from")),
         "options": _json(metadata.get("lowrank.options")),
-        "other_keys": {"count": len(odd), "kinds": dict(kinds), "examples": sorted(odd)[:5]},
+        "other_keys": {
+            "count": len(other),
+            "kinds": dict(kinds),
+            "examples": sorted(one.key for one in other)[:5],
+        },
         "problems": problems,
-        "layers": told,
+        "layers": layers,
         "metadata": metadata,
     }
 
 
-def _layer(
-    module: str, roles: dict[str, Tensor], source: str, metadata: Mapping[str, str], method: Method | None
-) -> dict[str, Any]:
-    held = places(module)
-    one: dict[str, Any] = {
+def _layer(module: str, contents: AdapterFile, method: Method | None) -> dict[str, Any]:
+    owners, roles = places(module), contents.layers[module]
+    facts: dict[str, Any] = {
         "module": module,
-        "part": held[0][0].part,
-        "path": held[0][0].path if held[0][1] is None else module,
+        "part": owners[0][0].part,
+        "path": owners[0][0].path if owners[0][1] is None else module,
         "rank": None,
         "alpha": float(roles["alpha"]) if "alpha" in roles and roles["alpha"].numel() == 1 else None,
         "outputs": None,
@@ -117,46 +96,25 @@ def _layer(
         "lengths": "magnitude" in roles,
         "problem": None,
     }
-    odd = [role for role, value in roles.items() if not value.is_floating_point() and role != "alpha"]
-    if odd:
-        return one | {"problem": f"{', '.join(odd)} of whole numbers, which are no weights"}
-    odd = [role for role, value in roles.items() if not _finite(value)]
-    if odd:
-        return one | {"problem": f"NaN or infinite values in {', '.join(odd)}"}
-    experts = roles["router"].shape[0] if roles.get("router", torch.empty(0)).dim() == 2 else 1
-    if experts > 1:  # its ΔW depends on the input and has no norm
-        ranks = (
-            (method.require_factor().rank_in(role, value.shape) for role, value in roles.items())
-            if method
-            else ()
-        )
-        return one | {"rank": next((rank for rank in ranks if rank), None), "experts": experts}
+    problem = contents.problems.get(module)
+    router = roles.get(keys.ROUTER, torch.empty(0))
+    if problem is None and router.dim() == 2 and len(router) > 1:  # ΔW depends on the input and has no norm
+        factor = method.require_factor() if method else None
+        ranks = (factor.rank_in(role, value.shape) if factor else None for role, value in roles.items())
+        return facts | {"rank": next((rank for rank in ranks if rank), None), "experts": len(router)}
     try:
-        layer = _static(module, roles, source, metadata, method)
+        if problem is not None:
+            raise Refused(problem)
+        layer = delta_of(module, roles, contents.source, method, torch.float32)
     except Refused as refused:
-        return one | {"problem": str(refused).removeprefix(f"{source}: ")}
-    return one | {
+        return facts | {"problem": str(refused).removeprefix(f"{contents.source}: ")}
+    return facts | {
         "rank": layer.rank,
         "outputs": layer.up.shape[0],
         "inputs": layer.down.shape[1],
         "norm": layer.norm(),
         "problem": None if layer.scale else "alpha is 0: it adds nothing here, and its rank's worth in kohya",
     }
-
-
-def _static(
-    module: str, roles: Mapping[str, Tensor], source: str, metadata: Mapping[str, str], method: Method | None
-) -> Static:
-    usable = {role: value.float() for role, value in roles.items() if role != "mid"}
-    if "mid" in roles:
-        raise Refused("it has LyCORIS' middle convolution; tools/import_lora.py folds it into a plain LoRA")
-    return static.static(module, usable, source, metadata.get("lowrank.method"), method)
-
-
-def _finite(value: Tensor) -> bool:
-    """Whether all values are; float8, which has no arithmetic, is asked in fp32."""
-    wide = value.float() if value.is_floating_point() and value.dtype.itemsize == 1 else value
-    return bool(torch.isfinite(wide).all())
 
 
 def _family(layers: Mapping[str, Any], metadata: Mapping[str, str], problems: list[str]) -> str | None:
@@ -170,12 +128,11 @@ def _family(layers: Mapping[str, Any], metadata: Mapping[str, str], problems: li
 
 
 def _kind(layers: Mapping[str, Mapping[str, Tensor]], others: Counter) -> str:
-    roles = {role for own in layers.values() for role in own}
-    if "delta_r" in roles:
-        return "delta_r"
-    if layers:
-        return "dora" if "magnitude" in roles else "lora"
-    return " + ".join(sorted(others)) or "unknown"
+    if not layers:
+        return " + ".join(sorted(others)) or "unknown"
+    kinds = {method_for(roles, None).name for roles in layers.values()} - {LORA.name}
+    dora = any("magnitude" in roles for roles in layers.values())
+    return "+".join(sorted(kinds)) or (keys.DORA if dora else LORA.name)
 
 
 def _target(path: str) -> str:
@@ -262,7 +219,7 @@ def _key(layer: Mapping[str, Any]) -> str:
     return f"{layer['part']}.{layer['path']}"
 
 
-def compared(one: Mapping[Any, Static], other: Mapping[Any, Static]) -> dict[str, dict[str, float]]:
+def compared(one: Mapping[Any, Delta], other: Mapping[Any, Delta]) -> dict[str, dict[str, float]]:
     """‖ΔW₁ − ΔW₂‖/‖ΔW₁‖ and the cosine of each layer that both have and that fits."""
     found = {}
     for place, layer in one.items():
@@ -271,7 +228,7 @@ def compared(one: Mapping[Any, Static], other: Mapping[Any, Static]) -> dict[str
         if theirs is None or sizes != (layer.up.shape[0], layer.down.shape[1]):
             continue
         mine, size = layer.norm(), theirs.norm()
-        apart = static.distance(layer, theirs)
+        apart = distance(layer, theirs)
         inner = (mine**2 + size**2 - apart**2) / 2
         found[f"{place.part}.{place.path}"] = {
             "distance": apart / mine if mine else (0.0 if not size else math.inf),

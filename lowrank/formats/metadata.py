@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lowrank.formats.static import Plain
+from lowrank.formats.read import Adapter
 from lowrank.naming import keys
 
 _KINDS = {  # what interfaces read off metadata: ss_base_model_version, modelspec.architecture, implementation
@@ -23,7 +23,7 @@ _KINDS = {  # what interfaces read off metadata: ss_base_model_version, modelspe
 }
 
 
-def kohya_facts(adapter: Plain, state: Mapping[str, Tensor]) -> dict[str, str]:
+def kohya_facts(adapter: Adapter, state: Mapping[str, Tensor]) -> dict[str, str]:
     """What A1111, Forge, ComfyUI and Civitai read of a LoRA: kohya's ss_* and Stability's modelspec.
 
     What the training wrote stays; the network is told as the one that reads the file.
@@ -45,11 +45,11 @@ def kohya_facts(adapter: Plain, state: Mapping[str, Tensor]) -> dict[str, str]:
         "ss_network_module": "lycoris.kohya" if dora else module,
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
         "ss_network_alpha": str(alphas.most_common(1)[0][0]),
-        "ss_network_args": json.dumps({"algo": "lora", "dora_wd": "True"} if dora else {}),
+        "ss_network_args": json.dumps({"algo": keys.LORA, "dora_wd": "True"} if dora else {}),
     }
 
 
-def kept_facts(adapter: Plain) -> dict[str, str]:
+def kept_facts(adapter: Adapter) -> dict[str, str]:
     """The training's own metadata, and where the file came from."""
     kept = {
         key: value
@@ -62,5 +62,5 @@ def kept_facts(adapter: Plain) -> dict[str, str]:
     return {
         **kept,
         **({"lowrank.method": gated} if gated else {}),
-        "lowrank.exported_from": adapter.fact("exported_from") or adapter.fact("method") or "lora",
+        "lowrank.exported_from": adapter.fact("exported_from") or adapter.fact("method") or keys.LORA,
     }

@@ -7,21 +7,28 @@ file, which holds Q and R without their start, gets the start back from the base
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowrank.adapters.method import Chain
+from lowrank.adapters.network_module import network_named
 from lowrank.bases.qr_basis import start_basis
 from lowrank.errors import Refused
+from lowrank.formats import tlora
 from lowrank.formats.base_checkpoint import BaseCheckpoint
-from lowrank.formats.static import Plain, Static
+from lowrank.formats.delta import LORA, Delta, check_shapes, distance, method_for
+from lowrank.formats.read import Adapter, baked
 from lowrank.naming import keys
-from lowrank.naming.places import LayerPath, native_layer
+from lowrank.naming.flux_join import strength
+from lowrank.naming.places import LayerPath, native_layer, places
 
-METHODS = ("lora", "dora", "delta_r", "delta_r_triu", "qrlora")
+TIMES = (0, 250, 500, 750, 999)  # where two T-LoRAs are compared
 
 
 class Native(NamedTuple):
@@ -31,20 +38,20 @@ class Native(NamedTuple):
     metadata: dict[str, str]
     loss: float = 0.0  # ‖ΔW − what the file says‖/‖ΔW‖ over all layers
     worst: tuple[float, str] = (0.0, "")  # the same of the worst layer, and which
+    start_of_base: bool = False  # the initial copy that is subtracted was computed from the base
 
 
-def method_of(adapter: Plain) -> str:
+def method_of(adapter: Adapter) -> str:
     """The method that holds the file's layers as they are."""
-    if all("delta_r" in adapter.raw.get(place, {}) for place in adapter.layers):
-        return "delta_r"
-    if all({"q", "base_r", "up"} <= adapter.raw.get(place, {}).keys() for place in adapter.layers):
-        return "qrlora"
+    names = {method_for(adapter.raw.get(place, {}), None).name for place in adapter.layers}
+    if len(names) == 1 and names != {LORA.name}:
+        return names.pop()
     lengths = any(layer.magnitude is not None for layer in adapter.layers.values())
-    return "dora" if lengths else "lora"
+    return keys.DORA if lengths else LORA.name
 
 
 def to_native(
-    adapter: Plain,
+    adapter: Adapter,
     method: str,
     base: BaseCheckpoint | None = None,
     rank: int | None = None,
@@ -56,29 +63,30 @@ def to_native(
     `base` is needed for a basis, of `rank` (the adapter's own when None), which depends on the `precision`
     that the base is loaded in for training. Raises `Refused` for what the method cannot hold.
     """
-    if method in ("delta_r", "qrlora") and method_of(adapter) == method and rank is None:
+    plain = method in (LORA.name, keys.DORA)
+    if not plain and method_of(adapter) == method and rank is None:
         layers = {place: dict(adapter.raw[place]) for place in adapter.layers}
         for place, roles in layers.items():
-            roles["alpha"] = torch.tensor(adapter.layers[place].scale * _width(roles))
+            roles["alpha"] = torch.tensor(adapter.layers[place].scale * _width(place, roles))
         return Native(*_file(adapter, method, layers))
-    if method in ("lora", "dora"):
+    if plain:
         return Native(
             *_file(adapter, method, {p: _pair(p, one, method, base) for p, one in adapter.layers.items()})
         )
     return _projected(adapter, method, base, rank, precision, cache)
 
 
-def _width(roles: Mapping[str, Tensor]) -> int:
-    return next(len(roles[role]) for role in ("delta_r", "down") if role in roles)
+def _width(place: LayerPath, roles: Mapping[str, Tensor]) -> int:
+    return check_shapes(place.path, roles, "the file")["rank"]
 
 
-def _pair(place: LayerPath, layer: Static, method: str, base: BaseCheckpoint | None) -> dict[str, Tensor]:
+def _pair(place: LayerPath, layer: Delta, method: str, base: BaseCheckpoint | None) -> dict[str, Tensor]:
     roles = {
         "down": layer.joined_kernel(layer.down, rows=True),
         "up": layer.joined_kernel(layer.up, rows=False),
         "alpha": torch.tensor(layer.scale * layer.rank),
     }
-    if method == "lora":
+    if method == LORA.name:
         if layer.magnitude is not None:
             raise Refused(
                 f"{place.path} has lengths (DoRA), which a plain LoRA cannot hold; give --method dora"
@@ -96,7 +104,7 @@ def _pair(place: LayerPath, layer: Static, method: str, base: BaseCheckpoint | N
 
 
 def _file(
-    adapter: Plain,
+    adapter: Adapter,
     method: str,
     layers: Mapping[LayerPath, Mapping[str, Tensor]],
     facts: Mapping[str, str] = {},
@@ -108,7 +116,7 @@ def _file(
             if role == "magnitude" and table is keys.PEFT:
                 value = value.flatten() if value.dim() == 2 else value.reshape(1, -1, 1, 1)
             state[f"{module}.{table[role]}"] = value
-    sizes = {(_width(roles), float(roles["alpha"])) for roles in layers.values()}
+    sizes = {(_width(place, roles), float(roles["alpha"])) for place, roles in layers.items()}
     one = sizes.pop() if len(sizes) == 1 else (None, None)
     kept = {k: v for k, v in adapter.metadata.items() if not k.startswith(("lowrank.", "sshs_"))}
     base_facts = {k: v for k, v in adapter.metadata.items() if k.startswith("lowrank.base")}
@@ -124,7 +132,7 @@ def _file(
 
 
 def _projected(
-    adapter: Plain,
+    adapter: Adapter,
     method: str,
     base: BaseCheckpoint | None,
     rank: int | None,
@@ -139,31 +147,37 @@ def _projected(
         raise Refused(f"{lengths} has lengths (DoRA), which {method} cannot hold; give --method dora")
     names = {native_name(place, adapter.family): place for place in adapter.layers}
     ranks = {name: rank or adapter.layers[place].rank for name, place in names.items()}
+    module = network_named(method)
+    assert module is not None  # one of `keys.IMPORTED`
+    factor = module.made({}).require_factor()
     bases, facts = start_basis(_Weights(base, names, precision), ranks, cache)
     layers, lost, total, worst = {}, 0.0, 0.0, (0.0, "")
     for name, place in names.items():
         layer, (Q, R) = adapter.layers[place], bases[name]
-        if method == "qrlora":
-            roles, error = _restarted(place, layer, Q, R), 0.0
+        if factor.copy is not None:
+            roles, error = _restarted(place, layer, factor.copy, Q, R), 0.0
         else:
+            chain = factor.chains[0]
             wanted = layer.scale * (Q.T @ layer.up.float()) @ layer.down.float()  # Qᵀ ΔW (R, I)
-            kept = torch.triu(wanted) if method == "delta_r_triu" else wanted
+            constrain = factor.constrain.get(chain.down[-1])
+            kept = wanted if constrain is None else constrain(wanted)
             whole = layer.norm() ** 2
             inside = float(kept.double().square().sum())
             error, total = max(0.0, whole - inside), total + whole
-            roles = {"q": Q, "base_r": R, "delta_r": kept}
+            roles = {chain.up[0]: Q, **dict.fromkeys(factor.record, R), chain.down[-1]: kept}
             share = math.sqrt(error / whole) if whole else 0.0
             worst = max(worst, (share, place.path))
         lost += error
+        sides = factor.sides()
         shaped = {
-            role: layer.joined_kernel(value, rows=role not in ("q", "up")) for role, value in roles.items()
+            role: layer.joined_kernel(value, rows=sides[role][0] == "rank") for role, value in roles.items()
         }
         layers[place] = {**shaped, "alpha": torch.tensor(float(Q.shape[1]))}
     file = _file(adapter, method, layers, {f"lowrank.{key}": value for key, value in facts.items()})
-    return Native(*file, math.sqrt(lost / total) if total else 0.0, worst)
+    return Native(*file, math.sqrt(lost / total) if total else 0.0, worst, factor.copy is not None)
 
 
-def _restarted(place: LayerPath, layer: Static, Q: Tensor, R: Tensor) -> dict[str, Tensor]:
+def _restarted(place: LayerPath, layer: Delta, start: Chain, Q: Tensor, R: Tensor) -> dict[str, Tensor]:
     """An official QR pair with the start that the official code took out of W: Q₀·R₀ is one product, whatever
     signs the factors have."""
     if layer.rank != Q.shape[1]:
@@ -171,7 +185,8 @@ def _restarted(place: LayerPath, layer: Static, Q: Tensor, R: Tensor) -> dict[st
             f"{place.path} has rank {layer.rank} and its start was asked for at rank {Q.shape[1]}; leave "
             f"--rank out"
         )
-    return {"up": layer.up.float(), "down": layer.scale * layer.down.float(), "q": Q, "base_r": R}
+    pair = {"up": layer.up.float(), "down": layer.scale * layer.down.float()}
+    return {**pair, start.up[0]: Q, start.down[-1]: R}
 
 
 def native_name(place: LayerPath, family: str) -> str:
@@ -198,3 +213,74 @@ class _Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+# ---------- T-LoRA
+
+
+def to_native_tlora(adapter: Adapter, start_left_out: bool) -> Native:
+    """The file of `networks.tlora` with these layers, which have their start, wherever it came from.
+
+    Raises `Refused` for layers of two kinds, for pairs that open together, for FLUX's joined layers, whose
+    parts have no ranks of their own, and for factors that do not fit.
+    """
+    source, schedule = adapter.source, adapter.schedule
+    assert schedule is not None  # the caller has asked for one
+    orthogonal = any(map(tlora.is_orthogonal, adapter.raw.values()))
+    if not orthogonal and schedule.group == 2:
+        raise Refused(
+            f"{source} is an export as a plain LoRA whose ranks open in pairs; use the original file"
+        )
+    state: dict[str, Tensor] = {}
+    sizes: set[tuple[int, float]] = set()
+    for place, roles in adapter.raw.items():
+        module = adapter.modules[place]
+        if places(module) != [(place, None)]:
+            raise Refused(
+                f"{module} in {source} is several layers of FLUX in one, whose ranks open together; import "
+                "it from a file with diffusers' names"
+            )
+        method = method_for(roles, adapter.method)
+        rank = check_shapes(module, roles, source, method).get("rank", 1)
+        sides = method.require_factor().sides()
+        if roles.keys() - {"alpha"} != sides.keys() or tlora.is_orthogonal(roles) != orthogonal:
+            wanted = sides if tlora.is_orthogonal(roles) == orthogonal else ("one kind of factors",)
+            raise Refused(
+                f"{module} in {source} has {', '.join(sorted(roles))} and a T-LoRA of this kind has "
+                f"{', '.join(wanted)}; the file is not whole, or of two methods"
+            )
+        alpha = rank * strength(roles, rank)
+        sizes.add((rank, alpha))
+        name, table = native_layer(place, adapter.family)
+        for role, own in sides.items():
+            state[f"{name}.{table[role]}"] = roles[role].flatten() if len(own) == 1 else roles[role]
+        state[f"{name}.{table['alpha']}"] = torch.tensor(alpha)
+    rank, alpha = sizes.pop() if len(sizes) == 1 else (None, None)
+    known = orthogonal and (start_left_out or "lowrank.options" in adapter.metadata)
+    options = {
+        "orthogonal": orthogonal,
+        "sig_type": tlora.start_of(adapter.metadata, source) if known else "last",
+        "use_data_init": start_left_out,
+        "tlora_min_rank": schedule.min_rank,
+        "tlora_alpha": schedule.alpha,
+    }
+    kept = {k: v for k, v in adapter.metadata.items() if k.startswith(("ss_", "modelspec.", "lowrank.base"))}
+    facts = {
+        "lowrank.method": tlora.METHOD,
+        "lowrank.options": json.dumps(options, sort_keys=True),
+        "lowrank.rank": str(rank),
+        "lowrank.alpha": str(alpha),
+        "lowrank.layers": str(len(adapter.raw)),
+        **replace(schedule, group=1).metadata(rank),
+    }
+    return Native(state, {**kept, **facts})
+
+
+def largest_difference(one: Adapter, other: Adapter) -> float:
+    """The largest ‖ΔW − ΔW′‖/‖ΔW‖ of a layer of two T-LoRAs at one of `TIMES`."""
+    worst = 0.0
+    for t in TIMES:
+        ours, theirs = (baked(adapter, t).layers for adapter in (one, other))
+        for place, layer in ours.items():
+            worst = max(worst, distance(layer, theirs[place]) / max(layer.norm(), 1e-30))
+    return worst

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.formats.static import Static, phantom
+from lowrank.formats.delta import Delta, phantom
 from lowrank.naming.places import LayerPath
 
 
@@ -43,7 +43,7 @@ class Tree(nn.Module):
 
 
 def hosts(
-    layers: Mapping[LayerPath, Static], part: str, name: Callable[[LayerPath], str] = lambda place: place.path
+    layers: Mapping[LayerPath, Delta], part: str, name: Callable[[LayerPath], str] = lambda place: place.path
 ) -> Tree:
     """The layers of one part on a tree; with DoRA their rows are as long as the change is."""
     tree = Tree()
@@ -53,7 +53,7 @@ def hosts(
     return tree
 
 
-def host(layer: Static) -> nn.Module:
+def host(layer: Delta) -> nn.Module:
     """A phantom host for a layer."""
     ins = layer.down.shape[1] // _area(layer)
     row = None
@@ -63,11 +63,11 @@ def host(layer: Static) -> nn.Module:
     return phantom(layer.up.shape[0], ins, layer.kernel, row)
 
 
-def _area(layer: Static) -> int:
+def _area(layer: Delta) -> int:
     return int(torch.tensor(layer.kernel).prod()) if layer.kernel else 1
 
 
-def answers(layer: Static, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def answers(layer: Delta, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """(what the layer with W′ answers to x, what the host alone does), in float64."""
     if layer.magnitude is None:  # the phantom's weight is zero, so that only the change answers
         h = apply_thin(layer, x.double())
@@ -84,7 +84,7 @@ def answers(layer: Static, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return apply(wide.changed(W)), apply(W)
 
 
-def apply_thin(layer: Static, x: Tensor) -> Tensor:
+def apply_thin(layer: Delta, x: Tensor) -> Tensor:
     """scale · U D x, for a linear layer or a convolution, in x's dtype."""
     up, down = layer.up.to(x), layer.down.to(x)
     if not layer.kernel:
@@ -93,7 +93,7 @@ def apply_thin(layer: Static, x: Tensor) -> Tensor:
     return layer.scale * F.conv2d(h, up[:, :, None, None])
 
 
-def compared(pairs: Sequence[tuple[LayerPath, Static, nn.Module]], reader: str) -> Checked:
+def compared(pairs: Sequence[tuple[LayerPath, Delta, nn.Module]], reader: str) -> Checked:
     """Ask each loaded layer one question and compare with ΔW."""
     worst = 0.0
     made = torch.Generator().manual_seed(0)

@@ -1,87 +1,260 @@
-"""An adapter file for merging and comparing: layers as pairs of up and down, metadata, schedule."""
+"""The one reader of adapters: any program's file as an `Adapter`, with ΔW = scale·U·D by layer of a model."""
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank.errors import Refused
-from lowrank.formats.names import (
-    Layers,
-    baked,
-    read_layers,
+from lowrank.adapter_file import (
+    CORE,
+    AdapterFile,
+    ForeignKey,
+    RawFile,
+    Roles,
+    open_adapter_file,
+    read_adapter_file,
+    warn_zero_alpha,
 )
-from lowrank.formats.static import made_by, static
-from lowrank.formats.tlora import schedule_of, with_copies, without_dead
-from lowrank.naming import keys
+from lowrank.adapters.gate import Schedule
+from lowrank.adapters.method import Method
+from lowrank.adapters.network_module import method_made_by
+from lowrank.errors import Refused
+from lowrank.formats import tlora
+from lowrank.formats.delta import LORA, Delta, delta_of, method_for, swapped
+from lowrank.naming import flux as flux_names
+from lowrank.naming.places import LayerPath, adapter_family, check_family, places
+
+# layers that the T-LoRA authors' FLUX processors make for single blocks, and never run
+_DEAD = re.compile(r"^single_transformer_blocks\.\d+\.attn\.(to_out\.0|add_[qkv]_proj)$")
+
+logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Adapter:
-    """An adapter file: its layers, its metadata, the schedule of its ranks if it is a T-LoRA, its path.
+    """An adapter: its layers by place, and what its file states."""
 
-    `at`, in 0..1000, bakes a T-LoRA at one timestep; `config` is SimpleTuner's `_tlora_config`;
-    `weight(module)`, W (O, I) of the base, is asked where a T-LoRA of LyCORIS leaves out its start.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        at: float | None = None,
-        config: Mapping[str, Any] | None = None,
-        weight: Callable[[str], Tensor] | None = None,
-    ) -> None:
-        self.path = Path(path)
-        layers, self.metadata = read_layers(path)
-        _check_once(layers, str(path))
-        self.layers = _folded(without_dead(layers), self.metadata, str(path))
-        self.schedule = schedule_of(path, self.layers, self.metadata, config)
-        if weight is not None:
-            self.layers = with_copies(self.layers, weight, self.metadata, str(path))
-        self.baked = at is not None and self.schedule is not None
-        if at is not None and self.schedule is not None:
-            self.layers, self.schedule = baked(self.layers, self.schedule, at, str(path)), None
+    source: str
+    family: str  # "sd15", "sdxl", "flux"; empty where the file fits several and nobody asked
+    layers: Mapping[LayerPath, Delta]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    raw: Mapping[LayerPath, Mapping[str, Tensor]] = field(default_factory=dict)  # the file's tensors by role
+    modules: Mapping[LayerPath, str] = field(default_factory=dict)  # the names of the layers in the file
+    method: Method | None = None  # that the file names, if it is one of ours
+    schedule: Schedule | None = None  # of a T-LoRA: which ranks are open when
+    not_understood: Sequence[ForeignKey] = ()  # keys that are not used
+    refusals: Mapping[LayerPath, str] = field(default_factory=dict)  # why a layer has no ΔW, where not strict
 
     def fact(self, name: str) -> str | None:
-        """A fact the file states about itself, or None (official files state none)."""
+        """A fact of `lowrank.*` metadata, or None."""
         value = self.metadata.get(f"lowrank.{name}")
         return None if value in (None, "None") else value
 
+    @property
+    def path(self) -> Path:
+        return Path(self.source)
 
-def _check_once(layers: Layers, source: str) -> None:
-    """Raise `Refused` for a layer that a file has in two dialects."""
-    seen: dict[str, str] = {}
-    for module in layers:
-        if (other := seen.setdefault(keys.flat(module), module)) != module:
-            raise Refused(
-                f"{source} names one layer twice, as {other} and as {module}; it holds two adapters at once, "
-                "take one of them out"
-            )
+    def name(self, place: LayerPath) -> str:
+        """A layer's name in the file; its path in diffusers' model where the file has it in a joined one."""
+        module = self.modules.get(place, place.path)
+        return module if places(module)[0][1] is None else place.path
+
+    def has_magnitude(self) -> bool:
+        """Whether a layer has lengths of its rows (DoRA)."""
+        return any("magnitude" in roles for roles in self.raw.values())
+
+    def require_deltas(self) -> None:
+        """Raise `Refused` where a layer has no ΔW of its own."""
+        for refusal in self.refusals.values():
+            raise Refused(refusal)
 
 
-def _folded(layers: Layers, metadata: Mapping[str, str], source: str) -> Layers:
-    """Layers of a method with cores or frozen halves as one pair of up and down; routed ones as they are."""
-    roles = {role for one in layers.values() for role in one}
-    if not roles & set(keys.PLAIN) or "router" in roles:
-        return layers
-    method = made_by(metadata, source)
-    if method is None:
-        name = f"networks.{metadata.get('lowrank.method')}"
-        raise Refused(f"{source} was made by {name}, which is not here; use the release that made it")
-    found = {}
-    for module, own in layers.items():
-        one = static(module, own, source, method=method)
-        found[module] = {
-            "up": one.up.reshape(*one.up.shape, *(1,) * len(one.kernel)),
-            "down": one.down.reshape(one.rank, -1, *one.kernel),
-            "alpha": torch.tensor(one.scale * one.rank),
-            **({} if one.magnitude is None else {"magnitude": own["magnitude"]}),
-        }
-    return found
+def read_adapter(
+    file: str | Path | RawFile,
+    family: str | None = None,
+    *,
+    at: float | None = None,
+    schedule: Mapping[str, Any] | None = None,
+    start: Callable[[str], Tensor] | None = None,
+    precision: torch.dtype | None = None,
+    strict: bool = True,
+) -> Adapter:
+    """An adapter file of any dialect and method, layer by layer; FLUX's joined layers are split, exactly.
+
+    `family` is the kind of model where the file does not state it. `at`, in 0..1000, bakes a T-LoRA at a
+    timestep, `schedule` is SimpleTuner's `_tlora_config`, `start(module)` gives W (O, I) of the base where a
+    T-LoRA leaves out its start. Products of factors are computed in `precision` at least, and stored in the
+    file's own without one. Raises `Refused` for what has no ΔW of its own; with `strict` off, the reasons are
+    in `refusals`, layers that change nothing stay, and the family may be unknown.
+    """
+    raw = file if isinstance(file, RawFile) else open_adapter_file(file)
+    method = method_made_by(raw.metadata, raw.source)
+    contents = read_adapter_file(raw, method.file_roles() if method else ())
+    if not contents.layers:
+        _refuse_no_adapter(contents)
+    if contents.may_be_official_qr:
+        logger.warning(
+            "%s is read as a plain LoRA; if it is an official QR-LoRA file, which has the same keys and no "
+            "initial copy, it needs the residual it was trained on and is not what it adds",
+            raw.source,
+        )
+    warn_zero_alpha(raw.source, contents.layers)
+    layers = {module: roles for module, roles in contents.layers.items() if not _DEAD.match(module)}
+    gate = tlora.schedule_of(raw.source, layers, raw.metadata, schedule)
+    if start is not None:
+        layers = tlora.with_copies(layers, start, raw.metadata, raw.source)
+    if family is not None:
+        check_family(layers, family, raw.source)
+    elif strict:
+        family = adapter_family(layers, raw.metadata, raw.source)
+    wide = torch.float32 if at is not None and precision is None else precision
+    adapter = Adapter(
+        raw.source, family or "", {}, raw.metadata, method=method, schedule=gate,
+        not_understood=contents.not_understood,
+    )  # fmt: skip
+    adapter = _by_place(adapter, replace(contents, layers=layers), wide, strict)
+    return adapter if at is None or gate is None else baked(adapter, at)
+
+
+def _refuse_no_adapter(contents: AdapterFile) -> None:
+    made_by = contents.fact("method")
+    if made_by and any(one.kind == CORE for one in contents.not_understood):
+        raise Refused(
+            f"{contents.source} was made by networks.{made_by}, which is not here; use the release "
+            "that made it"
+        )
+    examples = ", ".join(one.key for one in contents.not_understood[:3]) or "nothing at all"
+    raise Refused(
+        f"{contents.source} holds no adapter this program knows: its tensors are named like {examples}; "
+        "give a LoRA, ΔR or QR-LoRA file"
+    )
+
+
+def _by_place(
+    adapter: Adapter, contents: AdapterFile, precision: torch.dtype | None, strict: bool
+) -> Adapter:
+    deltas: dict[LayerPath, Delta] = {}
+    raw: dict[LayerPath, Mapping[str, Tensor]] = {}
+    modules: dict[LayerPath, str] = {}
+    refusals: dict[LayerPath, str] = {}
+    for module, roles in contents.layers.items():
+        owners = places(module)
+        delta, refusal = None, ""
+        try:
+            delta = delta_of(module, roles, adapter.source, adapter.method, precision)
+        except Refused as refused:
+            if strict:
+                raise
+            refusal = str(refused)
+        for place, piece in owners:
+            if place in modules:
+                raise Refused(
+                    f"{adapter.source} names {place.path} twice, as {modules[place]} and as {module}; it "
+                    "holds two adapters at once, take one of them out"
+                )
+            modules[place] = module
+            if delta is None:
+                refusals[place], raw[place] = refusal, roles
+                continue
+            part, ranks = _cut(delta, piece, module, adapter.source)
+            if strict and part.scale == 0:  # an alpha of 0 in another file would be read in two ways
+                part = part._replace(up=torch.zeros_like(part.up), scale=1.0)
+            empty = (piece is not None or delta.scale == 0) and not part.up.any() and part.magnitude is None
+            if strict and empty:
+                continue  # zero rows of a joined layer stand for one that was not adapted
+            deltas[place] = part
+            raw[place] = roles if piece is None else _cut_roles(roles, piece, ranks, adapter.method)
+    if strict and not deltas:
+        raise Refused(f"{adapter.source} holds only layers whose change is zero; it has nothing to convert")
+    return replace(adapter, layers=deltas, raw=raw, modules=modules, refusals=refusals)
+
+
+# ---------- FLUX's joined layers
+
+
+def _cut(
+    whole: Delta, piece: flux_names.Piece | None, module: str, source: str
+) -> tuple[Delta, Tensor | None]:
+    """The rows of a joined layer that belong to one of its layers, and which ranks they use (None: all).
+
+    Where the up is block diagonal, as kohya's split_qkv and our export write it, each block takes its own
+    ranks; else all share the down.
+    """
+    if "adaLN" in module:  # shift, scale there; scale, shift in diffusers
+        return swapped(whole), None
+    if piece is None:
+        return whole, None
+    outs = whole.up.shape[0]
+    if outs % piece.total:
+        raise Refused(f"{module} in {source} has {outs} rows, which are not {piece.total} equal shares")
+    start, stop = piece.start * outs // piece.total, piece.stop * outs // piece.total
+    up = whole.up[start:stop]
+    own = up.ne(0).any(0)
+    elsewhere = whole.up[:start].ne(0).any(0) | whole.up[stop:].ne(0).any(0)
+    used = own if not bool((own & elsewhere).any()) else torch.ones_like(own)
+    # a rank that nobody uses stays with the first layer, so that nothing is dropped
+    magnitude = None if whole.magnitude is None else whole.magnitude[start:stop]
+    if bool(used.all()) or not bool(used.any()):
+        return Delta(up, whole.down, whole.scale, magnitude), None
+    return Delta(up[:, used], whole.down[used], whole.scale, magnitude), used
+
+
+def _cut_roles(
+    roles: Mapping[str, Tensor], piece: flux_names.Piece, ranks: Tensor | None, made_by: Method | None
+) -> Roles:
+    """The tensors of one part of a joined layer; none where ranks were taken out of a product."""
+    sides = method_for(roles, made_by).require_factor().sides()
+    halves = [role for role, own in sides.items() if own[0] == "rank" and role in roles]
+    if ranks is not None and any(len(roles[role]) != len(ranks) for role in halves):
+        return {}
+    part: Roles = {}
+    for role, value in roles.items():
+        own = sides.get(role, ("outputs",) if role == "magnitude" else ())
+        if own[:1] == ("outputs",):
+            value = value[piece.start * len(value) // piece.total : piece.stop * len(value) // piece.total]
+        if ranks is not None and "rank" in own:
+            value = value[ranks] if own[0] == "rank" else value[:, ranks]
+        if ranks is not None and role == "alpha":
+            value = value * int(ranks.sum()) / len(ranks)
+        part[role] = value
+    return part
+
+
+# ---------- T-LoRA at one timestep
+
+
+def baked(adapter: Adapter, at: float) -> Adapter:
+    """A T-LoRA as the plain LoRA that it is at one timestep in 0..1000; text encoders have all ranks open."""
+    schedule = adapter.schedule
+    if schedule is None:
+        raise Refused(
+            f"{adapter.source} is no T-LoRA, and the same at every timestep; leave --at-timestep out"
+        )
+    if not 0 <= at <= schedule.horizon:
+        raise Refused(f"timestep {at:g} is not between 0 (picture) and {schedule.horizon} (noise)")
+    adapter.require_deltas()
+    layers: dict[LayerPath, Delta] = {}
+    for place, layer in adapter.layers.items():
+        count = layer.rank
+        if place.part == "unet":
+            count = int(schedule.open(torch.tensor([float(at)]), layer.rank))
+        alpha = float(torch.tensor(layer.scale * count))  # as a file holds it
+        layers[place] = layer._replace(up=layer.up[:, :count], down=layer.down[:count], scale=alpha / count)
+    kept = ("ss_", "modelspec.", "lowrank.base")
+    metadata = {key: value for key, value in adapter.metadata.items() if key.startswith(kept)}
+    metadata |= {
+        "lowrank.method": LORA.name,
+        "lowrank.exported_from": adapter.metadata.get("lowrank.method", "unknown"),
+        "tlora_baked_at": f"{at:g}",
+    }
+    return replace(adapter, layers=layers, raw={}, metadata=metadata, method=LORA, schedule=None)
 
 
 def masked(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -93,6 +266,6 @@ def refuse_masked(adapters: Sequence[Adapter]) -> None:
     """Raise `Refused` for a T-LoRA that is not baked at one timestep: it has no one ΔW."""
     if gated := masked(adapters):
         raise Refused(
-            f"{gated[0].path} is a T-LoRA, another change at every timestep, and a merged file has one; "
+            f"{gated[0].source} is a T-LoRA, another change at every timestep, and a merged file has one; "
             "name a timestep with --at_timestep"
         )

@@ -12,7 +12,8 @@ from torch import Tensor
 from lowrank.adapters.targets import Layer
 from lowrank.bases.qr_basis import QrBasis
 from lowrank.errors import Refused
-from lowrank.formats.names import sizes
+from lowrank.formats.delta import check_shapes
+from lowrank.naming import keys
 from lowrank.naming.flux_join import strength
 from lowrank.tensors import existing_file, stream_tensors
 
@@ -67,7 +68,7 @@ def check_residual(
                         f"{path} was made with {fact} {mine[:16]} and the adapter with {theirs[:16]}; make "
                         "it again with save_flux_residual.py, or leave --residual_path out, it is not needed"
                     )
-            usable = [m for m, roles in layers.items() if {"q", "base_r"} <= roles.keys() and m in hosts]
+            usable = [m for m, roles in layers.items() if {*keys.QR_BASIS} <= roles.keys() and m in hosts]
             if not usable:
                 raise Refused(
                     f"nothing in {path} can be compared: no layer of the adapter has both q and base_r, "
@@ -101,7 +102,7 @@ def _check_layer(
             f"{path}: {module} is {tuple(residual.shape)} and the model's is {tuple(W.shape)}; it belongs to "
             "another model"
         )
-    have = sizes(module, roles, "the adapter")
+    have = check_shapes(module, roles, "the adapter")
     if (have["outputs"], have["inputs"]) != W.shape:
         raise Refused(
             f"{module} is {have['outputs']}×{have['inputs']} in the adapter and {W.shape[0]}×{W.shape[1]} in "
@@ -112,10 +113,10 @@ def _check_layer(
             f"{path} holds {str(residual.dtype).removeprefix('torch.')}, and a residual is fp32, fp16 or "
             "bf16; make it again with save_flux_residual.py"
         )
-    q, r = roles["q"].float().flatten(1), roles["base_r"].float().flatten(1)
+    q, r = (roles[role].float().flatten(1) for role in keys.QR_BASIS)
     scale = strength(roles, q.shape[1])
     error = float(torch.linalg.norm(residual.float() + scale * (q @ r) - W) / torch.linalg.norm(W))
-    limit = max(_ROUNDING[t] for t in (residual.dtype, weight.dtype, roles["q"].dtype))
+    limit = max(_ROUNDING[t] for t in (residual.dtype, weight.dtype, roles[keys.QR_BASIS[0]].dtype))
     if error > limit:
         raise Refused(
             f"{path} does not belong to this adapter and base: in {module} W_res + Q·R misses W by "

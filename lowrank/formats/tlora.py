@@ -10,79 +10,58 @@ Owners of the formats: LyCORIS 4.1 (modules/tlora.py), SimpleTuner (lycoris_conf
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.adapters.gate import Schedule
-from lowrank.adapters.method import Chain
-from lowrank.adapters.network_module import options_of
+from lowrank.adapters.method import Factor
+from lowrank.adapters.network_module import network_named, options_of
+from lowrank.bases.singular import PARTS, singular_components
 from lowrank.errors import Refused, nearest
 from lowrank.files import atomic
 from lowrank.naming import keys
-from lowrank.naming import unet as unet_names
+from lowrank.naming.places import LayerPath, lycoris_layer
+from lowrank.tensors import write_tensors
 
 Layers = dict[str, dict[str, Tensor]]
 
-PARTS = ("principal", "middle", "last")  # of singular components, largest first
-ORTHOGONAL, COPY = (
-    Chain(("p_layer", "lambda_layer"), ("q_layer",)),
-    Chain(("base_p", "base_lambda"), ("base_q",)),
-)
-COPIES = (*COPY.up, *COPY.down)
-ROLES = (*ORTHOGONAL.up, *ORTHOGONAL.down, *COPY.up, *COPY.down)
+METHOD = "tlora"  # also the algorithm's name in LyCORIS' configuration
 SIDECAR = "lycoris_config.json"
 _CONFIG = ("max_rank", "min_rank", "alpha")  # of SimpleTuner's `_tlora_config`
-# layers that the authors' FLUX processors make for single blocks, and never run
-_DEAD = re.compile(r"^single_transformer_blocks\.\d+\.attn\.(to_out\.0|add_[qkv]_proj)$")
-
 logger = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------ factors
 
 
-def interleaved(roles: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """An orthogonal layer as up (O, 2R) and down (2R, I·k·k), the two of each component side by side."""
-    flat = {role: roles[role].float().flatten(1) for role in ("p_layer", "q_layer", "base_p", "base_q")}
-    U, U_0 = (flat[p] * roles[of].float().flatten() for p, of in (ORTHOGONAL.up, COPY.up))
-    D, D_0 = flat["q_layer"], flat["base_q"]
-    up = torch.stack([U, U - U_0], dim=2).flatten(1)
-    return up, torch.stack([D - D_0, D_0], dim=1).flatten(0, 1)
+@functools.cache
+def _factor() -> Factor:
+    """The factor of the orthogonal T-LoRA, whose start is subtracted."""
+    module = network_named(METHOD)
+    if module is None:
+        raise Refused(f"networks/{METHOD}.py is not here, which T-LoRA files need; install the whole program")
+    return module.made({}).require_factor()
 
 
-def component_slice(sig_type: str, count: int, rank: int) -> slice:
-    """Which `rank` of `count` singular components, largest first; the middle ones as the authors count."""
-    begin = {"principal": 0, "middle": math.ceil((count - rank) / 2), "last": count - rank}[sig_type]
-    return slice(begin, begin + rank)
-
-
-def singular_components(weight: Tensor, sig_type: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """P (O, R), Λ (R,), Q (R, I): singular components of W (O, I), by the SVD that LyCORIS computes.
-
-    Of a rank that W does not have, which only LyCORIS' files give small layers, the rest is zero, as there.
-    """
-    P, S, Q = torch.linalg.svd(weight.float(), full_matrices=False)
-    if len(S) < rank:
-        more = rank - len(S)
-        return F.pad(P, (0, more)), F.pad(S, (0, more)), F.pad(Q, (0, 0, 0, more))
-    chosen = component_slice(sig_type, len(S), rank)
-    return P[:, chosen], S[chosen], Q[chosen]
+def is_orthogonal(roles: Mapping[str, Tensor]) -> bool:
+    """Whether a layer is of the orthogonal T-LoRA: P·Λ·Q instead of an up and a down."""
+    return any(keys.METHOD_OF.get(role) == METHOD for role in roles)
 
 
 def without_copies(layers: Layers) -> list[str]:
     """The orthogonal layers that lack their initial copies, as LyCORIS' files do."""
     return [
-        module for module, roles in layers.items() if "q_layer" in roles and not {*COPIES} <= roles.keys()
+        module
+        for module, roles in layers.items()
+        if is_orthogonal(roles) and not {*_factor().copies} <= roles.keys()
     ]
 
 
@@ -105,21 +84,19 @@ def with_copies(
     whole = dict(layers)
     for module in without_copies(layers):
         roles, W = layers[module], weight(module)
-        P, S, Q = singular_components(W, start_of(metadata, source), len(roles["q_layer"]))
-        have = tuple(roles[role].flatten(1).shape[side] for role, side in (("p_layer", 0), ("q_layer", 1)))
+        chain, copy = _factor().chains[0], _factor().copy
+        assert copy is not None  # an orthogonal T-LoRA has one
+        up, down = roles[chain.up[0]], roles[chain.down[-1]]
+        P, S, Q = singular_components(W, start_of(metadata, source), len(down))
+        have = up.flatten(1).shape[0], down.flatten(1).shape[1]
         if have != W.shape:
             raise Refused(
                 f"{module} is {have[0]}×{have[1]} in {source} and {W.shape[0]}×{W.shape[1]} in the model; "
                 "the adapter is for another base, or a k×k convolution, which LyCORIS holds as 1×1"
             )
-        copies = {"base_p": P.reshape(roles["p_layer"].shape), "base_q": Q.reshape(roles["q_layer"].shape)}
-        whole[module] = {**roles, **copies, "base_lambda": S}
+        starts = zip((*copy.up, *copy.down), (P.reshape(up.shape), S, Q.reshape(down.shape)), strict=True)
+        whole[module] = {**roles, **dict(starts)}
     return whole
-
-
-def without_dead(layers: Layers) -> Layers:
-    """Layers without those that no FLUX has and the authors' files hold."""
-    return {module: roles for module, roles in layers.items() if not _DEAD.match(module)}
 
 
 # ------------------------------------------------------------------ the schedule
@@ -136,14 +113,14 @@ def schedule_of(
     another rank, for the authors' orthogonal format without one, which says no schedule, for LyCORIS' files
     of several ranks, which it cuts from one mask, and for values that are no numbers.
     """
-    tlora = [roles for roles in layers.values() if "q_layer" in roles]
+    tlora = [roles for roles in layers.values() if is_orthogonal(roles)]
     group = 2 if tlora else _number(int, metadata.get("tlora_group", 1), "tlora_group", str(path))
     ranks = _ranks(layers, group)
     told = _told(Path(path), metadata, ranks if tlora else None)
     if config is not None:
         told = _configured(config, ranks, str(path), told)
     if told is None:
-        if tlora and any("base_q" in roles for roles in tlora):
+        if tlora and len(without_copies(layers)) < len(tlora):
             raise Refused(
                 f"{path} does not say its schedule; pass the one it was trained with as "
                 'config={"max_rank": …, "min_rank": …, "alpha": …}, or import it with --tlora_min_rank'
@@ -159,9 +136,10 @@ def schedule_of(
 
 def _ranks(layers: Layers, group: int) -> set[int]:
     """The ranks of a file's layers, as a schedule counts them."""
-    ranks = {len(roles[role]) for roles in layers.values() for role in ("q_layer", "down") if role in roles}
-    halved = group == 2 and not any("q_layer" in roles for roles in layers.values())
-    return {rank // (2 if halved else 1) for rank in ranks}
+    orthogonal = any(map(is_orthogonal, layers.values()))
+    downs = ("down", *(_factor().chains[0].down if orthogonal else ()))
+    ranks = {len(roles[role]) for roles in layers.values() for role in downs if role in roles}
+    return {rank // (2 if group == 2 and not orthogonal else 1) for rank in ranks}
 
 
 def _one_rank(ranks: set[int], source: str) -> int:
@@ -204,7 +182,7 @@ def _told(path: Path, metadata: Mapping[str, str], lycoris: set[int] | None) -> 
             config = json.loads(text or "null")
         except (ValueError, RecursionError) as error:
             raise Refused(f"{source} is no JSON ({error}); correct it, or take it away") from error
-        if isinstance(config, dict) and config.get("algo") == "tlora":
+        if isinstance(config, dict) and config.get("algo") == METHOD:
             return _of_lycoris(config, lycoris or set(), source, path)
     return None
 
@@ -252,29 +230,32 @@ def _configured(config: Mapping[str, Any], ranks: set[int], source: str, told: S
 # ------------------------------------------------------------------ LyCORIS
 
 
-def to_lycoris(
-    layers: Layers, metadata: Mapping[str, str], source: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """LyCORIS' `tlora` tensors and the configuration that goes with them.
+def export_lycoris(
+    layers: Mapping[LayerPath, Mapping[str, Tensor]],
+    metadata: Mapping[str, str],
+    schedule: Schedule | None,
+    source: str,
+    target: str | Path,
+) -> dict[str, Tensor]:
+    """Write an orthogonal T-LoRA as LyCORIS' `tlora`, `lycoris_config.json` beside it; returns its tensors.
 
     The initial copies are written too: LyCORIS' loader of new networks ignores them, its loader into one
     that is there takes them, and then misses nothing. Raises `Refused` where LyCORIS would load it wrongly.
     """
-    schedule = schedule_of(source, layers, metadata)
+    down = _factor().chains[0].down[-1]
     made = options_of(metadata, source)
-    ranks = {
-        (len(roles["q_layer"]), float(roles["alpha"])) for roles in layers.values() if "q_layer" in roles
-    }
+    downs = {place: roles[down] for place, roles in layers.items() if down in roles}
+    ranks = {(len(value), float(layers[place]["alpha"])) for place, value in downs.items()}
     why = None
-    if schedule is None or not all("q_layer" in roles for roles in layers.values()):
+    if schedule is None or len(downs) < len(layers):
         why = "is no orthogonal T-LoRA, the only form that LyCORIS has"
-    elif any(keys.is_text_encoder(module) for module in layers):
+    elif any(place.part != "unet" for place in layers):
         why = "has layers of a text encoder, which LyCORIS would mask"
-    elif any(roles["q_layer"].shape[2:] not in ((), (1, 1)) for roles in layers.values()):
+    elif any(value.shape[2:] not in ((), (1, 1)) for value in downs.values()):
         why = "has k×k convolutions, which LyCORIS holds as 1×1"
     elif len(ranks) > 1:
         why = "has layers of several ranks or alphas, and LyCORIS cuts one mask for all of them"
-    elif not (made.get("use_data_init") and made.get("sig_type") == "principal"):
+    elif not (made.get("use_data_init") and made.get("sig_type") == PARTS[0]):
         why = "starts from other components than the principal ones of W, which LyCORIS takes on loading"
     if why is not None or schedule is None:
         raise Refused(
@@ -282,15 +263,15 @@ def to_lycoris(
             "train with --network_args sig_type=principal use_data_init=True"
         )
     state = {}
-    for module, roles in layers.items():
-        name = lycoris_name(module)
-        for role in ROLES:
-            value = roles[role].reshape(1, -1) if "lambda" in role else roles[role]
+    for place, roles in layers.items():
+        name = lycoris_layer(place)
+        for role, sides in _factor().sides().items():
+            value = roles[role].reshape(1, -1) if len(sides) == 1 else roles[role]
             state[f"{name}.{keys.KOHYA[role]}"] = value
         state[f"{name}.alpha"] = roles["alpha"].reshape(())
     rank, alpha = ranks.pop()
     config = {
-        "algo": "tlora",
+        "algo": METHOD,
         "multiplier": 1.0,
         "linear_dim": rank,
         "linear_alpha": int(alpha) if alpha.is_integer() else alpha,
@@ -298,7 +279,16 @@ def to_lycoris(
         "tlora_alpha": schedule.alpha,
         "apply_preset": {"target_module": _classes(list(state))},
     }
-    return state, config
+    kept = {k: v for k, v in metadata.items() if k.startswith(("ss_", "modelspec.", "lowrank.", "tlora_"))}
+    write_sidecar(Path(target).parent, config)
+    write_tensors(target, state, {**kept, "lycoris_config": json.dumps(config)})
+    return state
+
+
+def ranks_of(state: Mapping[str, Tensor]) -> set[int]:
+    """The ranks in an exported T-LoRA."""
+    end = f".{keys.KOHYA[_factor().chains[0].down[-1]]}"
+    return {value.shape[0] for key, value in state.items() if key.endswith(end)}
 
 
 def write_sidecar(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -310,28 +300,6 @@ def write_sidecar(folder: Path, config: Mapping[str, Any]) -> Path:
     with atomic(path) as part:
         part.write_text(text, encoding="utf-8")
     return path
-
-
-def lycoris_name(module: str) -> str:
-    """LyCORIS' name of a layer: its path in diffusers' model, from a name in our files."""
-    flat = keys.flat(module)
-    for original, path in _sdxl_blocks().items():
-        if flat.startswith(original):
-            flat = path + flat[len(original) :]
-            break
-    return f"lycoris_{flat}"
-
-
-def _sdxl_blocks() -> dict[str, str]:
-    """What SDXL's attention blocks begin with: kohya's flat name -> diffusers'."""
-    paths = [
-        f"{side}_blocks.{i}.attentions.{j}." for side in ("down", "up") for i in range(3) for j in range(3)
-    ]
-    paths.append("mid_block.attentions.0.")
-    return {
-        unet_names.unet_name(path, unet_names.SDXL).replace(".", "_"): path.replace(".", "_")
-        for path in paths
-    }
 
 
 def _classes(names: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Whether a file that was written says what it should: it is loaded by the program it is for.
 
 Without a model, each library loads the file onto hosts of the right names and sizes that take no memory (see
-`static.phantom`), and what each layer answers to one input is compared with ΔW. The libraries are those that
+`delta.phantom`), and what each layer answers to one input is compared with ΔW. The libraries are those that
 are installed; our own reader is the last resort.
 """
 
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import Refused
-from lowrank.formats import formats, static
+from lowrank.formats import formats
 from lowrank.formats.base_checkpoint import BaseCheckpoint
+from lowrank.formats.delta import Delta, distance, phantom, swapped
 from lowrank.formats.formats import Choices
 from lowrank.formats.probes import Checked, Tree, Unread, compared, host, hosts
-from lowrank.formats.static import Plain, Static, phantom
+from lowrank.formats.read import Adapter, read_adapter
 from lowrank.naming import flux as flux_names
 from lowrank.naming import places
 from lowrank.naming.places import LayerPath
@@ -33,7 +34,7 @@ MANY = 4000  # layers: more than any model has, and more than other programs rea
 FULL_WIDTH = 3072  # diffusers' reader of kohya's FLUX files knows only the published width
 
 
-def difference(adapter: Plain, other: Plain) -> float:
+def difference(adapter: Adapter, other: Adapter) -> float:
     """The largest ‖ΔW − ΔW′‖/‖ΔW‖ of a layer, lengths compared alike. `Unread` where layers differ."""
     for one, two in ((adapter, other), (other, adapter)):
         for place in one.layers.keys() - two.layers.keys():
@@ -43,7 +44,7 @@ def difference(adapter: Plain, other: Plain) -> float:
     for place in [place for place in adapter.layers if place in other.layers]:
         layer = adapter.layers[place]
         theirs = other.layers[place]
-        worst = max(worst, static.distance(layer, theirs) / max(layer.norm(), 1e-30))
+        worst = max(worst, distance(layer, theirs) / max(layer.norm(), 1e-30))
         if layer.magnitude is not None and theirs.magnitude is not None:
             m = layer.magnitude.double()
             worst = max(worst, float((theirs.magnitude.double() - m).norm() / m.norm()))
@@ -54,13 +55,13 @@ def difference(adapter: Plain, other: Plain) -> float:
     return worst
 
 
-def limit(dtype: torch.dtype | None, adapter: Plain) -> float:
+def limit(dtype: torch.dtype | None, adapter: Adapter) -> float:
     """What an export may differ by: rounding to the dtype it is written in."""
     own = {layer.up.dtype for layer in adapter.layers.values()} if dtype is None else {dtype}
     return max(LIMITS.get(one, LIMITS[torch.bfloat16]) for one in own)
 
 
-def readers(to: str, adapter: Plain, choices: Choices) -> dict[str, Callable[[Path], Checked]]:
+def readers(to: str, adapter: Adapter, choices: Choices) -> dict[str, Callable[[Path], Checked]]:
     """Who can be asked about a file of a format here: name -> function of the file's path.
 
     Nobody of the others for more layers than any model has (`MANY`), which would take them minutes.
@@ -97,7 +98,7 @@ def installed(library: str) -> bool:
 # ---------- the libraries
 
 
-def load_by_peft(folder: Path, adapter: Plain, model: Any, part: str = "unet") -> None:
+def load_by_peft(folder: Path, adapter: Adapter, model: Any, part: str = "unet") -> None:
     """Load one component of a PEFT folder into a model. `Unread` where keys are missing or unexpected."""
     from peft import PeftConfig, PeftModel
 
@@ -110,7 +111,7 @@ def load_by_peft(folder: Path, adapter: Plain, model: Any, part: str = "unet") -
         raise Unread(f"PEFT misses {len(lost)} tensors, and {len(told.unexpected_keys)} are unexpected")
 
 
-def _by_peft(folder: Path, adapter: Plain, flat_clip: bool) -> Checked:
+def _by_peft(folder: Path, adapter: Adapter, flat_clip: bool) -> Checked:
     def name(place: LayerPath) -> str:
         return formats.own_path(place, flat_clip)
 
@@ -122,7 +123,7 @@ def _by_peft(folder: Path, adapter: Plain, flat_clip: bool) -> Checked:
     return compared(pairs, "PEFT")
 
 
-def _diffusers_state(path: Path, adapter: Plain) -> tuple[Any, Any, Any]:
+def _diffusers_state(path: Path, adapter: Adapter) -> tuple[Any, Any, Any]:
     """The reading half of `pipe.load_lora_weights`."""
     from diffusers.loaders import (
         FluxLoraLoaderMixin,
@@ -142,7 +143,7 @@ def _diffusers_state(path: Path, adapter: Plain) -> tuple[Any, Any, Any]:
         return mixin.lora_state_dict(str(path), return_lora_metadata=True, **more)
 
 
-def load_by_diffusers(path: Path, adapter: Plain, denoiser: Any) -> None:
+def load_by_diffusers(path: Path, adapter: Adapter, denoiser: Any) -> None:
     """The loading half, into a denoiser. `Unread` where diffusers says that it leaves something out."""
     state, alphas, metadata = _diffusers_state(path, adapter)
     component = places.component_name("unet", adapter.family)
@@ -152,7 +153,7 @@ def load_by_diffusers(path: Path, adapter: Plain, denoiser: Any) -> None:
         raise Unread(f"diffusers says of {path}: {said[0]}")
 
 
-def _by_diffusers(path: Path, adapter: Plain) -> Checked:
+def _by_diffusers(path: Path, adapter: Adapter) -> Checked:
     from diffusers.loaders import PeftAdapterMixin
 
     pairs = []
@@ -170,7 +171,7 @@ def _by_diffusers(path: Path, adapter: Plain) -> Checked:
     return compared(pairs, "diffusers")
 
 
-def _beside(adapter: Plain) -> Iterator[tuple[str, Any]]:
+def _beside(adapter: Adapter) -> Iterator[tuple[str, Any]]:
     """Hosts of FLUX's layers that are not adapted, and that kohya's files have as zeros in a joined layer."""
     for place, layer in adapter.layers.items():
         own = (
@@ -186,7 +187,7 @@ class _TwoLayers:
     layers_per_block = 2  # of every SD model's U-Net
 
 
-def _check_text(state: Mapping[str, Tensor], component: str, adapter: Plain, part: str) -> None:
+def _check_text(state: Mapping[str, Tensor], component: str, adapter: Adapter, part: str) -> None:
     """What diffusers made of a text encoder's keys holds each layer's two factors, and nothing else."""
     mine = [key for key in state if key.startswith(f"{component}.")]
     layers = [layer for place, layer in adapter.layers.items() if place.part == part]
@@ -207,13 +208,13 @@ def load_by_lycoris(path: Path, model: nn.Module) -> None:
         raise Unread(f"LyCORIS finds {len(network.loras)} of {len(wanted)} layers in {path}")
 
 
-def _by_lycoris(path: Path, adapter: Plain) -> Checked:
+def _by_lycoris(path: Path, adapter: Adapter) -> Checked:
     tree = hosts(adapter.layers, "unet")
     load_by_lycoris(path, tree)
     return compared(_pairs(adapter, "unet", tree), "LyCORIS")
 
 
-def _by_lycoris_kohya(path: Path, adapter: Plain, base: BaseCheckpoint | None) -> Checked:
+def _by_lycoris_kohya(path: Path, adapter: Adapter, base: BaseCheckpoint | None) -> Checked:
     """LyCORIS' kohya module, on hosts that are named and joined as in kohya's own models."""
     from lycoris import kohya
 
@@ -240,10 +241,10 @@ def _by_lycoris_kohya(path: Path, adapter: Plain, base: BaseCheckpoint | None) -
     return compared(pairs, "lycoris.kohya")
 
 
-def _as_kohya(adapter: Plain, base: BaseCheckpoint | None) -> dict[str, Static]:
+def _as_kohya(adapter: Adapter, base: BaseCheckpoint | None) -> dict[str, Delta]:
     """The layers as kohya's model has them, from ΔW itself and not from the file: FLUX's joined ones with the
     rows of their parts."""
-    groups: dict[str, list[tuple[LayerPath, Static]]] = {}
+    groups: dict[str, list[tuple[LayerPath, Delta]]] = {}
     for place, layer in adapter.layers.items():
         groups.setdefault(places.kohya_layer(place, adapter.family), []).append((place, layer))
     found = {}
@@ -251,7 +252,7 @@ def _as_kohya(adapter: Plain, base: BaseCheckpoint | None) -> dict[str, Static]:
         piece = flux_names.joined_rows(parts[0][0].path) if adapter.family == "flux" else None
         if piece is None or parts[0][0].part != "unet" or piece.total == 1:
             swap = piece is not None and piece.module == flux_names.SWAPPED
-            found[name] = static.swapped(parts[0][1]) if swap else parts[0][1]
+            found[name] = swapped(parts[0][1]) if swap else parts[0][1]
             continue
         share = next(
             layer.up.shape[0] // (own.stop - own.start)
@@ -271,7 +272,7 @@ def _as_kohya(adapter: Plain, base: BaseCheckpoint | None) -> dict[str, Static]:
             lengths = torch.cat(
                 [formats.joined_lengths(p, dict(parts).get(p), base) for p in _joined_places(piece.module)]
             )
-        found[name] = Static(up, torch.cat(downs), 1.0, lengths)
+        found[name] = Delta(up, torch.cat(downs), 1.0, lengths)
     return found
 
 
@@ -279,13 +280,13 @@ def _joined_places(module: str) -> list[LayerPath]:
     return [LayerPath("unet", path) for path, _ in flux_names.modules(module)]
 
 
-def _parts(adapter: Plain) -> list[str]:
+def _parts(adapter: Adapter) -> list[str]:
     return list(dict.fromkeys(place.part for place in adapter.layers))
 
 
 def _pairs(
-    adapter: Plain, part: str, root: nn.Module, name: Callable[[LayerPath], str] = lambda place: place.path
-) -> list[tuple[LayerPath, Static, nn.Module]]:
+    adapter: Adapter, part: str, root: nn.Module, name: Callable[[LayerPath], str] = lambda place: place.path
+) -> list[tuple[LayerPath, Delta, nn.Module]]:
     return [
         (place, layer, root.get_submodule(name(place)))
         for place, layer in adapter.layers.items()
@@ -317,7 +318,7 @@ def _quiet() -> Iterator[list[str]]:
             logger.setLevel(level)
 
 
-def check_export(adapter: Plain, to: str, path: Path, choices: Choices) -> list[Checked]:
+def check_export(adapter: Adapter, to: str, path: Path, choices: Choices) -> list[Checked]:
     """Read an export back by everybody who is here; `Refused` when one of them disagrees with ΔW."""
     checked = []
     for name, ask in readers(to, adapter, choices).items():
@@ -328,7 +329,7 @@ def check_export(adapter: Plain, to: str, path: Path, choices: Choices) -> list[
     if not checked and path.is_file():
         wanted = formats.as_official(adapter) if to == "qrlora" else adapter
         with _quiet():
-            told = difference(wanted, static.read(path, adapter.family))
+            told = difference(wanted, read_adapter(path, adapter.family))
         checked.append(Checked("our own reader", len(adapter.layers), told))
     allowed = limit(choices.dtype, adapter)
     for one in checked:

@@ -10,7 +10,6 @@ Parts that were cut from one joined layer, with one D, are joined to that layer 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -20,7 +19,7 @@ from lowrank.naming import flux as flux_names
 from lowrank.naming import keys
 
 Roles = dict[str, Tensor]
-OUTPUTS = frozenset({"up", "q", "magnitude"})  # roles whose rows are the layer's outputs
+OUTPUTS = frozenset({"up", keys.QR_BASIS[0], "magnitude"})  # roles whose rows are the layer's outputs
 
 
 def strength(roles: Mapping[str, Tensor], rank: int) -> float:
@@ -91,30 +90,6 @@ def join_layers(
         else:
             found[role] = torch.cat([part[role] for part in given])
     return found
-
-
-_FLAT = re.compile(r"(double|single)_blocks_(\d+)_(.+)$")
-
-
-def split_joined(layers: Mapping[str, Roles]) -> dict[str, Roles]:
-    """Layers by module, the blocks of BFL's FLUX under diffusers' paths with their joined layers apart."""
-    found: dict[str, Roles] = {}
-    for module, roles in layers.items():
-        flat, outputs = _FLAT.match(keys.flat(module)), OUTPUTS & roles.keys()
-        path = f"{flat[1]}_blocks.{flat[2]}.{_dotted(flat[3])}" if flat else ""
-        held = flux_names.modules(path) if outputs else []
-        for ours, piece in held:
-            rows = piece_rows(piece, max(roles[role].shape[0] for role in outputs))
-            found[ours] = roles if piece.total == 1 else cut_rows(roles, rows)
-        if not held:
-            found[module] = roles
-    return found
-
-
-def _dotted(inside: str) -> str:
-    """`img_attn_qkv` as `img_attn.qkv`; empty for no layer of a block."""
-    names = (*flux_names.DOUBLE.values(), *flux_names.SINGLE.values(), *flux_names.JOINED)
-    return next((name for name in names if name.replace(".", "_") == inside), "")
 
 
 def piece_rows(piece: flux_names.Piece, outs: int) -> slice:

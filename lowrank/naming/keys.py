@@ -17,22 +17,30 @@ KOHYA = {
     "p_layer": "p_layer.weight",
     **{role: role for role in ("lambda_layer", "base_q", "base_p", "base_lambda")},
 }
-# roles whose name is their suffix
-PLAIN = (
-    *("core", "core_up", "core_down", "basis_up", "basis_down"),
-    *("null_up", "null_down", "norm_up", "norm_down", "free_up", "free_down", "router"),
-)
 PEFT = {**KOHYA, "down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+MIDDLE = "mid"  # LyCORIS' third factor of a convolution
+ROUTER = "router"  # of experts
+LORA, DORA = "lora", "dora"  # the methods of a plain pair of factors, without and with a magnitude
+QR_BASIS = ("q", "base_r")  # Q and R of W: a ΔR layer's basis, a QR-LoRA layer's start
+# Which method computes a layer with this role, where the file does not name its method; the first one counts
+METHOD_OF = {
+    "delta_r": "delta_r",
+    **dict.fromkeys(("q_layer", "p_layer", "lambda_layer", "base_q", "base_p", "base_lambda"), "tlora"),
+    **dict.fromkeys(("q", "base_r"), "qrlora"),
+}
+IMPORTED = ("lora", "dora", "delta_r", "delta_r_triu", "qrlora")  # methods that other programs' files become
+# What QR-LoRA's analysis calls the matrices of a file
+MATRICES = {"Q": "q", "deltaR": "delta_r", "baseR": "base_r", "A": "down", "B": "up"}
 OLD_UP = "lora.up.weight"  # official QR-LoRA, and diffusers before PEFT
 _READ = {suffix: role for table in (KOHYA, PEFT) for role, suffix in table.items()} | {
-    **{role: role for role in PLAIN},
     "lora.down.weight": "down",
     OLD_UP: "up",
     "lora_A.default.weight": "down",
     "lora_B.default.weight": "up",
     "lora_linear_layer.down.weight": "down",  # diffusers before PEFT, in text encoders
     "lora_linear_layer.up.weight": "up",
-    "lora_mid.weight": "mid",  # LyCORIS' use_tucker: the k×k convolution between two 1×1
+    ROUTER: ROUTER,
+    "lora_mid.weight": MIDDLE,  # LyCORIS' use_tucker: the k×k convolution between two 1×1
     "lora_magnitude_vector.weight": "magnitude",
     "lora_magnitude_vector.default": "magnitude",
     "lora_magnitude_vector.default.weight": "magnitude",

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lowrank import adapter_file
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.config.command_line import Parsed
@@ -105,17 +106,13 @@ def adapt(job: Job, models: Models, encoders: list[nn.Module]) -> Any:
 
 
 def check_base(job: Job, models: Models, path: str) -> None:
-    """An adapter with a basis of another base is refused; a plain one of another base is said."""
-    facts = read_metadata(path)
-    there = facts.get("lowrank.base_hash")
-    if not there or there == (here := job.family.model_hash(models, "denoiser")):
-        return
-    told = (
-        f"{path} was made on {facts.get('lowrank.base_model')} ({there[:12]}), and this base is {here[:12]}"
+    """Refuse an adapter with a basis of another base; warn of a plain one of another base."""
+    adapter_file.check_base(
+        path,
+        read_metadata(path),
+        lambda: job.family.model_hash(models, "denoiser"),
+        "train on it, or start without the file",
     )
-    if facts.get("lowrank.basis_hash"):
-        raise Refused(f"{told}; its basis belongs to that base, so train on it, or start without the file")
-    logger.warning("%s; it is used all the same", told)
 
 
 def choose_attention(xformers: bool, denoiser: Any) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from repository import ROOT
 
-from lowrank.cli import export, importing, inspection
 from lowrank.cli.resolve import with_network
 from lowrank.config.command_line import pairs
+from lowrank.config.positional import parse_words
+from lowrank.config.tools import CONVERT_WORDS, EXPORT, IMPORT, INSPECT, INSPECT_WORDS
 from lowrank.train.network_module import facade_of, find_module
 from tools import draw_qr_method
 from tools.make_flags import SURFACES, TRAINERS, list_flags
@@ -23,9 +24,9 @@ from tools.make_flags import SURFACES, TRAINERS, list_flags
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "assets").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 PARSERS = {
-    "tools/export_lora.py": export.parser,
-    "tools/import_lora.py": importing.parser,
-    "tools/inspect_lora.py": inspection.parser,
+    "tools/export_lora.py": (EXPORT, CONVERT_WORDS),
+    "tools/import_lora.py": (IMPORT, CONVERT_WORDS),
+    "tools/inspect_lora.py": (INSPECT, INSPECT_WORDS),
 }
 # flags of other programs, and of the lines of a prompt file, that pages speak of
 FOREIGN = {"--check", "--ss", "--network_merge", "--network_pre_calc", "--fp16"}
@@ -104,7 +105,9 @@ def test_every_module_that_is_named_exists(page):
 @pytest.fixture(scope="module")
 def flags():
     """Every flag of every script, and those that the small scripts name in their text."""
-    parsers = [surface.parser() for surface in SURFACES] + [parser() for parser in PARSERS.values()]
+    parsers = [surface.parser() for surface in SURFACES] + [
+        command.parser() for command, _ in PARSERS.values()
+    ]
     known = FOREIGN.union(*(parser._option_string_actions for parser in parsers))
     for file in [*ROOT.glob("*.sh"), *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         known.update(FLAG.findall(file.read_text(encoding="utf-8")))
@@ -122,7 +125,7 @@ def test_every_command_is_understood(page, monkeypatch):
     surfaces = {surface.prog: surface for surface in SURFACES}
     for script, words in commands(page.read_text(encoding="utf-8")):
         if script in PARSERS:
-            PARSERS[script]().parse_args(words)
+            parse_words(PARSERS[script][0], words, PARSERS[script][1])
         if script not in surfaces or "…" in words:  # … stands for the reader's own flags
             continue
         parsed = surfaces[script].parse([EXAMPLES.get(word, word) for word in words])

@@ -16,13 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import SHIPPED
 
-from lowrank.cli import export, importing, inspection
+from lowrank.cli import export
 from lowrank.cli.adapter import read
+from lowrank.config.tools import EXPORT, IMPORT, INSPECT
+from lowrank.config.tools import FORMATS as EXPORTED
 from lowrank.errors import Refused
-from lowrank.formats import base_checkpoint, static, verify
-from lowrank.formats.convert import only, resize, write
+from lowrank.formats import base_checkpoint, verify
+from lowrank.formats.delta import Delta, delta_of, distance
 from lowrank.formats.formats import FORMATS, Choices
-from lowrank.formats.static import Plain, Static
+from lowrank.formats.read import Adapter
+from lowrank.formats.write import only, resize, write
 from lowrank.models.sd_single import published_config
 from lowrank.naming import flux as flux_names
 from lowrank.naming import places
@@ -307,7 +310,7 @@ def test_diffusers_own_reader_of_kohyas_flux_at_full_width(tmp_path):
     state, _, _ = verify._diffusers_state(path, adapter)
     for place, layer in adapter.layers.items():
         up, down = (state[f"transformer.{place.path}.lora_{which}.weight"] for which in "BA")
-        assert static.distance(layer, Static(up, down, 1.0)) <= 1e-6 * layer.norm()
+        assert distance(layer, Delta(up, down, 1.0)) <= 1e-6 * layer.norm()
 
 
 # ---------- DoRA's two conventions
@@ -335,7 +338,7 @@ def test_lengths_in_both_norm_conventions(saved, tmp_path):
 def test_a_joined_layer_with_lengths_needs_the_base(saved, tmp_path):
     adapter = only(read(saved("flux", "dora")), "unet")
     part = {p: one for p, one in adapter.layers.items() if not p.path.endswith("proj_mlp")}
-    adapter = Plain("probe", "flux", part)
+    adapter = Adapter("probe", "flux", part)
     with pytest.raises(Refused, match="proj_mlp has no length of its own"):
         write(adapter, "kohya", tmp_path / "out.safetensors", Choices())
     base = Weights(files.denoiser("flux"))
@@ -382,7 +385,7 @@ def test_rank_reduction_reports_its_loss(saved, tmp_path, capsys):
     adapter = read(saved("sd15", "qrlora"))
     small, loss = resize(adapter, 3)
     assert {one.rank for one in small.layers.values()} == {3}
-    apart = {p: static.distance(one, small.layers[p]) for p, one in adapter.layers.items()}
+    apart = {p: distance(one, small.layers[p]) for p, one in adapter.layers.items()}
     whole = {p: one.norm() for p, one in adapter.layers.items()}
     together = math.sqrt(sum(d**2 for d in apart.values()) / sum(n**2 for n in whole.values()))
     assert loss.together == pytest.approx(together, rel=1e-4)
@@ -509,7 +512,6 @@ def test_export_command_errors(saved, tmp_path):
         (["--to", "lycoris"], "--parts unet"),
         (["--to", "peft"], "writes a folder"),
         (["--strength", "2"], "for --to merged"),
-        (["--strength", "nan", "--to", "merged", "--model", "none"], "no finite number"),
         (["--base", "flux"], "which is not in flux; leave --base out"),
         (["--base", "sdxl"], "which is not in sdxl"),
         (["--to", "lycoris-tlora", "--rank", "2"], "--rank has no effect with --to lycoris-tlora"),
@@ -519,6 +521,8 @@ def test_export_command_errors(saved, tmp_path):
             export.main([source, target, *words])
     with pytest.raises(Refused, match=r"no \.safetensors name"):
         export.main([source, str(tmp_path / "out.bin")])
+    with pytest.raises(SystemExit, match="2"):  # a word that is no number, as in every command line here
+        export.main([source, target, "--strength", "nan", "--to", "merged", "--model", "none"])
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -573,9 +577,7 @@ def test_experts_are_refused_with_the_reason(tmp_path):
     state = {f"transformer.transformer_blocks.0.attn.to_q.{k}": torch.ones(3, 4) for k in ("lora_A.weight",)}
     state["transformer.transformer_blocks.0.attn.to_q.router"] = torch.ones(3, 4)
     with pytest.raises(Refused, match="3 experts and a router"):
-        static.static(
-            "m", {"down": torch.ones(4, 4), "up": torch.ones(3, 4, 4), "router": torch.ones(3, 4)}, "f"
-        )
+        delta_of("m", {"down": torch.ones(4, 4), "up": torch.ones(3, 4, 4), "router": torch.ones(3, 4)}, "f")
 
 
 def test_a_gated_copy_keeps_its_ranks_in_order():
@@ -589,7 +591,7 @@ def test_a_gated_copy_keeps_its_ranks_in_order():
     with torch.no_grad():
         layer.up.add_(torch.randn_like(layer.up))
         layer.down.mul_(1.5)
-    one = static.static("m", layer.tensors(), "the file", None, method)
+    one = delta_of("m", layer.tensors(), "the file", method)
     for n in (1, 3):
         U, D = layer.up.detach(), layer.down.detach()
         copy = layer.get_buffer("q")[:, :n] @ layer.get_buffer("base_r")[:n]
@@ -602,9 +604,9 @@ def test_the_pages_are_current():
     assert make_compatibility.PAGE.read_text(encoding="utf-8") == make_compatibility.page()
     assert set(SHIPPED) == set(METHODS), "give each method a row in tests/support/compatibility.py"
     text = (make_compatibility.ROOT / "docs" / "export.md").read_text(encoding="utf-8")
-    for made in (export.parser(), importing.parser(), inspection.parser()):
-        flags = [
-            flag for action in made._actions for flag in action.option_strings if flag not in ("-h", "--help")
-        ]
+    positional = ("--source", "--target", "--files")
+    for made in (EXPORT, IMPORT, INSPECT):
+        flags = [flag for spec in made.specs.values() for flag in spec.names if flag not in positional]
         assert flags and all(f"`{flag}`" in text for flag in flags)
     assert all(f"`{to}`" in text for to in FORMATS)
+    assert set(FORMATS) < set(EXPORTED), "the formats that the flag --to takes are those that are written"

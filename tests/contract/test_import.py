@@ -13,17 +13,16 @@ from adapter_files import HOSTILE, A, B, Code, _flux, _random, whole
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from lowrank.adapter_file import read_adapter_file
 from lowrank.cli import export, importing, inspection
 from lowrank.cli.adapter import read
-from lowrank.combine.mixture import Mixture
+from lowrank.combine.mixture import read_mixture
 from lowrank.errors import Refused
-from lowrank.formats import base_checkpoint, static
-from lowrank.formats.convert import only, write
+from lowrank.formats import base_checkpoint
+from lowrank.formats.delta import Delta, distance
 from lowrank.formats.formats import FORMATS, Choices
-from lowrank.formats.names import read_layers
-from lowrank.formats.read import Adapter
-from lowrank.formats.static import Static
 from lowrank.formats.verify import difference
+from lowrank.formats.write import only, write
 from lowrank.naming import keys
 from lowrank.naming.flux_join import join_layers, strength
 from lowrank.naming.places import LayerPath
@@ -90,7 +89,7 @@ def test_a_lora_projected_on_a_basis(method, bases, tmp_path, capsys):
     assert importing.main(words) == 0
     out = capsys.readouterr().out
     adapter, made = read(source), read(tmp_path / "out.safetensors")
-    lost = sum(static.distance(one, made.layers[p]) ** 2 for p, one in adapter.layers.items()) ** 0.5
+    lost = sum(distance(one, made.layers[p]) ** 2 for p, one in adapter.layers.items()) ** 0.5
     whole = sum(one.norm() ** 2 for one in adapter.layers.values()) ** 0.5
     assert f"{lost / whole:.2%} of ‖ΔW‖ is lost" in out and 0.01 < lost / whole < 1
     target = r"mid_block\.attentions\.0\.transf.*attn1"
@@ -132,7 +131,7 @@ def test_peft_scales_are_read_from_the_configuration(tmp_path):
         ({"lora_alpha": 8, "alpha_pattern": {"^attn.to_q": 1}}, 2.0),
     ):
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
-        assert importing.peft_folder(str(folder)).layers[LayerPath("unet", path)].scale == scale
+        assert read(folder).layers[LayerPath("unet", path)].scale == scale
     for config, why in (
         ({"peft_type": "LOHA", "lora_alpha": 1}, "LOHA"),
         ({"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {"(a+)+$": 1}}, "no plain name"),
@@ -141,9 +140,40 @@ def test_peft_scales_are_read_from_the_configuration(tmp_path):
     ):
         (folder / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(Refused, match=why):
-            importing.peft_folder(str(tmp_path))
+            read(tmp_path)
     with pytest.raises(Refused, match=r"has no adapter_config\.json"):
-        importing.peft_folder(str(tmp_path / "transformer" / ".." / "none"))
+        (tmp_path / "none").mkdir()
+        read(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"transformer.lora_alpha": 8}, 2.0),
+        ({"transformer.lora_alpha": 8, "transformer.use_rslora": True}, 4.0),
+        ({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"to_q": 1}}, 0.25),
+        ({"text_encoder.lora_alpha": 8}, 1.0),
+    ],
+)
+def test_alpha_in_the_header_counts_in_every_tool(config, scale, tmp_path, capsys):
+    """diffusers and SimpleTuner write alpha nowhere else; at scale 1 such a file is silently wrong."""
+    path, target = "transformer_blocks.0.attn.to_q", tmp_path / "out.safetensors"
+    state = {f"transformer.{path}.lora_A.weight": torch.ones(4, 6)}
+    state[f"transformer.{path}.lora_B.weight"] = torch.ones(5, 4)
+    save_file(state, tmp_path / "in.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    want = scale * torch.full((5, 6), 4.0)
+    assert torch.equal(read(tmp_path / "in.safetensors").layers[LayerPath("unet", path)].delta(), want)
+    for main in (export.main, importing.main):
+        words = [str(tmp_path / "in.safetensors"), str(target)]
+        assert main([*words, *(("--to", "diffusers") if main is export.main else ())]) == 0
+        assert torch.equal(read(target).layers[LayerPath("unet", path)].delta(), want)
+    pairs = read_mixture([tmp_path / "in.safetensors"]).pairs
+    (name,) = pairs.modules
+    assert torch.equal(pairs.up(name) @ pairs.down(name, [1.0]), want)
+    capsys.readouterr()
+    assert inspection.main([str(tmp_path / "in.safetensors"), "--json"]) == 0
+    (layer,) = json.loads(capsys.readouterr().out)["layers"]
+    assert layer["norm"] == pytest.approx(float(want.norm()))
 
 
 def test_lycoris_convolution_of_three_parts_is_folded(tmp_path):
@@ -154,7 +184,7 @@ def test_lycoris_convolution_of_three_parts_is_folded(tmp_path):
         {f"{name}.lora_up.weight": up, f"{name}.lora_mid.weight": mid, f"{name}.lora_down.weight": down},
         tmp_path / "t.safetensors",
     )
-    layer = next(iter(read_layers(tmp_path / "t.safetensors")[0].values()))
+    layer = next(iter(read_adapter_file(tmp_path / "t.safetensors").layers.values()))
     x = torch.randn(1, 6, 5, 5, generator=made)
     conv = torch.nn.functional.conv2d
     theirs = conv(conv(conv(x, down), mid, padding=1), up)
@@ -225,7 +255,7 @@ def test_hostile_files_are_refused(what, tmp_path, capsys):
     if what in clean or what == "a length for each input":
         return
     with pytest.raises(Refused):
-        Mixture([Adapter(path)])
+        read_mixture([path])
     model = files.denoiser("sd15")
     net = lora.create_network(1.0, 2, 1.0, None, [], model, target=r"mid_block\.attentions\.0\.proj")
     if what not in ("whole numbers", "alpha of two numbers", "three axes"):
@@ -257,7 +287,7 @@ def test_alpha_zero_means_strength_zero(tmp_path, capsys, caplog):
         assert main([str(path), str(target)]) == 0
         assert f"alpha is 0 in 1 of 2 layers, for example {A}" in caplog.text
         assert {key.rpartition(".lora_")[0] for key in load_file(target) if "lora_" in key[9:]} == {B}
-    mixture = Mixture([Adapter(path)])
+    mixture = read_mixture([path]).pairs
     changes = {n: mixture.up(n) @ mixture.down(n, [1.0]) for n in mixture.modules}
     assert [bool(dW.any()) for dW in changes.values()] == [False, True]
     net = lora.create_network(
@@ -341,8 +371,8 @@ def read_and_write_many(n: int, folder, capsys) -> float:
     save_file(state, path)
     started = time.process_time()
     adapter = read(path)
-    assert len(adapter.layers) == n and len(adapter.skipped) == 7 * n + 20
-    assert f"{7 * n + 20} keys are no adapter's" in capsys.readouterr().out
+    assert len(adapter.layers) == n and len(adapter.not_understood) == 7 * n + 20
+    assert f"{7 * n + 20} keys are not read by this program" in capsys.readouterr().out
     write(adapter, "kohya", folder / "out.safetensors", Choices())
     assert len(read_tensors(folder / "out.safetensors")[0]) == 3 * n
     with pytest.raises(Refused):
@@ -374,7 +404,7 @@ def test_time_is_linear_in_the_number_of_keys(tmp_path, capsys):
         (["--base", "flux"], "is not in flux; leave --base out"),
         (["--base", "flux", "--tlora_min_rank", "1"], "is not in flux; leave --base out"),
         (["--tlora_min_rank", "0"], "--tlora_min_rank 0 is below 1"),
-        (["--tlora_min_rank", "1", "--tlora_alpha", "nan"], "--tlora_alpha nan is no number above 0"),
+        (["--tlora_min_rank", "1", "--tlora_alpha", "-1"], "--tlora_alpha -1 is not above 0"),
         (["--tlora_min_rank", "1", "--method", "lora"], "--method lora is none"),
     ],
 )
@@ -391,5 +421,5 @@ def test_only_one_part(bases, tmp_path):
     assert {p.part for p in only(adapter, "unet").layers} == {"unet"}
     with pytest.raises(Refused, match="no layer of the text part"):
         only(_flux({"proj_out": _random(4, 4, 2)}), "text")
-    assert isinstance(next(iter(adapter.layers.values())), Static)
+    assert isinstance(next(iter(adapter.layers.values())), Delta)
     assert isinstance(files.denoiser("sd15"), UNet2DConditionModel)

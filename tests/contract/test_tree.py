@@ -17,6 +17,7 @@ FOUNDATION = {
     "files": {"errors"},
     "tensors": {"errors", "files"},
     "naming": {"errors"},
+    "adapter_file": {"errors", "files", "tensors", "naming"},
 }
 # What each part of `lowrank` may import besides itself and the foundation: imports point one way.
 MAY_IMPORT = {
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     },
 }
 OLD_PATHS = ("lowrank.weights", "lowrank.adapters.kohya", "lowrank.adapters.plain")
-NETWORKS_MAY_IMPORT = {*FOUNDATION, "adapters", "bases", "laplace", "formats"}
+NETWORKS_MAY_IMPORT = {*FOUNDATION, "adapters", "bases", "laplace"}
 PURE = [f"adapters/{name}.py" for name in ("factor", "gate", "experts", "magnitude", "penalty", "rates")]
 PURE += ["bases/krylov.py"]
 LONG, TOO_LONG = 300, 400
@@ -252,6 +253,74 @@ def test_nothing_at_module_or_class_level_changes(file):
         assert not state, f"{name(file)}:{node.lineno}: {ast.unparse(node)[:60]} can be changed"
     changed = list(writes(tree))
     assert not changed, f"{name(file)}: line and name of constants that are written: {changed}"
+
+
+# Roles that every program's files have; the others belong to one method, and to the table of names.
+COMMON_ROLES = {"up", "down", "alpha", "magnitude"}
+OWN_NAMES = ("naming/keys.py", "cli/lycoris_config.py")  # the table; LyCORIS' own names of algorithms
+READERS = (
+    "naming/keys.py",
+    "adapter_file.py",
+    "adapters/layer.py",
+)  # layer.py: torch's state dict of one layer
+
+
+def literals_of_methods() -> list[str]:
+    """Where core files spell the name of a method or of a role that is one method's."""
+    from lowrank.adapters.network_module import network_named
+
+    methods = {file.stem for file in python_files("networks")}
+    roles = {role for name_ in methods for role in network_named(name_).made({}).file_roles()}
+    words = methods | roles - COMMON_ROLES
+    return [
+        f"{name(file)}:{node.lineno} {node.value}"
+        for file in python_files("lowrank", "comfyui")
+        if not name(file).endswith(OWN_NAMES)
+        and not name(file).startswith(("lowrank/models", "lowrank/naming"))
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Constant) and node.value in words
+    ]
+
+
+def test_core_files_do_not_spell_roles_and_methods():
+    """A method declares the tensors of its files once; core files use that, or the one table of names."""
+    spelled = literals_of_methods()
+    assert len(spelled) < 20, "\n".join(spelled)
+
+
+def splits_keys(tree: ast.Module) -> Iterator[int]:
+    """Lines of loops over the items of a dictionary that take the key apart, as a reader of tensors does."""
+    parts = ("partition", "rpartition", "split", "rsplit", "removesuffix")
+    for node in ast.walk(tree):
+        comprehension = isinstance(node, (ast.ListComp, ast.DictComp, ast.GeneratorExp))
+        for loop in node.generators if comprehension else [node]:
+            over = loop.iter if isinstance(loop, (ast.For, ast.comprehension)) else None
+            if not (isinstance(over, ast.Call) and ast.unparse(over.func).endswith(".items")):
+                continue
+            first = loop.target.elts[0] if isinstance(loop.target, ast.Tuple) else loop.target
+            taken = {f"{ast.unparse(first)}.{part}" for part in parts}
+            calls = (one for one in ast.walk(node) if isinstance(one, ast.Call))
+            yield from {call.lineno for call in calls if ast.unparse(call.func) in taken}
+
+
+def test_one_reader_of_adapter_files():
+    """`adapter_file` alone turns keys into modules and roles."""
+    files = [file for file in python_files("lowrank", "comfyui") if not name(file).endswith(READERS)]
+    wrong = [
+        f"{name(file)}:{node.lineno} calls role_of"
+        for file in files
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Attribute) and node.attr == "role_of"
+    ]
+    folders = ("lowrank/adapters", "lowrank/formats", "lowrank/combine", "comfyui")
+    wrong += [
+        f"{name(file)}:{line} takes keys apart"
+        for file in files
+        if name(file).startswith(folders)
+        for line in splits_keys(parsed(file))
+    ]
+    assert not wrong, wrong
+    assert list(splits_keys(ast.parse("for k, v in state.items():\n    k.rpartition('.')"))) == [2]
 
 
 def test_tree_rules_detect_violations():

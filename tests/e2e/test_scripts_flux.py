@@ -146,9 +146,9 @@ def test_an_adapter_of_another_base_is_refused(line, tmp_path):
     from tools.make_tiny_flux import make
 
     other = make(tmp_path / "other", seed=1)
-    with pytest.raises(Refused, match="was trained on tiny-flux"):
+    with pytest.raises(Refused, match="was made on tiny-flux"):
         merge(line("--model_path", str(other)))
-    with pytest.raises(Refused, match="was trained on tiny-flux"):
+    with pytest.raises(Refused, match="was made on tiny-flux"):
         merge(line("--model_path", str(other), "--save_merged", "--skip_images"))
     assert not list((tmp_path / "out").iterdir())
 

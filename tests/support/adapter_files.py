@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from lowrank.formats.static import Plain, Static
+from lowrank.formats.delta import Delta
+from lowrank.formats.read import Adapter
 from lowrank.naming.places import LayerPath
 
 
-def _random(outs: int, ins: int, rank: int, scale: float = 0.5, seed: int = 0) -> Static:
+def _random(outs: int, ins: int, rank: int, scale: float = 0.5, seed: int = 0) -> Delta:
     made = torch.Generator().manual_seed(seed + outs + rank)
-    return Static(torch.randn(outs, rank, generator=made), torch.randn(rank, ins, generator=made), scale)
+    return Delta(torch.randn(outs, rank, generator=made), torch.randn(rank, ins, generator=made), scale)
 
 
-def _flux(layers: dict[str, Static]) -> Plain:
-    return Plain("probe", "flux", {LayerPath("unet", path): one for path, one in layers.items()})
+def _flux(layers: dict[str, Delta]) -> Adapter:
+    return Adapter("probe", "flux", {LayerPath("unet", path): one for path, one in layers.items()})
 
 
 A, B = "lora_unet_mid_block_attentions_0_proj_in", "lora_unet_mid_block_attentions_0_proj_out"

@@ -12,9 +12,8 @@ from PIL import Image
 from repository import ROOT
 
 from lowrank.cli import flux_train
-from lowrank.combine.mixture import Mixture
+from lowrank.combine.mixture import read_mixture
 from lowrank.formats.base_checkpoint import BaseCheckpoint
-from lowrank.formats.read import Adapter
 from lowrank.models.family import Source
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
@@ -96,7 +95,7 @@ def test_a_content_is_learned_from_one_picture(tmp_path, pipes, judge):
     )
     pipe = pipes["flux"]
     before = report.pictures(pipe, prompts, 0, report.CALL["flux"])
-    attached = Mixture([Adapter(tmp_path / "pytorch_lora_weights.safetensors")]).attach(pipe.transformer)
+    attached = read_mixture([tmp_path / "pytorch_lora_weights.safetensors"]).attach(pipe.transformer)
     attached.set([1.0])
     after = report.pictures(pipe, prompts, 0, report.CALL["flux"])
     attached.restore()

@@ -219,7 +219,7 @@ def test_update_that_cancels_itself_is_zero_not_rounding():
     for seed in range(9):  # UD − (UT)(TᵀD), whose rounding may have either sign
         up, down, turn = noise(seed, 24, 4).double(), noise(seed, 4, 40).double(), basis(seed, 4, 4).double()
         pair = torch.cat([up, up @ turn], 1), torch.cat([down, -turn.inverse() @ down])
-        assert maths.energy(maths.Update(*pair)) == 0
+        assert maths.energy(maths.Delta(*pair, 1.0)) == 0
 
 
 def test_row_space_of_dependent_rows():

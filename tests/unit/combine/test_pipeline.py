@@ -12,10 +12,9 @@ from toys import shake
 from lowrank.adapters import gate
 from lowrank.adapters.clock import CONVENTIONS, convention
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.combine.mixture import Mixture
+from lowrank.combine.mixture import Mixture, read_for_merge
 from lowrank.combine.pipeline import TimestepRanks, timestep_ranks
 from lowrank.errors import Refused
-from lowrank.formats.read import Adapter
 from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
 from lowrank.models.sd import SD15
@@ -260,7 +259,7 @@ def test_t_loras_mix_with_others(tmp_path):
     shake(plain).save_weights(str(tmp_path / "c.safetensors"), None, {})
     plain.restore()
     x, t = torch.randn(1, 3, 16), torch.tensor([0.6])
-    adapters = [Adapter(path) for path in (*paths, tmp_path / "c.safetensors")]
+    adapters = [read_for_merge(path) for path in (*paths, tmp_path / "c.safetensors")]
     with torch.no_grad():
         before, host = model(x, timestep=t), model.first(x)
 

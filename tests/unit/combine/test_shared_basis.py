@@ -19,7 +19,7 @@ from toys import network, shake
 
 from lowrank.adapters.targets import find
 from lowrank.bases.basis_file import for_layers, random_basis, read_basis, weight_basis, write_basis
-from lowrank.combine.collection import gather, read_lora
+from lowrank.combine.collection import gather, read_updates
 from lowrank.combine.shared_basis import Extraction, extract
 from lowrank.combine.sketch import Sketch, without
 from lowrank.errors import Refused
@@ -359,7 +359,7 @@ def test_alpha_of_diffusers_metadata(tmp_path, config, alpha):
     up, down = pairs(0, 2, None)[TO_Q]
     state = {f"{renamed(TO_Q)}.lora_A.weight": down.float(), f"{renamed(TO_Q)}.lora_B.weight": up.float()}
     save_file(state, tmp_path / "one.safetensors", {"lora_adapter_metadata": json.dumps(config)})
-    one = read_lora(tmp_path / "one.safetensors").updates[FLAT[TO_Q]]
+    one = read_updates(tmp_path / "one.safetensors").updates[FLAT[TO_Q]]
     torch.testing.assert_close(one.up @ one.down, alpha / 2 * (up.float().double() @ down.float().double()))
 
 
@@ -394,7 +394,7 @@ def test_our_own_files_are_read(tmp_path, cache, method):
     model = nn.ModuleDict({"first": nn.Linear(24, 40)}).requires_grad_(False)
     made = shake(network(method, model, cache))
     made.save_weights(str(tmp_path / "one.safetensors"), None, {})
-    (one,) = read_lora(tmp_path / "one.safetensors").updates.values()
+    (one,) = read_updates(tmp_path / "one.safetensors").updates.values()
     expected = made.layers()[0].delta_weight().detach().double()
     assert float((one.up @ one.down - expected).norm() / expected.norm()) < 1e-5
 

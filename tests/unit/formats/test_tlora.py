@@ -15,7 +15,7 @@ from tlora_reference import AUTHORS, TIMES, own_presets
 
 from lowrank.cli import importing
 from lowrank.cli.adapter import read
-from lowrank.combine.ensemble import Ensemble, Part
+from lowrank.combine.mixture import Entry, read_mixture
 from lowrank.errors import Refused
 from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.naming.places import places
@@ -157,14 +157,14 @@ def test_lycoris_files_become_native(family, lycoris_file, tmp_path, capsys):
     weights = BaseCheckpoint(base)
     stored = lambda module: weights.weight(places(module)[0][0])  # noqa: E731
     for at, index in ((None, 2), (250, 1)):
-        attached = Ensemble([Part(theirs)], at, stored).attach(model)
+        attached = read_mixture([Entry(theirs)], at, stored).attach(model)
         attached.set([1.0])
         got = files.answer(family, model) if family == "sdxl" or at else None  # at t = 500 there, 400 on FLUX
         if got is not None:
             torch.testing.assert_close(got, want[index], rtol=1e-5, atol=1e-5)
         attached.restore()
     with pytest.raises(Refused, match=r"import_lora\.py --model BASE"):
-        Ensemble([Part(theirs)])
+        read_mixture([Entry(theirs)])
 
 
 def test_ranks_that_lycoris_pads_are_read(lycoris_file, tmp_path):
@@ -204,6 +204,7 @@ def test_files_that_cannot_be_are_refused(lycoris_file, tmp_path):
         for k, v in pairs.items()
     }
     joined = {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v for k, v in joined.items()}
+    joined["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"] = torch.ones(96, 4)
     refused(joined, "several layers of FLUX in one", "--method", "tlora", "--tlora_min_rank", "2")
     save_file(pairs, other)  # without a schedule it is a plain LoRA, as before
     assert importing.main([str(other), target]) == 0 and read(target).metadata["lowrank.method"] == "lora"

@@ -12,9 +12,8 @@ from toys import METHODS, probes, shake
 
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import dense_weight, find
-from lowrank.combine.mixture import Mixture
+from lowrank.combine.mixture import read_mixture
 from lowrank.errors import Refused
-from lowrank.formats.read import Adapter
 from lowrank.naming import flux as flux_names
 from lowrank.naming.flux_join import join_layers
 
@@ -180,7 +179,7 @@ def test_a_mixture_takes_files_of_kohyas_flux(pair, tmp_path):
     made = network.create_network(1.0, 4, 2.0, None, [], theirs, target="blocks")
     made.apply_to([], theirs, False, True)
     shake(made).save_weights(str(tmp_path / "a.safetensors"), None, {})
-    attached = Mixture([Adapter(tmp_path / "a.safetensors")]).attach(ours)
+    attached = read_mixture([tmp_path / "a.safetensors"]).attach(ours)
     attached.set((0.5,))
-    for path, dW in changes(attached.network).items():
+    for path, dW in changes(attached.networks[0]).items():
         torch.testing.assert_close(dW, 0.5 * changes(made)[path])

@@ -22,16 +22,17 @@ from sd_run import arguments, folders, one_thread  # noqa: F401 - the first two 
 from torch import nn
 from toys import HOSTS, Linears, base, shake
 
+from lowrank.adapter_file import read_adapter_file
 from lowrank.adapters import experts
 from lowrank.adapters.method import Chain, Factor, Gate, Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
 from lowrank.cli.sd_train import main
 from lowrank.errors import Refused
-from lowrank.formats import static
-from lowrank.formats.export import export_lora
+from lowrank.formats.delta import delta_of
 from lowrank.formats.nearest_lora import least_squares, unrouted
-from lowrank.tensors import read_tensors
+from lowrank.formats.read import read_adapter
+from lowrank.tensors import read_tensors, write_tensors
 from lowrank.train.layer_sampling import LayerSampler
 from networks import dora, effilora, lora, null_lora
 
@@ -280,7 +281,12 @@ def test_one_expert_is_a_lora_with_a_shared_down(tmp_path):
     live = model(x)
     assert net.method.experts is None and len({id(layer.down) for layer in net.layers()}) == 1
     net.save_weights(str(path), None, {})
-    export_lora(path, tmp_path / "plain")
+    state = {}
+    for module, roles in read_adapter_file(path).layers.items():
+        layer = delta_of(module, roles, str(path))
+        state |= {f"{module}.lora_up.weight": layer.up, f"{module}.lora_down.weight": layer.down}
+        state[f"{module}.alpha"] = torch.tensor(layer.scale * layer.rank)
+    write_tensors(tmp_path / "plain", state, {"lowrank.method": "lora"})
     net.restore()
     plain, _ = lora.create_network_from_weights(1.0, str(tmp_path / "plain"), None, [], model, target=".")
     plain.apply_to([], model, False, True)
@@ -475,7 +481,7 @@ def test_several_experts_are_no_lora_file(tmp_path):
     net = shake(network(base("linear")))
     net.save_weights(str(tmp_path / "a.safetensors"), None, {})
     with pytest.raises(Refused, match="4 experts and a router"):
-        static.read(tmp_path / "a.safetensors", "sd15", net.method)
+        read_adapter(tmp_path / "a.safetensors", "sd15")
     assert not net.is_mergeable()
     with pytest.raises(Refused, match="no one ΔW"):
         net.merge_to(None, None)

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from tlora_reference import AUTHORS, LIKE_LYCORIS, TIMES, at_each, export, out, own_presets  # noqa: F401
 from toys import HOSTS, base, network, shake
 
+from lowrank.adapter_file import read_adapter_file
 from lowrank.adapters import gate
 from lowrank.adapters.gate import Schedule
 from lowrank.adapters.layer import AdaptedLayer
-from lowrank.combine.mixture import Mixture
+from lowrank.combine.mixture import read_mixture
 from lowrank.combine.pipeline import timestep_ranks
 from lowrank.errors import Refused
-from lowrank.formats.names import read_layers, thin
-from lowrank.formats.read import Adapter
+from lowrank.formats.delta import delta_of
 from lowrank.tensors import read_tensors
 from lowrank.train.network_module import create, find_module
 from networks import tlora
@@ -232,9 +232,9 @@ def test_the_plain_export_is_the_adapter_at_every_prefix(orthogonal, flux, tmp_p
         for t, one in zip(TIMES, want, strict=True):
             torch.testing.assert_close(out(flux, [t, t], False), one, rtol=1e-5, atol=1e-5)
     if orthogonal == "True":
-        layers = read_layers(target)[0]
-        for module, roles in read_layers(source)[0].items():
-            up, down, _ = thin(module, layers[module])
+        layers = read_adapter_file(target).layers
+        for module, roles in read_adapter_file(source).layers.items():
+            up, down = delta_of(module, layers[module])[:2]
             for r in range(1, 9):
                 P, S, Q = (roles[role].double() for role in ("p_layer", "lambda_layer", "q_layer"))
                 P0, S0, Q0 = (roles[role].double() for role in ("base_p", "base_lambda", "base_q"))
@@ -267,12 +267,12 @@ def test_merging_without_a_timestep_is_refused(flux, tmp_path):
     with pytest.raises(Refused, match=r"--at-timestep"):
         net.merge_to(None, flux)
     net.restore()
-    mixture = Mixture([Adapter(source)])
+    mixture = read_mixture([source])
     with pytest.raises(Refused, match="--at_timestep"):
         mixture.save(tmp_path / "m.safetensors", [1.0], {})
     assert digest(flux) == hashed
-    Mixture([Adapter(source, at=500)]).save(tmp_path / "m.safetensors", [1.0], {})
-    attached = Mixture([Adapter(tmp_path / "m.safetensors")]).attach(flux)
+    read_mixture([source], at=500).save(tmp_path / "m.safetensors", [1.0], {})
+    attached = read_mixture([tmp_path / "m.safetensors"]).attach(flux)
     attached.set([1.0])
     for t, same in ((500, True), (999, False)):
         close = torch.allclose(out(flux, [t, t], False), want[TIMES.index(t)], rtol=1e-5, atol=1e-5)

@@ -10,11 +10,11 @@ from flux_adapters import flux, made
 from tlora_reference import LIKE_LYCORIS, TIMES, at_each, export, out, own_presets
 from toys import shake
 
+from lowrank.adapter_file import read_adapter_file
 from lowrank.adapters.gate import Schedule
-from lowrank.combine.mixture import Mixture
+from lowrank.combine.mixture import read_mixture
 from lowrank.combine.pipeline import timestep_ranks
 from lowrank.errors import Refused
-from lowrank.formats.read import Adapter
 from lowrank.formats.tlora import schedule_of
 from lowrank.tensors import read_tensors
 from lowrank.train.network_module import find_module
@@ -102,14 +102,14 @@ def test_every_reader_opens_the_same_ranks(orthogonal, flux, tmp_path, capsys):
             for t, one in zip(TIMES, want, strict=True):
                 torch.testing.assert_close(out(flux, [t, t], False), one, rtol=1e-5, atol=1e-5)
         assert export([str(file), str(baked), "--to", "diffusers", "--at-timestep", "750"]) == 0
-        attached = Mixture([Adapter(baked)]).attach(flux)
+        attached = read_mixture([baked]).attach(flux)
         attached.set([1.0])
         torch.testing.assert_close(out(flux, [750, 750], False), want[3], rtol=1e-5, atol=1e-5)
         attached.restore()
     assert export([str(source), str(tmp_path / "l.safetensors"), "--to", "lycoris-tlora"]) == 1
     assert re.search("several ranks|no orthogonal", capsys.readouterr().err)
     with pytest.raises(Refused, match=r"max_rank 16 is not that of .*, which has rank 24"):
-        schedule_of(source, Adapter(source).layers, told, {"max_rank": 16})
+        schedule_of(source, read_adapter_file(source).layers, told, {"max_rank": 16})
 
 
 def test_lycoris_opens_them_too_where_all_layers_are_alike(flux, tmp_path, own_presets):

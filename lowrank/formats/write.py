@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from lowrank.errors import Refused
 from lowrank.files import atomic, writable_folder
-from lowrank.formats import static
+from lowrank.formats.delta import Delta
 from lowrank.formats.formats import FORMATS, Choices, prepared
-from lowrank.formats.static import Plain, Static
+from lowrank.formats.read import Adapter
 from lowrank.naming.places import LayerPath
 from lowrank.tensors import write_tensors
 
@@ -29,7 +31,7 @@ class Loss(NamedTuple):
     layer: str
 
 
-def only(adapter: Plain, parts: str) -> Plain:
+def only(adapter: Adapter, parts: str) -> Adapter:
     """The layers of the denoiser ("unet") or of the text encoders ("text"), or "all". `Refused` if none."""
     kept = {
         place: layer
@@ -41,13 +43,13 @@ def only(adapter: Plain, parts: str) -> Plain:
     return replace(adapter, layers=kept)
 
 
-def resize(adapter: Plain, rank: int) -> tuple[Plain, Loss]:
+def resize(adapter: Adapter, rank: int) -> tuple[Adapter, Loss]:
     """The nearest adapter whose layers have at most `rank`, by SVD, and what that loses."""
-    layers: dict[LayerPath, Static] = {}
+    layers: dict[LayerPath, Delta] = {}
     lost = total = 0.0
     worst, where = 0.0, ""
     for place, layer in adapter.layers.items():
-        layers[place], left, whole = static.resized(layer, rank)
+        layers[place], left, whole = _resize_layer(layer, rank)
         lost, total = lost + left, total + whole
         share = math.sqrt(left / whole) if whole else 0.0
         if share >= worst:
@@ -57,7 +59,25 @@ def resize(adapter: Plain, rank: int) -> tuple[Plain, Loss]:
     return replace(adapter, layers=layers, raw=raw), Loss(together, worst, where)
 
 
-def write(adapter: Plain, to: str, target: str | Path, choices: Choices) -> list[Path]:
+def _resize_layer(layer: Delta, rank: int) -> tuple[Delta, float, float]:
+    """The nearest layer of at most `rank`, the squared ‖ΔW‖ that is lost, and the squared ‖ΔW‖ there was.
+
+    A thin SVD: of the R×R product of both factors' triangles, in float64.
+    """
+    if layer.rank <= rank:
+        whole = layer.norm() ** 2
+        return layer, 0.0, whole
+    Q, left = torch.linalg.qr(layer.up.double())  # (O, R'), (R', R)
+    P, right = torch.linalg.qr(layer.down.double().T)  # (I, R''), (R'', R)
+    u, s, vh = torch.linalg.svd(layer.scale * left @ right.T)
+    root = s[:rank].sqrt()
+    up, down = Q @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ P.T
+    energy = s.square()
+    made = layer._replace(up=up.to(layer.up.dtype), down=down.to(layer.down.dtype), scale=1.0)
+    return made, float(energy[rank:].sum()), float(energy.sum())
+
+
+def write(adapter: Adapter, to: str, target: str | Path, choices: Choices) -> list[Path]:
     """Write an adapter in a format of `FORMATS`; returns the files. Raises `Refused`."""
     form, target = FORMATS[to], Path(target)
     if target.resolve() == Path(adapter.source).resolve():

@@ -1,0 +1,261 @@
+"""The exact sum of adapters that have one ΔW each: ΔW = Σ wᵢ·ΔWᵢ, in thin factors.
+
+On a shared Q the sum is Q·(Σ wᵢ sᵢ ΔRᵢ) and keeps rank r. On different bases or ranks it is a concatenation,
+[U₁ | U₂]·[w₁s₁D₁ ; w₂s₂D₂], exact as well, of rank r₁ + r₂.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters.clock import uncompiled
+from lowrank.adapters.method import Factor, Gate, Method
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.targets import find, host_shape
+from lowrank.errors import Refused
+from lowrank.formats.delta import LORA, Delta, method_for
+from lowrank.formats.read import Adapter, refuse_masked
+from lowrank.naming import keys
+from lowrank.naming.places import LayerPath
+from lowrank.tensors import write_tensors
+
+PAIRS = Method("static", Factor(lambda *_: ({}, {}), trained=()))  # frozen pairs of factors
+_UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
+
+
+class PairSum:
+    """A weighted sum of adapters with one ΔW each, on one model, its weights free to change.
+
+    `parts` has by layer the pairs of each adapter that has the layer, with the adapter's position.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self.adapters = list(adapters)
+        for adapter in adapters:
+            _refuse_magnitudes(adapter)
+            adapter.require_deltas()
+        _check_one_base(adapters)
+        self.modules: dict[str, str] = {}
+        self.parts: dict[str, list[tuple[int, Delta]]] = {}
+        owners: dict[str, list[tuple[Adapter, LayerPath]]] = {}
+        for i, adapter in enumerate(adapters):
+            for place, delta in adapter.layers.items():
+                module = adapter.name(place)
+                name = keys.flat(module)
+                self.modules.setdefault(name, module)
+                self.parts.setdefault(name, []).append((i, delta))
+                owners.setdefault(name, []).append((adapter, place))
+        most = max((len(parts) for parts in self.parts.values()), default=0)
+        if len(adapters) > 1 and most < len(adapters):
+            first, second = (next(iter(adapter.layers)) for adapter in adapters[:2])
+            raise Refused(
+                f"{adapters[0].source} and {adapters[1].source} have no layer in common, for example "
+                f"{adapters[0].name(first)} and {adapters[1].name(second)}; are both for one model?"
+            )
+        for name, parts in self.parts.items():
+            shapes = {i: (pair.up.shape[0], pair.down.shape[1]) for i, pair in parts}
+            if len(set(shapes.values())) > 1:
+                sizes = " and ".join(f"{o}×{n} in {adapters[i].source}" for i, (o, n) in shapes.items())
+                raise Refused(f"{self.modules[name]} is {sizes}; merge adapters of one base")
+        frozen = {name: [_frozen_up(*owner) for owner in own] for name, own in owners.items()}
+        self.shared = {name for name, ups in frozen.items() if _equal(ups)}
+        self._first = {name: own[0] for name, own in owners.items()}
+
+    @property
+    def adapts_text(self) -> bool:
+        """Whether a text encoder has layers in the sum."""
+        return any(map(keys.is_text_encoder, self.modules.values()))
+
+    def up(self, name: str) -> Tensor:
+        """(O, R'), the same for all weights."""
+        ups = [pair.up for _, pair in self.parts[name]]
+        return ups[0] if name in self.shared else torch.cat([up.float() for up in ups], 1)
+
+    def down(self, name: str, weights: Sequence[float]) -> Tensor:
+        """(R', I) in fp32, with weights and scales folded in."""
+        downs = [weights[i] * pair.scale * pair.down.float() for i, pair in self.parts[name]]
+        return torch.stack(downs).sum(0) if name in self.shared else torch.cat(downs)
+
+    def describe(self) -> str:
+        """One sentence: how the sum is held."""
+        joined = [name for name in self.modules if name not in self.shared]
+        if not joined:
+            return f"{len(self.modules)} layers share one basis: ΔR are added, the rank stays"
+        ranks = sorted({sum(pair.rank for _, pair in self.parts[name]) for name in joined})
+        return (
+            f"{len(joined)} of {len(self.modules)} layers have different bases, ranks or kinds: they are "
+            f"concatenated, exactly, to rank {', '.join(map(str, ranks))}"
+        )
+
+    def save(self, path: str | Path, weights: Sequence[float], metadata: dict[str, str]) -> None:
+        """Write the sum as one adapter: a ΔR file where every layer shares its Q, else a plain LoRA file.
+
+        Raises `Refused` for a T-LoRA that is not baked at one timestep.
+        """
+        refuse_masked(self.adapters)
+        together = len(self.shared) == len(self.modules)
+        state = {}
+        for name, module in self.modules.items():
+            (adapter, place), down = self._first[name], self.down(name, weights)
+            first = adapter.raw.get(place, {})
+            method = method_for(first, adapter.method) if together else LORA
+            factor, kernel = method.require_factor(), adapter.layers[place].kernel
+            chain = factor.chains[0]
+            roles = {chain.up[0]: self.up(name), chain.down[-1]: down}
+            for role in factor.record:
+                if role in first:
+                    roles[role] = first[role].float() * adapter.layers[place].scale
+            sides = factor.sides()
+            roles = {role: _with_kernel(value, sides[role], kernel) for role, value in roles.items()}
+            roles["alpha"] = torch.tensor(float(down.shape[0]))
+            state |= _named_like(module, roles)
+        kept = {
+            f"lowrank.{fact}": value
+            for fact in ("base_hash", "base_model", *(["basis_hash"] if together else []))
+            if (value := self.adapters[0].fact(fact))
+        }
+        merged = ", ".join(
+            f"{a.path.parent.name}/{a.path.name} × {w:g}" for a, w in zip(self.adapters, weights, strict=True)
+        )
+        method = self._method_name() if together else LORA.name
+        write_tensors(
+            path, state, {"lowrank.method": method, "lowrank.merged_from": merged, **kept, **metadata}
+        )
+
+    def _method_name(self) -> str:
+        """The method of a sum on shared bases: that of all adapters, else the one of their tensors."""
+        adapter, place = next(iter(self._first.values()))
+        plain = method_for(adapter.raw[place], None).name
+        methods = {adapter.fact("method") or plain for adapter in self.adapters}
+        return methods.pop() if len(methods) == 1 else plain
+
+
+def _refuse_magnitudes(adapter: Adapter) -> None:
+    """Raise `Refused` for DoRA layers: their ΔW is no thin pair, and without the magnitude another one."""
+    for place, layer in adapter.layers.items():
+        if layer.magnitude is not None:
+            raise Refused(
+                f"{adapter.name(place)} in {adapter.source} has a DoRA magnitude, which a sum of low-rank "
+                "pairs cannot hold; use the adapter alone, where it was made"
+            )
+
+
+def _check_one_base(adapters: Sequence[Adapter]) -> None:
+    if len({adapter.fact("base_hash") for adapter in adapters} - {None}) > 1:
+        bases = "; ".join(f"{a.source} on {a.fact('base_model') or a.fact('base_hash')}" for a in adapters)
+        raise Refused(
+            f"these adapters were trained on different base models ({bases}); merge adapters of one base"
+        )
+
+
+def _frozen_up(adapter: Adapter, place: LayerPath) -> Tensor | None:
+    """The up of a layer that trains its down alone, as ΔR does, so that downs on equal ups can be added."""
+    roles = adapter.raw.get(place, {})
+    factor = method_for(roles, adapter.method).require_factor()
+    chain = factor.chains[0]
+    alone = len(factor.chains) == len(chain.up) == len(chain.down) == 1 and factor.copy is None
+    return roles.get(chain.up[0]) if alone and factor.trained == chain.down else None
+
+
+def _equal(tensors: Sequence[Tensor | None]) -> bool:
+    first = tensors[0]
+    return first is not None and all(one is not None and torch.equal(first, one) for one in tensors)
+
+
+def _with_kernel(value: Tensor, sides: Sequence[str], kernel: Sequence[int]) -> Tensor:
+    if not kernel:
+        return value
+    return value.reshape(len(value), -1, *(kernel if sides[0] == "rank" else [1] * len(kernel)))
+
+
+def _named_like(module: str, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One layer's tensors under file keys, in the dialect that `module`'s name is of.
+
+    kohya's names keep kohya's suffixes, dotted paths get PEFT's and the prefix of their model.
+    """
+    table, prefix = keys.PEFT, module
+    if module.startswith("lora_"):
+        table = keys.KOHYA
+    elif not keys.is_text_encoder(module):
+        prefix = f"{'unet' if _UNET.match(module) else 'transformer'}.{module}"
+    return {f"{prefix}.{table[role]}": value for role, value in roles.items()}
+
+
+class AttachedPairs:
+    """A sum of pairs beside a model; `set(weights)` changes thin factors only."""
+
+    def __init__(
+        self,
+        pairs: PairSum,
+        denoiser: nn.Module,
+        text_encoders: Sequence[nn.Module],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.pairs = pairs
+        hosts = _hosts(pairs, denoiser, text_encoders)
+        self._names = {hosts[name].name: name for name in pairs.modules}
+        nothing = [0.0] * len(pairs.adapters)
+        for name, module in pairs.modules.items():
+            have = (pairs.up(name).shape[0], pairs.down(name, nothing).shape[1])
+            want = host_shape(hosts[name].module)
+            if have != want:
+                raise Refused(
+                    f"{module} is {have[0]}×{have[1]} in the adapter and {want[0]}×{want[1]} in the model; "
+                    "the adapter is for another base"
+                )
+        ranks = {t: pairs.up(name).shape[1] for t, name in self._names.items()}
+        chosen = [hosts[name] for name in pairs.modules]
+        method = dataclasses.replace(PAIRS, gate=_gate(pairs.adapters[0]))
+        self.network = AdapterNetwork(method, chosen, lambda t: (ranks[t.name], float(ranks[t.name])))
+        for layer in self.network.layers():
+            up = pairs.up(self._names[layer.name])
+            shapes = {role: layer.get_buffer(role).shape for role in ("up", "down")}
+            layer.load({"up": up.reshape(shapes["up"]), "down": torch.zeros(shapes["down"])}, "the mixture")
+        if dtype is not None:
+            self.network.cast_frozen(dtype)
+        self.network.to(next(denoiser.parameters()).device)
+        self.network.apply_to(list(text_encoders), denoiser, True, True)
+
+    def set(self, weights: Sequence[float]) -> None:
+        for layer in self.network.layers():
+            down = self.pairs.down(self._names[layer.name], weights)
+            own = layer.get_buffer("down")
+            own.copy_(down.reshape(own.shape))
+
+
+def _hosts(pairs: PairSum, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> dict:
+    """The model's layers by the names of the sum's. Raises `Refused` where one is not there."""
+    roots = [
+        ("unet", uncompiled(denoiser)),
+        *((f"te{i + 1}", encoder) for i, encoder in enumerate(text_encoders)),
+    ]
+    parts = {_part(module) for module in pairs.modules.values()}
+    hosts = {
+        spelled: target
+        for part, root in roots
+        if part in parts
+        for target in find(part, root, target=".")
+        for spelled in target.spellings
+    }
+    lost = [module for name, module in pairs.modules.items() if name not in hosts]
+    if lost:
+        models = " or ".join(type(root).__name__ for _, root in roots)
+        raise Refused(
+            f"{len(lost)} of {len(pairs.modules)} adapter layers are not in {models}, for example "
+            f"{lost[0]}; the adapter is for another model"
+        )
+    return hosts
+
+
+def _gate(adapter: Adapter) -> Gate | None:
+    return None if adapter.schedule is None else Gate(adapter.schedule.open, adapter.schedule.metadata)
+
+
+def _part(module: str) -> str:
+    return keys.flat(module).partition("|")[0] if keys.is_text_encoder(module) else "unet"
