@@ -36,7 +36,8 @@ from lowrank.naming import keys
 from lowrank.tensors import read_tensors
 from lowrank.train import network_module, setup
 from lowrank.train.abm_hooks import Boundaries, activations, depth_weights
-from lowrank.train.attach import Job, check_base
+from lowrank.train.attach import check_base
+from lowrank.train.job import RunningJob
 from lowrank.train.loop import Forward, Run, average_gradients, batch_generator
 from lowrank.train.validation import PLACES
 from lowrank.train.warmup import NOISE, abm_name, log, noise, training_batches
@@ -63,12 +64,12 @@ def _at_strength(*networks: tuple[AdapterNetwork, float]) -> Iterator[None]:
 # ------------------------------------------------------------------ the teacher
 
 
-def check_abm(job: Job, models: Models, shapes: nn.Module | None) -> None:
+def check_abm(job: RunningJob, models: Models, shapes: nn.Module | None) -> None:
     """Before anything is encoded: ours is the network, and the teacher is a file for this base.
 
     `shapes` is the denoiser on the meta device, where there is one. Raises `Refused`.
     """
-    path = job.parsed.abm.abm_teacher
+    path = job.options.abm.abm_teacher
     if network_module.facade_of(job.networks) is None:
         raise Refused(
             "--abm_enabled needs a network of ours, which can stand aside for a teacher, and "
@@ -124,6 +125,7 @@ def _teaching(run: Run, path: str) -> Iterator[tuple[Forward, Callable[[], Any]]
     A backward pass that recomputes must find the student's too.
     """
     student = run.network
+    assert isinstance(student, AdapterNetwork)  # `check_abm` refuses others
     if path == "base":
         yield run.forward, lambda: _at_strength((student, 0.0))
         return

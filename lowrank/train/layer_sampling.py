@@ -116,5 +116,7 @@ def layer_sampler(
     if not isinstance(network, AdapterNetwork) or network.method.updates is None:
         return None
     measured = training.shard(0, 1) if held is None else held
-    fixed = ValidationLoss(measured, forward.losses, seed, None, None, limit=1)
+    fixed = ValidationLoss(
+        loader=measured, losses=forward.losses, seed=seed, every_steps=None, every_epochs=None, limit=1
+    )
     return LayerSampler(network.method.updates, network, fixed, forward.accelerator)
