@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "config": set(),
     "data": {"config"},
     "objective": {"config"},
-    "adapters": set(),
+    "adapters": {"config"},
     "models": set(),
     "laplace": {"adapters"},
     "bases": {"adapters", "laplace"},

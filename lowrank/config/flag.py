@@ -32,7 +32,7 @@ SCHEDULERS = (
 )
 SEEDS = 2**63 - 2**32  # largest seed: torch's limit, with room for one per image
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +182,9 @@ class FlagSpec(NamedTuple):
             return self.flag.convert(text.strip())
         if self.kind is str:
             return self._chosen(text)
-        value = _TRUTH.get(text.strip().lower()) if self.kind is bool else _number(self.kind, text)
+        value = parse_text(self.kind, text)
         if value is None:
-            raise Refused(f"{text.strip()!r} is not {_WORDS[self.kind]}")
+            raise Refused(f"{text.strip()!r} is not {WORDS[self.kind]}")
         return value
 
     def _chosen(self, text: str) -> str:
@@ -212,7 +212,7 @@ class FlagSpec(NamedTuple):
 
     def _item(self, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise Refused(f"{value!r} is not {_WORDS.get(self.kind, 'a text')}")
+            raise Refused(f"{value!r} is not {WORDS.get(self.kind, 'a text')}")
         return self.from_text(str(value))
 
     def to_toml(self, value: object) -> str:
@@ -309,6 +309,13 @@ def specs(groups: Mapping[str, type], defaults: Mapping[str, object]) -> dict[st
         found |= added
     assert defaults.keys() <= found.keys(), f"defaults of no flag: {defaults.keys() - found.keys()}"
     return found
+
+
+def parse_text(kind: type, text: str) -> Any:
+    """A bool, a number or a text from one word of a command line; None where the word is not of that kind."""
+    if kind is bool:
+        return _TRUTH.get(text.strip().lower())
+    return text if kind is str else _number(kind, text)
 
 
 def _number(kind: type, text: str) -> int | float | None:
