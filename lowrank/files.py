@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lowrank.errors import Refused
 
 try:
-    import tomllib  # pyright: ignore[reportMissingImports]
+    import tomllib  # pyright: ignore[reportMissingImports]  # checked as Python 3.10, which has none
 except ModuleNotFoundError:  # Python 3.10; `toml` misreads some quoted brackets, so it comes second
     import toml as tomllib
 
@@ -123,18 +124,19 @@ def writable_folder(path: str | os.PathLike, option: str = "--output_dir") -> Pa
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. Raises `Refused` while another run holds it."""
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Refused(
-                f"another run is writing to {folder}; wait for it or name another folder"
-            ) from error
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
+    """Hold a folder for this process. Raises `Refused` while another run holds it.
+
+    The system drops the lock when its process ends, however it ends. The empty lock file stays: to remove it
+    would let two later runs lock two files of one name.
+    """
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise Refused(f"another run is writing to {folder}; wait for it or name another folder") from error
+    except OSError as error:
+        raise Refused(f"{folder} cannot be locked ({error}); name a folder on a local disk") from error
+    with lock:
+        yield
 
 
 def sha256(path: str | os.PathLike, first: int | None = None) -> str:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from hypothesis import HealthCheck, settings
 
 from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
 from tools import make_tiny_sd
 from tools.make_tiny_flux import make
+
+# The same examples in every run; no deadline, because a busy machine is no bug.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=20,
+    database=None,
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Write docs/compatibility.md from the tables that the tests go through (tests/compatibility.py).
+"""Write docs/compatibility.md from the tables that the tests go through (tests/support/compatibility.py).
 
 python tools/make_compatibility.py           write it
 python tools/make_compatibility.py --check   exit 1 when it is not what this would write
@@ -18,43 +18,57 @@ from lowrank.formats.formats import FORMATS  # noqa: E402
 
 INTRODUCTION = """# What works with what
 
-Written by `tools/make_compatibility.py` from `tests/compatibility.py`; `tests/test_export.py` and
-`tests/test_import.py` go through every cell on small SD 1.5, SDXL and FLUX models. *Exact* means: the program
-that the format is of loads the file with no tensor missing and none unexpected, and every layer answers as
-ours does to 10⁻⁵ of its change in fp32. How: [export.md](export.md).
+`tools/make_compatibility.py` writes this page from `tests/support/compatibility.py`.
+`tests/contract/test_export.py` and `tests/contract/test_import.py` test every cell on small SD 1.5, SDXL and
+FLUX models. *Exact* means: the program of that format loads the file with no tensor missing and none
+unexpected, and the change of every layer equals ours to 10⁻⁵ of its size in fp32. How to export and import:
+[export.md](export.md).
+"""
+EXPORT_NOTES = """
+`merged` rounds once to the precision of the checkpoint and prints what the rounding loses. DoRA has two
+conventions of norm, chosen with `--dora_norm`. diffusers ignores kohya's `dora_scale`; use `--to diffusers`.
+
+### Several experts, by calibration
+
+The ΔW of several experts depends on the input. `--model BASE --calibrate PROMPTS` draws pictures with the
+adapter and exports the LoRA that is nearest over the inputs of all layers. The error is printed and stored in
+the metadata; the files hold the nearest LoRA exactly. Without `--calibrate` these adapters are refused.
+
 """
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    told = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in told) + "\n"
+    escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in escaped) + "\n"
 
 
 def page() -> str:
     """The page."""
-    spec = importlib.util.spec_from_file_location("compatibility", ROOT / "tests" / "compatibility.py")
+    spec = importlib.util.spec_from_file_location(
+        "compatibility", ROOT / "tests" / "support" / "compatibility.py"
+    )
     assert spec and spec.loader  # the file is there
     known = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(known)
 
     def cell(method: str, to: str) -> str:
-        held = [name for family, name in known.FAMILIES.items() if not known.refusal(family, method, to)]
+        families = [name for family, name in known.FAMILIES.items() if not known.refusal(family, method, to)]
         return (
             "–"
-            if not held
+            if not families
             else "exact"
-            if len(held) == len(known.FAMILIES)
-            else f"exact on {', '.join(held)}"
+            if len(families) == len(known.FAMILIES)
+            else f"exact on {', '.join(families)}"
         )
 
     exports = [
-        [f"`{m}`", told, *(cell(m, to) for to in FORMATS), "exact"] for m, told in known.METHODS.items()
+        [f"`{m}`", text, *(cell(m, to) for to in FORMATS), "exact"] for m, text in known.METHODS.items()
     ]
     routed = [
-        [f"`{m}`", told, *("–" if to == "qrlora" else "nearest" for to in FORMATS), "nearest"]
-        for m, told in known.ROUTED.items()
+        [f"`{m}`", text, *("–" if to == "qrlora" else "nearest" for to in FORMATS), "nearest"]
+        for m, text in known.ROUTED.items()
     ]
     formats = [
         [f"`{to}`", form.readers, known.READERS.get(to, "our own reader")] for to, form in FORMATS.items()
@@ -64,13 +78,7 @@ def page() -> str:
         INTRODUCTION
         + "\n## Exports\n\n"
         + table(["method", "as", *(f"`{to}`" for to in FORMATS), "`merged`"], exports)
-        + "\n`merged` rounds once to the precision of the checkpoint and says what that loses. DoRA has two "
-        "conventions\nof norm, `--dora_norm`; diffusers leaves kohya's `dora_scale` out, and reads "
-        "`--to diffusers`.\n"
-        + "\n### Several experts, by calibration\n\n"
-        + "Their ΔW depends on the input. `--model BASE --calibrate PROMPTS` draws pictures with the\n"
-        "adapter and exports the LoRA that is nearest over all its layers' inputs. What that loses is\n"
-        "printed and in the metadata; files hold that LoRA exactly. Without the flag they are refused.\n\n"
+        + EXPORT_NOTES
         + table(["method", "as", *(f"`{to}`" for to in FORMATS), "`merged`"], routed)
         + "\n## Formats\n\n"
         + table(["`--to`", "read by", "read back in the tests by"], formats)

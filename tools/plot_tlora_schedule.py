@@ -188,21 +188,22 @@ def document() -> str:
     schedules, samplings = _documented()
     parts = [
         "# T-LoRA: the schedule of ranks\n",
-        "Written by `python tools/plot_tlora_schedule.py --docs`; a test compares it with the code.\n",
+        "`python tools/plot_tlora_schedule.py --docs` writes this page; a test compares it with the code.\n",
         "    r(t) = ⌊((T − t)/T)^α (R − R_min)⌋ + R_min        T = 1000\n",
         "![open ranks over the timestep, and over the steps of two samplers](images/tlora_schedule.png)\n",
         table(schedules),
-        "With α = 1 all R ranks are open at t = 0 alone, which these samplers never visit: their last step "
-        "is at t = 1 or above.\nα > 1 opens ranks later in sampling, α < 1 earlier. FLUX spends most of its "
-        "steps near noise, so that one schedule is less\nadapter there than on SDXL.\n",
+        "R is the rank, R_min the ranks open at pure noise, α the exponent ([tlora.md](tlora.md)).\n"
+        "With α = 1 all R ranks are open only at t = 0. These samplers never visit it: their last step is at "
+        "t = 1 or above.\nα > 1 opens ranks later in sampling, α < 1 earlier. FLUX spends most of its steps "
+        "near noise.\nSo with one schedule, fewer ranks are open on average than on SDXL.\n",
     ]
     for steps in samplings:
         parts += [f"## {steps.name}\n", step_table(steps, schedules)]
     parts += [
         "## Against the numbers in SimpleTuner's guide\n",
-        "Its table for R 64, R_min 1 does not follow its own formula in 6 of 15 places: the rows of α = 2 "
-        "are nearly 1 − (t/T)², those of\nα = 0.5 are rounded instead of cut off. The formula holds, there "
-        "as here.\n",
+        "The guide's table for R 64, R_min 1 does not follow its own formula in 6 of 15 places. The rows of "
+        "α = 2 are nearly 1 − (t/T)²,\nthose of α = 0.5 are rounded up instead of down. SimpleTuner's code "
+        "follows the formula, and so does this program.\n",
         guide(),
     ]
     return "\n".join(parts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
         for name, value in pipe.unet.state_dict().items()
     }
     for name, value in pipe.vae.state_dict().items():
-        told = unet_names.vae_name(name, levels)
+        told = vae_name(name, levels)
         convolution = ".attn_1." in told and value.dim() == 2  # 1×1 there, linear here
         state[f"first_stage_model.{told}"] = value[:, :, None, None] if convolution else value
     clip = {
@@ -75,11 +76,74 @@ def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
     return {name: value.contiguous().clone() for name, value in state.items()}
 
 
+_VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
+# the second names are those of diffusers before 0.15
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"} | {
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+}
+_VAE_BLOCK = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)$")
+_VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.+)$")
+
+
+def vae_name(path: str, levels: int) -> str:
+    """The original name of a tensor of diffusers' AutoencoderKL; decoders count their levels from the end."""
+    if found := _VAE_MIDDLE.match(path):
+        side, kind, i, rest = found.groups()
+        if kind == "resnets":
+            return f"{side}.mid.block_{int(i) + 1}.{_renamed(rest, _VAE_RESNET)}"
+        return f"{side}.mid.attn_1.{_renamed(rest, _VAE_ATTENTION)}"
+    if found := _VAE_BLOCK.match(path):
+        side, way, i, kind, j, rest = found.groups()
+        level = int(i) if way == "down" else levels - 1 - int(i)
+        inner = f"block.{j}" if kind == "resnets" else f"{way}sample"
+        return f"{side}.{way}.{level}.{inner}.{_renamed(rest, _VAE_RESNET)}"
+    return path.replace(".conv_norm_out.", ".norm_out.")
+
+
+def _renamed(rest: str, table: dict[str, str]) -> str:
+    part, dot, kind = rest.rpartition(".")
+    return table.get(part, part) + dot + kind
+
+
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "text_projection.weight": "text_projection",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_CLIP_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+
+
+def open_clip_name(name: str) -> tuple[str, int | None]:
+    """Where OpenCLIP (the text encoder of SD 2 and SDXL's second) keeps a tensor of transformers' CLIP.
+
+    Its name, and for q, k and v, which are joined there, which third of the rows it is. `text_projection` is
+    transposed.
+    """
+    name = name.removeprefix("text_model.")
+    if found := _CLIP_LAYER.match(name):
+        layer, part, kind = found.groups()
+        if part.endswith(("q_proj", "k_proj", "v_proj")):
+            third = "qkv".index(part[-6])
+            return f"transformer.resblocks.{layer}.attn.in_proj_{kind}", third
+        return f"transformer.resblocks.{layer}.{_OPEN_CLIP_LAYER[part]}.{kind}", None
+    return _OPEN_CLIP.get(name, name.replace("final_layer_norm", "ln_final")), None
+
+
 def open_clip(state: dict[str, torch.Tensor], spare: bool) -> dict[str, torch.Tensor]:
     """A CLIP of transformers under OpenCLIP's names; `spare` adds the last layer, which SD 2 does not use."""
     found: dict[str, list] = {}
     for name, value in state.items():
-        told, third = unet_names.open_clip_name(name)
+        told, third = open_clip_name(name)
         found.setdefault(told, []).append((third or 0, value.T if told == "text_projection" else value))
     joined = {name: torch.cat([v for _, v in sorted(vs, key=lambda p: p[0])]) for name, vs in found.items()}
     if spare:

@@ -8,7 +8,6 @@ checksum of both.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -154,18 +154,18 @@ def _locked(cache: Path) -> Iterator[None]:
     """Hold the only lock of a cache folder; the system drops it when its process ends, however it ends."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        file = open(cache / ".lock", "a")  # noqa: SIM115 - closed below
+        lock = FileLock(cache / ".lock")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            locked = lock.acquire(timeout=0)
+        except Timeout:
             logger.warning("another process computes bases in %s; waiting for it", cache)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = lock.acquire()
     except OSError as error:
         raise Refused(
             f"the basis cache {cache} cannot be locked ({error}); name a writable folder on a local disk "
             "with --basis_cache_dir or LOWRANK_CACHE"
         ) from error
-    with file:
+    with locked:
         for left in cache.glob(".*.part"):  # from a killed run: whoever writes here holds the lock
             left.unlink()
         yield

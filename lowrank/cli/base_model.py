@@ -14,7 +14,7 @@ from lowrank.models.flux import FLUX
 from lowrank.models.sd import SD15
 from lowrank.models.sd_single import kind_of
 from lowrank.models.sdxl import SDXL
-from lowrank.models.single import Checkpoint, check_file, is_file
+from lowrank.models.single import check_file, is_file, open_checkpoint
 
 INDEX = "model_index.json"
 # the pipelines that a model folder may name
@@ -47,7 +47,7 @@ def check_folder(path: str) -> None:
 def model_family(source: Source) -> Family:
     """The family that a model folder, a hub id or an SD checkpoint file is of. Raises `Refused`."""
     if is_file(source.path):
-        file = Checkpoint(source.path)
+        file = open_checkpoint(source.path)
         if any("double_blocks." in key for key in file.shapes):
             check_folder(source.path)
         return SDXL if kind_of(file) == "sdxl" else SD15

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import re
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +14,15 @@ import torch
 from lowrank import __version__
 from lowrank.cli.adapter import read, warn_skipped
 from lowrank.errors import Refused
-from lowrank.formats import base_checkpoint, legacy_null, native_tlora, static
+from lowrank.formats import base_checkpoint, native_tlora, static
 from lowrank.formats.names import read_contents, read_layers
 from lowrank.formats.native import METHODS, Native, method_of, to_native
 from lowrank.formats.static import Plain
 from lowrank.formats.tlora import schedule_of, with_copies, without_copies, without_dead
 from lowrank.formats.verify import difference
 from lowrank.models.family import DTYPES, reading
-from lowrank.naming import keys, places
-from lowrank.tensors import read_names, read_tensors, write_tensors
+from lowrank.naming import places
+from lowrank.tensors import read_names, write_tensors
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # in PEFT's folders
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
@@ -48,7 +47,6 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--tlora_alpha", type=float, help="exponent of that schedule (1)")
     made.add_argument("--model", help="base model: what a basis, an official QR file or missing lengths need")
-    made.add_argument("--basis", help="basis file, for a file of the fork's null or universal networks")
     made.add_argument("--rank", type=int, help="rank of the basis (that of the adapter)")
     made.add_argument(
         "--basis_dtype",
@@ -70,12 +68,16 @@ def main(argv: list[str] | None = None) -> int:
         raise Refused(f"--rank {args.rank} is below 1; give 1 or more")
     if Path(args.target).resolve() == Path(args.source).resolve():
         raise Refused(f"{args.target} is the file that is read, which is not overwritten; give another name")
-    with tempfile.TemporaryDirectory() as folder:
-        source = args.source if Path(args.source).is_dir() else _readable(args, Path(folder))
-        if not Path(source).is_dir() and (told := _masked(args, source)):
-            print(told)
-            return 0
-        adapter = peft_folder(source, args.base) if Path(source).is_dir() else read(source, args.base)
+    folder = Path(args.source).is_dir()
+    if not folder and any(name.endswith(".alpha_up") for name in read_names(args.source)):
+        raise Refused(
+            f"{args.source} is a file of the null-LoRA fork (alpha_up, alpha_down), which leaves its basis "
+            "out; convert it with tools/legacy_files.py and the basis file that it was trained with"
+        )
+    if not folder and (report := _masked(args, args.source)):
+        print(report)
+        return 0
+    adapter = peft_folder(args.source, args.base) if folder else read(args.source, args.base)
     method = method_of(adapter) if args.method == "auto" else args.method
     base = base_checkpoint.BaseCheckpoint(args.model) if args.model else None
     precision = DTYPES[args.basis_dtype] if args.basis_dtype else None
@@ -148,32 +150,6 @@ def _masked(args: argparse.Namespace, source: str) -> str | None:
         f"{native_tlora.apart(layers, schedule, back, opened):.1e} of a layer's change apart at "
         f"t = {', '.join(map(str, native_tlora.TIMES))}"
     )
-
-
-def _readable(args: argparse.Namespace, folder: Path) -> str:
-    """The source, or what it is as a plain LoRA where it is a file of the fork's null networks."""
-    if not legacy_null.is_legacy(read_names(args.source)):
-        if args.basis:
-            raise Refused(
-                f"--basis is for the fork's files (alpha_up, alpha_down), and {args.source} is none; leave "
-                "it out"
-            )
-        return args.source
-    if not args.basis:
-        raise Refused(
-            f"{args.source} is of the fork's layout (alpha_up, alpha_down), which leaves its basis out; name "
-            "the basis file that it was trained with (--basis)"
-        )
-    state, _ = read_tensors(args.source)
-    pairs = legacy_null.plain_lora(state, read_tensors(args.basis)[0], args.source)
-    plain = {}
-    for name, (up, down) in pairs.items():
-        root = "lora_" + (name.replace("|", "_") if keys.is_flat_text(name) else f"unet_{name}")
-        plain |= {f"{root}.lora_up.weight": up, f"{root}.lora_down.weight": down}
-        plain[f"{root}.alpha"] = torch.tensor(float(len(down)))
-    path = folder / Path(args.source).name
-    write_tensors(path, plain, {})
-    return str(path)
 
 
 def _write(made: Native, target: str, dtype: torch.dtype | None, source: str) -> None:

@@ -33,22 +33,6 @@ class FluxOptions(FamilyOptions):
     apply_t5_attn_mask: bool = False  # hide T5's padding in T5 and in the denoiser
 
 
-def flux_dev_config() -> dict[str, Any]:
-    """FLUX.1-dev's transformer: 11,901,408,320 parameters, 19 double and 38 single blocks of width 3072."""
-    return {
-        "patch_size": 1,
-        "in_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": True,
-        "axes_dims_rope": (16, 56, 56),
-    }
-
-
 # ---------- text
 
 

@@ -70,7 +70,7 @@ def add_flux_components(models: Models, roles: Iterable[str]) -> None:
 
 
 def _vae_file(path: Path) -> single.Checkpoint:
-    return single.original_vae(single.Checkpoint(path))
+    return single.autoencoder_file(single.open_checkpoint(path))
 
 
 def _vae_config(models: Models) -> Mapping[str, Any]:

@@ -9,13 +9,12 @@ shapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     CLIPTextModel,
@@ -25,9 +24,8 @@ from transformers import (
 )
 
 from lowrank.errors import Refused
-from lowrank.models.components import without_bars
-from lowrank.models.family import Models, Source, complete, reading
-from lowrank.models.single import check_file, clip_config
+from lowrank.models.family import Models, Source, reading
+from lowrank.models.single import Checkpoint, check_file, clip_config, fill, filled_encoder, open_checkpoint
 from lowrank.naming import flux as flux_names
 
 VAE_FACTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}  # FLUX.1's autoencoder
@@ -60,20 +58,19 @@ def open_models(source: Source) -> Models:
                 f"--{option}, or give a diffusers folder"
             )
         check_file(option, path)
-    with reading("transformer", source.path), safe_open(source.path, framework="pt") as file:
-        shapes = {_plain(key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    config = transformer_config(shapes, source.path)
+    config = transformer_config(_file(source.path))
     dev = config["guidance_embeds"]
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev)
     return Models(source, Path(source.path), scheduler=scheduler, configs={"denoiser": config})
 
 
-def _plain(key: str) -> str:
-    return key.removeprefix("model.diffusion_model.")
+def _file(path: str | Path) -> Checkpoint:
+    return open_checkpoint(path).under("model.diffusion_model.", "")
 
 
-def transformer_config(shapes: dict[str, tuple[int, ...]], where: str | Path) -> dict[str, Any]:
+def transformer_config(file: Checkpoint) -> dict[str, Any]:
     """diffusers' configuration from the shapes of a BFL checkpoint; `Refused` when it is not one."""
+    shapes = file.shapes
     blocks = [(found[1], int(found[2])) for key in shapes if (found := _BLOCK.match(key))]
     head_of = "single_blocks.0.norm.query_norm.scale"
     needed = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", head_of)
@@ -81,7 +78,9 @@ def transformer_config(shapes: dict[str, tuple[int, ...]], where: str | Path) ->
         if key not in shapes:
             ours = "x_embedder.weight" in shapes
             hint = "it is in diffusers' layout: give its folder" if ours else "it is another model"
-            raise Refused(f"{where} is no FLUX transformer of Black Forest Labs' layout (no {key}); {hint}")
+            raise Refused(
+                f"{file.path} is no FLUX transformer of Black Forest Labs' layout (no {key}); {hint}"
+            )
     width, head = shapes["img_in.weight"][0], shapes[head_of][0]
     return {
         "patch_size": 1,
@@ -99,7 +98,7 @@ def transformer_config(shapes: dict[str, tuple[int, ...]], where: str | Path) ->
 
 def to_diffusers(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The diffusers tensors that one BFL tensor becomes; nothing for a name that is not the transformer's."""
-    module, _, kind = _plain(key).rpartition(".")
+    module, _, kind = key.rpartition(".")
     for ours, piece in flux_names.modules(module):
         rows = value.shape[0] // piece.total
         part = value[piece.start * rows : piece.stop * rows] if piece.total > 1 else value
@@ -110,40 +109,26 @@ def to_diffusers(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def transformer(path: Path, dtype: torch.dtype) -> nn.Module:
     """The DiT file as diffusers' FluxTransformer2DModel in `dtype`; float8 files are widened."""
-    with reading("transformer", path), safe_open(path, framework="pt") as file:
-        keys = list(file.keys())
-        config = transformer_config(
-            {_plain(key): tuple(file.get_slice(key).get_shape()) for key in keys}, path
-        )
-        with torch.device("meta"):
-            model = FluxTransformer2DModel(**config)
-        state = {}
-        for key in keys:
-            for ours, value in to_diffusers(key, file.get_tensor(key)):
-                state[ours] = value.to(dtype).clone()
-        missing = model.load_state_dict(state, strict=False, assign=True).missing_keys
-    complete("transformer", path, {"missing_keys": missing})
-    return model
+    file = _file(path)
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(**transformer_config(file))
+    tensors = (piece for key, value in file.read(file.shapes) for piece in to_diffusers(key, value))
+    return fill(model, path, tensors, dtype)
 
 
 def text_encoder(kind: Any, path: Path, dtype: torch.dtype) -> nn.Module:
     """CLIP-L or T5-XXL from one file in transformers' names (clip_l.safetensors, t5xxl_fp16.safetensors)."""
-    with reading(kind.__name__, path), without_bars(), safe_open(path, framework="pt") as file:
-        state = {
-            key: file.get_tensor(key).to(dtype)
-            for key in file.keys()  # noqa: SIM118
-            if not key.startswith(("logit_scale", "text_projection", "decoder."))
-        }
+    others = ("logit_scale", "text_projection", "decoder.")
+    with reading(kind.__name__, path):
+        file = open_checkpoint(path)
+        names = [name for name in file.shapes if not name.startswith(others)]
         configure = {CLIPTextModel: clip_config}.get(kind, t5_config)
-        config = configure({k: tuple(v.shape) for k, v in state.items()})
-        model, info = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
-    complete(kind.__name__, path, info)
-    return model
+        config = configure({name: file.shapes[name] for name in names})
+        state = {name: value.to(dtype) for name, value in file.read(names)}
+    return filled_encoder(kind, config, state, dtype, path)
 
 
-def t5_config(shapes: dict[str, tuple[int, ...]]) -> T5Config:
+def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
     """T5 v1.1's configuration."""
     layer = "encoder.block.0.layer"
     buckets, heads = shapes[f"{layer}.0.SelfAttention.relative_attention_bias.weight"]

@@ -49,31 +49,37 @@ def prediction(models: Models) -> str:
 # ---------- text
 
 
-def _encode(models: Models, captions: Sequence[str], options: SdOptions) -> Tensor:
+def conditions(models: Models, captions: Sequence[str], options: SdOptions = PLAIN) -> dict[str, Tensor]:
+    """`context` (B, 75·n + 2, D), with gradient where an encoder is trained."""
     tokens = [
         clip_text.tokenize(models.tokenizers[0], caption, options.chunks, options.weighted_captions)
         for caption in captions
     ]
-    return clip_text.hidden(models.text_encoders[0], tokens, options.clip_skip, final_norm=True)[0]
+    return {
+        "context": clip_text.hidden(models.text_encoders[0], tokens, options.clip_skip, final_norm=True)[0]
+    }
 
 
 @torch.no_grad()
-def encode_text(models: Models, captions: list[str], options: SdOptions = PLAIN) -> list[dict[str, Tensor]]:
-    """One CPU dictionary per caption: `context` (75·n + 2, D), in the encoder's dtype.
+def encode_text(
+    models: Models,
+    captions: list[str],
+    options: SdOptions = PLAIN,
+    encode: Callable[..., dict[str, Tensor]] = conditions,
+) -> list[dict[str, Tensor]]:
+    """One CPU dictionary per caption: the tensors of `encode` without B, in the encoders' dtype.
 
     Captions are encoded one by one, so that what is cached does not depend on its neighbours.
     """
-    return [{"context": _encode(models, [caption], options)[0].cpu()} for caption in captions]
+    return [
+        {key: value[0].cpu() for key, value in encode(models, [caption], options).items()}
+        for caption in captions
+    ]
 
 
 def keep_trained_text(models: Models) -> list[nn.Module]:
     """The text encoders that adapters can train: all there are."""
     return list(models.text_encoders)
-
-
-def trained_text(models: Models, captions: list[str], options: SdOptions = PLAIN) -> dict[str, Tensor]:
-    """What `encode_text` gives, stacked, with gradient: `context` (B, 75·n + 2, D)."""
-    return {"context": _encode(models, captions, options)}
 
 
 # ---------- denoising
@@ -95,12 +101,22 @@ def denoise(
 ) -> Tensor:
     """What the U-Net predicts (B, C, h, w), ε or v, in its own dtype.
 
-    `noisy` (B, C, h, w), `timesteps` (B,) in 0..999, `text` of B captions or of one for all.
+    `noisy` (B, C, h, w), `timesteps` (B,) in 0..999; `text` of B captions or of one for all, for SDXL with
+    `pooled` and with the `time_ids` of the pictures.
     """
-    model = bare(denoiser)
-    context = text["context"].to(noisy.device, model.dtype).expand(len(noisy), -1, -1)
+    model, device, B = bare(denoiser), noisy.device, len(noisy)
+    added = {}
+    if "pooled" in text:
+        added["added_cond_kwargs"] = {
+            "text_embeds": text["pooled"].to(device, model.dtype).expand(B, -1),
+            "time_ids": text["time_ids"].to(device).expand(B, -1),
+        }
     return denoiser(
-        noisy.to(model.dtype), timesteps.to(noisy.device), encoder_hidden_states=context, return_dict=False
+        noisy.to(model.dtype),
+        timesteps.to(device),
+        encoder_hidden_states=text["context"].to(device, model.dtype).expand(B, -1, -1),
+        **added,
+        return_dict=False,
     )[0]
 
 
@@ -220,7 +236,7 @@ SD15 = Family(
     decode=decode,
     encode_text=encode_text,
     keep_trained_text=keep_trained_text,
-    trained_text=trained_text,
+    trained_text=conditions,
     empty=empty,
     denoise=denoise,
     pipeline=pipeline,

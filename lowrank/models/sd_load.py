@@ -117,7 +117,7 @@ def _open_file(source: Source) -> Models:
     facts = sd_single.published_config(_kind(models))
     unet = file.under(sd_single.UNET)
     config = sd_single.unet_config(unet) | {"sample_size": facts["unet"]["sample_size"]}
-    config |= unet.told.get("unet", {})
+    config |= unet.configs.get("unet", {})
     if takes_sizes(config):  # six numbers, each embedded, and the pooled text
         pooled = file.shapes["conditioner.embedders.1.model.text_projection"][1]
         config["addition_time_embed_dim"] = (config["projection_class_embeddings_input_dim"] - pooled) // 6
@@ -129,7 +129,7 @@ def _open_file(source: Source) -> Models:
 def _file(models: Models) -> single.Checkpoint:
     """The whole checkpoint file, its table read once."""
     if "file" not in models.held:
-        models.held["file"] = single.Checkpoint(models.root)
+        models.held["file"] = single.open_checkpoint(models.root)
     return models.held["file"]
 
 
@@ -138,12 +138,11 @@ def _kind(models: Models) -> str:
 
 
 def _vae_file(models: Models, root: Path) -> single.Checkpoint:
-    file = _whole(models, root)
-    return single.original_vae(file.under("first_stage_model.") if root == models.root else file)
+    return single.autoencoder_file(_whole(models, root))
 
 
 def _whole(models: Models, root: Path) -> single.Checkpoint:
-    return _file(models) if root == models.root else single.Checkpoint(root)
+    return _file(models) if root == models.root else single.open_checkpoint(root)
 
 
 def _vae_config(models: Models) -> Mapping[str, Any]:

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import lowrank
 from lowrank.errors import Refused
-from lowrank.models.components import without_bars
-from lowrank.models.family import complete, reading
-from lowrank.models.single import Checkpoint, clip_config, fill
+from lowrank.models.family import reading
+from lowrank.models.single import Checkpoint, clip_config, fill, filled_encoder
 from lowrank.naming import unet as unet_names
 
 UNET = "model.diffusion_model."
@@ -115,64 +115,43 @@ def unet(file: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype) -> nn.
     """The U-Net of a file as diffusers' UNet2DConditionModel in `dtype`."""
     with reading("U-Net", file.path), torch.device("meta"):
         model: Any = UNet2DConditionModel.from_config(dict(config))
-    return fill(model, file, partial(unet_names.unet_name, blocks=unet_names.Blocks.of(model)), dtype)
+    blocks = unet_names.Blocks.of(model)
+    names = {unet_names.unet_name(name, blocks): name for name in model.state_dict()}
+    stored = file.read(original for original in names if original in file.shapes)
+    return fill(model, file.path, ((names[original], value) for original, value in stored), dtype)
 
 
 # ---------- text encoders
 
 
-def _open_clip(file: Checkpoint, layers: int) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of an OpenCLIP text encoder under transformers' names, its first `layers` layers."""
-    names = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
-    names += [f"final_layer_norm.{kind}" for kind in ("weight", "bias")]
-    parts = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
-    attention = tuple(f"self_attn.{one}_proj" for one in ("q", "k", "v", "out"))
-    names += [
-        f"encoder.layers.{layer}.{part}.{kind}"
-        for layer in range(layers)
-        for part in (*parts, *attention)
-        for kind in ("weight", "bias")
-    ]
-    names += ["text_projection.weight"] if "text_projection" in file.shapes else []
-    told = {name: unet_names.open_clip_name(name) for name in names}
-    stored = dict(file.read({where for where, _ in told.values() if where in file.shapes}))
-    for name, (where, third) in told.items():
-        if where not in stored:
-            continue
-        value = stored[where] if third is None else stored[where].chunk(3)[third]
-        projects = name == "text_projection.weight"
-        yield (name, value.T) if projects else (f"text_model.{name}", value)
+def _open_clip(file: Checkpoint, prefix: str, whole: bool) -> dict[str, Tensor]:
+    """Tensors of an OpenCLIP text encoder under transformers' names; not `whole`: without its last layer."""
+    blocks = f"{prefix}transformer.resblocks."
+    count = len({name.removeprefix(blocks).split(".")[0] for name in file.shapes if name.startswith(blocks)})
+    left_out = () if whole else (f"{blocks}{count - 1}.",)
+    names = [name for name in file.shapes if name.startswith(prefix) and not name.startswith(left_out)]
+    # the width is all that it looks at
+    model = SimpleNamespace(config=CLIPTextConfig(hidden_size=file.shapes[f"{prefix}ln_final.weight"][0]))
+    return convert_open_clip_checkpoint(model, dict(file.read(names)), prefix)
 
 
 def text_encoder(file: Checkpoint, kind: str, index: int, dtype: torch.dtype) -> nn.Module:
     """One text encoder of a whole file as transformers' class in `dtype`."""
     prefix, open_clip = ENCODERS[kind][index]
-    file = file.under(prefix)
     known = published_config(kind)[f"text_encoder{'' if index == 0 else f'_{index + 1}'}"]
-    with reading("text encoder", file.path), without_bars():
+    with reading("text encoder", file.path):
         if open_clip:
-            count = len({k.split(".")[2] for k in file.shapes if k.startswith("transformer.resblocks.")})
             # SD 2 was trained on the last layer but one, and its published encoder ends there
-            state = dict(_open_clip(file, count - (kind == "sd2")))
+            state = _open_clip(file, prefix, whole=kind != "sd2")
         else:
-            # the oldest files lack the level; the ids are a table of 0…76
-            state = {f"text_model.{n.removeprefix('text_model.')}": n for n in file.shapes}
-            state = {n: t for n, t in state.items() if not n.endswith(("position_ids", "logit_scale"))}
-            stored = dict(file.read(state.values()))
-            state = {name: stored[theirs] for name, theirs in state.items()}
+            file = file.under(prefix)
+            names = [name for name in file.shapes if not name.endswith(("position_ids", "logit_scale"))]
+            # the oldest files lack the level text_model; the ids, left out, are a table of 0…76
+            state = {f"text_model.{n.removeprefix('text_model.')}": value for n, value in file.read(names)}
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         config = clip_config(shapes, hidden_act=known["hidden_act"], layer_norm_eps=known["layer_norm_eps"])
-        return _encoder(config, {k: v.to(dtype).contiguous() for k, v in state.items()}, index, dtype, file)
-
-
-def _encoder(
-    config: CLIPTextConfig, state: dict[str, Tensor], index: int, dtype: torch.dtype, file: Checkpoint
-) -> nn.Module:
-    made: Any = CLIPTextModelWithProjection if index else CLIPTextModel
     if not index:
         state.pop("text_projection.weight", None)
-    model, info = made.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    return filled_encoder(
+        CLIPTextModelWithProjection if index else CLIPTextModel, config, state, dtype, file.path
     )
-    complete("text encoder", file.path, info)
-    return model

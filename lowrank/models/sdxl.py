@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank.models import clip_text
 from lowrank.models.family import Models, bare
 from lowrank.models.samplers import build_sampler as sampler_of
-from lowrank.models.sd import PLAIN, SD15, SdOptions, sample
+from lowrank.models.sd import PLAIN, SD15, SdOptions, encode_text, sample
 from lowrank.models.sd_load import load_xl, model_hash_xl
 
 _LAYER = 2  # the last but one, whatever --clip_skip says
 
 
-def _encode(models: Models, captions: Sequence[str], options: SdOptions) -> dict[str, Tensor]:
+def conditions(models: Models, captions: Sequence[str], options: SdOptions = PLAIN) -> dict[str, Tensor]:
+    """`context` (B, 75·n + 2, D₁ + D₂) and `pooled` (B, P), with gradient where an encoder is trained."""
     states = []
     pooled = torch.empty(0)
     for encoder, tokenizer in zip(models.text_encoders, models.tokenizers, strict=True):
@@ -38,47 +39,9 @@ def _encode(models: Models, captions: Sequence[str], options: SdOptions) -> dict
     return {"context": torch.cat(states, dim=-1), "pooled": pooled}
 
 
-@torch.no_grad()
-def encode_text(models: Models, captions: list[str], options: SdOptions = PLAIN) -> list[dict[str, Tensor]]:
-    """One CPU dictionary per caption: `context` (75·n + 2, D₁ + D₂) and `pooled` (P,)."""
-    return [
-        {key: value[0].cpu() for key, value in _encode(models, [caption], options).items()}
-        for caption in captions
-    ]
-
-
-def trained_text(models: Models, captions: list[str], options: SdOptions = PLAIN) -> dict[str, Tensor]:
-    """What `encode_text` gives, stacked, with gradient."""
-    return _encode(models, captions, options)
-
-
 def size_conditions(originals: Tensor, crops: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """`time_ids` (B, 6): the original's height and width, the crop's top and left, the target's sides."""
     return {"time_ids": torch.cat([originals, crops, targets], dim=1)}
-
-
-def denoise(
-    denoiser: nn.Module,
-    noisy: Tensor,
-    timesteps: Tensor,
-    text: Mapping[str, Tensor],
-    options: SdOptions = PLAIN,
-) -> Tensor:
-    """What the U-Net predicts (B, C, h, w), ε or v, in its own dtype.
-
-    `noisy` (B, C, h, w), `timesteps` (B,) in 0..999; `text` with `time_ids` of B pictures or of one for all.
-    """
-    model, device, B = bare(denoiser), noisy.device, len(noisy)
-    return denoiser(
-        noisy.to(model.dtype),
-        timesteps.to(device),
-        encoder_hidden_states=text["context"].to(device, model.dtype).expand(B, -1, -1),
-        added_cond_kwargs={
-            "text_embeds": text["pooled"].to(device, model.dtype).expand(B, -1),
-            "time_ids": text["time_ids"].to(device).expand(B, -1),
-        },
-        return_dict=False,
-    )[0]
 
 
 def pipeline(models: Models, sampler: str | None = None) -> StableDiffusionXLPipeline:
@@ -100,10 +63,9 @@ SDXL = dataclasses.replace(
     base_model_version=lambda models: "sdxl_base_v1-0",
     architecture=lambda models: "stable-diffusion-xl-v1-base",
     load=load_xl,
-    encode_text=encode_text,
-    trained_text=trained_text,
+    encode_text=functools.partial(encode_text, encode=conditions),
+    trained_text=conditions,
     size_conditions=size_conditions,
-    denoise=denoise,
     pipeline=pipeline,
     sample=functools.partial(sample, build=pipeline),  # told the picture's own sizes
     model_hash=model_hash_xl,

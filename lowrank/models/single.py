@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from lowrank.errors import Refused
+from lowrank.models.components import without_bars
 from lowrank.models.family import Source, complete, reading
-from lowrank.naming import unet as unet_names
 from lowrank.tensors import read_tensors
 
 SUFFIXES = (".safetensors", ".sft")
@@ -38,114 +40,123 @@ def check_file(option: str, path: str, pickles: bool = False) -> None:
         )
 
 
+@dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of one file under names without `prefixes`; shapes are known before anything is read.
+    """The tensors of one file under names of their own; shapes are known before anything is read."""
 
-    `told` are parts of configurations that a file says of itself (tools/single_file.py).
-    """
-
-    def __init__(self, path: str | Path, prefixes: tuple[str, ...] = ("",)) -> None:
-        self.path, self._held, self.told = Path(path), None, {}
-        if self.path.suffix in SUFFIXES:
-            with reading("checkpoint", path), safe_open(path, framework="pt") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-                self.told = json.loads((file.metadata() or {}).get(CONFIGS, "{}"))
-        else:  # only tensors are taken out of a pickle, never code
-            self._held, _ = read_tensors(path)
-            shapes = {key: tuple(value.shape) for key, value in self._held.items()}
-        self._keys: dict[str, str] = {}
-        for prefix in prefixes:
-            for key in shapes:
-                if key.startswith(prefix):
-                    self._keys.setdefault(key.removeprefix(prefix), key)
-        self.shapes = {name: shapes[key] for name, key in self._keys.items()}
+    path: Path
+    keys: Mapping[str, str]  # name here -> key in the file
+    shapes: Mapping[str, tuple[int, ...]]
+    configs: Mapping[str, Any] = field(default_factory=dict)  # {part: what its shapes do not tell}
+    pickled: Mapping[str, Tensor] | None = None  # what was taken out of a pickle, which is read as a whole
 
     def under(self, *prefixes: str) -> Checkpoint:
         """The same file, seen through the first of the prefixes that occurs in it; empty if none does."""
-        other = object.__new__(Checkpoint)
-        other.path, other._held, other.told = self.path, self._held, self.told
-        found = next((p for p in prefixes if any(name.startswith(p) for name in self._keys)), None)
-        other._keys = {
-            name.removeprefix(found): key
-            for name, key in self._keys.items()
-            if found is not None and name.startswith(found)
-        }
-        other.shapes = {name: self.shapes[f"{found}{name}"] for name in other._keys}
-        return other
+        prefix = next((p for p in prefixes if any(name.startswith(p) for name in self.keys)), None)
+        names = [name for name in self.keys if prefix is not None and name.startswith(prefix)]
+        return replace(
+            self,
+            keys={name.removeprefix(prefix or ""): self.keys[name] for name in names},
+            shapes={name.removeprefix(prefix or ""): self.shapes[name] for name in names},
+        )
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors as stored, one at a time."""
-        if self._held is not None:
-            yield from ((name, self._held[self._keys[name]]) for name in names)
+        if self.pickled is not None:
+            yield from ((name, self.pickled[self.keys[name]]) for name in names)
             return
         with reading("checkpoint", self.path), safe_open(self.path, framework="pt") as file:
-            yield from ((name, file.get_tensor(self._keys[name])) for name in names)
+            yield from ((name, file.get_tensor(self.keys[name])) for name in names)
 
 
-def fill(model: nn.Module, file: Checkpoint, spelled: Callable[[str], str], dtype: torch.dtype) -> nn.Module:
-    """Give a model on the meta device its values: of each tensor what the file holds under `spelled(name)`.
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The table of a checkpoint file. Of a pickle only tensors are taken, never code."""
+    path, configs, tensors = Path(path), {}, None
+    if path.suffix in SUFFIXES:
+        with reading("checkpoint", path), safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            configs = json.loads((file.metadata() or {}).get(CONFIGS, "{}"))
+    else:
+        tensors, _ = read_tensors(path)
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    return Checkpoint(path, {key: key for key in shapes}, shapes, configs, tensors)
+
+
+def fill(
+    model: nn.Module, where: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> nn.Module:
+    """Give a model on the meta device its values, tensor by tensor; names that it has not are left out.
 
     A 1×1 convolution fills a linear layer of as many values. Raises `Refused` for a tensor that is missing or
     of another size.
     """
-    empty = model.state_dict()
-    wanted = {spelled(name): name for name in empty}
-    missing = [theirs for theirs in wanted if theirs not in file.shapes]
-    complete(type(model).__name__, file.path, {"missing_keys": missing})
-    odd, state = [], {}
-    for theirs, tensor in file.read(wanted):
-        shape = empty[wanted[theirs]].shape
+    empty, state, odd = model.state_dict(), {}, []
+    for name, tensor in tensors:
+        shape = empty[name].shape if name in empty else None
+        if shape is None:
+            continue
         if tensor.numel() != shape.numel() or tensor.shape[:1] != shape[:1]:
-            odd.append(theirs)
+            odd.append(name)
         else:
-            state[wanted[theirs]] = tensor.reshape(shape).to(dtype).clone()
-    complete(type(model).__name__, file.path, {"mismatched_keys": odd})
+            state[name] = tensor.reshape(shape).to(dtype).clone()
+    missing = empty.keys() - state.keys() - set(odd)
+    complete(type(model).__name__, where, {"missing_keys": missing, "mismatched_keys": odd})
     model.load_state_dict(state, assign=True)
     return model
 
 
+# diffusers' names of an attention's layers before 0.15
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def under_diffusers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An autoencoder's tensors under diffusers' names, from the original ones or older ones of diffusers."""
+    if any(".mid_block." in name for name in tensors):
+        parts = ((name.rsplit(".", 2), value) for name, value in tensors.items())
+        return {".".join([*a, _OLD_ATTENTION.get(b, b), c]): value for (*a, b, c), value in parts}
+    levels = {name.split(".")[2] for name in tensors if name.startswith("encoder.down.")}
+    blocks = dict.fromkeys(("down_block_types", "up_block_types"), sorted(levels))  # it counts them
+    return convert_ldm_vae_checkpoint(dict(tensors), blocks)
+
+
+def autoencoder_file(file: Checkpoint) -> Checkpoint:
+    """A file of an autoencoder, or the autoencoder of a whole one, without a prefix."""
+    return file.under("first_stage_model.", "vae.", "")
+
+
 def autoencoder_config(file: Checkpoint, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' configuration of an autoencoder from the shapes of its original tensors; `facts` are what
-    shapes do not tell."""
-    shapes = file.shapes
-    if "encoder.conv_out.weight" not in shapes:
+    """diffusers' configuration of an autoencoder from its tensors' shapes; `facts` are what these do not
+    tell."""
+    if "encoder.conv_out.weight" not in file.shapes:
         raise Refused(f"{file.path} holds no VAE (no encoder.conv_out.weight); give a file or folder of one")
     with reading("vae", file.path):
-        levels = 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.down."))
-        widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
-        layers = len({key.split(".")[4] for key in shapes if key.startswith("encoder.down.0.block.")})
-        channels = shapes["encoder.conv_out.weight"][0] // 2
+        empty = {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
+        shapes = {name: tuple(value.shape) for name, value in under_diffusers_names(empty).items()}
+        first = "encoder.down_blocks.{}.resnets.0.conv1.weight".format
+        levels = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down_blocks.")})
+        widths = [shapes[first(level)][0] for level in range(levels)]
+        layers = {k.split(".")[4] for k in shapes if k.startswith("encoder.down_blocks.0.resnets.")}
     return {
         **facts,
         "block_out_channels": widths,
-        "layers_per_block": layers,
-        "latent_channels": channels,
+        "layers_per_block": len(layers),
+        "latent_channels": shapes["encoder.conv_out.weight"][0] // 2,
         "norm_num_groups": min(32, widths[0]),
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        **file.told.get("vae", {}),
+        **file.configs.get("vae", {}),
     }
 
 
 def autoencoder(file: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """An autoencoder's original tensors as diffusers' AutoencoderKL."""
-    levels = len(config["block_out_channels"])
-    with reading("vae", file.path), torch.device("meta"):
-        model: Any = AutoencoderKL.from_config(dict(config))
-    return fill(model, file, lambda name: unet_names.vae_name(name, levels), dtype)
-
-
-def original_vae(file: Checkpoint) -> Checkpoint:
-    """A file of an autoencoder under the original names: without a prefix, and out of diffusers' names."""
-    file = file.under("first_stage_model.", "vae.", "")
-    ups = [key for key in file.shapes if key.startswith("decoder.up_blocks.")]
-    if ups:
-        levels = 1 + max(int(key.split(".")[2]) for key in ups)
-        file._keys = {unet_names.vae_name(name, levels): key for name, key in file._keys.items()}
-        file.shapes = {unet_names.vae_name(name, levels): shape for name, shape in file.shapes.items()}
-    return file
+    """The autoencoder of `autoencoder_file` as diffusers' AutoencoderKL."""
+    with reading("vae", file.path):
+        with torch.device("meta"):
+            model: Any = AutoencoderKL.from_config(dict(config))
+        tensors = under_diffusers_names(dict(file.read(file.shapes)))
+    return fill(model, file.path, tensors.items(), dtype)
 
 
 def clip_config(shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> CLIPTextConfig:
@@ -167,6 +178,19 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> CLIPText
         pad_token_id=vocabulary - 1,
         **facts,
     )
+
+
+def filled_encoder(
+    kind: Any, config: Any, state: Mapping[str, Tensor], dtype: torch.dtype, where: Path
+) -> nn.Module:
+    """A text encoder of transformers with these tensors, in `dtype`; `Refused` where some are missing."""
+    with reading(kind.__name__, where), without_bars():
+        cast = {name: value.to(dtype).contiguous() for name, value in state.items()}
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=cast, dtype=dtype, output_loading_info=True
+        )
+    complete(kind.__name__, where, info)
+    return model
 
 
 def hub_tokenizer(kind: Any, name: str, source: Source, subfolder: str | None = None) -> Any:

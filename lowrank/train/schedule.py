@@ -1,17 +1,16 @@
 """Learning-rate schedules, and the plan of steps and epochs.
 
-A schedule is the factor on the rate as a function of the optimizer step. The formulas are those of
-diffusers.optimization and transformers.optimization, which kohya's scripts call. All but `constant` and
-`piecewise_constant` begin with a linear warm-up.
+A schedule is the factor on the rate as a function of the optimizer step. It comes from diffusers.optimization
+or, where diffusers has none, from transformers.optimization, as in kohya's scripts. All but `constant`
+and `piecewise_constant` begin with a linear warm-up.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -23,7 +22,7 @@ from lowrank.train.optim import import_class, schedule_free
 
 log = logging.getLogger(__name__)
 
-LAST_RATE = 1e-7  # where `polynomial` ends, as in transformers
+LAST_RATE = 1e-7  # where `polynomial` ends, as in diffusers
 
 
 @dataclass(frozen=True)
@@ -43,74 +42,46 @@ class Curve:
 
 def rate_factor(name: str, curve: Curve) -> Callable[[int], float]:
     """The schedule `name` as a function of the step. Raises `Refused` for malformed `rules`."""
-    if name == "constant":
-        return lambda step: 1.0
-    if name == "piecewise_constant":
-        return _piecewise(curve.rules)
-    if name == "warmup_stable_decay":  # warms up from the floor, not from 0
-        return lambda step: _warmup_stable_decay(step, curve)
-    after = {
-        "constant_with_warmup": lambda step, c: 1.0,
-        "linear": lambda step, c: max(0.0, 1 - _progress(step, c)),
-        "cosine": lambda step, c: _half_cosine(_progress(step, c)),
-        "cosine_with_restarts": _restarts,
-        "polynomial": _polynomial,
-        "inverse_sqrt": _inverse_sqrt,
-        "cosine_with_min_lr": lambda step, c: _raised(_half_cosine(c.cycles * _progress(step, c)), c),
-    }[name]
-    return lambda step: step / curve.warmup if step < curve.warmup else after(step, curve)
+    from diffusers.optimization import get_scheduler  # only here: a command line needs neither
+    from transformers import optimization as transformers
 
-
-def _progress(step: int, curve: Curve) -> float:
-    """0 at the end of the warm-up, 1 at the last step."""
-    return (step - curve.warmup) / max(1, curve.steps - curve.warmup)
-
-
-def _half_cosine(progress: float) -> float:
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def _raised(value: float, curve: Curve) -> float:
-    """[0, 1] squeezed into [floor, 1]."""
-    return curve.floor + (1 - curve.floor) * value
-
-
-def _restarts(step: int, curve: Curve) -> float:
-    progress = _progress(step, curve)
-    return 0.0 if progress >= 1 else _half_cosine(curve.cycles * progress % 1)
-
-
-def _polynomial(step: int, curve: Curve) -> float:
-    return curve.end + (1 - curve.end) * max(0.0, 1 - _progress(step, curve)) ** curve.power
-
-
-def _inverse_sqrt(step: int, curve: Curve) -> float:
-    scale = curve.timescale or curve.warmup or 10_000
-    return 1 / math.sqrt((step - curve.warmup + scale) / scale)
-
-
-def _warmup_stable_decay(step: int, curve: Curve) -> float:
-    if step < curve.warmup:
-        return _raised(step / curve.warmup, curve)
-    decayed = step - (curve.steps - curve.decay)
-    if decayed < 0:
-        return 1.0
-    if decayed >= curve.decay:
-        return curve.floor
-    return _raised(_half_cosine(curve.cycles * decayed / curve.decay), curve)
-
-
-def _piecewise(rules: str) -> Callable[[int], float]:
+    if name in ("linear", "polynomial"):
+        end, power = (0.0, 1.0) if name == "linear" else (curve.end, curve.power)
+        return lambda step: _polynomial(step, curve, end, power)
+    carrier = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the libraries hang a schedule on an optimizer
+    lengths = {"num_warmup_steps": curve.warmup, "num_training_steps": curve.steps}
+    waves = curve.cycles / 2  # a cycle goes down, a wave down and up
+    arguments = {
+        "inverse_sqrt": {"timescale": curve.timescale or None},
+        "cosine_with_min_lr": {"num_cycles": waves, "min_lr_rate": curve.floor},
+        "warmup_stable_decay": {
+            "num_cycles": waves,
+            "min_lr_ratio": curve.floor,
+            "num_decay_steps": curve.decay,
+        },
+    }
+    if name in arguments:
+        made: Any = transformers.get_scheduler(
+            name, carrier, **lengths, scheduler_specific_kwargs=arguments[name]
+        )
+        return made.lr_lambdas[0]
     try:
-        *parts, last = rules.split(",")
-        pieces = sorted((int(until), float(value)) for value, until in (part.split(":") for part in parts))
-        rest = float(last)
+        made = get_scheduler(name, carrier, curve.rules, **lengths, num_cycles=curve.cycles)
+        return made.lr_lambdas[0]
     except ValueError as error:
         raise Refused(
-            f"--lr_scheduler_args step_rules={rules!r} is not of the form 1:10,0.1:20,0.01: factor 1 before "
-            "step 10, 0.1 before step 20, then 0.01"
+            f"--lr_scheduler_args step_rules={curve.rules!r} is not of the form 1:10,0.1:20,0.01: factor 1 "
+            "before step 10, 0.1 before step 20, then 0.01"
         ) from error
-    return lambda step: next((value for until, value in pieces if step < until), rest)
+
+
+def _polynomial(step: int, curve: Curve, end: float, power: float) -> float:
+    """From 1 to `end`. Not diffusers': after a warm-up as long as the run its `linear` is 0 and its
+    `polynomial` divides by 0, which also refuses every rate up to LAST_RATE."""
+    if step < curve.warmup:
+        return step / curve.warmup
+    left = max(0.0, 1 - (step - curve.warmup) / max(1, curve.steps - curve.warmup))
+    return end + (1 - end) * left**power
 
 
 class RunPlan(NamedTuple):

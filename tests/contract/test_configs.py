@@ -1,0 +1,49 @@
+"""Every file in configs/ is what its first lines say: it parses, its data sets exist, its method is built."""
+
+from __future__ import annotations
+
+import pytest
+from repository import ROOT
+
+from lowrank.cli.resolve import with_network
+from lowrank.config.flux import FLUX_TRAIN
+from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
+from lowrank.data.scan import from_config, scan
+from lowrank.objective.diffusion import Diffusion
+from lowrank.train.network_module import facade_of, find_module
+from lowrank.train.optim import chosen
+
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_begins_with_what_it_is_and_its_command(path):
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"configs/{path.name}" in head and "Result:" in head
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.name.startswith("flux_")], ids=lambda p: p.stem)
+def test_a_flux_config_parses_and_names_a_method(path, monkeypatch):
+    monkeypatch.chdir(path.parent.parent)
+    more = ["--train_data_dir", "assets"] if "kohya" in path.name else []
+    parsed = with_network(FLUX_TRAIN.parse(["--config_file", str(path), *more]), "networks.delta_r_triu")
+    assert parsed.notes == ()
+    assert facade_of(find_module(parsed.value("network_module"))) is not None
+    chosen(parsed.optimizer)
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.name.startswith("sd")], ids=lambda p: p.stem)
+def test_an_sd_config_parses_and_names_a_method(path):
+    surface = SDXL_TRAIN if path.name.startswith("sdxl") else SD_TRAIN
+    argv = ["--config_file", str(path), "--train_data_dir", "assets"]
+    parsed = with_network(surface.parse(argv), "networks.lora")
+    assert parsed.notes == ()
+    assert facade_of(find_module(parsed.value("network_module"))) is not None
+    Diffusion(**vars(parsed.options.objective))
+
+
+def test_the_dataset_config_is_scanned(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (dataset,) = from_config("configs/dataset.toml")
+    assert [example.repeats for example in scan(dataset)] == [3, 1]

@@ -1,0 +1,373 @@
+"""The documentation: its links, files, flags, commands and figures exist, and its prose is plain."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from repository import ROOT
+
+from lowrank.cli import export, importing, inspection
+from lowrank.cli.resolve import with_network
+from lowrank.config.command_line import pairs
+from lowrank.train.network_module import facade_of, find_module
+from tools import draw_qr_method
+from tools.make_flags import SURFACES, TRAINERS, list_flags
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "assets").rglob("*.md")])
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+PARSERS = {
+    "tools/export_lora.py": export.parser,
+    "tools/import_lora.py": importing.parser,
+    "tools/inspect_lora.py": inspection.parser,
+}
+# flags of other programs, and of the lines of a prompt file, that pages speak of
+FOREIGN = {"--check", "--ss", "--network_merge", "--network_pre_calc", "--fp16"}
+FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]+")
+
+# Words that make a sentence hard to read: a program does not speak, and a bare "of that" points nowhere.
+RIDDLES = re.compile(
+    r"\b(told|said|says|minds|likewise|nobody|of itself)\b|\bof that(?=\s*(?:[.,;:)]|$))",
+    re.IGNORECASE | re.MULTILINE,
+)
+# its text is the help texts of the flags, which have a test of their own
+FROM_HELP = {"docs/flags.md"}
+WORDS, COLUMNS = 35, 150  # of a sentence, and of a line outside tables and code
+
+# files of the reader that a command needs while it is read
+EXAMPLES = {"config/lycoris_tlora.json": "tests/fixtures/lycoris/lycoris_tlora.json"}
+
+
+def name(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that GitHub makes of a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.replace("`", "").lower()).replace(" ", "-") for head in heads}
+
+
+def commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Script and words of every `python SCRIPT …` and `accelerate launch SCRIPT …`, broken lines joined."""
+    joined = re.sub(r"\\\n[#\s]*", " ", text)
+    for script, rest in re.findall(
+        r"^(?:[# ]*)(?:[A-Z_]+=\S+ )*(?:python|accelerate launch) (\S+\.py)(.*)$", joined, flags=re.MULTILINE
+    ):
+        # […] marks what may be left out
+        yield script, shlex.split(re.sub(r"[\[\]]", " ", rest), comments=True)
+
+
+def dead(page: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, fragment = link.partition("#")
+        target = page.parent / path if path else page
+        lost = not target.exists() or (fragment and fragment not in anchors(target))
+        found += [link] if lost and "://" not in link else []
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_link_leads_somewhere(page):
+    assert dead(page) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_script_that_is_called_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    called = re.findall(r"(?:python|bash|launch) ((?:[\w.]+/)*\w+\.(?:py|sh))", text)
+    elsewhere = {"train_network.py"}  # docs/kohya.md, in a checkout of sd-scripts
+    assert [s for s in called if s not in elsewhere and "NAME" not in s and not (ROOT / s).is_file()] == []
+
+
+@pytest.mark.skipif(
+    not (ROOT / "lowrank" / "naming").is_dir(), reason="pages name the layout with lowrank/naming"
+)
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_module_that_is_named_exists(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`(lowrank/[\w/.]+)`", text)
+    named += [
+        module.replace(".", "/") for module in re.findall(r"^from (lowrank[\w.]+) import", text, re.MULTILINE)
+    ]
+    assert [path for path in named if not ((ROOT / path).exists() or (ROOT / f"{path}.py").is_file())] == []
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """Every flag of every script, and those that the small scripts name in their text."""
+    parsers = [surface.parser() for surface in SURFACES] + [parser() for parser in PARSERS.values()]
+    known = FOREIGN.union(*(parser._option_string_actions for parser in parsers))
+    for file in [*ROOT.glob("*.sh"), *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        known.update(FLAG.findall(file.read_text(encoding="utf-8")))
+    return known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_flag_is_one_of_ours(page, flags):
+    assert set(FLAG.findall(page.read_text(encoding="utf-8"))) <= flags
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=name)
+def test_every_command_is_understood(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    surfaces = {surface.prog: surface for surface in SURFACES}
+    for script, words in commands(page.read_text(encoding="utf-8")):
+        if script in PARSERS:
+            PARSERS[script]().parse_args(words)
+        if script not in surfaces or "…" in words:  # … stands for the reader's own flags
+            continue
+        parsed = surfaces[script].parse([EXAMPLES.get(word, word) for word in words])
+        assert not [note for note in parsed.notes if "ignored" in note], words
+        if "network_module" in parsed.specs:
+            network = with_network(parsed, "networks.lora").network
+            facade = facade_of(find_module(network.network_module))
+            given = pairs("--network_args", network.network_args)
+            assert facade is None or set(given) <= set(facade.known), words
+
+
+def test_every_page_is_reachable_from_the_index():
+    seen: set[Path] = set()
+    pages = [ROOT / "docs" / "index.md"]
+    while pages:
+        page = pages.pop()
+        if page not in seen and page.suffix == ".md":
+            seen.add(page)
+            links = re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
+            pages += [(page.parent / link).resolve() for link in links if "://" not in link]
+    assert {name(page) for page in PAGES} - {
+        name(page) for page in seen if page.is_relative_to(ROOT)
+    } == set()
+
+
+def test_the_index_links_every_page_of_docs():
+    links = re.findall(r"\]\(([^)\s#]+)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert pages - {"index.md"} - set(links) == set()
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=name)
+def test_every_written_page_links_the_glossary(page):
+    text = page.read_text(encoding="utf-8")
+    generated = "` writes this page" in text  # by a script, for readers of another page
+    assert generated or page.name in ("glossary.md", "versions.md") or "(glossary.md" in text
+
+
+def test_the_readmes_lead_to_the_index():
+    for readme in ("README.md", "README-ja.md"):
+        assert "(docs/index.md)" in (ROOT / readme).read_text(encoding="utf-8"), readme
+
+
+def prose(text: str) -> str:
+    """A page without its header, its code blocks and its code spans."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    text = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "X", text)
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a page's paragraphs and lists; tables, formulas and headings have none."""
+    lines = [line for line in prose(text).splitlines() if not line.startswith(("|", "#", "    "))]
+    body = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", "\n".join(lines))
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:-|\d+\.) )", body):
+        yield from re.split(r"(?<=[.:!?;])\s+", " ".join(paragraph.split()))
+
+
+def long_lines(text: str) -> list[str]:
+    text = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [line for line in text.splitlines() if len(line) > COLUMNS and not line.startswith(("|", "!["))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if name(page) not in FROM_HELP], ids=name)
+def test_prose_has_no_riddle_words(page):
+    assert [match[0] for match in RIDDLES.finditer(prose(page.read_text(encoding="utf-8")))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_sentences_and_lines_are_short(page):
+    text = page.read_text(encoding="utf-8")
+    assert [sentence for sentence in sentences(text) if len(sentence.split()) > WORDS] == []
+    assert long_lines(text) == []
+
+
+def test_flags_page_has_each_training_flag_once():
+    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    training = text.split("\n## inference_merge.py", 1)[0]
+    for row in list_flags(TRAINERS):
+        assert len(re.findall(rf"^\| `{row.names[0]}`", training, flags=re.MULTILINE)) == 1, row.names[0]
+
+
+def test_the_twenty_flags_are_twenty_and_in_every_training_script():
+    flags = [row[0].strip("`") for row in table("twenty_flags.md", "| flag | what it does |")]
+    assert len(set(flags)) == 20
+    for title in ("SD", "SDXL", "FLUX"):
+        known = {alias for spec in TRAINERS[title].specs.values() for alias in spec.names}
+        assert set(flags) <= known, title
+
+
+@pytest.mark.parametrize(
+    "script", ["train_network_ABM.py", "sdxl_train_network_ABM.py", "flux_train_qrlora.py"]
+)
+def test_first_adapter_has_a_complete_command_for_each_family(script):
+    text = (ROOT / "docs" / "first_adapter.md").read_text(encoding="utf-8")
+    ((_, words),) = [command for command in commands(text) if command[0] == script]
+    surfaces = {surface.prog: surface for surface in SURFACES}
+    parsed = surfaces[script].parse([*words, "--dry_run"])
+    for flag in ("pretrained_model_name_or_path", "train_data_dir", "output_name", "sample_prompts", "seed"):
+        assert flag in parsed.given, flag
+    assert parsed.notes == ()
+
+
+def table(page: str, head: str) -> list[list[str]]:
+    """The cells of the table in docs/PAGE whose first line begins with HEAD, a list for each line."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    lines = text.split(f"\n{head}", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def results(file: str):
+    return json.loads((ROOT / file).read_text(encoding="utf-8"))
+
+
+def test_what_the_demos_models_draw_is_what_was_measured():
+    metrics = results("assets/demo/metrics.json")
+    families = {"FLUX": "flux", "SD 1.5": "sd15", "SDXL": "sdxl"}
+    rows = table("demo.md", "| | content | style |")
+    assert len(rows) == 9
+    for row, *cells in rows:
+        title, kind = row.split(", ")
+        told = metrics[families[title]]["shares"][kind]
+        shares = [f"{v['share']:.3f} ({v['low']:.3f}–{v['high']:.3f})" for v in told.values()]
+        assert cells == [*shares, str(told["style"]["n"])], row
+
+
+def test_the_demos_merges_are_what_was_measured():
+    names = {"ΔR-triu": "delta_r_triu", "ΔR": "delta_r", "QR-LoRA": "qrlora", "LoRA": "lora"}
+    families = {"FLUX": "flux", "SD 1.5": "sd15", "SDXL": "sdxl"}
+
+    def shown(share: dict[str, float]) -> str:
+        return f"{share['share']:.2f} ({share['low']:.2f}–{share['high']:.2f})"
+
+    rows = table("demo.md", "| method | rank |")
+    assert [row[0] for row in rows] == [f"{family}, {name}" for family in families for name in names]
+    for row, *cells in rows:
+        family, name = row.split(", ")
+        of = results(f"benchmarks/results/demo_merge_{families[family]}.json")[names[name]]
+        rates, alone, merged = of["learning rates"], of["style alone"], of["merge"]
+        best = max(merged, key=lambda pair: merged[pair]["both"]["share"])
+        assert cells == [
+            str(of["rank"]),
+            f"{rates['content']:g} / {rates['style']:g}",
+            shown(of["content alone"]["content"]),
+            f"{shown(alone['style'])} / {shown(alone['content'])}",
+            shown(of["content with known styles"]["both"]),
+            f"{shown(merged[best]['both'])} at {best}",
+        ], row
+
+
+def test_the_times_of_a_step_are_what_was_measured():
+    measured = results("benchmarks/results/step_time_cpu.json")["rows"]
+    rows = table("benchmarks.md", "| method | / PEFT LoRA |")
+    assert len(rows) == len(measured)
+    for row, *cells in rows:
+        of = measured[{"frozen base": "base", "PEFT LoRA": "peft"}.get(row, row)]
+        low, high = of["quartiles"]
+        ratios = [f"{of['ratio_to_peft']:.3f}", f"{low:.3f}–{high:.3f}", f"{of['ratio_to_base']:.3f}"]
+        assert cells == [*ratios, f"{of['trained_parameters']:,}"], row
+
+
+def test_the_times_of_a_basis_are_what_was_measured():
+    measured = results("benchmarks/results/decomposition.json")["rows"]
+    rows = table("benchmarks.md", "| W | method | CPU-s |")
+    assert len(rows) == len(measured)
+    for (_, _, seconds, ratio, angle, memory), of in zip(rows, measured, strict=True):
+        told = [float(number) for number in re.findall(r"[\d.]+", seconds)]
+        times = of["cpu_s"]
+        assert told == pytest.approx([median(times), min(times), max(times)], rel=0.01)
+        assert ratio == (f"{of['cpu_ratio']:.1f}× less" if "cpu_ratio" in of else "")
+        assert (float(angle), float(memory)) == pytest.approx((of["sin_max"], of["memory"]), rel=0.02)
+
+
+def test_the_steps_in_which_method_are_what_was_measured():
+    measured = results("benchmarks/results/step_time_cpu.json")["rows"]
+    lora = measured["lora"]["trained_parameters"]
+    for methods, ratios, trained in table("which_method.md", "| method | step / PEFT LoRA |"):
+        words = [f"tlora {word}" if word == "plain" else word for word in re.findall(r"[a-z_]{4,}", methods)]
+        methods = [word for word in words if word in measured]
+        numbers = [float(number) for number in re.findall(r"\d\.\d+", ratios)][: len(methods)]
+        assert numbers == [round(measured[method]["ratio_to_peft"], 3) for method in methods], methods
+        share = measured[methods[0]]["trained_parameters"] / lora
+        assert float(trained) == pytest.approx(share, abs=0.006), methods
+
+
+def test_the_merges_in_readme_and_which_method_are_what_was_measured():
+    def best(family: str, method: str) -> str:
+        merge = results(f"benchmarks/results/demo_merge_{family}.json")[method]["merge"]
+        return f"{max(pair['both']['share'] for pair in merge.values()):.2f}".removeprefix("0")
+
+    wins = [
+        best(family, method) for family in ("sd15", "sdxl", "flux") for method in ("lora", "delta_r_triu")
+    ]
+    assert wins == ["1.00", ".41", ".94", ".34", ".56", ".50"]
+    for page in ("README.md", "README-ja.md", "docs/which_method.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert [number for number in wins if number not in text] == [], page
+
+
+def test_the_memory_table_of_first_adapter_is_what_the_layers_need():
+    """Trained numbers and base weights, from the real models' sizes without their memory."""
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel  # pyright: ignore
+
+    from lowrank.adapters.targets import find
+
+    def sizes(make) -> tuple[int, int]:
+        with torch.device("meta"):
+            model = make()
+        sides = sum(sum(target.module.weight.shape[:2]) for target in find("unet", model))
+        return sides, sum(parameter.numel() for parameter in model.parameters())
+
+    unet = {f: results(f"configs/models/{f}.json")["unet"] for f in ("sd15", "sdxl")}
+    known = {
+        "SD 1.5": sizes(lambda: UNet2DConditionModel.from_config(unet["sd15"])),
+        "SDXL": sizes(lambda: UNet2DConditionModel.from_config(unet["sdxl"])),
+        "FLUX.1-dev": sizes(lambda: FluxTransformer2DModel(guidance_embeds=True)),
+    }
+    rank = 0
+    for command, trained, base, adapter, total in table(
+        "first_adapter.md", "| command | trained parameters |"
+    ):
+        sides, count = known[command.split(",")[0]]
+        rank = int(found[1]) if (found := re.search(r"rank (\d+)", command)) else rank
+        delta_r = "ΔR" in command
+        assert delta_r or int(trained.replace(",", "")) == rank * sides, command
+        width = 1 if "fp8" in command else 2
+        assert float(base) == pytest.approx(count * width / 2**30, abs=0.006), command
+        assert float(total) == pytest.approx(float(base) + float(adapter), abs=0.011), command
+
+
+def test_the_figure_of_the_method_is_current():
+    """Pixels differ between versions of FreeType, so the file's record of its script is compared."""
+    assert draw_qr_method.drawn_from(draw_qr_method.PICTURE) == draw_qr_method.source_hash()
+    assert draw_qr_method.png() == draw_qr_method.png()
+
+
+def test_docs_checks_detect_mistakes(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `b` c\n[1](#a-b-c) [2](#b) [3](none.md) [4](https://example.org/none)\n")
+    assert dead(page) == ["#b", "none.md"]
+    text = "accelerate launch a.py --one 1 \\\n  --two [--three]  # why\n# A=1 python b.py x\n"
+    assert list(commands(text)) == [("a.py", ["--one", "1", "--two", "--three"]), ("b.py", ["x"])]
+    text = "A file is told. It learns less\nof that.\n\n```\nsaid\n```\n`said` and of that kind.\n"
+    assert [match[0] for match in RIDDLES.finditer(prose(text))] == ["told", "of that"]
+    assert list(sentences("# said\n\nOne two. Three\nfour: five\n- six\n\n| seven |\n")) == [
+        *("One two.", "Three four:", "five", "- six")
+    ]
+    assert long_lines("x" * 151 + "\n| " + "x" * 151 + "\n```\n" + "x" * 151 + "\n```\n") == ["x" * 151]

@@ -1,0 +1,283 @@
+"""The shape of the tree: who imports whom, what is pure, what may change, how long a file is."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+# What the parts below all others may import besides themselves; every other part may import all of them.
+FOUNDATION = {
+    "_moved": set(),
+    "errors": set(),
+    "files": {"errors"},
+    "tensors": {"errors", "files"},
+    "naming": {"errors"},
+}
+# What each part of `lowrank` may import besides itself and the foundation: imports point one way.
+MAY_IMPORT = {
+    "weights": set(),  # old import paths only
+    "config": set(),
+    "data": {"config"},
+    "objective": {"config"},
+    "adapters": {"config"},
+    "models": set(),
+    "laplace": {"adapters"},
+    "bases": {"adapters", "laplace"},
+    "formats": {"adapters", "bases"},
+    "combine": {"adapters", "bases", "formats"},
+    "train": {"config", "data", "objective", "adapters", "models"},
+    "cli": {
+        *("config", "data", "objective", "adapters", "models"),
+        *("laplace", "bases", "formats", "combine", "train"),
+    },
+}
+OLD_PATHS = ("lowrank.weights", "lowrank.adapters.kohya", "lowrank.adapters.plain")
+NETWORKS_MAY_IMPORT = {*FOUNDATION, "adapters", "bases", "laplace", "formats"}
+PURE = [f"adapters/{name}.py" for name in ("factor", "gate", "experts", "magnitude", "penalty", "rates")]
+PURE += ["bases/krylov.py"]
+LONG, TOO_LONG = 300, 400
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+def name(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def imports(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything that a file of `package` imports, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base]).rstrip(".")
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def project_imports(file: Path) -> Iterator[tuple[int, str]]:
+    package = ".".join(file.relative_to(ROOT).parent.parts)
+    return (
+        (line, module)
+        for line, module in imports(parsed(file), package)
+        if module.split(".")[0] in ("lowrank", "networks")
+    )
+
+
+def part_of(module: str) -> str:
+    """`lowrank.bases.krylov.thin_qr` -> `bases`; `lowrank.__version__` -> an empty string."""
+    part = [*module.split("."), ""][1]
+    return part if part in FOUNDATION.keys() | MAY_IMPORT.keys() else ""
+
+
+def test_every_part_of_lowrank_is_in_the_table():
+    parts = {
+        file.relative_to(ROOT / "lowrank").parts[0].removesuffix(".py") for file in python_files("lowrank")
+    }
+    unknown = parts - {"__init__"} - set(FOUNDATION) - set(MAY_IMPORT)
+    assert not unknown, f"{unknown} of lowrank/ is missing in the tables above"
+
+
+@pytest.mark.parametrize("file", python_files("lowrank"), ids=name)
+def test_imports_of_lowrank_point_one_way(file):
+    part = part_of("lowrank." + file.relative_to(ROOT / "lowrank").parts[0].removesuffix(".py"))
+    allowed = {part, ""} | (
+        FOUNDATION[part] if part in FOUNDATION else {*FOUNDATION, *MAY_IMPORT.get(part, ())}
+    )
+    wrong = [
+        f"{name(file)}:{line} imports {module}"
+        for line, module in project_imports(file)
+        if module.split(".")[0] == "networks" or part_of(module) not in allowed
+    ]
+    assert not wrong, f"{wrong}; lowrank.{part} may import {sorted(allowed)}"
+
+
+def test_no_file_imports_an_old_path():
+    """They exist for other people's code, which would not see the warning if ours used them too."""
+    files = python_files("lowrank", "networks", "comfyui", "tools", "benchmarks", "tests")
+    wrong = [
+        f"{name(file)}:{line} imports {module}"
+        for file in [*files, *ROOT.glob("*.py")]
+        for line, module in project_imports(file)
+        if f"{module}.".startswith(tuple(f"{old}." for old in OLD_PATHS))
+    ]
+    assert not wrong, f"{wrong}; import from the new path"
+
+
+@pytest.mark.parametrize("file", python_files("lowrank"), ids=name)
+def test_no_network_is_imported_by_name(file):
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            first = node.args[0] if node.args else None
+            named = isinstance(first, ast.Constant) and str(first.value).startswith("networks")
+            assert not named, f"{name(file)}:{node.lineno}: a network is found from --network_module"
+
+
+@pytest.mark.parametrize("file", python_files("networks"), ids=name)
+def test_a_network_imports_torch_and_what_its_mathematics_needs_only(file):
+    """The same file must load beside a kohya checkout; a network may be composed of its neighbours."""
+    for line, module in imports(parsed(file), "networks"):
+        root = module.split(".")[0]
+        known = (
+            root in sys.stdlib_module_names
+            or root in ("torch", "networks")
+            or (root == "lowrank" and part_of(module) in NETWORKS_MAY_IMPORT)
+        )
+        assert known, f"{name(file)}:{line} imports {module}"
+        assert module.split(".")[:2] != ["networks", "lora"], (
+            f"{name(file)}:{line} imports networks.lora, which is kohya's in a kohya checkout; take what it "
+            "shares from lowrank.adapters.method"
+        )
+
+
+def test_networks_has_no_init():
+    """With one, Python would not merge the folder with a kohya checkout's `networks` on the same path."""
+    assert not (ROOT / "networks" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("file", [f for f in python_files("lowrank") if f.name == "__init__.py"], ids=name)
+def test_a_package_file_is_a_docstring(file):
+    tree = parsed(file)
+    assert ast.get_docstring(tree), f"{name(file)} says nothing about its package"
+    rest = [
+        node for node in tree.body[1:] if not (isinstance(node, ast.Assign) and file.parent.name == "lowrank")
+    ]
+    assert not rest, f"{name(file)}:{rest[0].lineno}: code belongs into a file of its own"
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")), ids=name)
+def test_a_root_script_is_a_name(file):
+    text, tree = file.read_text(encoding="utf-8"), parsed(file)
+    assert len(text.splitlines()) <= 10, f"{name(file)} is a program; move it to lowrank/cli"
+    assert file.name in (ast.get_docstring(tree) or ""), (
+        f"the docstring of {name(file)} shows no real command"
+    )
+    outside = [module for _, module in imports(tree, "") if not module.startswith("lowrank.cli")]
+    assert not set(outside) - {"__future__.annotations"}, f"{name(file)} imports {outside}"
+
+
+def is_module_class(node: ast.AST) -> bool:
+    """`class X(nn.Module)` and `class X(Module)`."""
+    return isinstance(node, ast.ClassDef) and any(
+        ast.unparse(parent).split(".")[-1] == "Module" for parent in node.bases
+    )
+
+
+@pytest.mark.parametrize(
+    "file", [ROOT / "lowrank" / p for p in PURE] + python_files("lowrank/objective"), ids=name
+)
+def test_mathematics_are_functions_of_tensors(file):
+    """No state and no project import: each is tested against its formula without ever meeting a model."""
+    for node in ast.walk(parsed(file)):
+        assert not is_module_class(node), f"{name(file)}:{node.lineno}: an nn.Module holds state"
+    for line, module in project_imports(file):
+        objective = file.parent.name == "objective"
+        own = objective and module.startswith("lowrank.objective")
+        options = objective and module.startswith("lowrank.config.objective")
+        assert own or options or part_of(module) == "errors", f"{name(file)}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("file", python_files("lowrank", "networks"), ids=name)
+def test_a_file_is_one_idea(file):
+    lines = len(file.read_text(encoding="utf-8").splitlines())
+    assert lines <= TOO_LONG, (
+        f"{name(file)} has {lines} lines, more than {TOO_LONG}: it holds more than one idea"
+    )
+
+
+def test_few_files_are_long():
+    files = python_files("lowrank", "networks")
+    long = [name(f) for f in files if len(f.read_text(encoding="utf-8").splitlines()) > LONG]
+    assert len(long) <= len(files) // 5, f"more than a fifth of the core passes {LONG} lines: {long}"
+
+
+CHANGES = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove"}
+
+
+def is_table(node: ast.Assign | ast.AnnAssign) -> bool:
+    """A constant: `NAMES = {...}` with something in it, or `__all__`. All else that can change is state."""
+    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+    label = ast.unparse(target)
+    return label == "__all__" or (
+        label.isupper() and isinstance(node.value, ast.Dict) and bool(node.value.keys)
+    )
+
+
+def mutable(value: ast.expr | None) -> bool:
+    """A list, dict or set display or comprehension, or a call that makes one."""
+    if isinstance(value, ast.Call):
+        makers = ("list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque")
+        return ast.unparse(value.func).split(".")[-1] in makers
+    return isinstance(value, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp))
+
+
+def writes(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name of every constant of this file, or of a `module.NAME`, that is changed or rebound."""
+    bound = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+    bound += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
+    own = {ast.unparse(target) for target in bound}
+    for node in ast.walk(tree):
+        target = None
+        if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            target = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            target = node.func.value if node.func.attr in CHANGES else None
+        elif isinstance(node, ast.Global):
+            yield from ((node.lineno, label) for label in node.names)
+        foreign = isinstance(target, ast.Attribute) and target.attr.isupper()
+        if foreign or (isinstance(target, ast.Name) and target.id in own):
+            yield node.lineno, ast.unparse(target)
+
+
+@pytest.mark.parametrize("file", python_files("lowrank", "networks"), ids=name)
+def test_nothing_at_module_or_class_level_changes(file):
+    """Two networks in one process must never meet: no registry, no cache, only constants that none writes."""
+    tree = parsed(file)
+    bodies = [tree.body, *(node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+    for node in (node for body in bodies for node in body if isinstance(node, (ast.Assign, ast.AnnAssign))):
+        state = mutable(node.value) and not is_table(node)
+        assert not state, f"{name(file)}:{node.lineno}: {ast.unparse(node)[:60]} can be changed"
+    changed = list(writes(tree))
+    assert not changed, f"{name(file)}: line and name of constants that are written: {changed}"
+
+
+def test_tree_rules_detect_violations():
+    """The readers above see what they should, and nothing else."""
+    source = "def f():\n    from ..adapters import layer\nfrom . import names\nimport networks.lora"
+    seen = {module for _, module in imports(ast.parse(source), "lowrank.formats")}
+    assert seen == {"lowrank.adapters.layer", "lowrank.formats.names", "networks.lora"}
+    assert part_of("lowrank.bases.krylov") == "bases"
+    assert part_of("lowrank.__version__") == part_of("lowrank") == ""
+    for text in ("[]", "{}", "dict(a=1)", "{x for x in y}", "collections.deque()"):
+        assert mutable(ast.parse(text, mode="eval").body)
+    for text in ("()", "MappingProxyType({})", "3"):
+        assert not mutable(ast.parse(text, mode="eval").body)
+    assert is_table(ast.parse("NAMES: Mapping = {1: 2}").body[0])
+    for text in ("CACHE = {}", "seen = {1: 2}", "KNOWN = [1]"):
+        assert not is_table(ast.parse(text).body[0])
+    written = [
+        "T = {1: 2}",
+        "T[0] = 1",
+        "del a.T[0]",
+        "T.update(x)",
+        "def f():",
+        "    global T",
+        "    R[0] = T[0]",
+    ]
+    assert [line for line, _ in writes(ast.parse("\n".join(written)))] == [2, 3, 4, 6]
+    assert is_module_class(ast.parse("class A(nn.Module): pass").body[0])

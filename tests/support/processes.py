@@ -1,0 +1,76 @@
+"""Root scripts in processes of their own, forked from one server that has imported torch and diffusers once.
+
+A new interpreter needs seconds of CPU before a script's first line; a fork of the server needs none.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from repository import ROOT
+
+IMPORTED = ("lowrank.cli.flux_train", "lowrank.cli.sd_train", "networks.effilora")
+
+
+def _run(script: str, words: Sequence[str], environment: Mapping[str, str], log: str) -> None:
+    """The script as `python SCRIPT WORDS` runs it, with one thread, its output in LOG."""
+    import torch
+
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = [script, *words]
+    runpy.run_path(script, run_name="__main__")
+
+
+def start(
+    script: str, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> ForkServerProcess:
+    """A running process; its output goes to LOG, a signal to its `pid`, its exit code is `exitcode`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    process = context.Process(
+        target=_run, args=(str(ROOT / script), list(words), environment or {}, str(log))
+    )
+    process.start()
+    return process
+
+
+def finished(process: ForkServerProcess, seconds: float = 240) -> int:
+    """The exit code of a process that is waited for, and killed if it does not end."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"the process did not end within {seconds} s")
+    return process.exitcode
+
+
+def launch_two(script: str, words: Sequence[str], folder: Path) -> None:
+    """Two CPU processes with the variables that `accelerate launch` and `torchrun` set; both must succeed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    logs = [folder / f"process-{rank}.log" for rank in range(2)]
+    pair = [
+        start(script, words, log, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, log in enumerate(logs)
+    ]
+    codes = [finished(process) for process in pair]
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)

@@ -1,0 +1,90 @@
+"""Network modules: found by name, and foreign ones made to train the model's blocks."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank.errors import Refused
+from lowrank.models.family import Source
+from lowrank.models.flux import FLUX
+from lowrank.train import network_module
+
+
+@pytest.fixture
+def denoiser(tiny_flux):
+    return FLUX.load(Source(str(tiny_flux), dtype=torch.float32), ("denoiser",)).denoiser
+
+
+def create(found, denoiser, **arguments):
+    return network_module.create(
+        found,
+        denoiser,
+        (),
+        rank=4,
+        alpha=None,
+        dropout=None,
+        arguments=arguments,
+        weights=None,
+        dim_from_weights=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["../x", ".lora", "", "networks..lora", "networks/lora.py"])
+def test_what_is_no_module_name_is_refused(name):
+    with pytest.raises(Refused, match="is not the dotted name of a module"):
+        network_module.find_module(name)
+
+
+@pytest.mark.parametrize("preset", ["full", "attn-mlp"])
+def test_lycoris_adapts_and_trains_every_layer_of_the_blocks(denoiser, preset):
+    pytest.importorskip("lycoris")
+    names = {type(part).__name__ for part in denoiser.modules()}
+    blocks = [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
+    linears = sum(isinstance(part, nn.Linear) for block in blocks for part in block.modules())
+    network = create(network_module.find_module("lycoris.kohya"), denoiser, preset=preset)
+    assert len(network.unet_loras) == linears > 0
+    assert {type(part).__name__ for part in denoiser.modules()} == names  # the names are given back
+
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    facts = denoiser.config
+    text = {
+        "t5": torch.randn(1, 8, facts.joint_attention_dim),
+        "pooled": torch.randn(1, facts.pooled_projection_dim),
+    }
+    noisy = torch.randn(1, facts.in_channels // 4, 4, 4)
+    FLUX.denoise(denoiser, noisy, torch.tensor([500.0]), text).square().mean().backward()
+    optimizer.step()
+    moved = sum(bool(layer.lora_up.weight.any()) for layer in network.unet_loras)
+    assert moved >= linears - 4  # the last block's text side has no effect on the picture
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"algo": "foo"}, "--network_args algo=foo (KeyError: 'foo')"),
+        ({"preset": "nope"}, "--network_args preset=nope (AssertionError: assert preset is not None)"),
+        ({"conv_dim": "abc"}, "(ValueError: invalid literal for int() with base 10: 'abc')"),
+        ({"preset": "ia3", "algo": "ia3"}, "adapts no layer in the blocks of FluxTransformer2DModel"),
+    ],
+)
+def test_lycoris_errors_are_refusals(denoiser, arguments, said):
+    pytest.importorskip("lycoris")
+    with pytest.raises(Refused) as caught:
+        create(network_module.find_module("lycoris.kohya"), denoiser, **arguments)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert "DoubleStreamBlock" not in {type(part).__name__ for part in denoiser.modules()}
+
+
+def test_a_network_outside_the_blocks_is_refused(denoiser):
+    class Elsewhere(nn.Module):
+        def apply_to(self, text_encoders, unet, *_):
+            forward = unet.proj_out.forward
+            unet.proj_out.forward = lambda x: forward(x)
+
+    found = types.SimpleNamespace(__name__="elsewhere", create_network=lambda *_, **__: Elsewhere())
+    with pytest.raises(Refused, match="elsewhere adapts no layer in the blocks"):
+        create(found, denoiser)

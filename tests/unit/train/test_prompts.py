@@ -1,0 +1,75 @@
+"""Prompt files: what they mean, and one sentence for each that means nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowrank.errors import Refused
+from lowrank.train.prompts import Prompt, parse_line, read_prompts
+
+DEFAULT = Prompt("", width=64, height=64)
+
+
+def test_txt_toml_and_json_prompts_are_equivalent(tmp_path):
+    wanted = [Prompt("a cat", "blurry", width=512, height=768, sample_steps=28, guidance_scale=3.0, seed=1)]
+    texts = {
+        "p.txt": "# cats\n\na cat --n blurry --w 512 --h 775 --s 28 --g 3 --d 1\n",
+        "p.toml": "[prompt]\nwidth=512\nheight=768\nnegative_prompt='blurry'\n[[prompt.subset]]\n"
+        "prompt='a cat'\nsample_steps=28\nguidance_scale=3\nseed=1\n",
+        "p.json": '[{"prompt": "a cat", "negative_prompt": "blurry", "width": 512.0, "height": "768", '
+        '"sample_steps": 28, "guidance_scale": 3, "seed": 1, "enum": 0}]',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        assert read_prompts(tmp_path / name, DEFAULT) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.toml", "prompt='x'", "is not of the form"),
+        ("p.toml", "[prompt]\nsubset=[1]", "is not of the form"),
+        ("p.toml", "[prompt]\nsubset='x'", "is not of the form"),
+        ("p.json", "[1]", "is not a list of prompt lines"),
+        ("p.json", "3", "is not a list of prompt lines"),
+        ("p.json", '"abc"', "is not a list of prompt lines"),
+        ("p.json", '{"a": 1}', "is not a list of prompt lines"),
+        ("p.json", "[" * 100_000, "is not JSON"),
+        ("p.json", '[{"prompt": null}]', "entry 0: prompt None is not a text"),
+        ("p.json", '[{"prompt": "x", "height": 1e999}]', "height inf is not a whole number"),
+        ("p.json", '[{"prompt": "x", "height": 64.5}]', "height 64.5 is not a whole number"),
+        ("p.json", '[{"prompt": "x", "seed": true}]', "seed True is not a whole number"),
+        ("p.txt", "x --w five", "line 1: width 'five' is not a whole number"),
+        ("p.txt", "x --g nan", "guidance_scale 'nan' is not a finite number"),
+        ("p.txt", "x --g inf", "guidance_scale 'inf' is not a finite number"),
+        (
+            "p.txt",
+            "x --d 9223372036854775807",
+            "seed 9223372036854775807 is not between 0 and 9223372032559808512",
+        ),
+        ("p.txt", "x --w 8", "width 8 is not between 16 and"),
+        ("p.txt", "x --cn edges.png", "option --cn is for other models"),
+        ("p.yaml", "x", "is neither .txt, .toml nor .json"),
+    ],
+)
+def test_bad_prompt_files_are_refused(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(Refused) as caught:
+        read_prompts(tmp_path / name, DEFAULT)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_sides_are_rounded_down_to_tokens():
+    assert parse_line("x --w 527 --h 31", DEFAULT).width == 512
+    assert parse_line("x --w 527 --h 31", DEFAULT, step=8).width == 520
+
+
+def test_a_line_may_name_its_sampler():
+    assert parse_line("x --ss euler_a --L 2", DEFAULT).sample_sampler == "euler_a"
+
+
+def test_an_empty_text_file_draws_nothing(tmp_path, caplog):
+    """Some launchers write the file even when nothing is to be drawn."""
+    (tmp_path / "p.txt").write_text("# nothing\n")
+    assert read_prompts(tmp_path / "p.txt", Prompt("")) == []
+    assert "is empty" in caplog.text
