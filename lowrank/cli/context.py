@@ -205,8 +205,10 @@ def _run(
             def losses(group: list[Batch] = group, drawn: Draw = drawn) -> Tensor:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     conditions = text([one.captions[0] for one in group]) | _sizes(family, group)
-                    said = family.denoise(models.denoiser, drawn.noisy, drawn.timesteps, conditions, switches)
-                return objective.losses(said, drawn)
+                    prediction = family.denoise(
+                        models.denoiser, drawn.noisy, drawn.timesteps, conditions, switches
+                    )
+                return objective.losses(prediction, drawn)
 
             # the sum over a sample in place of its mean, as a half-precision backward needs
             total += float(fisher.add(len(group), losses, scale=float(latents[0].numel())).sum())
@@ -228,8 +230,8 @@ def _drawn(
 
 
 def _sizes(family: Family, group: list[Batch]) -> dict[str, Tensor]:
-    told = zip(*((one.original_sizes, one.crop_top_lefts, one.target_sizes) for one in group), strict=True)
-    return family.size_conditions(*(torch.cat(column) for column in told))
+    sizes = zip(*((one.original_sizes, one.crop_top_lefts, one.target_sizes) for one in group), strict=True)
+    return family.size_conditions(*(torch.cat(column) for column in sizes))
 
 
 def _check_room(targets: Sequence[Target], curvature: str, device: Any) -> None:
@@ -248,7 +250,7 @@ def _check_room(targets: Sequence[Target], curvature: str, device: Any) -> None:
         )
 
 
-# ------------------------------------------------------------------ what is written and said
+# ------------------------------------------------------------------ what is written and printed
 
 
 def _facts(

@@ -44,13 +44,13 @@ def check_source(source: Path, trained: str | None, force: bool) -> None:
         shared = sum(_digest(path) in known for path in pictures(source))
     if not (same or shared):
         return
-    told = "is the training folder" if same else f"has {shared} pictures of the training folder {other}"
+    overlap = "is the training folder" if same else f"has {shared} pictures of the training folder {other}"
     if not force:
         raise Refused(
-            f"--source_data_dir {source} {told}; a context of them holds back what they shall teach: give "
+            f"--source_data_dir {source} {overlap}; a context of them holds back what they shall teach: give "
             "other pictures, or --source_prompts FILE alone, or --force to do it all the same"
         )
-    logger.warning("--source_data_dir %s %s; it is taken all the same (--force)", source, told)
+    logger.warning("--source_data_dir %s %s; it is taken all the same (--force)", source, overlap)
 
 
 def _digest(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 A group of flags is a frozen dataclass whose fields are the flags: `rank: int = option(4, "what it does")`.
 The options of a script are a frozen dataclass whose fields are groups, or one group. A `CommandLine` parses
-them: it adds the script's own defaults, and says what becomes of flags that other trainers have and this
+them: it adds the script's own defaults, and ignores or refuses flags that other trainers have and this
 script has not. Values come from the fields' defaults, then the command line's `defaults`, then
 `--config_file`, then argv.
 

@@ -141,7 +141,7 @@ def check_context(parsed: Parsed[ContextOptions]) -> Iterator[str]:
 
 CALC_CONTEXT = CommandLine(
     "calc_lalora_context.py",
-    "Measure how much the base minds a change of each layer, on pictures of what must not be forgotten.",
+    "Measure how much the base's loss rises with a change of each layer, on pictures of what to keep.",
     ContextOptions,
     defaults={"enable_bucket": True},
     check=check_context,

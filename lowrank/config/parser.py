@@ -58,7 +58,7 @@ class _Ignore(argparse.Action):
 
 
 def off(value: object) -> bool:
-    """Whether a value says that a feature is off: false, 0, none or nothing."""
+    """Whether a value switches a feature off: false, 0, none or nothing."""
     return str(value).strip().lower() in ("false", "0", "0.0", "none", "no", "")
 
 

@@ -71,7 +71,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 class _Reader:
-    """Checks tables of one file and says where a mistake is."""
+    """Checks the tables of one file; errors name the table and the key."""
 
     def __init__(self, path: Path, allow_unknown: bool) -> None:
         self._path, self._allow_unknown = path, allow_unknown

@@ -123,5 +123,5 @@ def contents(folder: Path) -> str:
         "folder" if os.path.isdir(entry) else f"{Path(entry.name).suffix or 'plain'} file"
         for entry in os.scandir(folder)
     )
-    told = ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in kinds.most_common(6))
-    return f"only {told}" if told else "it is empty"
+    counts = ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in kinds.most_common(6))
+    return f"only {counts}" if counts else "it is empty"

@@ -131,7 +131,7 @@ class Diffusion(DiffusionOptions):
     ) -> Tensor:
         """Loss of each sample (B,): elementwise in fp32 (or float64), × mask, mean, × `weight` × w(t).
 
-        `prediction` (B, C, h, w) is what the model says of the target, in any dtype; `mask` (B, 1, h, w);
+        `prediction` (B, C, h, w) is what the model predicts of the target, in any dtype; `mask` (B, 1, h, w);
         `weight` (B,), 1 or the prior loss weight.
         """
         width = None

@@ -100,8 +100,8 @@ def load_teacher(
             f"the teacher {path} was made by {name}, and ABM reads adapters of our own modules only"
         )
     try:
-        told = json.loads(facts.get("ss_network_args") or "{}")
-        arguments = {key: value for key, value in told.items() if key in facade.known}
+        given = json.loads(facts.get("ss_network_args") or "{}")
+        arguments = {key: value for key, value in given.items() if key in facade.known}
     except (ValueError, AttributeError) as error:
         raise Refused(f"ss_network_args in {path} is no JSON object; use another file") from error
     made, _ = networks.create_network_from_weights(
@@ -187,7 +187,7 @@ class _Stage:
             self._train()
             after = self._measure()
             self._tell(after, abm.abm_steps)
-            told = (
+            summary = (
                 f"loss {before.loss:.5f} → {after.loss:.5f}, equal signs {before.agreement:.2%} → "
                 f"{after.agreement:.2%}"
             )
@@ -196,9 +196,9 @@ class _Stage:
                 with torch.no_grad():
                     for parameter, value in zip(self.network.parameters(), values, strict=True):
                         parameter.copy_(value)
-                say(f"ABM did harm and is undone ({told}); --no-abm_guard would keep it")
+                say(f"ABM did harm and is undone ({summary}); --no-abm_guard would keep it")
             else:
-                say(f"ABM: {told}")
+                say(f"ABM: {summary}")
 
     # ------------------------------------------------------------------ passes
 

@@ -53,10 +53,10 @@ class LayerSampler:
 
         Returns what there is to log.
         """
-        told = self.probe(step) if step and step % self._updates.every == 0 else {}
+        scalars = self.probe(step) if step and step % self._updates.every == 0 else {}
         for name in self._layers.keys() - self.learning(step):
             self._layers[name].roles()[self._updates.role].grad = None  # optimizers pass over it
-        return told
+        return scalars
 
     @torch.no_grad()
     def probe(self, step: int) -> dict[str, float]:

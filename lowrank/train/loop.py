@@ -188,12 +188,12 @@ def train(run: Run, progress: Progress) -> Progress:
     accelerator, network = run.accelerator, run.network
     meter = Meter(loss_components(network), accelerator.device)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    images, said = 0, None
+    images, announced = 0, None
     run.log.begin(progress.step)
     while progress.step < run.steps:
-        if said != progress.epoch:
+        if announced != progress.epoch:
             run.log.say(f"\nepoch {progress.epoch + 1}/{run.epochs}")  # GUIs read this line
-            said = progress.epoch
+            announced = progress.epoch
         network.on_epoch_start(run.text_encoders, run.denoiser)
         for batch in _batches(run, progress):
             if hasattr(network, "on_step_start"):

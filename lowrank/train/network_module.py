@@ -169,14 +169,14 @@ def create(
     if foreign and train_denoiser and before and _block_layers(denoiser) == before:
         raise Refused(
             f"{module.__name__} adapts no layer in the blocks of {type(denoiser).__name__} with "
-            f"--network_args {_told(extra)}; give it another preset or other targets, or choose networks.lora"
+            f"--network_args {_text(extra)}; give it another preset or other targets, or choose networks.lora"
         )
     if weights:
-        told = network.load_weights(weights)
-        if facade is not None and told.missing_keys:
+        result = network.load_weights(weights)
+        if facade is not None and result.missing_keys:
             raise Refused(
-                f"{weights} lacks {len(told.missing_keys)} tensors of this network, for example "
-                f"{told.missing_keys[0]}; use --dim_from_weights, or the file's own targets"
+                f"{weights} lacks {len(result.missing_keys)} tensors of this network, for example "
+                f"{result.missing_keys[0]}; use --dim_from_weights, or the file's own targets"
             )
     network.prepare_grad_etc(list(text_encoders), denoiser)
     return cast(KohyaNetwork, network)
@@ -203,14 +203,14 @@ def _complaints_of(module: ModuleType, arguments: Mapping[str, str]) -> Iterator
     try:
         yield
     except _COMPLAINTS as error:
-        said = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line
+        message = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line
         raise Refused(
-            f"{module.__name__} makes no network with --network_args {_told(arguments)} "
-            f"({type(error).__name__}: {(said or '?').splitlines()[0]}); correct them"
+            f"{module.__name__} makes no network with --network_args {_text(arguments)} "
+            f"({type(error).__name__}: {(message or '?').splitlines()[0]}); correct them"
         ) from error
 
 
-def _told(arguments: Mapping[str, str]) -> str:
+def _text(arguments: Mapping[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in arguments.items()) or "(none)"
 
 

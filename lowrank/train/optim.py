@@ -68,7 +68,7 @@ def chosen(options: Options) -> Chosen:
             way_out = "; use --learning_rate" if key == "lr" else nearest(key, _parameters(make))
             raise Refused(f"--optimizer_args {key} is no argument of {make.__name__}{way_out}")
     _add_flags(options, make, arguments)
-    if make.__name__ == "Adafactor":  # kohya's rule: its own rate unless told otherwise, or if that warms up
+    if make.__name__ == "Adafactor":  # kohya's rule: its own rate by default, or if that warms up
         relative = arguments.get("relative_step", True) or arguments.get("warmup_init", False)
         arguments["relative_step"] = relative
     return Chosen(make, arguments)

@@ -96,7 +96,7 @@ def _precision(options: TrainOptions) -> str | None:
 
 
 def scale_fp16_gradients(scaler: Any) -> None:
-    """Let a gradient scaler unscale gradients of fp16 parameters, which torch forbids unless told so."""
+    """Let a gradient scaler unscale gradients of fp16 parameters, which torch forbids by default."""
     unscale = scaler._unscale_grads_
     scaler._unscale_grads_ = lambda optimizer, scale, found, _allow_fp16: unscale(
         optimizer, scale, found, True
