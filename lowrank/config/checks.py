@@ -59,7 +59,8 @@ def check_machine(parsed: Parsed[TrainOptions]) -> None:
         ("reg_data_dir", data.reg_data_dir),
         ("instance_data_dir", data.instance_data_dir),
     ):
-        if folder and not data.dataset_config and not (name == "reg_data_dir" and not data.train_data_dir):
+        read = name != "reg_data_dir" or (data.train_data_dir and not data.in_json)
+        if folder and read and not data.dataset_config:
             existing_folder(folder, name)
     files = [("network_weights", network.network_weights), ("lycoris_config", network.lycoris_config)]
     files += [("base_weights", file) for file in network.base_weights]

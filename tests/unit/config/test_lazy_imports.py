@@ -10,6 +10,7 @@ import pytest
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "lowrank").is_dir())
 SCRIPTS = ("train_network_ABM.py", "sdxl_train_network_ABM.py", "flux_train_qrlora.py")
+OTHERS = ("calc_lalora_context.py", "inference_merge.py", "save_flux_residual.py", "visualize_similarity.py")
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "PIL")
 # Runs a script as `python SCRIPT …` does, and prints which heavy packages it had imported at its end.
 PROBE = """
@@ -38,7 +39,7 @@ def needed(folder: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *OTHERS])
 def test_help_does_not_import_torch(script):
     assert ended(script, "--help")[0] == "exit 0 imported"
 
