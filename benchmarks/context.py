@@ -1,12 +1,13 @@
-"""What LaLoRA costs: measuring the context beside plain passes, and the penalty beside a training step.
+"""Cost of LaLoRA: the context relative to a plain pass, and the penalty relative to a training step.
 
     python benchmarks/context.py --width 160 --latent 32
     python benchmarks/context.py --quick
 
-SD 1.5's U-Net with random weights (`--width 320` is its own size) on latents of `--latent` squared, batch 1.
-A plain pass is forward and backward to the input. The penalty is its value and its backward for a LoRA of
-`--rank`; the step is forward, backward and AdamW with that LoRA. They take turns; figures are medians over
-the turns of ratios of CPU-seconds, with quartiles. Writes benchmarks/results/context_<device>.json.
+SD 1.5's U-Net with random weights (`--width 320` is the real size) on square latents of side `--latent`,
+batch 1. A plain pass is forward and backward to the input. The penalty is its forward and backward for a LoRA
+of `--rank`; the step is forward, backward and AdamW with the same LoRA. All are run in turns; results are
+medians and quartiles over the turns of ratios of CPU-seconds. Writes
+benchmarks/results/context_<device>.json.
 """
 
 from __future__ import annotations
@@ -37,27 +38,28 @@ UNET = Path(__file__).parent.parent / "configs" / "models" / "sd15.json"
 
 
 def unet(width: int) -> UNet2DConditionModel:
-    """SD 1.5's U-Net with random weights, its narrowest block `width` wide."""
+    """Return SD 1.5's U-Net with random weights, whose narrowest block has `width` channels."""
     torch.manual_seed(0)
-    known = json.loads(UNET.read_text())["unet"]
-    known["block_out_channels"] = [width * factor for factor in (1, 2, 4, 4)]
-    made: Any = UNet2DConditionModel.from_config(known)
-    return made.requires_grad_(False).eval()
+    config = json.loads(UNET.read_text())["unet"]
+    config["block_out_channels"] = [width * factor for factor in (1, 2, 4, 4)]
+    model: Any = UNet2DConditionModel.from_config(config)
+    return model.requires_grad_(False).eval()
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    """CPU-seconds on the CPU, and on a GPU the time until it has done its work."""
+    """Return the CPU-seconds of `work`, or on a GPU the wall time until it is finished."""
     clock = time.perf_counter if device == "cuda" else time.process_time
     if device == "cuda":
         torch.cuda.synchronize()
-    begun = clock()
+    started = clock()
     work()
     if device == "cuda":
         torch.cuda.synchronize()
-    return clock() - begun
+    return clock() - started
 
 
 def main() -> None:
+    """Measure, print the table, write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,7 +68,9 @@ def main() -> None:
     parser.add_argument("--latent", type=int, default=64)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="small and few: only that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes and few turns, to test that it runs"
+    )
     args = parser.parse_args()
     if args.quick:
         args.width, args.latent, args.rank, args.turns = 32, 8, 4, 2
@@ -77,8 +81,8 @@ def main() -> None:
     timestep = torch.tensor([500], device=device)
 
     def losses(x: torch.Tensor = noisy) -> torch.Tensor:
-        said = model(x, timestep, encoder_hidden_states=text, return_dict=False)[0]
-        return (said - noisy).square().flatten(1).mean(1)
+        prediction = model(x, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        return (prediction - noisy).square().flatten(1).mean(1)
 
     def plain() -> None:
         losses(noisy.clone().requires_grad_()).sum().backward()
@@ -90,14 +94,14 @@ def main() -> None:
         for name, fisher in measures.items():
             with fisher.watching():
                 spent[name] = seconds(partial(fisher.add, 1, losses), device)
-        if turn:  # one to warm up
-            for name, one in spent.items():
-                times[name].append(one)
+        if turn:  # the first turn is a warm-up
+            for name, duration in spent.items():
+                times[name].append(duration)
     with tempfile.TemporaryDirectory() as folder:
-        own = Path(folder) / "context.safetensors"
-        at_end = seconds(lambda: write_context(own, measures["kfac_lr"].context({})), device)
-        size, context = own.stat().st_size / 1e6, read_context(own)
-        method = lora.method(lora.Options()) | lalora.penalty(lalora.Options(str(own), 1.0))
+        file = Path(folder) / "context.safetensors"
+        writing = seconds(lambda: write_context(file, measures["kfac_lr"].context({})), device)
+        size, context = file.stat().st_size / 1e6, read_context(file)
+        method = lora.method(lora.Options()) | lalora.penalty(lalora.Options(str(file), 1.0))
     network = AdapterNetwork(method, find("unet", model), lambda _: (args.rank, float(args.rank)))
     network.start()
     network.apply_to([], model, False, True)
@@ -120,10 +124,10 @@ def main() -> None:
                 times[name].append(spent)
     rows = {}
     for name, other in (("kfac_lr", "plain"), ("diag", "plain"), ("penalty", "step")):
-        ratios = [mine / his for mine, his in zip(times[name], times[other], strict=True)]
+        ratios = [a / b for a, b in zip(times[name], times[other], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
         rows[f"{name} / {other}"] = {"ratio": median, "quartiles": [low, high]}
-    rows["eigenpairs and file / plain"] = {"ratio": at_end / statistics.median(times["plain"])}
+    rows["eigenpairs and file / plain"] = {"ratio": writing / statistics.median(times["plain"])}
     settings = {name: getattr(args, name) for name in ("device", "width", "latent", "rank", "turns")}
     settings |= {
         "layers": len(context.layers),

@@ -1,16 +1,16 @@
-"""What the top-64 basis of FLUX-shaped layers costs: block Krylov against the official full SVD + full QR.
+"""Cost of the top-64 basis of FLUX-shaped layers: block Krylov against the official full SVD + full QR.
 
     python benchmarks/decomposition.py            full table, about 5 minutes on 2 cores
-    python benchmarks/decomposition.py --quick    smaller layers, half a minute, nothing written
+    python benchmarks/decomposition.py --quick    smaller layers, half a minute, no file written
 
-Every measurement has a fresh process. CPU-seconds are the process's time summed over threads (OpenMP waits
-passively, so waiting costs nothing); extra memory is the highest resident size while decomposing, less the
-size before, when W was in memory. The matrices have sigma_i = i^-0.5 and known singular vectors: W = P S V'
-with P and V products of random signs and random orthogonal circulants, dense and applied by FFT, so that no
-SVD is needed to know the answer.
+Every measurement runs in a new process. CPU-seconds are summed over threads (OpenMP waits passively, so
+waiting costs nothing). Extra memory is the peak resident size during the decomposition minus the size before,
+when W was in memory. The matrices have sigma_i = i^-0.5 and known singular vectors: W = P S V' with P and V
+products of random signs and random orthogonal circulants, dense and applied by FFT, so the reference needs no
+SVD.
 
-Targets: >= 10 times less CPU time (must: 6), sin_max <= 1e-4, extra memory <= 1.0 times W.
-Writes benchmarks/results/decomposition.json and prints the table. Exit code 1 when a must is missed.
+Targets: >= 10 times less CPU time (required: 6), sin_max <= 1e-4, extra memory <= 1.0 times W. Writes
+benchmarks/results/decomposition.json and prints the table. Exits with 1 if a requirement is missed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ RANK, POWER = 64, 0.5
 SHAPES = ((3072, 3072), (3072, 12288), (12288, 3072))
 QUICK = ((1280, 1280), (1280, 3840), (3840, 1280))
 REPEATS = {"krylov": 5, "official": 2}
-MUST = {"cpu_ratio": 6.0, "sin_max": 1e-4, "memory": 1.0}
+REQUIRED = {"cpu_ratio": 6.0, "sin_max": 1e-4, "memory": 1.0}
 
 
-# ------------------------------------------------------------------ in the measured processes
+# ------------------------------------------------------------------ in the child processes
 
 
 def orthogonal(n: int, generator):
-    """A random n x n orthogonal matrix as a function on columns: signs, circulant, signs, circulant."""
+    """Return a random orthogonal n x n matrix as a function: signs, circulant, signs, circulant."""
     import torch
 
     signs, phases = [], []
@@ -58,7 +58,7 @@ def orthogonal(n: int, generator):
 
 
 def make(o: int, i: int, folder: Path) -> None:
-    """Write W (O, I) as fp32 and its first singular vectors on the left as float64."""
+    """Write W (O, I) as fp32 and its first left singular vectors as float64."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ def make(o: int, i: int, folder: Path) -> None:
 
 
 def official(weight, rank: int):
-    """The released code's way: all singular triplets, the dense core, QR of all of it, then the first r."""
+    """Decompose like the released code: full SVD, dense core, full QR, then the first r columns and rows."""
     import torch
 
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -84,13 +84,14 @@ def official(weight, rank: int):
 
 
 def krylov(weight, rank: int):
+    """Decompose with our block Krylov iteration."""
     from lowrank.bases.qr_basis import decompose
 
     return decompose(weight, rank)
 
 
 def resident(reset: bool = False) -> int:
-    """The most bytes that were resident since the last reset; elsewhere than on Linux since the start."""
+    """Return the peak resident bytes since the last reset, or outside of Linux since the start."""
     if not Path("/proc/self/clear_refs").exists():
         import resource
 
@@ -102,26 +103,26 @@ def resident(reset: bool = False) -> int:
 
 
 def measure(method: str, o: int, i: int, repeats: int, folder: Path) -> dict:
-    """Time and memory of one method on one matrix, and how good its Q is."""
+    """Measure time, memory and accuracy of one method on one matrix."""
     sys.path.insert(0, str(HERE.parents[1]))
     import numpy as np
     import torch
 
     decompose = {"krylov": krylov, "official": official}[method]
     small = torch.randn(96, 96, generator=torch.Generator().manual_seed(0))
-    decompose(small, 8)  # libraries are loaded and threads run
+    decompose(small, 8)  # loads libraries and starts threads
     weight = torch.from_numpy(np.fromfile(folder / "weight", dtype=np.float32)).view(o, i)
-    before, cpu, wall, extra = resident(reset=True), [], [], 0
+    baseline, cpu, wall, extra = resident(reset=True), [], [], 0
     for repeat in range(repeats):
         clocks = time.process_time(), time.perf_counter()
         q, _ = decompose(weight, RANK)
         cpu.append(time.process_time() - clocks[0])
         wall.append(time.perf_counter() - clocks[1])
         if repeat == 0:
-            extra = resident() - before
+            extra = resident() - baseline
     truth = torch.from_numpy(np.fromfile(folder / "left", dtype=np.float64)).view(o, RANK)
     span = torch.linalg.qr(q.double())[0]
-    caught = sum((span.mT @ part.double()).square().sum().item() for part in weight.split(512, dim=1))
+    captured = sum((span.mT @ part.double()).square().sum().item() for part in weight.split(512, dim=1))
     best = sum(k ** -(2 * POWER) for k in range(1, RANK + 1))
     return {
         "method": method,
@@ -129,18 +130,18 @@ def measure(method: str, o: int, i: int, repeats: int, folder: Path) -> dict:
         "cpu_s": cpu,
         "wall_s": wall,
         "sin_max": torch.linalg.svdvals(span - truth @ (truth.mT @ span)).max().item(),
-        "energy_loss": 1 - caught / best,
+        "energy_loss": 1 - captured / best,
         "memory": extra / (4 * o * i),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
 
 
-# ------------------------------------------------------------------ in the process that starts them
+# ------------------------------------------------------------------ in the parent process
 
 
 def child(*arguments) -> str:
-    """Run this file in a fresh process and return what it prints."""
+    """Run this file in a new process and return its output."""
     passive = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
     environment = {"OMP_NUM_THREADS": "2", **os.environ, **passive}
     command = [sys.executable, str(HERE), "--child", *map(str, arguments)]
@@ -148,10 +149,12 @@ def child(*arguments) -> str:
 
 
 def spread(values: list[float]) -> str:
+    """Format the median and the range of `values`."""
     return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 def table(rows: list[dict]) -> str:
+    """Return the results as a Markdown table."""
     lines = [
         "| W | method | CPU-s, median (range) | wall s | less CPU | sin_max | energy loss | extra memory |",
         "|---|---|---|---|---|---|---|---|",
@@ -167,7 +170,7 @@ def table(rows: list[dict]) -> str:
 
 
 def run(shapes: tuple[tuple[int, int], ...]) -> list[dict]:
-    """Two rows per shape; the ratio of median CPU-seconds is in the first."""
+    """Return two rows per shape; the first has the ratio of median CPU-seconds."""
     rows = []
     for o, i in shapes:
         with tempfile.TemporaryDirectory() as folder:
@@ -184,34 +187,35 @@ def run(shapes: tuple[tuple[int, int], ...]) -> list[dict]:
 
 
 def missed(rows: list[dict], quick: bool) -> list[str]:
-    """Which musts the Krylov rows miss; the small shapes promise accuracy only."""
-    found = []
+    """Return the requirements that the Krylov rows miss; for quick shapes only accuracy is required."""
+    problems = []
     for row in (row for row in rows if row["method"] == "krylov"):
         where = "×".join(map(str, row["shape"]))
-        if row["sin_max"] > MUST["sin_max"]:
-            found.append(f"{where}: sin_max {row['sin_max']:.1e} > {MUST['sin_max']:.0e}")
-        if not quick and row["memory"] > MUST["memory"]:
-            found.append(f"{where}: extra memory {row['memory']:.2f} > {MUST['memory']} W")
-        if not quick and row["cpu_ratio"] < MUST["cpu_ratio"]:
-            found.append(f"{where}: {row['cpu_ratio']:.1f} times less CPU time < {MUST['cpu_ratio']}")
-    return found
+        if row["sin_max"] > REQUIRED["sin_max"]:
+            problems.append(f"{where}: sin_max {row['sin_max']:.1e} > {REQUIRED['sin_max']:.0e}")
+        if not quick and row["memory"] > REQUIRED["memory"]:
+            problems.append(f"{where}: extra memory {row['memory']:.2f} > {REQUIRED['memory']} W")
+        if not quick and row["cpu_ratio"] < REQUIRED["cpu_ratio"]:
+            problems.append(f"{where}: {row['cpu_ratio']:.1f} times less CPU time < {REQUIRED['cpu_ratio']}")
+    return problems
 
 
 def main() -> int:
+    """Run the benchmark, or one task of a child process."""
     if sys.argv[1:2] == ["--child"]:
-        task, *rest = sys.argv[2:]
+        task, *words = sys.argv[2:]
         if task == "make":
-            make(int(rest[0]), int(rest[1]), Path(rest[2]))
+            make(int(words[0]), int(words[1]), Path(words[2]))
         else:
-            print(json.dumps(measure(rest[0], *map(int, rest[1:4]), Path(rest[4]))))
+            print(json.dumps(measure(words[0], *map(int, words[1:4]), Path(words[4]))))
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small layers, nothing written")
+    parser.add_argument("--quick", action="store_true", help="small layers, no file written")
     quick = parser.parse_args().quick
     rows = run(QUICK if quick else SHAPES)
     print(table(rows))
     problems = missed(rows, quick)
-    print("\n".join(problems) or "all musts are met")
+    print("\n".join(problems) or "all requirements are met")
     if not quick:
         RESULTS.parent.mkdir(exist_ok=True)
         machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}

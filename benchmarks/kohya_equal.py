@@ -1,14 +1,14 @@
-"""LoRA trained by kohya sd-scripts and by us, from one start, on the same latents, noise and timesteps.
+"""Compare LoRA training of kohya sd-scripts and lowrank with equal start, latents, noise and timesteps.
 
     export SD_SCRIPTS=/path/to/sd-scripts SD_SCRIPTS_PYTHON=/path/to/its/venv/bin/python
     python benchmarks/kohya_equal.py                                     # a tiny SD 1.5
     python benchmarks/kohya_equal.py --model v1-5-pruned.safetensors --tokenizers folder --side 512
 
 Three runs of SD 1.5's U-Net and text encoder in fp32: kohya's trainer with kohya's LoRA, kohya's trainer with
-ours, our trainer with ours. The random numbers are on a tape that replaces what each trainer draws itself.
-Prints the largest difference of a weight, beside how far training moved them, and writes
-benchmarks/results/kohya_equal.json for the tiny model; 1 where SGD's differ by more than --tolerance. AdamW
-divides by the gradient's own size, and so multiplies rounding wherever a gradient is nearly zero.
+our LoRA, our trainer with our LoRA. Random numbers come from a tape, instead of each trainer's generator.
+Prints the largest difference of a weight and how far training moved the weights, and writes
+benchmarks/results/kohya_equal.json for the tiny model. Exits with 1 if SGD's difference is above --tolerance.
+AdamW divides by the gradient's magnitude, which magnifies rounding where a gradient is nearly zero.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from lowrank.objective.diffusion import alpha_bars
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = {"SGD": 0.1, "AdamW": 1e-4}  # with the learning rate
 BATCH, RANK, ALPHA = 2, 4, 2.0
-OURS = "lora_of_lowrank"  # the name that our networks/lora.py gets where networks.lora is kohya's
+OURS = "lora_of_lowrank"  # module name of our networks/lora.py in kohya's trainer
 
 
 # ---------- inside one training
 
 
 def taped(tape: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(noisy latents, noise, timesteps) of one step after the other."""
-    told = load_file(tape)
-    yield from zip(told["noisy"], told["noise"], told["timesteps"], strict=True)
+    """Yield (noisy latents, noise, timesteps) of each step from a tape."""
+    tensors = load_file(tape)
+    yield from zip(tensors["noisy"], tensors["noise"], tensors["timesteps"], strict=True)
 
 
 def train(trainer: str, tape: Path, tiny: bool, line: list[str]) -> None:
-    """Run one training command with the tape in place of random numbers."""
+    """Run one training command with the tape instead of random numbers."""
     steps = taped(tape)
     if trainer == "kohya":
-        place = importlib.import_module("tools.tiny_kohya")
+        kohya = importlib.import_module("tools.tiny_kohya")
         if tiny:
-            place.shrink()
+            kohya.shrink()
         else:
-            sys.path.insert(0, str(place.CHECKOUT))
+            sys.path.insert(0, str(kohya.CHECKOUT))
         util: Any = importlib.import_module("library.train_util")
 
         def drawn(*_: Any) -> tuple:
@@ -63,7 +63,7 @@ def train(trainer: str, tape: Path, tiny: bool, line: list[str]) -> None:
             return noise, noisy, timesteps
 
         util.get_noise_noisy_latents_and_timesteps = drawn
-        script = place.CHECKOUT / "train_network.py"
+        script = kohya.CHECKOUT / "train_network.py"
     else:
         ddpm: Any = importlib.import_module("lowrank.objective.diffusion")
 
@@ -83,13 +83,13 @@ def train(trainer: str, tape: Path, tiny: bool, line: list[str]) -> None:
 
 
 def child(python: str, folder: Path, *words: object) -> None:
-    """A command of this file, in a process of its own that sees our tree and the module of `OURS`."""
+    """Run a Python script in a new process that can import our tree and the module `OURS`."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    finished = subprocess.run(
         [python, *map(str, words)], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, words))}\n{(done.stdout + done.stderr)[-4000:]}")
+    if finished.returncode:
+        sys.exit(f"{' '.join(map(str, words))}\n{(finished.stdout + finished.stderr)[-4000:]}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,20 +97,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="SD 1.5 as a file or a diffusers folder (unset: a tiny one)")
+    parser.add_argument("--model", help="SD 1.5 as a file or a diffusers folder (default: a tiny one)")
     parser.add_argument("--tokenizers", help="tokenizer_cache_dir of both trainers")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="training steps")
     parser.add_argument(
-        "--side", type=int, default=256, help="pixels of the pictures that the latents stand for"
+        "--side", type=int, default=256, help="side in pixels of the images behind the latents"
     )
-    parser.add_argument("--tolerance", type=float, default=1e-5)
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, help="largest allowed difference of a weight with SGD"
+    )
     options = parser.parse_args(argv)
-    kohyas = os.environ.get("SD_SCRIPTS_PYTHON", sys.executable)
+    kohya_python = os.environ.get("SD_SCRIPTS_PYTHON", sys.executable)
     if "SD_SCRIPTS" not in os.environ:
-        sys.exit("SD_SCRIPTS names no checkout of kohya sd-scripts; set it")
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        child(kohyas, folder, ROOT / "tools" / "tiny_kohya.py", "make", folder)
+        sys.exit("SD_SCRIPTS is not set; set it to a checkout of kohya sd-scripts")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        child(kohya_python, folder, ROOT / "tools" / "tiny_kohya.py", "make", folder)
         (folder / f"{OURS}.py").write_text(_alias())
         save_file(_tape(options.steps, options.side // 8), folder / "tape.safetensors")
         line = {
@@ -132,25 +134,25 @@ def main(argv: list[str] | None = None) -> int:
         tiny = options.model is None
 
         def run(python: str, trainer: str, module: str, name: str, *more: object) -> dict[str, torch.Tensor]:
-            own = ("--network_module", module, "--output_name", name, *more)
-            told = json.dumps([trainer, str(folder / "tape.safetensors"), tiny, [*words, *map(str, own)]])
-            child(python, folder, Path(__file__).resolve(), "--child", told)
+            options = ("--network_module", module, "--output_name", name, *more)
+            job = json.dumps([trainer, str(folder / "tape.safetensors"), tiny, [*words, *map(str, options)]])
+            child(python, folder, Path(__file__).resolve(), "--child", job)
             return load_file(folder / f"{name}.safetensors")
 
-        # up factors that are not zero, so that both factors learn from the first step
+        # a start whose ups are not zero, so that both factors have gradients from the first step
         start = run(
             sys.executable, "ours", "networks.lora", "start", *_optimizer("AdamW"), "--max_train_steps", 1
         )
         save_file(start, folder / "begin.safetensors")
-        found = {}
+        trained = {}
         for optimizer in OPTIMIZERS:
             more = ("--network_weights", folder / "begin.safetensors", *_optimizer(optimizer))
-            found[optimizer] = {
-                "kohya's LoRA in kohya's trainer": run(kohyas, "kohya", "networks.lora", "a", *more),
-                "our LoRA in kohya's trainer": run(kohyas, "kohya", OURS, "b", *more),
+            trained[optimizer] = {
+                "kohya's LoRA in kohya's trainer": run(kohya_python, "kohya", "networks.lora", "a", *more),
+                "our LoRA in kohya's trainer": run(kohya_python, "kohya", OURS, "b", *more),
                 "our LoRA in our trainer": run(sys.executable, "ours", "networks.lora", "c", *more),
             }
-    return _report(start, found, options)
+    return _report(start, trained, options)
 
 
 def _alias() -> str:
@@ -167,7 +169,7 @@ def _alias() -> str:
 
 def _tape(steps: int, side: int) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
-    # on fewer pixels the tiny model's deepest group norms see one pixel, and the smallest difference grows
+    # with fewer pixels the tiny model's deepest group norms have one pixel, which magnifies differences
     shape = (steps, BATCH, 4, side, side)
     latents, noise = torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
     timesteps = torch.randint(0, 1000, (steps, BATCH), generator=rng)
@@ -183,29 +185,32 @@ def _optimizer(name: str) -> tuple:
 Tensors = dict[str, torch.Tensor]
 
 
-def _report(start: Tensors, found: dict[str, dict[str, Tensors]], options: Any) -> int:
+def _report(start: Tensors, runs: dict[str, dict[str, Tensors]], options: Any) -> int:
     result: dict[str, Any] = {"steps": options.steps, "keys": len(start)}
-    for optimizer, trained in found.items():
+    for optimizer, trained in runs.items():
         first, *others = trained
-        moved = max(_apart(trained[first], start))
+        moved = max(_differences(trained[first], start))
         result[optimizer] = {"moved": moved}
-        print(f"{optimizer}: {options.steps} steps move a weight by up to {moved:.2e}; {first}, beside")
+        print(
+            f"{optimizer}: {options.steps} steps move a weight by up to {moved:.2e}; compared with {first}:"
+        )
         for name in others:
-            told = _apart(trained[name], trained[first])
-            median = float(torch.tensor(told).median())
-            result[optimizer][name] = {"largest": max(told), "median of tensors": median}
-            print(f"    {name}: differs by up to {max(told):.2e}, in half of the tensors by {median:.1e}")
+            differences = _differences(trained[name], trained[first])
+            median = float(torch.tensor(differences).median())
+            result[optimizer][name] = {"largest": max(differences), "median of tensors": median}
+            print(
+                f"    {name}: differs by up to {max(differences):.2e}, in half of the tensors by {median:.1e}"
+            )
     if options.model is None:
         (ROOT / "benchmarks" / "results" / "kohya_equal.json").write_text(json.dumps(result, indent=1) + "\n")
-    return int(
-        max(one["largest"] for one in result["SGD"].values() if isinstance(one, dict)) > options.tolerance
-    )
+    sgd = (entry["largest"] for entry in result["SGD"].values() if isinstance(entry, dict))
+    return int(max(sgd) > options.tolerance)
 
 
-def _apart(one: Tensors, other: Tensors) -> list[float]:
-    """The largest difference in each tensor."""
-    assert one.keys() == other.keys()
-    return [float((value - other[key]).abs().max()) for key, value in one.items()]
+def _differences(first: Tensors, second: Tensors) -> list[float]:
+    """Return the largest difference in each tensor."""
+    assert first.keys() == second.keys()
+    return [float((value - second[key]).abs().max()) for key, value in first.items()]
 
 
 if __name__ == "__main__":

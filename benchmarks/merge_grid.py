@@ -1,10 +1,10 @@
-"""What one more (α, β) of a merge grid costs, beside one denoising step, in one run.
+"""Cost of changing the strengths (α, β) of a merge grid, relative to one denoising step.
 
     python benchmarks/merge_grid.py
 
-Two ΔR adapters of rank 64 on a FLUX transformer of width 1024 (2 double, 4 single blocks, 576 picture
-tokens): the time to set new strengths over the time of one forward, medians over the turns with quartiles,
-for adapters that share their basis and for a ΔR and a LoRA that are concatenated.
+Two adapters of rank 64 on a FLUX transformer of width 1024 (2 double, 4 single blocks, 576 image tokens). The
+time to set new strengths is divided by the time of one forward; medians and quartiles over the turns, for two
+ΔR that share their basis, and for a ΔR and a LoRA, which are concatenated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowrank.formats.read import Adapter
 
 
 def adapter(denoiser: torch.nn.Module, name: str, seed: int, folder: Path) -> Adapter:
-    """A file of one method with random trained values."""
+    """Write and read an adapter file of one method with random trained values."""
     cache = {} if name == "lora" else {"basis_cache": str(folder)}
     module = importlib.import_module(f"networks.{name}")
     network = module.create_network(1.0, 64, 64.0, None, [], denoiser, **cache)
@@ -41,6 +41,7 @@ def adapter(denoiser: torch.nn.Module, name: str, seed: int, folder: Path) -> Ad
 
 @torch.no_grad()
 def main(turns: int = 9) -> None:
+    """Measure and print the table."""
     denoiser, batch = model(1024, "cpu", torch.float32), inputs(576, "cpu", torch.float32)
     print("| adapters | set strengths / denoising step | quartiles |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -49,11 +50,11 @@ def main(turns: int = 9) -> None:
             attached = Mixture(pair).attach(denoiser)
             ratios = []
             for turn in range(turns + 1):
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 attached.set((0.1 * turn, 1.0))
                 middle = time.perf_counter()
                 denoiser(**batch, return_dict=False)
-                ratios.append((middle - begun) / (time.perf_counter() - middle))
+                ratios.append((middle - started) / (time.perf_counter() - middle))
             attached.restore()
             low, median, high = statistics.quantiles(ratios[1:], n=4)
             print(f"| {' + '.join(names)} | {median:.3f} | {low:.3f}–{high:.3f} |")

@@ -1,7 +1,7 @@
-"""Memory of merging an adapter into a checkpoint: python benchmarks/merge_memory.py [--mib 512]
+"""Peak memory of merging an adapter into a checkpoint: python benchmarks/merge_memory.py [--mib 512]
 
-Writes a base of three tensors of that size and a rank-64 adapter for them, merges, and compares the peak of
-the process over what it had before with the largest tensor. Result: benchmarks/results/merge_memory.json
+Writes a base of three tensors of this size and a rank-64 adapter for them, merges them, and divides the
+process's peak memory above the adapter by the largest tensor. Writes benchmarks/results/merge_memory.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RANK, INPUTS = 64, 4096
 
 
 def resident(field: str) -> int:
-    """Bytes of `VmRSS` (now) or `VmHWM` (the peak) of this process."""
+    """Return the bytes of `VmRSS` (current) or `VmHWM` (peak) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -35,6 +35,7 @@ def resident(field: str) -> int:
 
 
 def main() -> None:
+    """Measure, write and print the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--mib", type=int, default=512, help="size of the largest tensor in MiB (512)")
     largest = parser.parse_args().mib << 20
@@ -42,7 +43,7 @@ def main() -> None:
     names = [f"double_blocks.{i}.img_mlp.0.weight" for i in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base.safetensors"
-        # warm up on a small base, so that code and libraries are counted before
+        # warm up with a small base, so that code and libraries are loaded before the measurement
         small = Path(folder) / "small.safetensors"
         stream_tensors(small, {names[0]: (8, 8)}, torch.bfloat16, lambda _: torch.ones(8, 8), {})
         place = LayerPath("unet", "transformer_blocks.0.ff.net.0.proj")
@@ -62,22 +63,22 @@ def main() -> None:
             )
             for i in range(3)
         }
-        held = sum(one.up.nbytes + one.down.nbytes for one in adapter.values())
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        adapter_bytes = sum(delta.up.nbytes + delta.down.nbytes for delta in adapter.values())
+        baseline = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         base_checkpoint.merge(
             base_checkpoint.BaseCheckpoint(base), adapter, Path(folder) / "merged.safetensors", {}
         )
-        peak = resident("VmHWM") - before
-    found = {
+        peak = resident("VmHWM") - baseline
+    result = {
         "largest_tensor_mib": largest / 2**20,
-        "adapter_mib": round(held / 2**20, 1),
+        "adapter_mib": round(adapter_bytes / 2**20, 1),
         "peak_above_adapter_mib": round(peak / 2**20, 1),
         "peak_above_adapter_per_largest_tensor": round(peak / largest, 3),
         "limit": 1.2,
     }
-    RESULT.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

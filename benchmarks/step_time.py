@@ -1,15 +1,15 @@
-"""A training step of a FLUX transformer with each method beside PEFT's LoRA and the frozen base; DoRA beside
-PEFT's, T-LoRA also beside LyCORIS'.
+"""Time of a FLUX transformer's training step with each method, relative to PEFT's LoRA and the base.
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py --device cpu
     python benchmarks/step_time.py --device cuda
     python benchmarks/step_time.py --quick
 
-A step is forward, mean-square loss, backward and AdamW on the same inputs, rank and 12 targets. The frozen
-base alone is forward and backward to its input. Methods take turns step by step, so that a machine that slows
-down slows all of them; figures are medians over the turns of the ratio to PEFT's LoRA in the same turn (of
-DoRA to PEFT's DoRA), with the quartiles. On a CPU they are of CPU-seconds, which other programs disturb less;
-give it one thread, for waiting threads count as busy. Writes benchmarks/results/step_time_<device>.json.
+DoRA is compared with PEFT's DoRA, T-LoRA also with LyCORIS'. A step is forward, mean-square loss, backward
+and AdamW, with equal inputs, rank and 12 targets. The frozen base is measured as forward and backward to its
+input. Methods run in turns, step by step, so that a slower machine slows all of them; results are medians and
+quartiles over the turns of ratios within a turn. On a CPU these are ratios of CPU-seconds, which other
+programs disturb less; use one thread, because waiting threads count as busy. Writes
+benchmarks/results/step_time_<device>.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.adapters.targets import FLUX_TARGETS, find
 
-OURS = {  # the network module's arguments
+OURS = {  # our networks, with their arguments
     "delta_r": {},
     "delta_r_triu": {},
     "lora": {},
@@ -45,15 +45,15 @@ OURS = {  # the network module's arguments
     "tlora plain": {"orthogonal": "False"},
 }
 METHODS = (*OURS, "lycoris tlora")
-RIVALS = {"dora": "peft dora"}  # whom a method is compared with, if not with PEFT's LoRA
+RIVALS = {"dora": "peft dora"}  # what a method is compared with, if not PEFT's LoRA
 TIMESTEP = 500.0  # of every sample: half of the ranks between R_min and R are open
 
 
 def model(hidden: int, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """A transformer of FLUX's blocks with random weights."""
+    """Return a transformer of FLUX's blocks with random weights."""
     torch.manual_seed(0)
     heads = hidden // 128
-    made = FluxTransformer2DModel(
+    transformer = FluxTransformer2DModel(
         num_layers=2,
         num_single_layers=4,
         num_attention_heads=heads,
@@ -63,32 +63,32 @@ def model(hidden: int, device: str, dtype: torch.dtype) -> FluxTransformer2DMode
         pooled_projection_dim=256,
         guidance_embeds=True,
     )
-    return made.to(device, dtype).requires_grad_(False)
+    return transformer.to(device, dtype).requires_grad_(False)
 
 
 def inputs(tokens: int, device: str, dtype: torch.dtype) -> dict:
-    """One batch of `tokens` picture and 64 text tokens, the first of which wants a gradient."""
+    """Return one batch of `tokens` image tokens and 64 text tokens."""
     torch.manual_seed(1)
     side = int(tokens**0.5)
     ids = torch.zeros(side * side, 3, device=device)
     ids[:, 1], ids[:, 2] = torch.arange(side * side) // side, torch.arange(side * side) % side
-    made = {
+    floats = {
         "hidden_states": torch.randn(1, side * side, 64),
         "encoder_hidden_states": torch.randn(1, 64, 256),
         "pooled_projections": torch.randn(1, 256),
     }
-    made = {name: value.to(device, dtype) for name, value in made.items()}
-    more = {
+    floats = {name: value.to(device, dtype) for name, value in floats.items()}
+    others = {
         "timestep": torch.tensor([TIMESTEP / 1000], device=device),
         "guidance": torch.tensor([1.0], device=device),
         "img_ids": ids,
         "txt_ids": torch.zeros(64, 3, device=device),
     }
-    return made | more
+    return floats | others
 
 
 def lycoris_tlora(denoiser: FluxTransformer2DModel, args: argparse.Namespace) -> list[torch.nn.Parameter]:
-    """LyCORIS' T-LoRA on the same layers, its mask set as SimpleTuner does; its trained parameters."""
+    """Attach LyCORIS' T-LoRA to the same layers, with SimpleTuner's mask; return its trained parameters."""
     import lycoris
 
     preset = {"enable_conv": False, "target_module": [], "target_name": [f"*{t}" for t in FLUX_TARGETS]}
@@ -97,12 +97,12 @@ def lycoris_tlora(denoiser: FluxTransformer2DModel, args: argparse.Namespace) ->
     network.apply_to()
     network.to(args.device)
     lycoris.set_timestep_mask(lycoris.compute_timestep_mask(TIMESTEP, 1000, args.rank, args.rank // 2))
-    assert len(network.loras) == len(find("unet", denoiser)), "not the same layers"
+    assert len(network.loras) == len(find("unet", denoiser)), "LyCORIS adapts other layers"
     return [p for p in network.parameters() if p.requires_grad]
 
 
 def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
-    """(training step, trained parameters) of a method; "base" trains nothing and differentiates its input."""
+    """Return (training step, number of trained parameters); "base" differentiates only its input."""
     denoiser, batch = model(args.hidden, args.device, dtype), inputs(args.tokens, args.device, dtype)
     if name == "base":
         batch["hidden_states"].requires_grad_(True)
@@ -142,6 +142,7 @@ def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Ca
 
 
 def main() -> None:
+    """Measure, print the table, write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,9 +151,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=576)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="fewer write no file")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=METHODS,
+        choices=METHODS,
+        help="methods to measure; a file is written only with all of them",
+    )
     parser.add_argument("--bf16", action="store_true", help="base in bf16 under autocast")
-    parser.add_argument("--quick", action="store_true", help="small and few: only that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes and few turns, to test that it runs"
+    )
     args = parser.parse_args()
     if args.quick:
         args.hidden, args.tokens, args.rank, args.turns = 256, 64, 8, 2
@@ -164,16 +173,16 @@ def main() -> None:
         steps = {
             name: stepper(name, args, dtype) for name in ("base", "peft", *sorted(rivals), *args.methods)
         }
-        for turn in range(args.turns + 2):  # two to warm up
+        for turn in range(args.turns + 2):  # the first two are a warm-up
             for name, (step, _) in steps.items():
-                begun = clock()
+                started = clock()
                 step()
                 if turn >= 2:
-                    times.setdefault(name, []).append(clock() - begun)
+                    times.setdefault(name, []).append(clock() - started)
     rows = {}
     for name, (_, parameters) in steps.items():
         rival = RIVALS.get(name, "peft")
-        ratios = [own / theirs for own, theirs in zip(times[name], times[rival], strict=True)]
+        ratios = [a / b for a, b in zip(times[name], times[rival], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4)
         rows[name] = {
             "median_s": statistics.median(times[name]),
@@ -183,7 +192,7 @@ def main() -> None:
             "trained_parameters": parameters,
             **{
                 f"ratio_to_{other.replace(' ', '_')}": statistics.median(
-                    o / b for o, b in zip(times[name], times[other], strict=True)
+                    a / b for a, b in zip(times[name], times[other], strict=True)
                 )
                 for other in ("base", "lora", "lycoris tlora")
                 if other in times

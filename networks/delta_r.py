@@ -1,14 +1,14 @@
-"""ΔR: train only what is written into a layer's strongest output directions (QR-LoRA, arXiv 2507.04599).
+"""ΔR: train an update whose outputs lie in a layer's strongest output directions (QR-LoRA, arXiv 2507.04599).
 
     W_core = top r of W = Q·R        y = (W_res + s·Q(R + ΔR)) x = W x + s·Q·ΔR x
 
-Q (O×R) and R are frozen, ΔR (R×I) starts at zero and is all that is trained: half of LoRA's parameters over
-FLUX. Two adapters of one base share Q, so they are added by adding their ΔR, and cos(ΔR₁, ΔR₂) is exactly
-cos(ΔW₁, ΔW₂).
+Q (O×R) and R (R×I) are frozen. Only ΔR (R×I) is trained, from zero: on FLUX half the parameters of a LoRA of
+equal rank. Adapters of one base model share Q, so adding their ΔW means adding their ΔR, and
+cos(ΔR₁, ΔR₂) = cos(ΔW₁, ΔW₂) exactly.
 
-Unlike the official code W is never edited: with Q and R frozen, W_res + sQR is W itself, so no residual is
-rounded into the base or needed again, and ΔR is not swamped by R in bf16. R is written to files for their
-readers and not used.
+Difference from the official code: W is not replaced by a residual. With Q and R frozen, W_res + s·Q·R = W,
+so no residual has to be rounded, stored or loaded, and in bf16 a small ΔR is not rounded away against a large
+R. Files contain R for other programs that need it; our forward does not use it.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from lowrank.bases.qr_basis import start_basis
 @dataclass(frozen=True)
 class Options:
     use_zero_init: bool = True
-    """start at the base model; False starts at a random ΔR, the official code's default"""
+    """start with ΔR = 0, so that step 0 is the base model; False: random ΔR, as in the official code"""
     delta_scale: float = 0.01
-    """standard deviation of that random ΔR"""
+    """standard deviation of the random ΔR that use_zero_init=False starts with"""
     basis_cache: str | None = None
-    """folder for bases, computed once per weight and rank"""
+    """folder that caches QR bases, default $LOWRANK_CACHE/basis or ~/.cache/lowrank/basis"""
 
 
 def start(weights, ranks, scales, options: Options) -> Start:
-    """Q, R/s and ΔR = 0."""
-    bases, facts = start_basis(weights, ranks, options.basis_cache)
+    """Return Q (O, R), R/s (R, I) and ΔR (R, I) for each layer; ΔR is zero or random (`use_zero_init`)."""
+    bases, metadata = start_basis(weights, ranks, options.basis_cache)
     values = {}
     for name, (Q, R) in bases.items():
         delta = torch.zeros_like(R) if options.use_zero_init else torch.randn_like(R) * options.delta_scale
         values[name] = {"q": Q, "base_r": R / scales[name], "delta_r": delta}
-    return values, facts
+    return values, metadata
 
 
 def factor(options: Options) -> Factor:
+    """U = Q frozen, D = ΔR trained; R is saved and not used in the forward."""
     return Factor(
         partial(start, options=options),
         trained=("delta_r",),

@@ -1,9 +1,10 @@
-"""ΔR-triu: ΔR that keeps the shape of R, upper trapezoidal (QR-LoRA, arXiv 2507.04599).
+"""ΔR-triu: ΔR restricted to the shape of R, upper trapezoidal (QR-LoRA, arXiv 2507.04599).
 
     y = W x + s·Q·triu(ΔR) x
 
-Of ΔR's R×I entries the R(R−1)/2 under the diagonal of its leading square stay exactly zero: 1 % at rank 64.
-The projection is in the forward, so gradients, momentum and weight decay never reach them.
+Of the R×I entries of ΔR, the R(R−1)/2 below the diagonal of its leading square are always zero; at rank 64
+and I = 3072 that is 1 %. The projection is part of the forward, so gradient, momentum and weight decay never
+change these entries.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""DoRA: LoRA turns the rows of a weight, and their lengths are trained apart (arXiv 2402.09353, eq. 5).
+"""DoRA: LoRA for the direction of each weight row, a trained m for its length (arXiv 2402.09353, eq. 5).
 
-    y = m ⊙ (W + s·U·D) x / ‖W + s·U·D‖ + b        one norm and one m per output row, m₀ = ‖W‖
+    y = m ⊙ (W + s·U·D) x / ‖W + s·U·D‖ + b        norm per output row; m (O,) trained from m₀ = ‖W‖
 
-The norm takes part in the forward and not in the gradient (the paper's section 4.3). As in the authors' code
-and in PEFT, rows are those of the stored weight, one for each output. W + s·U·D is never formed: the branch
-is (g − 1) ⊙ W x + g ⊙ s·U·D x with g = m/‖W + s·U·D‖, so a fresh adapter is the base model bit for bit.
+The norm is treated as a constant in the backward pass (section 4.3 of the paper). Rows are those of the
+stored weight, one per output, as in the authors' code and in PEFT. W + s·U·D is never formed: with
+g = m/‖W + s·U·D‖ the branch computes (g − 1) ⊙ W x + g ⊙ s·U·D x, which is exactly 0 for a new adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lowrank.adapters.network_module import bind
 
 @dataclass(frozen=True)
 class Options:
-    """DoRA has none of its own."""
+    """No options beyond those of every network."""
 
 
 LENGTHS = Method("dora", magnitude=Magnitude())

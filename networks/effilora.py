@@ -1,15 +1,15 @@
-"""EffiLoRA: one down for layers that read the same space, several ups mixed by a router (arXiv 2512.00878).
+"""EffiLoRA: layers with a common input share one down; each layer mixes several ups (arXiv 2512.00878).
 
     y = W x + s·Σₑ wₑ(x)·Bₑ·A x        w(x) = softmax(G·A x), Σₑ wₑ = 1
 
-A is shared by the layers of one part, stream (`STREAMS`) and input shape; each layer has its own E ups B,
-which start at zero, and its own router G. num_experts=1 is a plain LoRA with a shared A, and is saved as one.
-The paper's Reducer trains in each step only some layers' B, drawn by importance (effi_update_ratio,
-lowrank/train/layer_sampling.py).
+A (R×I) is shared by all layers of one component, input stream (`STREAMS`) and input shape. Each layer has its
+own E ups B (E×O×R), which start at zero, and its own router G (E×R). With num_experts=1 it is a LoRA with a
+shared A and is saved as a plain LoRA. The paper's Reducer trains the B of only some layers in each step,
+drawn by importance: effi_update_ratio, lowrank/train/layer_sampling.py.
 
-The paper shares one A over all layers, which needs layers of one width; its text draws layers by σ(−s) and
-says that important ones come first, which is σ(s) and what we do. Unlike the code we know, all experts take
-part in every forward, in training and afterwards alike.
+Differences from the paper: it shares one A over all layers, which requires layers of one width. Its formula
+draws layers with probability σ(−s), its text prefers important layers; we use σ(s). Every expert takes part
+in every forward, in training and in inference.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lowrank.adapters.network_module import bind
 from lowrank.errors import Refused, nearest
 
 INPUTS, SCOPES = ("h", "x"), ("token", "sample")
-MOST = 256  # experts; a typing error would otherwise fill the memory
+MAX_EXPERTS = 256  # a mistyped number would otherwise exhaust the memory
 
-# What a layer reads, by the end of its path; the first row that fits, and all others read the picture's
-# tokens or pixels. Names of diffusers, transformers, kohya's U-Nets and Black Forest Labs' FLUX.
+# (input stream, end of a layer's path); the first matching row applies. Layers that match no row read the
+# image's tokens or pixels. Paths as in diffusers, transformers, kohya's U-Nets and Black Forest Labs' FLUX.
 STREAMS = (
     ("text hidden", r"ff_context\.net\.2|txt_mlp\.2"),
     ("hidden", r"ff\.net\.2|mlp\.fc2|img_mlp\.2|DenseReluDense\.wo"),
@@ -42,63 +42,69 @@ STREAMS = (
 @dataclass(frozen=True)
 class Options:
     num_experts: int = structural(4)
-    """ups of each layer, mixed by a router; 1 has no router and one ΔW"""
+    """number of experts (up matrices) per layer, mixed by a router; 1: no router, an ordinary LoRA"""
     router_input: str = structural("h")
-    """what the router reads: h, the rank-wide A x (the paper), or x (HydraLoRA)"""
+    """input of the router: h, the projection A x (the paper), or x, the input of the layer (HydraLoRA)"""
     router_scope: str = structural("token")
-    """weights for each token or pixel, or those of their mean for the whole sample"""
+    """token: expert weights for each token or pixel; sample: from the mean over a sample's tokens"""
     effi_update_ratio: float = 1.0
-    """share of the layers whose ups learn in a step; 1 is all of them"""
+    """share of the layers whose up matrices are updated in a step; 1 updates all layers"""
     effi_probe_every: int = 100
-    """steps between two probes of how much the layers matter"""
+    """steps between two measurements of layer importance, used when effi_update_ratio is below 1"""
     effi_probe_layers: int = 16
-    """layers that a probe suppresses together, at most half of them"""
+    """number of layers suppressed at once to measure layer importance, at most half of all layers"""
 
     def __post_init__(self) -> None:
-        for name, known in (("router_input", INPUTS), ("router_scope", SCOPES)):
-            given = getattr(self, name)
-            if given not in known:
+        for name, choices in (("router_input", INPUTS), ("router_scope", SCOPES)):
+            value = getattr(self, name)
+            if value not in choices:
                 raise Refused(
-                    f"network argument {name}={given} is not one of {', '.join(known)}{nearest(given, known)}"
+                    f"network argument {name}={value} is not one of "
+                    f"{', '.join(choices)}{nearest(value, choices)}"
                 )
         for name in ("num_experts", "effi_probe_every", "effi_probe_layers"):
             if getattr(self, name) < 1:
                 raise Refused(f"network argument {name}={getattr(self, name)} is below 1; give 1 or more")
-        if self.num_experts > MOST:
+        if self.num_experts > MAX_EXPERTS:
             raise Refused(
-                f"network argument num_experts={self.num_experts} is above {MOST}; each is an up of every "
-                "layer, 4 is usual"
+                f"network argument num_experts={self.num_experts} is above {MAX_EXPERTS}; 4 is usual"
             )
         if not 0 < self.effi_update_ratio <= 1:
             raise Refused(
-                f"network argument effi_update_ratio={self.effi_update_ratio:g} is not above 0 and up to 1; "
-                "1 lets every layer learn in every step"
+                f"network argument effi_update_ratio={self.effi_update_ratio:g} is not in (0, 1]; "
+                "1 updates every layer in every step"
             )
 
 
 def stream_of(path: str) -> str:
-    """What the layer at a dotted path reads."""
-    return next((name for name, end in STREAMS if re.search(rf"(?:^|\.)(?:{end})$", path)), "picture")
+    """Return the input stream of the layer at a dotted path: a name of `STREAMS`, or "picture"."""
+    return next((stream for stream, end in STREAMS if re.search(rf"(?:^|\.)(?:{end})$", path)), "picture")
 
 
 def share(part: str, path: str, shape: tuple[int, ...]) -> Hashable:
-    """Layers of one answer have A in common; `shape` is (I,), of a convolution (I, k, k)."""
+    """Return the key of a layer's shared A: layers with equal keys share it.
+
+    `shape` is the input shape of the layer, (I,) or for a convolution (I, k, k).
+    """
     return part, stream_of(path), shape
 
 
 def experts(options: Options, factor: Factor) -> Method:
-    """Experts of another factor's trained up side, and which layers learn in a step."""
+    """Fill the experts slot for the trained up of `factor`, and choose which layers are updated in a step.
+
+    Raises `Refused` if `factor` trains no up.
+    """
     if not set(factor.plus) & set(factor.trained):
         raise Refused(
-            "experts are several ups that are trained, and this factor trains none; leave enable_effilora out"
+            "experts multiply a trained up matrix, and this method trains none; leave enable_effilora out"
         )
     (role,) = factor.plus
-    mixed = Experts(options.num_experts, softmax_router, role, options.router_input, options.router_scope)
-    chosen = Updates(role, options.effi_update_ratio, options.effi_probe_every, options.effi_probe_layers)
+    mixture = Experts(options.num_experts, softmax_router, role, options.router_input, options.router_scope)
+    updates = Updates(role, options.effi_update_ratio, options.effi_probe_every, options.effi_probe_layers)
     return Method(
         "effilora",
-        experts=mixed if options.num_experts > 1 else None,
-        updates=chosen if options.effi_update_ratio < 1 else None,
+        experts=mixture if options.num_experts > 1 else None,
+        updates=updates if options.effi_update_ratio < 1 else None,
     )
 
 

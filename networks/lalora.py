@@ -1,15 +1,16 @@
-"""LaLoRA: LoRA that is held where the base minds (Laplace; Sliwa et al., arXiv 2512.17720).
+"""LaLoRA: LoRA with a Laplace (curvature-weighted) penalty on ΔW against forgetting (arXiv 2512.17720).
 
-    L(ΔW) + (λ/2) Σ_l tr(UᵀGU · DSDᵀ)·s²/c        S = E[x xᵀ], G = E[g gᵀ] on source data, ΔW = s·U·D
+    L(ΔW) + (λ/2) Σ_l tr(UᵀGU · DSDᵀ)·s²/c        S = E[x xᵀ], G = E[g gᵀ], ΔW = s·U·D
 
-S and G, of `calc_lalora_context.py`, say what a layer reads and what the loss minds while the base does what
-it must not forget. The sum is the rise of that loss, to second order, so that directions without curvature
-are free and the others cost. c is the mean curvature of a weight, which makes λ portable. The file that comes
-out is an ordinary LoRA. `penalty(options)` joins the same to any method.
+x is the input of layer l and g the gradient at its output, both measured on source data by
+`calc_lalora_context.py` and stored in a context file. To second order the sum is the rise of the base model's
+loss on that data: changes in directions without curvature are free. c is the mean curvature per weight, so
+that λ has the same meaning for every model. The result is an ordinary LoRA file. `penalty(options)` adds the
+penalty to any method.
 
-Unlike the paper the curvature is that of the weight W and not of U and D: at U = 0 the loss has no gradient
-in D, so their Fisher matrix is 0 for D, and an equal ΔW with other factors costs another price.
-`--curvature lora_diag` of the context script is the paper's diagonal.
+Difference from the paper: we take the curvature of W, not of U and D. At U = 0 the loss has no gradient in D,
+so the Fisher matrix of D is 0, and equal ΔW with different factors would be penalised differently. The
+paper's diagonal version is `--curvature lora_diag` of the context script.
 """
 
 from __future__ import annotations
@@ -28,20 +29,23 @@ from lowrank.laplace.context_file import read_context
 @dataclass(frozen=True)
 class Options:
     lalora_context_path: str | None = None
-    """curvature file of calc_lalora_context.py; opened and checked whatever λ is"""
+    """context file made by calc_lalora_context.py; it is read and checked also if lalora_lambda is 0"""
     lalora_lambda: float = 0.0
-    """λ; 0 is plain LoRA, bit for bit"""
+    """strength λ of the LaLoRA penalty; 0 trains exactly as without the penalty"""
     lalora_isotropic: bool = False
-    """hold every direction alike, (λ/2) Σ ‖ΔW‖², which needs no context"""
+    """penalise all directions equally, (λ/2) Σ ‖ΔW‖², without a context file"""
 
 
 def penalty(options: Options) -> Method:
-    """Only the penalty slot; empty without a context. Raises `Refused` for λ > 0 with nothing to go by."""
+    """Return a method with only the penalty slot filled, or none filled if no penalty is configured.
+
+    Raises `Refused` for λ < 0, for λ > 0 without a context, and for a context together with isotropic=True.
+    """
     path, strength = options.lalora_context_path, options.lalora_lambda
     if strength < 0:
         raise Refused(f"network argument lalora_lambda={strength:g} is below 0; give 0 or more")
     if path and options.lalora_isotropic:
-        raise Refused(f"lalora_isotropic=True does not read lalora_context_path={path}; give one of them")
+        raise Refused(f"lalora_isotropic=True does not use lalora_context_path={path}; give only one of them")
     if options.lalora_isotropic:
         prepare = partial(laplace_penalty.isotropic, strength=strength)
     elif path:
@@ -49,8 +53,8 @@ def penalty(options: Options) -> Method:
         prepare = partial(laplace_penalty.bind_penalty, context=context, strength=strength, source=path)
     elif strength:
         raise Refused(
-            f"lalora_lambda={strength:g} has no context; give lalora_context_path=FILE of "
-            "calc_lalora_context.py, or lalora_isotropic=True to hold every direction alike"
+            f"lalora_lambda={strength:g} needs a context; give lalora_context_path=FILE, made by "
+            "calc_lalora_context.py, or lalora_isotropic=True to penalise all directions equally"
         )
     else:
         return Method("lalora")

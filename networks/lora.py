@@ -1,9 +1,9 @@
-"""LoRA: a trained down and a trained up beside the layer (Hu et al., arXiv 2106.09685, eq. 3).
+"""LoRA: a trained down D and a trained up U beside a frozen weight W (Hu et al., arXiv 2106.09685, eq. 3).
 
     y = W x + s·U·D x        D kaiming-uniform, U = 0, s = alpha/rank
 
-Argument names and start values are those of kohya sd-scripts' networks.lora, and so are keys in its hosts.
-On a diffusers FLUX, whose q, k and v are separate layers, files have PEFT's keys.
+Argument names, starting values and file keys are those of kohya sd-scripts' networks.lora. On a diffusers
+FLUX, where q, k and v are separate layers, file keys are PEFT's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowrank.adapters.network_module import bind
 
 @dataclass(frozen=True)
 class Options:
-    """LoRA has none of its own."""
+    """No options beyond those of every network."""
 
 
 def method(options: Options) -> Method:

@@ -1,8 +1,9 @@
-"""Null-LoRA in a given basis with LaLoRA's penalty: the user's `network_null_lalora`.
+"""network_null_lalora: Null-LoRA whose free factors lie in a given basis, with LaLoRA's penalty.
 
     y = W x + s·(L·C₁·diag(n₁)·V_N + U_N·diag(n₂)·C₂·R) x        + (λ/2)·tr(Uᵀ G U · D S Dᵀ)/c in the loss
 
-See null_lora, universal_lora (basis_path; `none` is Null-LoRA itself) and lalora for the three parts.
+L, R: the basis of universal_lora (basis_path); basis_path=none trains whole matrices, as null_lora does.
+V_N, U_N, n: see null_lora. λ, S, G, c: see lalora.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from networks import lalora, null_lora, universal_lora
 
 @dataclass(frozen=True)
 class Options(null_lora.Options, universal_lora.Options, lalora.Options):
-    """Those of all three."""
+    """The options of null_lora, universal_lora and lalora."""
 
     def __post_init__(self) -> None:
-        for part in (null_lora, universal_lora):
-            part.Options.__post_init__(self)
+        for network in (null_lora, universal_lora):
+            network.Options.__post_init__(self)
 
 
 def method(options: Options) -> Method:
     if options.basis_path == universal_lora.NONE or (options.null_strict and not options.basis_path):
-        made = Method("null", null_lora.factor(options))
+        null = Method("null", null_lora.factor(options))
     else:
         directions = universal_lora.Directions(options)
         factor = null_lora.factor(options, directions)
         stages = directions.stages(("core_up", "core_down"), 2)
-        made = Method("null", factor, warmup=stages, options=directions.options)
-    return dataclasses.replace(made | lalora.penalty(options), name="network_null_lalora")
+        null = Method("null", factor, warmup=stages, options=directions.options)
+    return dataclasses.replace(null | lalora.penalty(options), name="network_null_lalora")
 
 
 create_network, create_network_from_weights = bind(method, Options)

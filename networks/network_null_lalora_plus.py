@@ -1,8 +1,8 @@
-"""`network_null_lalora` with DoRA's row lengths (use_dora) and LoRA+'s faster up side.
+"""network_null_lalora_plus: network_null_lalora with DoRA's row lengths (use_dora) and LoRA+.
 
-loraplus_lr_ratio is 16 unless given where whole matrices are trained (basis_path=none), and 1 between given
-directions, whose two sides do not differ in width. A free row length voids the null space's promise: it moves
-what W itself writes.
+With whole trained matrices (basis_path=none) the default of loraplus_lr_ratio is 16. With a basis it is 1,
+because both trained cores have the same width. Trained row lengths change what W itself outputs, so use_dora
+gives up Null-LoRA's guarantee; a warning says so.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from lowrank.adapters.network_module import bind
 from networks import dora, network_null_lalora
 
 RATIO = 16.0
-NOTE = "use_dora moves the length of each row of W, so the null space is no longer left alone"
+NOTE = "use_dora changes the length of each row of W, so ΔW is no longer restricted to the null space"
 
 
 @dataclass(frozen=True)
 class Options(network_null_lalora.Options):
     use_dora: bool = structural(False)
-    """free the length of each output row (DoRA)"""
+    """train the length of each row of W + ΔW (DoRA)"""
 
 
 def method(options: Options) -> Method:
-    made = network_null_lalora.method(options)
-    if "free_up" in made.require_factor().plus:
-        made = dataclasses.replace(made, rates={"free_up": RATIO})
+    combined = network_null_lalora.method(options)
+    if "free_up" in combined.require_factor().plus:
+        combined = dataclasses.replace(combined, rates={"free_up": RATIO})
     if options.use_dora:
-        made = dataclasses.replace(made | dora.LENGTHS, notes=(*made.notes, NOTE))
-    return dataclasses.replace(made, name="network_null_lalora_plus")
+        combined = dataclasses.replace(combined | dora.LENGTHS, notes=(*combined.notes, NOTE))
+    return dataclasses.replace(combined, name="network_null_lalora_plus")
 
 
 create_network, create_network_from_weights = bind(method, Options)

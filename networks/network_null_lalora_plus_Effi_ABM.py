@@ -1,9 +1,9 @@
-"""Everything at once, the user's recommended network: `network_null_lalora_plus` with EffiLoRA's experts.
+"""network_null_lalora_plus_Effi_ABM: network_null_lalora_plus with EffiLoRA's experts and the ABM warm-up.
 
-enable_effilora=True gives each layer num_experts of its trained up side, mixed per position by a router;
-without it there is one, whatever num_experts says. The trainer's --abm_enabled adds the ABM stage before
-step 0. A routed adapter has no one ΔW and cannot be merged; tools/export_lora.py --calibrate writes the
-nearest that has.
+enable_effilora=True gives each layer num_experts copies of its trained up, mixed by a router for each token
+or pixel. Without it each layer has one up and num_experts has no effect. The trainer's --abm_enabled runs the
+ABM stage before step 0. With experts ΔW depends on the input, so the adapter cannot be merged;
+`tools/export_lora.py --calibrate` writes the nearest LoRA.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from networks import effilora, network_null_lalora_plus
 @dataclass(frozen=True)
 class Options(network_null_lalora_plus.Options, effilora.Options):
     enable_effilora: bool = structural(False)
-    """several experts of the up side, mixed by a router"""
+    """train num_experts up matrices per layer, mixed by a router (EffiLoRA)"""
     abm_batch_size: int | None = None
-    """samples of a batch that the ABM stage uses; --abm_batch_size comes first"""
+    """samples of each batch that the ABM stage uses, unless --abm_batch_size is given"""
 
     def __post_init__(self) -> None:
         network_null_lalora_plus.Options.__post_init__(self)
@@ -32,15 +32,15 @@ class Options(network_null_lalora_plus.Options, effilora.Options):
 
 
 def method(options: Options) -> Method:
-    made = network_null_lalora_plus.method(options)
+    combined = network_null_lalora_plus.method(options)
     if not options.enable_effilora:
         if options.num_experts != effilora.Options.num_experts:
-            told = f"num_experts={options.num_experts} has no effect without enable_effilora=True: it is 1"
-            made = dataclasses.replace(made, notes=(*made.notes, told))
-        made = dataclasses.replace(made, options={**made.options, "num_experts": 1})
+            note = f"num_experts={options.num_experts} has no effect without enable_effilora=True; 1 is used"
+            combined = dataclasses.replace(combined, notes=(*combined.notes, note))
+        combined = dataclasses.replace(combined, options={**combined.options, "num_experts": 1})
     elif options.num_experts > 1:
-        made = made | effilora.experts(options, made.require_factor())
-    return dataclasses.replace(made, name="network_null_lalora_plus_Effi_ABM")
+        combined = combined | effilora.experts(options, combined.require_factor())
+    return dataclasses.replace(combined, name="network_null_lalora_plus_Effi_ABM")
 
 
 create_network, create_network_from_weights = bind(method, Options)

@@ -1,11 +1,13 @@
-"""QR-LoRA: both factors of a layer's strongest part, trained from where they stand (arXiv 2507.04599).
+"""QR-LoRA: train both QR factors of the top-r part of a weight from their values (arXiv 2507.04599).
 
     W_core = top r of W = Q₀·R₀        y = W x + s·(Q·R − Q₀·R₀) x        Q, R trained from Q₀, R₀
 
-It starts with gradients of full size in both factors, which LoRA's U = 0 denies one of them. Nothing keeps Q
-orthogonal or R triangular after step 0. The initial copy is subtracted in the forward instead of from W, as
-the official code does, so the base stays whole; Q₀ and R₀ are part of the file, and the exact plain LoRA is
-[Q | Q₀], [R ; −R₀] of rank 2r.
+Both factors have gradients of full size from step 0; in LoRA D has none while U = 0. Nothing keeps Q
+orthogonal or R triangular during training.
+
+Difference from the official code: it subtracts Q₀·R₀ from W, we subtract it in the forward and leave the base
+model unchanged. Q₀ and R₀ are saved in the adapter file. The exact plain LoRA is [Q | Q₀], [R ; −R₀], of rank
+2r.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from lowrank.bases.qr_basis import start_basis
 @dataclass(frozen=True)
 class Options:
     basis_cache: str | None = None
-    """folder for bases, computed once per weight and rank"""
+    """folder that caches QR bases, default $LOWRANK_CACHE/basis or ~/.cache/lowrank/basis"""
 
 
 def start(weights, ranks, scales, options: Options) -> Start:
-    """U = U₀ = Q, D = D₀ = R/s."""
-    bases, facts = start_basis(weights, ranks, options.basis_cache)
+    """Return U = U₀ = Q (O, R) and D = D₀ = R/s (R, I) for each layer."""
+    bases, metadata = start_basis(weights, ranks, options.basis_cache)
     values = {}
     for name, (Q, R) in bases.items():
         values[name] = {"up": Q, "down": R / scales[name], "q": Q, "base_r": R / scales[name]}
-    return values, facts
+    return values, metadata
 
 
 def method(options: Options) -> Method:

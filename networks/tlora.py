@@ -1,17 +1,19 @@
-"""T-LoRA: fewer ranks the noisier the sample, so that one picture is not learned by heart (arXiv 2507.05964).
+"""T-LoRA: open fewer ranks at noisier timesteps, against overfitting to few images (arXiv 2507.05964).
 
-    y = W x + s·U·M(t)·D x                                   plain ("vanilla"): LoRA with a mask
-    y = W x + s·(P·Λ·M(t)·Q − P₀·Λ₀·M(t)·Q₀) x               orthogonal: the start subtracted
+    y = W x + s·U·M(t)·D x                                   plain: LoRA with a rank mask ("vanilla")
+    y = W x + s·(P·Λ·M(t)·Q − P₀·Λ₀·M(t)·Q₀) x               orthogonal: the initial value is subtracted
 
-M(t) keeps the first r(t) = ⌊((T − t)/T)^α (R − R_min)⌋ + R_min of R ranks (eq. 3, 6), for each sample of a
-batch by its own t; T = 1000. P₀, Λ₀, Q₀ are R singular components of a random matrix N(0, 1/R), or of W, in
-descending order: the `last`, the `middle` or the `principal` ones. Nothing but the start keeps P and Q
-orthogonal, as in the paper. Defaults are the paper's: the last of a random matrix, R_min = R/2, s = 1.
+M(t) keeps the first r(t) = ⌊((T − t)/T)^α (R − R_min)⌋ + R_min of R ranks (eq. 3, 6), T = 1000; each sample
+of a batch has its own t. P₀ (O×R), Λ₀ (R) and Q₀ (R×I) are R singular components of a random matrix N(0,
+1/R), or of W, in descending order: the last, the middle or the principal ones. As in the paper, P and Q are
+orthogonal at the start and not constrained later. Defaults are those of the paper: the last components of a
+random matrix, R_min = R/2, s = 1.
 
-The authors' code takes one t for a whole batch and the SVD of a random matrix for each layer. Here singular
-vectors are drawn by themselves: those of a Gaussian matrix are independent of its singular values and
-uniform, so that QR of thin Gaussian matrices gives them. The singular values come from the bidiagonal form of
-such a matrix, whose entries are χ-distributed (Golub and Kahan; Silverstein 1985), once for each shape.
+Differences from the authors' code: it uses one t for a whole batch, and computes the SVD of a random matrix
+for each layer. We draw the three factors separately, with the same distribution: the singular vectors of a
+Gaussian matrix are uniform and independent of its singular values, so QR of thin Gaussian matrices gives
+them; the singular values are those of a bidiagonal matrix with χ-distributed entries (Golub and Kahan;
+Silverstein 1985), computed once for each layer shape.
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ from lowrank.formats.tlora import COPY, ORTHOGONAL, PARTS, component_slice, sing
 @dataclass(frozen=True)
 class Options:
     tlora_min_rank: int | None = structural(None)
-    """ranks open at pure noise (unset: half of the layer's rank)"""
+    """number of ranks open at pure noise (default: half of --network_dim)"""
     tlora_alpha: float = structural(1.0)
-    """exponent of the schedule: 1 is linear, above 1 opens ranks later in sampling, below 1 earlier"""
+    """exponent of the rank schedule; 1 is linear, above 1 opens ranks later in sampling, below 1 earlier"""
     orthogonal: bool = structural(True)
-    """P·Λ·Q with the start subtracted; False is LoRA with a mask, the paper's choice for FLUX"""
+    """True: train P·Λ·Q minus its initial value; False: LoRA with a rank mask, as the paper does on FLUX"""
     sig_type: str = structural("last")
-    """which singular components P·Λ·Q starts from: principal, middle or last"""
+    """singular components that orthogonal=True starts from: principal, middle or last"""
     use_data_init: bool = structural(False)
-    """take them from the layer's weight instead of a random matrix"""
+    """take the initial singular components from the layer's weight instead of a random matrix"""
 
     def __post_init__(self) -> None:
         if self.sig_type not in PARTS:
@@ -51,11 +53,13 @@ class Options:
         if self.tlora_min_rank is not None and self.tlora_min_rank < 1:
             raise Refused(f"tlora_min_rank {self.tlora_min_rank} is below 1; give 1 or more")
         if not self.tlora_alpha > 0:
-            raise Refused(f"tlora_alpha {self.tlora_alpha:g} is not above 0; 1.0 is the linear schedule")
+            raise Refused(
+                f"tlora_alpha {self.tlora_alpha:g} is not above 0; give 1.0 for the linear schedule"
+            )
 
 
 def singular_values(outs: int, ins: int, std: float) -> Tensor:
-    """The singular values (min(O, I),) of a random O × I matrix N(0, std²), largest first, in float64."""
+    """Draw the singular values (min(O, I),) of a random O × I matrix N(0, std²), descending, in float64."""
     short, long = sorted((outs, ins))
     freedoms = torch.arange(long, 0, -1, dtype=torch.float64)
     chi = (
@@ -66,13 +70,13 @@ def singular_values(outs: int, ins: int, std: float) -> Tensor:
 
 
 def uniform_frame(rows: int, columns: int) -> Tensor:
-    """A matrix (rows, columns) with orthonormal columns, uniform among all such."""
+    """Draw a matrix (rows, columns) with orthonormal columns, uniformly distributed."""
     q, r = torch.linalg.qr(torch.randn(rows, columns))
     return q * r.diagonal().sign()
 
 
 def start(weights, ranks, scales, options: Options) -> Start:
-    """P = P₀, Λ = Λ₀, Q = Q₀."""
+    """Return P = P₀ (O, R), Λ = Λ₀ (R) and Q = Q₀ (R, I) for each layer."""
     values, spectra = {}, {}
     for name in weights:
         W, R = weights[name], ranks[name]
@@ -83,16 +87,16 @@ def start(weights, ranks, scales, options: Options) -> Start:
             spectrum = spectra.get((outs, ins, R))
             if spectrum is None:
                 spectrum = spectra[outs, ins, R] = singular_values(outs, ins, 1 / R)
-            chosen = component_slice(options.sig_type, min(outs, ins), R)
-            P, S, Q = uniform_frame(outs, R), spectrum[chosen].float(), uniform_frame(ins, R).T
-        own = {"p_layer": P, "lambda_layer": S, "q_layer": Q}
-        values[name] = own | {"base_p": P, "base_lambda": S, "base_q": Q}
-    facts = {"basis_hash": basis_hash(weights, ranks)} if options.use_data_init else {}
-    return values, facts
+            components = component_slice(options.sig_type, min(outs, ins), R)
+            P, S, Q = uniform_frame(outs, R), spectrum[components].float(), uniform_frame(ins, R).T
+        trained = {"p_layer": P, "lambda_layer": S, "q_layer": Q}
+        values[name] = trained | {"base_p": P, "base_lambda": S, "base_q": Q}
+    metadata = {"basis_hash": basis_hash(weights, ranks)} if options.use_data_init else {}
+    return values, metadata
 
 
 def gate(schedule: Schedule) -> Gate:
-    """Open ranks by a schedule; in a network of rank R, every layer in proportion to R."""
+    """Return a gate that follows `schedule`; a layer of lower rank opens ranks in proportion."""
     return Gate(schedule.open, schedule.metadata, lambda rank: gate(schedule.of(rank)))
 
 
@@ -105,7 +109,7 @@ def method(options: Options) -> Method:
             chains=(ORTHOGONAL,),
             copy=COPY,
             diagonal=("lambda_layer", "base_lambda"),
-            unique="" if options.use_data_init else "are drawn at random into the file of a run",
+            unique="" if options.use_data_init else "are drawn at random and stored in this file",
             plus=("p_layer",),
         )
     return Method("tlora", factor, gate(Schedule(options.tlora_min_rank, options.tlora_alpha)))

@@ -1,4 +1,4 @@
-"""Universal LoRA whose core is held where source data would notice: universal_lora with LaLoRA's penalty."""
+"""universal_lalora: universal_lora with LaLoRA's penalty on ΔW = s·L·C·R."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from networks import lalora, universal_lora
 
 @dataclass(frozen=True)
 class Options(universal_lora.Options, lalora.Options):
-    """Those of both."""
+    """The options of universal_lora and lalora."""
 
 
 def method(options: Options) -> Method:
-    made = universal_lora.method(options) | lalora.penalty(options)
-    return dataclasses.replace(made, name="universal_lalora")
+    combined = universal_lora.method(options) | lalora.penalty(options)
+    return dataclasses.replace(combined, name="universal_lalora")
 
 
 create_network, create_network_from_weights = bind(method, Options)

@@ -1,14 +1,18 @@
-"""Universal LoRA: directions are given, only how they are joined is trained (after arXiv 2512.05117).
+"""Universal LoRA: fix input and output directions, train only the core between them (after arXiv 2512.05117).
 
-    y = W x + s·L·C·R x        L (O×K) and R (K×I) frozen and orthonormal, C (K×K, or a diagonal) from zero
+    y = W x + s·L·C·R x        L (O×K), R (K×I) frozen, orthonormal; C (K×K or a diagonal) from zero
 
-The paper takes L and R from a collection of adapters (tools/extract_universal_basis.py). Without one, the
-first gradients of the training data give them: basis_path=auto:grad, the default. auto:actgrad takes inputs
-and gradients apart, auto:weight the base's strongest directions, and auto:random is the control.
+The paper takes L and R from a collection of adapters: basis_path=FILE, a file made by
+tools/extract_universal_basis.py. Without a collection, L and R are computed here:
 
-The paper adds a mean adapter, which would move the start off the base; here the mean is a direction like
-others. A stress test of the paper found a few directions to be a strong restraint: expect less forgetting,
-not more learning.
+    auto:grad (default)   top singular vectors of the first gradients of the training data
+    auto:actgrad          top eigenvectors of the layer's inputs and of its output gradients, separately
+    auto:weight           top singular vectors of W
+    auto:random           random directions, a control
+
+Difference from the paper: it adds the collection's mean adapter to W, so that training does not start at the
+base model. Here the mean is one of the directions. A few fixed directions restrict strongly: expect less
+forgetting, not better learning.
 """
 
 from __future__ import annotations
@@ -29,8 +33,8 @@ from lowrank.bases.gradients import basis_stage
 from lowrank.errors import Refused, nearest
 
 AUTO = ("auto:grad", "auto:actgrad", "auto:weight", "auto:random")
-NONE = "none"  # whole matrices, for methods that can do without a basis
-EMBEDDED = "embedded"  # in the file that is loaded
+NONE = "none"  # no basis: whole matrices are trained, in the methods that allow it
+EMBEDDED = "embedded"  # the basis is inside the adapter file
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +42,23 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Options:
     basis_path: str | None = structural(None, words=(*AUTO, NONE, EMBEDDED))
-    """basis file, or auto:grad (unset), auto:actgrad, auto:weight, auto:random; none where a method can"""
+    """basis file, or auto:grad (default), auto:actgrad, auto:weight, auto:random; none trains whole matrices,
+    in network_null_lalora and its variants only"""
     basis_required: bool = False
-    """refuse a missing basis_path instead of taking auto:grad"""
+    """refuse to start without basis_path instead of using auto:grad"""
     basis_samples: int = 256
-    """training samples that auto:grad and auto:actgrad look at"""
+    """number of training samples that auto:grad and auto:actgrad compute the basis from"""
     universal_core: str = structural("full")
-    """full trains all K×K entries of the core, diagonal its diagonal"""
+    """full: train all K×K entries of the core; diagonal: train only its K diagonal entries"""
 
     def __post_init__(self) -> None:
-        given, cores = self.basis_path or "", ("full", "diagonal")
-        if not given and self.basis_required:
+        path, cores = self.basis_path or "", ("full", "diagonal")
+        if not path and self.basis_required:
             raise Refused(
-                f"basis_required=True and no basis_path; name a basis file, or one of {', '.join(AUTO)}"
+                f"basis_required=True needs a basis_path; give a basis file, or one of {', '.join(AUTO)}"
             )
-        if given.startswith("auto:") and given not in AUTO:
-            raise Refused(f"basis_path {given!r} is not one of {', '.join(AUTO)}{nearest(given, AUTO)}")
+        if path.startswith("auto:") and path not in AUTO:
+            raise Refused(f"basis_path {path!r} is not one of {', '.join(AUTO)}{nearest(path, AUTO)}")
         if self.universal_core not in cores:
             raise Refused(
                 f"universal_core {self.universal_core!r} is not one of "
@@ -64,7 +69,7 @@ class Options:
 
 
 class Directions:
-    """L and R of every layer, from where `basis_path` says."""
+    """The frozen L and R of every layer, from the source that `basis_path` names."""
 
     def __init__(self, options: Options) -> None:
         self.source, self.samples = options.basis_path or AUTO[0], options.basis_samples
@@ -72,61 +77,64 @@ class Directions:
 
     @property
     def options(self) -> dict[str, str]:
-        """What the adapter's own file says of them."""
+        """The basis_path to write into the adapter's metadata."""
         return {"basis_path": EMBEDDED if self.learned or self.file else self.source}
 
     @property
     def learned(self) -> bool:
-        """Whether they come from the training data, so that only files can bring them back."""
+        """Whether L and R are computed from the training data, so that they must be saved in the file."""
         return self.source in AUTO[:2]
 
     def fit(self, weights: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, int]:
-        """No more directions than the basis has; layers that it lacks get 0 and are left out."""
+        """Return `widths`, limited to what the basis file has; a layer not in the file gets 0."""
         if self.file is None:
             return dict(widths)
         matched = for_layers(self.file, {name: (W.shape[0], W.shape[1]) for name, W in weights.items()})
         if matched.missing:
             logger.warning(
-                "%s has no basis for %d of %d layers, which are left out, for example %s",
+                "%s has no basis for %d of %d layers, for example %s; these layers are not trained",
                 *(self.source, len(matched.missing), len(weights), matched.missing[0]),
             )
-        have = {name: pair.left.shape[1] for name, pair in matched.pairs.items()}
-        fewer = [name for name in have if have[name] < widths[name]]
-        if fewer:
+        available = {name: pair.left.shape[1] for name, pair in matched.pairs.items()}
+        limited = [name for name in available if available[name] < widths[name]]
+        if limited:
             logger.warning(
-                "%s has fewer directions than --network_dim asks for in %d layers, for example %d in %s",
-                *(self.source, len(fewer), have[fewer[0]], fewer[0]),
+                "%s has fewer directions than --network_dim in %d layers, for example %d in %s; all are used",
+                *(self.source, len(limited), available[limited[0]], limited[0]),
             )
-        return {name: min(width, have.get(name, 0)) for name, width in widths.items()}
+        return {name: min(width, available.get(name, 0)) for name, width in widths.items()}
 
     def pairs(
         self, weights: Mapping[str, Tensor], widths: Mapping[str, int]
     ) -> tuple[Mapping[str, Pair], dict[str, str]]:
-        """(L (O, K), R (K, I)) by layer, and facts; placeholders where the data have yet to give them."""
+        """Return L (O, K) and R (K, I) by layer, and metadata; random until a warm-up stage sets them."""
         if self.source == EMBEDDED:
-            raise Refused("the file leaves out its basis (save_basis=none); name it with basis_path=FILE")
+            raise Refused("the file was saved without its basis (save_basis=none); give basis_path=FILE")
         if self.file is None:
-            made = weight_basis if self.source == "auto:weight" else random_basis
-            return made(weights, widths), {"basis": self.source}
-        found = for_layers(self.file, {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}).pairs
-        cut = {name: Pair(found[name].left[:, :K], found[name].right[:K]) for name, K in widths.items()}
-        return cut, {"basis": "file", "universal_basis_hash": self.file.facts["hash"]}
+            make_basis = weight_basis if self.source == "auto:weight" else random_basis
+            return make_basis(weights, widths), {"basis": self.source}
+        matched = for_layers(self.file, {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}).pairs
+        pairs = {name: Pair(matched[name].left[:, :K], matched[name].right[:K]) for name, K in widths.items()}
+        return pairs, {"basis": "file", "universal_basis_hash": self.file.facts["hash"]}
 
     def stages(self, cores: tuple[str, ...], chains: int) -> tuple[Warmup, ...]:
-        """The stage that finds them, of a method whose ΔW is zero while the roles `cores` are."""
+        """Return the warm-up stage that computes L and R, if the training data decide them.
+
+        The stage is skipped if a role in `cores` is not zero. `chains`: products that share the rank.
+        """
         if not self.learned:
             return ()
-        found = basis_stage(
+        stage = basis_stage(
             self.source.removeprefix("auto:"), self.samples, _assign, lambda layer: layer.rank // chains
         )
 
         def run(network: Any, samples: Any) -> None:
             if any(layer.roles()[core].any() for layer in network.layers() for core in cores):
-                logger.info("the adapter is trained already; its basis stays")
+                logger.info("the adapter is already trained; its basis is kept")
             else:
-                found.run(network, samples)
+                stage.run(network, samples)
 
-        return (Warmup(found.name, run),)
+        return (Warmup(stage.name, run),)
 
 
 def _assign(layer: Any, left: Tensor, right: Tensor) -> None:
@@ -135,19 +143,19 @@ def _assign(layer: Any, left: Tensor, right: Tensor) -> None:
 
 
 def start(weights, ranks, scales, directions: Directions, diagonal: bool) -> Start:
-    """L, R and a core of zeros."""
-    pairs, facts = directions.pairs(weights, ranks)
+    """Return L (O, K), R (K, I) and a zero core, (K, K) or (K,), for each layer."""
+    pairs, metadata = directions.pairs(weights, ranks)
     values = {}
     for name, (L, R) in pairs.items():
         core = torch.zeros(ranks[name]) if diagonal else torch.zeros(ranks[name], ranks[name])
         values[name] = {"basis_up": L, "core": core, "basis_down": R}
-    return values, facts
+    return values, metadata
 
 
 def method(options: Options) -> Method:
     if options.basis_path == NONE:
         raise Refused(
-            f"basis_path={NONE} leaves universal_lora without directions; use network_null_lalora for that"
+            f"basis_path={NONE} is not possible with universal_lora; give a basis, or use network_null_lalora"
         )
     directions, diagonal = Directions(options), options.universal_core == "diagonal"
     factor = Factor(

@@ -1,10 +1,10 @@
-"""Find the directions that a collection of LoRAs shares, for networks that train inside a basis.
+"""Extract the directions that a collection of LoRAs shares, for networks that train inside a basis.
 
     python tools/extract_universal_basis.py --lora_dir loras/ --output basis.safetensors --report basis.json
 
-Reads kohya's, diffusers' and PEFT's files and this program's own, one at a time, and writes an orthonormal
-left and right basis for each layer. The table says how much of the LoRAs lies in it, and how much of a LoRA
-that the basis was made without. docs/universal.md explains the columns.
+Reads LoRA files of kohya, diffusers, PEFT and lowrank, one at a time, and writes an orthonormal left and
+right basis for each layer. The printed table shows which fraction of the LoRAs lies in the basis, and which
+fraction of a LoRA lies in the basis of the others. docs/universal.md explains the columns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEAD = ("right", "left", "both", "held out", "least", "random")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make one basis; 0, or 1 with a sentence before anything is written."""
+    """Extract one basis. Returns 0, or 1 after printing an error, before anything is written."""
     try:
         parsed = EXTRACT_BASIS.parse(argv)
         for note in parsed.notes:
@@ -41,87 +41,93 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def run(told: UniversalBasis) -> int:
-    """Extract, write the basis and the report, print the table."""
-    assert told.output
-    for flag, path in (("--output", told.output), ("--report", told.report)):
+def run(options: UniversalBasis) -> int:
+    """Extract the basis, write basis and report, print the table."""
+    assert options.output
+    for flag, path in (("--output", options.output), ("--report", options.report)):
         if path is not None:
             writable_folder(Path(path).parent, flag)
             if Path(path).is_dir():
-                raise Refused(f"{flag} {path} is a folder; name a file in it")
-    if Path(told.output).exists() and read_metadata(told.output).get("lowrank.kind") != "basis":
-        raise Refused(f"--output {told.output} exists and is no basis, it may be a LoRA; name another file")
-    if told.report and told.report.endswith(".safetensors"):
-        raise Refused(f"--report {told.report} is JSON and no .safetensors file; name another file")
-    files, copies = gather(told.lora_dir)
-    how = Extraction(told.rank, told.tau, told.center, told.normalize, told.sketch or 4 * told.rank)
-    found = extract(files, how)
-    facts = {
-        **{"options": how._asdict(), "loras": found.loras, "means": means(found)},
-        **{"skipped": dict(sorted((found.other + copies).items())), "too_few": found.few},
-        "layers": {name: row._asdict() for name, row in found.table.items()},
-    }
-    written = write_basis(
-        told.output,
-        found.layers,
-        found.values,
-        "universal",
-        {**found.facts, **{key: json.dumps(value, sort_keys=True) for key, value in facts.items()}},
+                raise Refused(f"{flag} {path} is a folder; give a file name in it")
+    if Path(options.output).exists() and read_metadata(options.output).get("lowrank.kind") != "basis":
+        raise Refused(
+            f"--output {options.output} exists and is no basis, it may be a LoRA; give another file name"
+        )
+    if options.report and options.report.endswith(".safetensors"):
+        raise Refused(f"--report {options.report} is JSON, not .safetensors; give another file name")
+    files, copies = gather(options.lora_dir)
+    extraction = Extraction(
+        options.rank, options.tau, options.center, options.normalize, options.sketch or 4 * options.rank
     )
-    if told.report:
-        with atomic(told.report) as part:
-            report = {"basis_hash": written, **found.facts, **facts}
+    extracted = extract(files, extraction)
+    facts = {
+        **{"options": extraction._asdict(), "loras": extracted.loras, "means": means(extracted)},
+        **{"skipped": dict(sorted((extracted.other + copies).items())), "too_few": extracted.few},
+        "layers": {name: row._asdict() for name, row in extracted.table.items()},
+    }
+    basis_hash = write_basis(
+        options.output,
+        extracted.layers,
+        extracted.values,
+        "universal",
+        {**extracted.facts, **{key: json.dumps(value, sort_keys=True) for key, value in facts.items()}},
+    )
+    if options.report:
+        with atomic(options.report) as part:
+            report = {"basis_hash": basis_hash, **extracted.facts, **facts}
             part.write_text(json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    print("\n".join([*table(found), *remarks(found, how, facts["skipped"])]))
-    print(f"{told.output}: {len(found.layers)} layers from {found.loras} LoRAs, basis {written[:12]}")
+    print("\n".join([*table(extracted), *remarks(extracted, extraction, facts["skipped"])]))
+    counts = f"{len(extracted.layers)} layers from {extracted.loras} LoRAs"
+    print(f"{options.output}: {counts}, basis {basis_hash[:12]}")
     return 0
 
 
-def means(found: Extracted) -> dict[str, float]:
-    """Each column's mean over the layers."""
-    return {key: fmean(getattr(row, key) for row in found.table.values()) for key in COLUMNS}
+def means(extracted: Extracted) -> dict[str, float]:
+    """Return the mean of each column over the layers."""
+    return {key: fmean(getattr(row, key) for row in extracted.table.values()) for key in COLUMNS}
 
 
-def table(found: Extracted) -> list[str]:
-    """A row for each layer and one of means; `~` marks layers whose sketch had to leave something out."""
-    wide = max(map(len, ("layer", *found.table)))
+def table(extracted: Extracted) -> list[str]:
+    """Return the lines of the table: one per layer, and the means; `~` marks approximate layers."""
+    width = max(map(len, ("layer", *extracted.table)))
 
     def shares(values: Mapping[str, float]) -> str:
         return "".join(f" {values[key]:>8.4f}" for key in COLUMNS)
 
-    rows = [f"{'layer':{wide}} {'O×I':>11} {'LoRAs':>5} {'K':>3}" + "".join(f" {head:>8}" for head in HEAD)]
-    for name, row in found.table.items():
+    rows = [f"{'layer':{width}} {'O×I':>11} {'LoRAs':>5} {'K':>3}" + "".join(f" {head:>8}" for head in HEAD)]
+    for name, row in extracted.table.items():
         size = f"{row.outputs}×{row.inputs}"
         mark = "" if row.exact else " ~"
         rows.append(
-            f"{name:{wide}} {size:>11} {row.loras:>5} {row.directions:>3}{shares(row._asdict())}{mark}"
+            f"{name:{width}} {size:>11} {row.loras:>5} {row.directions:>3}{shares(row._asdict())}{mark}"
         )
-    return [*rows, f"{'mean':{wide}} {'':>21}{shares(means(found))}"]
+    return [*rows, f"{'mean':{width}} {'':>21}{shares(means(extracted))}"]
 
 
-def remarks(found: Extracted, how: Extraction, skipped: Mapping[str, int]) -> list[str]:
-    """What was left out, and what the numbers warn of."""
-    told = [f"left out: {', '.join(f'{count} {kind}' for kind, count in skipped.items())}"] if skipped else []
-    if found.few:
-        told.append(
-            f"left out: {len(found.few)} layers that fewer than {LEAST} LoRAs have: {next(iter(found.few))} …"
+def remarks(extracted: Extracted, extraction: Extraction, skipped: Mapping[str, int]) -> list[str]:
+    """Return the lines on skipped files and layers, and warnings on the numbers."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
+    lines = [f"skipped: {counts}"] if skipped else []
+    if extracted.few:
+        lines.append(
+            f"skipped: {len(extracted.few)} layers in fewer than {LEAST} LoRAs: {next(iter(extracted.few))} …"
         )
-    if inexact := sum(not row.exact for row in found.table.values()):
-        told.append(
-            f"{inexact} layers (~) had over {2 * how.sketch} columns: their directions are approximate, and "
-            "right and left are lower bounds; --sketch gives more room"
+    if inexact := sum(not row.exact for row in extracted.table.values()):
+        lines.append(
+            f"{inexact} layers (~) had over {2 * extraction.sketch} columns: their directions are "
+            "approximate, and right and left are lower bounds; raise --sketch for more accuracy"
         )
-    if found.loras < how.rank:
-        told.append(
-            f"warning: {found.loras} LoRAs are few for --rank {how.rank} directions, which fit them alone"
+    if extracted.loras < extraction.rank:
+        lines.append(
+            f"warning: {extracted.loras} LoRAs are too few for {extraction.rank} directions; lower --rank"
         )
-    mean = means(found)
+    mean = means(extracted)
     if mean["held_out"] < 2 * mean["random"]:
-        told.append(
-            "warning: a LoRA that the basis was made without has no more in it than in random directions; "
-            "these LoRAs share nothing, train with basis_path=auto:grad instead"
+        lines.append(
+            "warning: a held-out LoRA lies in the basis no more than in random directions; these LoRAs share "
+            "nothing, train with basis_path=auto:grad instead"
         )
-    return told
+    return lines
 
 
 if __name__ == "__main__":

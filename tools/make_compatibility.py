@@ -1,7 +1,7 @@
-"""Write docs/compatibility.md from the tables that the tests go through (tests/support/compatibility.py).
+"""Write docs/compatibility.md from the tables in tests/support/compatibility.py, which the tests check.
 
-python tools/make_compatibility.py           write it
-python tools/make_compatibility.py --check   exit 1 when it is not what this would write
+python tools/make_compatibility.py           write the page
+python tools/make_compatibility.py --check   exit 1 if the page is not up to date
 """
 
 from __future__ import annotations
@@ -38,30 +38,26 @@ the metadata; the files hold the nearest LoRA exactly. Without `--calibrate` the
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in escaped) + "\n"
 
 
 def page() -> str:
-    """The page."""
+    """Return the text of the page."""
     spec = importlib.util.spec_from_file_location(
         "compatibility", ROOT / "tests" / "support" / "compatibility.py"
     )
-    assert spec and spec.loader  # the file is there
+    assert spec and spec.loader  # the file exists
     known = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(known)
 
     def cell(method: str, to: str) -> str:
         families = [name for family, name in known.FAMILIES.items() if not known.refusal(family, method, to)]
-        return (
-            "–"
-            if not families
-            else "exact"
-            if len(families) == len(known.FAMILIES)
-            else f"exact on {', '.join(families)}"
-        )
+        if not families:
+            return "–"
+        return "exact" if len(families) == len(known.FAMILIES) else f"exact on {', '.join(families)}"
 
     exports = [
         [f"`{m}`", text, *(cell(m, to) for to in FORMATS), "exact"] for m, text in known.METHODS.items()

@@ -47,7 +47,7 @@ REASONS = {  # (factor, addition) that the code refuses -> the reason, for a rea
 
 
 def page() -> str:
-    """The page's text. Raises KeyError for a refused pair without a reason."""
+    """Return the text of the page. Raises KeyError for a refused pair without a reason."""
     numbers: dict[str, int] = {}
     rows = [f"| | {' | '.join(ADDITIONS)} |", "|---" * (len(ADDITIONS) + 1) + "|"]
     for factor in FACTORS:

@@ -1,14 +1,13 @@
-"""Make the demo models of assets/demo: render the glyph world, train scorer, autoencoder and three models.
+"""Make the demo models in assets/demo: render the glyph world, train scorer, autoencoder and three models.
 
     python tools/make_demo_models.py                            # all: hours on a CPU, minutes on a GPU
-    python tools/make_demo_models.py --parts flux --minutes 30  # one part, at most half an hour a training
-    python tools/make_demo_models.py --parts report             # measure the models that are there
+    python tools/make_demo_models.py --parts flux --minutes 30  # one part, at most half an hour per training
+    python tools/make_demo_models.py --parts report             # measure the existing models
 
 Parts are made in the order pictures, scorer, vae, flux, sd15, sdxl, report. The three models need the vae in
-the work folder, the report needs the scorer. A training that was stopped goes on where it was, and a finished
-one is left as it is. The same seed and the same kind of device give the same models; another device gives
-models of the same quality. Needs the font Noto Color Emoji (Debian's package fonts-noto-color-emoji); the
-shipped models need neither font nor this file.
+the work folder, the report needs the scorer. A stopped training resumes, a finished one is kept. Equal seeds
+on equal devices give equal models; other devices give models of equal quality. Needs the font Noto Color
+Emoji (Debian's package fonts-noto-color-emoji); the shipped models need neither the font nor this file.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ EVERY = [
     for style in STYLES
     for background in BACKGROUNDS
 ]
-# where, what, and the seed of its rendering
+# path, scene, seed of the rendering
 TAUGHT = (
     ("assets/sty/cat/sty_cat.png", Scene("cat", "stained glass", "beach"), 3),
     ("assets/cnt/dog/cnt_dog.png", Scene("poodle", "photo", "meadow"), 1),
@@ -65,18 +64,18 @@ TAUGHT = (
 
 
 class Stopped(Exception):
-    """A training ended before its last step, as --minutes asked."""
+    """A training ended before its last step, because of --minutes."""
 
 
 class Workshop:
-    """The work folder: rendered pictures, checkpoints and what each part reported."""
+    """The work folder (rendered pictures, checkpoints, facts of each part) and the steps that fill it."""
 
     def __init__(self, work: Path, out: Path, device: str, minutes: float | None):
         self.work, self.out, self.device, self.minutes = work, out, device, minutes
 
     # ---------- pictures
 
-    def _kept(self, name: str, make) -> np.ndarray:
+    def _cached(self, name: str, make) -> np.ndarray:
         path = self.work / f"{name}.npy"
         if not path.is_file():
             print(f"rendering {path}", flush=True)
@@ -86,16 +85,16 @@ class Workshop:
         return np.load(path)
 
     def every(self) -> np.ndarray:
-        """Eight renderings of every scene, held-out ones too: for the scorer."""
+        """Return eight renderings of every scene, including held-out ones, to train the scorer."""
         draw_one = functools.partial(corpus.scene_at, EVERY)
-        return self._kept("every", lambda: corpus.pictures(draw_one, 8 * len(EVERY), 21))
+        return self._cached("every", lambda: corpus.pictures(draw_one, 8 * len(EVERY), 21))
 
     def anything(self) -> np.ndarray:
-        """For the autoencoder."""
-        return self._kept("anything", lambda: corpus.pictures(corpus.anything, 16_000, 11))
+        """Return pictures of any kind, to train the autoencoder."""
+        return self._cached("anything", lambda: corpus.pictures(corpus.anything, 16_000, 11))
 
     def latents(self) -> np.ndarray:
-        """Twelve renderings of every seen scene as latents (N, C, h, w), half precision."""
+        """Return twelve renderings of every scene in training as latents (N, C, h, w), half precision."""
         scenes = seen_scenes()
         vae = self.vae().to(self.device)
 
@@ -103,35 +102,37 @@ class Workshop:
             pixels = corpus.pictures(functools.partial(corpus.scene_at, scenes), 12 * len(scenes), 31)
             return autoencoder.latents(vae, pixels, self.device)
 
-        return self._kept("latents", make)
+        return self._cached("latents", make)
 
     # ---------- parts
 
     def vae(self) -> Any:
+        """Return the trained autoencoder. Raises `Refused` if the work folder has none."""
         from diffusers import AutoencoderKL
 
         folder = self.work / "vae"
         if not (folder / "config.json").is_file():
             raise Refused(f"the models need the autoencoder, and {folder} has none; make it with --parts vae")
         vae = AutoencoderKL.from_pretrained(folder)
-        vae.register_to_config(_name_or_path="")  # diffusers would ship the work folder's path
+        vae.register_to_config(_name_or_path="")  # diffusers would save the path of the work folder
         return vae
 
     def _whole(self, training: str, plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
-        """`facts` of a training that came to its end; raises `Stopped` otherwise."""
+        """Return `facts` if the training is complete; raises `Stopped` otherwise."""
         if facts["steps"] < plan.steps:
             raise Stopped(
-                f"the {training} was stopped after {facts['steps']} of {plan.steps} steps and nothing was "
-                f"made of it yet; the same command goes on, from {self.work}"
+                f"the {training} was stopped after {facts['steps']} of {plan.steps} steps and is not usable "
+                f"yet; repeat the command to resume from {self.work}"
             )
         return facts
 
-    def tell(self, part: str, facts: dict[str, Any]) -> None:
+    def save_facts(self, part: str, facts: dict[str, Any]) -> None:
+        """Save and print the facts of a part."""
         (self.work / f"{part}.json").write_text(json.dumps(facts, indent=2))
         print(json.dumps({part: facts}), flush=True)
 
-    def told(self, part: str) -> dict[str, Any]:
-        """What was told of a part when it was made; without its work folder, what metrics.json kept of it."""
+    def load_facts(self, part: str) -> dict[str, Any]:
+        """Return the saved facts of a part, from metrics.json if the work folder has none."""
         path = self.work / f"{part}.json"
         if path.is_file():
             return json.loads(path.read_text())
@@ -140,28 +141,30 @@ class Workshop:
         return facts.get("training", {}) if part in TITLES else facts
 
     def make_pictures(self) -> None:
-        """The one style and the one content picture that the launchers train on."""
+        """Render the style picture and the content picture that the launchers train on."""
         for path, scene, seed in TAUGHT:
             picture = Image.fromarray(draw.render(scene, np.random.default_rng(seed)))
             with atomic(ROOT / path) as part:
                 picture.save(part, format="PNG")
 
     def make_scorer(self) -> None:
+        """Train and publish the scorer."""
         model = scorer.scorer()
         scenes = [EVERY[i % len(EVERY)] for i in range(8 * len(EVERY))]
         facts = scorer.train(model, self.every(), scenes, self.work, self.device, self.minutes)
         self._whole("scorer", scorer.PLAN, facts)
         fresh = corpus.pictures(functools.partial(corpus.scene_at, EVERY), len(EVERY), 77)
         right = scorer.score(model, fresh, EVERY)
-        held = np.array([s.content in HELD_CONTENTS or s.style in HELD_STYLES for s in EVERY])
+        held_out = np.array([s.content in HELD_CONTENTS or s.style in HELD_STYLES for s in EVERY])
         facts["fresh renderings"] = {kind: report.share(values) for kind, values in right.items()}
         facts["of those, held-out classes"] = {
-            kind: report.share(values[held]) for kind, values in right.items()
+            kind: report.share(values[held_out]) for kind, values in right.items()
         }
-        self.tell("scorer", facts)
+        self.save_facts("scorer", facts)
         self._publish("scorer", lambda part: model.cpu().half().save_pretrained(part))
 
     def make_vae(self) -> None:
+        """Train the autoencoder, then its decoder alone; save it in the work folder."""
         vae = autoencoder.autoencoder()
         pictures = self.anything()
         both = autoencoder.train(vae, pictures, self.work, self.device, self.minutes)
@@ -182,10 +185,11 @@ class Workshop:
         for name, scenes in sets.items():
             drawn = corpus.pictures(functools.partial(corpus.scene_at, scenes), len(scenes), 99)
             facts[f"psnr {name}"] = round(autoencoder.psnr(vae, drawn, self.device), 2)
-        self.tell("vae", facts)
+        self.save_facts("vae", facts)
         vae.cpu().save_pretrained(self.work / "vae")
 
     def make_flux(self) -> None:
+        """Train, distil and publish the FLUX model."""
         latents = self.latents()
         torch.manual_seed(0)
         parts = flux.Parts(self.work / "flux", self.device)
@@ -193,19 +197,20 @@ class Workshop:
         self._whole("flux", flux.PLAN, first)
         second = flux.distil(parts, latents, words, self.work, self.minutes)
         self._whole("distillation of flux", flux.DISTILLATION, second)
-        self.tell("flux", {"pretraining": first, "distillation": second})
+        self.save_facts("flux", {"pretraining": first, "distillation": second})
         self._publish("flux", parts.pipeline(self.vae()).to("cpu", torch.float16).save_pretrained)
 
     def make_unet(self, kind: unet.Kind) -> None:
+        """Train and publish the SD 1.5 or the SDXL model."""
         latents = self.latents()
         torch.manual_seed(0)
         parts = unet.Parts(kind, self.work / kind.name, self.device)
         facts = unet.train(parts, latents, words, self.work, self.minutes)
-        self.tell(kind.name, {"pretraining": self._whole(kind.name, kind.plan, facts)})
+        self.save_facts(kind.name, {"pretraining": self._whole(kind.name, kind.plan, facts)})
         self._publish(kind.name, parts.pipeline(self.vae()).to("cpu", torch.float16).save_pretrained)
 
     def make_report(self) -> None:
-        """Metrics and model cards of the models that are there."""
+        """Measure all published models; write metrics.json and the model cards."""
         from diffusers import DiffusionPipeline
 
         families = [name for name in TITLES if (self.out / name / "model_index.json").is_file()]
@@ -216,7 +221,7 @@ class Workshop:
         if not families:
             raise Refused(f"there is no model to report on in {self.out}; make one with --parts flux")
         judge = scorer.load(self.out / "scorer").to(self.device)
-        metrics = {"scorer": self.told("scorer"), "vae": self.told("vae")}
+        metrics = {"scorer": self.load_facts("scorer"), "vae": self.load_facts("vae")}
         psnr = ", ".join(
             f"{k.removeprefix('psnr ')} {v} dB" for k, v in metrics["vae"].items() if "psnr" in k
         )
@@ -224,7 +229,7 @@ class Workshop:
             pipe = DiffusionPipeline.from_pretrained(self.out / family, dtype=torch.float32)
             pipe.to(self.device)
             shares, drawn = report.measure(pipe, judge, report.CALL[family])
-            metrics[family] = {"shares": shares, "training": self.told(family), "psnr": psnr}
+            metrics[family] = {"shares": shares, "training": self.load_facts(family), "psnr": psnr}
             Image.fromarray(report.sheet(drawn[:96])).save(self.work / f"{family}.png")
             card = report.card(family, TITLES[family], metrics[family])
             (self.out / family / "README.md").write_text(card, encoding="utf-8")
@@ -236,6 +241,7 @@ class Workshop:
             save(part)
 
     def make(self, part: str) -> None:
+        """Make one of `PARTS`."""
         torch.manual_seed(0)
         if part in ("sd15", "sdxl"):
             self.make_unet({"sd15": unet.SD15, "sdxl": unet.SDXL}[part])
@@ -244,13 +250,13 @@ class Workshop:
 
 
 def words(i: int, rng: np.random.Generator) -> str:
-    """A training caption of latent number i."""
+    """Return a training caption of latent number i."""
     scenes = seen_scenes()
     return training_caption(scenes[i % len(scenes)], rng)
 
 
 def checked(options: argparse.Namespace) -> list[str]:
-    """The parts to make, in their order. Raises `Refused` for options that cannot work."""
+    """Return the parts to make, in order. Raises `Refused` for options that cannot work."""
     chosen = [part.strip() for part in options.parts.split(",")]
     for part in chosen:
         if part not in PARTS:
@@ -261,13 +267,13 @@ def checked(options: argparse.Namespace) -> list[str]:
         raise Refused(f"--minutes {options.minutes:g} leaves no time; give more than 0, or leave it out")
     try:
         torch.zeros(1, device=options.device)
-    except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
         reason = str(error).splitlines()[0]
         raise Refused(f"--device {options.device} cannot be used ({reason}); try cpu") from error
     if not draw.FONT.is_file() and chosen != ["report"]:
         raise Refused(
-            f"there is no font {draw.FONT}; install Noto Color Emoji (apt install fonts-noto-color-emoji) "
-            "or name its file in GLYPH_WORLD_FONT"
+            f"the font {draw.FONT} does not exist; install Noto Color Emoji (apt install "
+            "fonts-noto-color-emoji) or set GLYPH_WORLD_FONT to its file"
         )
     writable_folder(options.work, "--work")
     writable_folder(options.out, "--out")
@@ -275,19 +281,27 @@ def checked(options: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma list of {', '.join(PARTS)}")
     parser.add_argument(
-        "--work", type=Path, default=Path("demo_output/models"), help="pictures and checkpoints"
+        "--parts", default=",".join(PARTS), help=f"parts to make, separated by commas: {', '.join(PARTS)}"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "assets/demo", help="where the models go")
+    parser.add_argument(
+        "--work", type=Path, default=Path("demo_output/models"), help="folder of pictures and checkpoints"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "assets/demo", help="folder of the finished models"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--minutes", type=float, help="stop a training after so many; the same command goes on from there"
+        "--minutes",
+        type=float,
+        help="stop each training after this many minutes; repeat the command to resume",
     )
     options = parser.parse_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses CPU kernels that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # warns of missing CPU kernels, which are not used here
     try:
         chosen = checked(options)
         shop = Workshop(options.work, options.out, options.device, options.minutes)

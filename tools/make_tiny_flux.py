@@ -1,11 +1,10 @@
-"""Make a tiny FLUX on the spot: FLUX.1-dev's classes, file layout and scheduler, random weights, no download.
+"""Make a tiny FLUX without a download: FLUX.1-dev's classes, file layout and scheduler, random weights.
 
     python tools/make_tiny_flux.py models/tiny-flux           # 10 MB, a picture on a CPU in under a second
     python tools/make_tiny_flux.py models/wide --size wide    # one transformer of width 1024, for benchmarks
 
-The folder is what `FluxPipeline.from_pretrained(folder)` loads. It depends on nothing but the seed and this
-file (and the libraries that draw the random numbers), and a folder that is already there and was made alike
-is left as it is.
+`FluxPipeline.from_pretrained(folder)` loads the folder. Its content depends on the seed, this file, and the
+libraries that draw the random numbers. An existing folder made with equal options is kept.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from tools.tiny import (
 )
 from tools.tiny import vae as autoencoder
 
-RECIPE = 1  # raise it when the weights or tokenizers below change: older folders are then made anew
+RECIPE = 1  # increase it if weights or tokenizers below change: older folders are then remade
 MARK = "tiny_flux.json"
-TEXT_LENGTH = 64  # tokens of the tiny T5; kept as its tokenizer's model_max_length
+TEXT_LENGTH = 64  # tokens of the tiny T5, the model_max_length of its tokenizer
 
 TRANSFORMERS = {
     # 4 heads of 32: rank 64 fits every target layer
@@ -58,9 +57,9 @@ TRANSFORMERS = {
 
 
 def make(folder: str | Path, *, seed: int = 0, size: str = "tiny") -> Path:
-    """Write a tiny FLUX to `folder` and return it; `size` "wide" is only a transformer and its scheduler.
+    """Write a tiny FLUX to `folder` and return the path; "wide" has only a transformer and its scheduler.
 
-    Raises `Refused` when `folder` holds anything that this tool did not make.
+    Raises `Refused` if `folder` has anything that this tool did not make.
     """
     recipe = {"recipe": RECIPE, "seed": seed, "size": size}
     with new_folder(folder, MARK, recipe, "tiny FLUX") as part:
@@ -73,7 +72,7 @@ def make(folder: str | Path, *, seed: int = 0, size: str = "tiny") -> Path:
 
 
 def pipeline(folder: Path):
-    """The stock FluxPipeline around tiny parts; the tokenizers' files are written to `folder` first."""
+    """Return a FluxPipeline of tiny components; the tokenizers' files are written to `folder` first."""
     from diffusers import FluxPipeline
     from transformers import (
         CLIPTokenizer,
@@ -99,14 +98,14 @@ def pipeline(folder: Path):
 
 
 def transformer(size: str):
-    """A FluxTransformer2DModel of FLUX.1-dev's kind (guidance embedding, 16 latent channels packed to 64)."""
+    """Return a FluxTransformer2DModel like FLUX.1-dev's (guidance input, 16 latent channels packed to 64)."""
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(in_channels=64, guidance_embeds=True, **TRANSFORMERS[size]).eval()
 
 
 def scheduler():
-    """FLUX.1-dev's scheduler configuration: the shift is chosen per picture size when sampling."""
+    """Return FLUX.1-dev's scheduler, whose shift depends on the image size."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(
@@ -121,9 +120,7 @@ def scheduler():
 
 
 def vae():
-    """An AutoencoderKL with FLUX's geometry: 8 pixels per latent pixel, 16 channels, no quantisation
-    convolutions.
-    """
+    """Return an AutoencoderKL with FLUX's geometry: 8 pixels per latent pixel, 16 channels, no quant_conv."""
     return autoencoder(
         latent_channels=16,
         scaling_factor=0.3611,
@@ -134,13 +131,20 @@ def vae():
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", choices=list(TRANSFORMERS), default="tiny")
+    parser.add_argument("folder", help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    parser.add_argument(
+        "--size",
+        choices=list(TRANSFORMERS),
+        default="tiny",
+        help="a whole pipeline, or a wide transformer only",
+    )
     options = parser.parse_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses CPU kernels that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # warns of missing CPU kernels, which are not used here
     try:
         print(make(options.folder, seed=options.seed, size=options.size))
     except Refused as refused:

@@ -1,13 +1,13 @@
-"""Make a tiny Stable Diffusion on the spot: SD 1.5's, SD 2.x's or SDXL's classes, random weights, offline.
+"""Make a tiny Stable Diffusion without a download: classes of SD 1.5, SD 2.x or SDXL, random weights.
 
     python tools/make_tiny_sd.py models/tiny-sd                       # SD 1.5 as a diffusers folder, 6 MB
     python tools/make_tiny_sd.py models/tiny-sdxl --kind sdxl
     python tools/make_tiny_sd.py models/tiny-sd2 --kind sd2           # predicts v
     python tools/make_tiny_sd.py models/tiny-sd --single              # and one file in the original layout
 
-The folder is what diffusers' pipelines load. `--single` adds `single/model.safetensors`, as the original code
-names its tensors, and `single/tokenizers`, a --tokenizer_cache_dir. It depends on nothing but the seed and
-this file (and the libraries that draw the random numbers), and a folder that was made alike is left as it is.
+Pipelines of diffusers load the folder. `--single` adds `single/model.safetensors`, with the tensor names of
+the original code, and `single/tokenizers`, a --tokenizer_cache_dir. The content depends on the seed, this
+file, and the libraries that draw the random numbers. An existing folder made with equal options is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowrank.errors import Refused
 from tools import tiny
 from tools.single_file import write_single
 
-RECIPE = 1  # raise it when the weights below change: older folders are then made anew
+RECIPE = 1  # increase it if the weights below change: older folders are then remade
 MARK = "tiny_sd.json"
 KINDS = ("sd15", "sd2", "sdxl")
 SCALING = {"sd15": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
@@ -39,9 +39,9 @@ def make(
     latent_channels: int = 4,
     single: bool = False,
 ) -> Path:
-    """Write a tiny model to `folder` and return it; the VAE has 2^(levels − 1) pixels per latent pixel.
+    """Write a tiny model to `folder` and return the path; the VAE has 2^(levels − 1) pixels per latent pixel.
 
-    Raises `Refused` when `folder` holds anything that this tool did not make.
+    Raises `Refused` if `folder` has anything that this tool did not make.
     """
     recipe = {
         **{"recipe": RECIPE, "seed": seed, "kind": kind, "levels": levels},
@@ -57,7 +57,7 @@ def make(
 
 
 def pipeline(folder: Path, kind: str, levels: int = 4, latent_channels: int = 4):
-    """The stock pipeline around tiny parts; the tokenizers' files are written to `folder` first."""
+    """Return a stock pipeline of tiny components; the tokenizers' files are written to `folder` first."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -85,7 +85,7 @@ def pipeline(folder: Path, kind: str, levels: int = 4, latent_channels: int = 4)
 
 
 def unet(kind: str, channels: int):
-    """A UNet2DConditionModel with the block order of its kind, two layers each as all SD models have."""
+    """Return a UNet2DConditionModel with the block order of its kind and two layers per block."""
     from diffusers import UNet2DConditionModel
 
     cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -95,7 +95,7 @@ def unet(kind: str, channels: int):
         "out_channels": channels,
         "block_out_channels": (32, 64, 64) if kind == "sdxl" else (32, 64, 64, 64),
         "down_block_types": downs,
-        "up_block_types": tuple(one.replace("Down", "Up") for one in reversed(downs)),
+        "up_block_types": tuple(block.replace("Down", "Up") for block in reversed(downs)),
         "layers_per_block": 2,
         "norm_num_groups": 32,
         "cross_attention_dim": 64,
@@ -118,7 +118,7 @@ def unet(kind: str, channels: int):
 
 
 def scheduler(prediction: Any):
-    """SD's noise schedule."""
+    """Return a DDIM scheduler with SD's noise schedule."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -133,14 +133,18 @@ def scheduler(prediction: Any):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder")
-    parser.add_argument("--kind", choices=KINDS, default="sd15")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--single", action="store_true", help="add one file in the original layout")
+    parser.add_argument("folder", help="folder to write")
+    parser.add_argument("--kind", choices=KINDS, default="sd15", help="kind of Stable Diffusion")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    parser.add_argument(
+        "--single", action="store_true", help="also write the model as one file in the original layout"
+    )
     options = parser.parse_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses CPU kernels that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # warns of missing CPU kernels, which are not used here
     try:
         print(make(options.folder, options.kind, seed=options.seed, single=options.single))
     except Refused as refused:

@@ -95,11 +95,11 @@ def _write_pictures(root: Path, data: Path) -> None:
 
 
 def inputs_key(root: Path) -> str:
-    """A hash of what recipes read: the functions that write `data`, and the files of assets/."""
+    """A hash of what recipes read: the functions that write `data`, and the files of assets/ except pages."""
     digest = hashlib.sha256((inspect.getsource(write_data) + inspect.getsource(_write_pictures)).encode())
     for folder in ASSETS:
         for path in sorted((root / "assets" / folder).rglob("*")):
-            if path.is_file():
+            if path.is_file() and path.suffix != ".md":
                 digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -1,10 +1,10 @@
-"""Write a Stable Diffusion of a diffusers folder as one file in the layout of the original code.
+"""Convert a Stable Diffusion model from a diffusers folder to one file in the layout of the original code.
 
     python tools/single_file.py assets/demo/sd15 models/demo-sd15
 
-writes `models/demo-sd15/model.safetensors` and beside it `tokenizers`, a --tokenizer_cache_dir. The metadata
-of the file hold what shapes do not tell (numbers of heads and of groups, scale of the latents), so that our
-scripts load models of any size; other programs take the published numbers.
+writes `models/demo-sd15/model.safetensors` and `models/demo-sd15/tokenizers`, a --tokenizer_cache_dir. The
+file's metadata contain what tensor shapes do not show (numbers of heads and groups, scale of the latents), so
+lowrank's scripts load models of any size; other programs assume the published numbers.
 """
 
 from __future__ import annotations
@@ -33,32 +33,34 @@ TOKENIZERS = {
     "sd2": ("stabilityai_stable-diffusion-2",),
     "sdxl": ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"),
 }
-UNTOLD = {
+NOT_IN_SHAPES = {  # config entries that tensor shapes do not show
     "unet": ("attention_head_dim", "norm_num_groups", "sample_size"),
     "vae": ("norm_num_groups", "scaling_factor", "shift_factor", "sample_size"),
 }
 
 
 def write_single(pipe: Any, source: Path, folder: Path, kind: str) -> None:
-    """Write `folder`/model.safetensors, and its tokenizers, those of the diffusers folder `source`."""
+    """Write `folder`/model.safetensors, and copy the tokenizers of the diffusers folder `source`."""
     folder.mkdir(exist_ok=True)
-    told = {part: {key: getattr(pipe, part).config[key] for key in keys} for part, keys in UNTOLD.items()}
-    save_file(original(pipe, kind), folder / "model.safetensors", {CONFIGS: json.dumps(told)})
-    for name, place in zip(("tokenizer", "tokenizer_2"), TOKENIZERS[kind], strict=False):
-        shutil.copytree(source / name, folder / "tokenizers" / place)
+    config = {
+        part: {key: getattr(pipe, part).config[key] for key in keys} for part, keys in NOT_IN_SHAPES.items()
+    }
+    save_file(original(pipe, kind), folder / "model.safetensors", {CONFIGS: json.dumps(config)})
+    for name, target in zip(("tokenizer", "tokenizer_2"), TOKENIZERS[kind], strict=False):
+        shutil.copytree(source / name, folder / "tokenizers" / target)
 
 
 def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
-    """All tensors of a pipeline under the names and in the layout of the original code."""
+    """Return all tensors of a pipeline with the names and in the layout of the original code."""
     blocks, levels = unet_names.Blocks.of(pipe.unet), len(pipe.vae.config.block_out_channels)
     state = {
         f"model.diffusion_model.{unet_names.unet_name(name, blocks)}": value
         for name, value in pipe.unet.state_dict().items()
     }
     for name, value in pipe.vae.state_dict().items():
-        told = vae_name(name, levels)
-        convolution = ".attn_1." in told and value.dim() == 2  # 1×1 there, linear here
-        state[f"first_stage_model.{told}"] = value[:, :, None, None] if convolution else value
+        key = vae_name(name, levels)
+        convolution = ".attn_1." in key and value.dim() == 2  # 1×1 convolution there, linear here
+        state[f"first_stage_model.{key}"] = value[:, :, None, None] if convolution else value
     clip = {
         f"text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()
     }
@@ -77,7 +79,7 @@ def original(pipe: Any, kind: str) -> dict[str, torch.Tensor]:
 
 
 _VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
-# the second names are those of diffusers before 0.15
+# the second half: names of diffusers before 0.15
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"} | {
     "query": "q",
     "key": "k",
@@ -89,17 +91,20 @@ _VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(
 
 
 def vae_name(path: str, levels: int) -> str:
-    """The original name of a tensor of diffusers' AutoencoderKL; decoders count their levels from the end."""
-    if found := _VAE_MIDDLE.match(path):
-        side, kind, i, rest = found.groups()
+    """Return the original name of a tensor of diffusers' AutoencoderKL with `levels` levels.
+
+    Original decoders number their levels in reverse order.
+    """
+    if match := _VAE_MIDDLE.match(path):
+        side, kind, i, rest = match.groups()
         if kind == "resnets":
             return f"{side}.mid.block_{int(i) + 1}.{_renamed(rest, _VAE_RESNET)}"
         return f"{side}.mid.attn_1.{_renamed(rest, _VAE_ATTENTION)}"
-    if found := _VAE_BLOCK.match(path):
-        side, way, i, kind, j, rest = found.groups()
-        level = int(i) if way == "down" else levels - 1 - int(i)
-        inner = f"block.{j}" if kind == "resnets" else f"{way}sample"
-        return f"{side}.{way}.{level}.{inner}.{_renamed(rest, _VAE_RESNET)}"
+    if match := _VAE_BLOCK.match(path):
+        side, direction, i, kind, j, rest = match.groups()
+        level = int(i) if direction == "down" else levels - 1 - int(i)
+        inner = f"block.{j}" if kind == "resnets" else f"{direction}sample"
+        return f"{side}.{direction}.{level}.{inner}.{_renamed(rest, _VAE_RESNET)}"
     return path.replace(".conv_norm_out.", ".norm_out.")
 
 
@@ -124,14 +129,14 @@ _CLIP_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$")
 
 
 def open_clip_name(name: str) -> tuple[str, int | None]:
-    """Where OpenCLIP (the text encoder of SD 2 and SDXL's second) keeps a tensor of transformers' CLIP.
+    """Return OpenCLIP's name of a tensor of transformers' CLIP, and which third of its rows, or None.
 
-    Its name, and for q, k and v, which are joined there, which third of the rows it is. `text_projection` is
-    transposed.
+    OpenCLIP (text encoder of SD 2, second one of SDXL) joins q, k and v; for these the third is 0, 1 or 2.
+    `text_projection` is transposed.
     """
     name = name.removeprefix("text_model.")
-    if found := _CLIP_LAYER.match(name):
-        layer, part, kind = found.groups()
+    if match := _CLIP_LAYER.match(name):
+        layer, part, kind = match.groups()
         if part.endswith(("q_proj", "k_proj", "v_proj")):
             third = "qkv".index(part[-6])
             return f"transformer.resblocks.{layer}.attn.in_proj_{kind}", third
@@ -140,12 +145,12 @@ def open_clip_name(name: str) -> tuple[str, int | None]:
 
 
 def open_clip(state: dict[str, torch.Tensor], spare: bool) -> dict[str, torch.Tensor]:
-    """A CLIP of transformers under OpenCLIP's names; `spare` adds the last layer, which SD 2 does not use."""
-    found: dict[str, list] = {}
+    """Rename a CLIP of transformers to OpenCLIP's names; `spare` adds a last layer, unused by SD 2."""
+    pieces: dict[str, list] = {}
     for name, value in state.items():
-        told, third = open_clip_name(name)
-        found.setdefault(told, []).append((third or 0, value.T if told == "text_projection" else value))
-    joined = {name: torch.cat([v for _, v in sorted(vs, key=lambda p: p[0])]) for name, vs in found.items()}
+        key, third = open_clip_name(name)
+        pieces.setdefault(key, []).append((third or 0, value.T if key == "text_projection" else value))
+    joined = {name: torch.cat([v for _, v in sorted(vs, key=lambda p: p[0])]) for name, vs in pieces.items()}
     if spare:
         layers = {int(name.split(".")[2]) for name in joined if ".resblocks." in name}
         last = f"transformer.resblocks.{max(layers)}."
@@ -155,27 +160,27 @@ def open_clip(state: dict[str, torch.Tensor], spare: bool) -> dict[str, torch.Te
 
 
 def kind_of(pipe: Any) -> str:
-    """Which kind of model a stock pipeline holds."""
+    """Return the kind of a stock pipeline: "sd15", "sd2" or "sdxl"."""
     if hasattr(pipe, "text_encoder_2"):
         return "sdxl"
     return "sd2" if pipe.unet.config.use_linear_projection else "sd15"
 
 
 def _check_target(folder: Path, source: Path) -> None:
-    """Raise `Refused` where something would be replaced, or the model that is read would change."""
+    """Raise `Refused` if something would be replaced, or the source model changed."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Refused(f"{folder} exists already and would be replaced as a whole; give a new folder")
+        raise Refused(f"{folder} exists and would be replaced; give a new folder")
     if source.resolve() in folder.resolve().parents:
-        raise Refused(f"{folder} is inside the model that is read; give a folder elsewhere")
+        raise Refused(f"{folder} is inside the source model; give a folder elsewhere")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     from diffusers import DiffusionPipeline
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, help="a diffusers folder of SD 1, SD 2 or SDXL")
-    parser.add_argument("folder", type=Path, help="where the file and the tokenizers go")
+    parser.add_argument("folder", type=Path, help="folder to write the file and the tokenizers to")
     options = parser.parse_args(argv)
     try:
         if not (options.source / "unet").is_dir() or not (options.source / "model_index.json").is_file():

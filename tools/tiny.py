@@ -1,4 +1,4 @@
-"""What the makers of tiny models share: tokenizers written as text, CLIP, a VAE, a folder made once."""
+"""Shared parts of the makers of tiny models: tokenizers, CLIP, T5, a VAE, and folders made only once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowrank.errors import Refused
 from lowrank.files import atomic_folder
 from lowrank.models.components import without_bars
 
-# Words of captions, each one token; every other text is spelled out in letters.
+# Words of captions, one token each; other text is spelled in letters.
 WORDS = """
 a an the of in on with and at to by for from near under over behind beside between photo picture painting
 drawing sketch image style art artwork portrait landscape illustration print poster watercolor oil ink
@@ -31,16 +31,15 @@ wood metal paper sks txt ohwx zwx style content toy plush figurine sculpture sta
 clock vase shoe bowl
 """
 
-# Gains of a random VAE: latents with about FLUX's spread and little noise of their own, pictures with
-# contrast
+# Gains of a random VAE: latents with about the spread of FLUX's and little noise, images with contrast
 LATENT_GAIN, LATENT_LOGVAR, PICTURE_GAIN = 8.0, -8.0, 1.0
 
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path, mark: str, recipe: Mapping[str, Any], what: str) -> Iterator[Path | None]:
-    """A folder to fill, put in its place when whole; None when `folder` was made by the same recipe before.
+    """Yield a temporary folder that is renamed to `folder` at the end, or None if `folder` has this recipe.
 
-    Random numbers come from the recipe's seed. Raises `Refused` when `folder` holds anything else.
+    Random numbers in the block are seeded by recipe["seed"]. Raises `Refused` if `folder` has other content.
     """
     folder = Path(folder)
     if folder.exists():
@@ -61,7 +60,7 @@ def new_folder(folder: str | Path, mark: str, recipe: Mapping[str, Any], what: s
 
 
 def vae(levels: int = 4, *, latent_channels: int, layers_per_block: int = 1, **facts: Any):
-    """An AutoencoderKL of 2^(levels − 1) pixels per latent pixel, with pictures that have contrast."""
+    """Return an AutoencoderKL with 2^(levels − 1) pixels per latent pixel, whose images have contrast."""
     from diffusers import AutoencoderKL
 
     blocks: dict[str, Any] = {  # diffusers declares these as tuples of one
@@ -82,7 +81,7 @@ def vae(levels: int = 4, *, latent_channels: int, layers_per_block: int = 1, **f
         out.weight[:latent_channels] *= LATENT_GAIN
         out.weight[latent_channels:] = 0
         out.bias[latent_channels:] = LATENT_LOGVAR
-        if model.quant_conv is not None:  # hands the moments on as they are
+        if model.quant_conv is not None:  # the identity
             torch.nn.init.dirac_(model.quant_conv.weight)
             torch.nn.init.zeros_(model.quant_conv.bias)
         model.decoder.conv_out.weight *= PICTURE_GAIN
@@ -90,7 +89,7 @@ def vae(levels: int = 4, *, latent_channels: int, layers_per_block: int = 1, **f
 
 
 def clip(vocabulary: int, width: int = 64, *, kind: Any = None, **facts: Any):
-    """A CLIP text encoder of CLIP-L's kind: two layers, heads of 64, 77 positions, pooled at the end token.
+    """Return a small CLIP-L text encoder: two layers, heads of 64, 77 positions, pooled at the end token.
 
     `kind` is another class of transformers; `facts` replace entries of the configuration.
     """
@@ -112,7 +111,7 @@ def clip(vocabulary: int, width: int = 64, *, kind: Any = None, **facts: Any):
 
 
 def t5(vocabulary: int, width: int = 64, **facts: Any):
-    """A T5 v1.1 encoder (gated GELU) of two layers with four heads; `facts` are more of its configuration."""
+    """Return a T5 v1.1 encoder (gated GELU) of two layers with four heads; `facts` extend the config."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
@@ -136,17 +135,16 @@ def t5(vocabulary: int, width: int = 64, **facts: Any):
 
 
 def byte_letters() -> list[str]:
-    """One printable letter per byte, as byte-level BPE writes them (GPT-2's table: printable bytes stand for
-    themselves).
-    """
+    """Return one printable letter per byte, as in byte-level BPE (GPT-2's table)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def clip_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte-pair vocabulary and merges that make each word one token (Sennrich et al., arXiv 1508.07909), ties
-    by spelling.
+    """Return a byte-pair vocabulary and merges with each word as one token (Sennrich, arXiv 1508.07909).
+
+    Ties are broken by spelling.
     """
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
     merges = []
@@ -173,7 +171,7 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 def write_clip_tokenizer(
     folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = "<|endoftext|>"
 ) -> None:
-    """CLIPTokenizer's files, written as text so that every transformers version reads the same."""
+    """Write the files of a CLIPTokenizer as text, which every version of transformers reads alike."""
     folder.mkdir(parents=True)
     end = "<|endoftext|>"
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
@@ -195,9 +193,7 @@ def write_clip_tokenizer(
 
 
 def t5_pieces(words: Sequence[str]) -> list[tuple[str, float]]:
-    """Unigram pieces with log-probabilities: the words, then every printable Latin-1 character, so that
-    nothing is lost.
-    """
+    """Return unigram pieces with log-probabilities: the words, and every printable Latin-1 character."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     characters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0x100))]
     whole = [(f"▁{word}", -4.0) for word in sorted(set(words)) if len(word) > 1]
@@ -211,9 +207,9 @@ def t5_pieces(words: Sequence[str]) -> list[tuple[str, float]]:
 
 
 def write_t5_tokenizer(folder: Path, pieces: list[tuple[str, float]], length: int = 64) -> None:
-    """T5's tokenizer as tokenizer.json: no normalisation, a ▁ begins each word, </s> ends the text.
+    """Write T5's tokenizer as tokenizer.json: no normalisation, ▁ begins each word, </s> ends the text.
 
-    It holds captions of `length` tokens.
+    Its model_max_length is `length` tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 

@@ -1,10 +1,10 @@
-"""kohya sd-scripts on tiny models: the checkout's own scripts and classes, with smaller numbers in them.
+"""Run kohya sd-scripts on tiny models: the scripts and classes of a checkout, with smaller sizes.
 
     SD_SCRIPTS=/path/to/sd-scripts python tools/tiny_kohya.py make FOLDER   # models, pictures
-    SD_SCRIPTS=/path/to/sd-scripts python tools/tiny_kohya.py train_network.py …  # any script of it
+    SD_SCRIPTS=/path/to/sd-scripts python tools/tiny_kohya.py train_network.py …  # any of its scripts
 
-Nothing in the checkout is written to. Its classes have the sizes of the published models in module constants,
-which are changed here in memory before a model is made. Run it with a Python in which the checkout works.
+The checkout is not modified. Its classes take the sizes of the published models from module constants, which
+are changed in memory before a model is made. Use a Python environment in which the checkout works.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AE = {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "resolution": 64}
 
 
 def shrink() -> None:
-    """Give the checkout's classes small sizes; the checkout comes first on the path, as for its scripts."""
+    """Set small sizes in the checkout's modules, and put the checkout first on the path."""
     sys.path[:] = [str(CHECKOUT), *(p for p in sys.path if Path(p or ".").resolve() != CHECKOUT)]
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
@@ -43,7 +43,7 @@ def shrink() -> None:
     xl.MODEL_CHANNELS, xl.TIME_EMBED_DIM = XL_CHANNELS, 4 * XL_CHANNELS
     xl.ADM_IN_CHANNELS = 6 * 256 + 128
 
-    class Transformer2DModel(xl.Transformer2DModel):  # the name is what kohya's networks look for
+    class Transformer2DModel(xl.Transformer2DModel):  # kohya's networks look for this class name
         def __init__(self, **facts: Any) -> None:
             depth = {2: 1, 10: 2}[facts["num_transformer_layers"]]
             super().__init__(**{**facts, "num_transformer_layers": depth, "cross_attention_dim": 64 + 128})
@@ -68,7 +68,7 @@ def _encoder(kind: str, path: str, dtype: Any, device: Any) -> Any:
 
 
 def make(folder: Path) -> None:
-    """`sd15`, `sdxl` (diffusers folders), `flux` (BFL files), `tokenizers`, and pictures in `data`."""
+    """Write `sd15`, `sdxl` (diffusers folders), `flux` (BFL files), `tokenizers`, and pictures in `data`."""
     import random
 
     import torch
@@ -81,10 +81,11 @@ def make(folder: Path) -> None:
 
     torch.manual_seed(0)
     make_tiny_sd.make(folder / "sd15", "sd15", single=True)
-    words = folder / "sd15" / "text_encoder" / "model.safetensors"
-    state = load_file(words)  # gen_img.py divides by its mean, 0 where the last norm has no bias
+    weights = folder / "sd15" / "text_encoder" / "model.safetensors"
+    state = load_file(weights)
+    # gen_img.py divides by the output's mean, which is 0 without a bias in the last norm
     next(v for k, v in state.items() if k.endswith("final_layer_norm.bias")).fill_(0.1)
-    save_file(state, words, {"format": "pt"})
+    save_file(state, weights, {"format": "pt"})
     vocab, _ = tiny.clip_vocabulary(tiny.WORDS.split())
     pipe: Any = make_tiny_sd.pipeline(folder / "sdxl", "sdxl")
     config = dict(pipe.unet.config)
@@ -104,14 +105,14 @@ def make(folder: Path) -> None:
     (folder / "flux").mkdir()
     save_file(flux.Flux(spec.params).state_dict(), folder / "flux" / "flux1-dev.safetensors")
     save_file(flux.AutoEncoder(spec.ae_params).state_dict(), folder / "flux" / "ae.safetensors")
-    places = {
+    sources = {
         "openai_clip-vit-large-patch14": folder / "parts" / "tokenizer",
         "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k": folder / "sdxl" / "tokenizer_2",
         "google_t5-v1_1-xxl": folder / "parts" / "tokenizer_2",
     }
     (folder / "tokenizers").mkdir()
-    for name, place in places.items():
-        (folder / "tokenizers" / name).symlink_to(place.resolve())
+    for name, source in sources.items():
+        (folder / "tokenizers" / name).symlink_to(source.resolve())
     pictures = folder / "data" / "4_dog"
     pictures.mkdir(parents=True)
     draw = random.Random(0)
@@ -128,7 +129,7 @@ def call(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Make the models, or run a script of the checkout."""
+    """Make the models (`make FOLDER`), or run a script of the checkout."""
     shrink()
     if argv[0] == "make":
         make(Path(argv[1]))

@@ -1,12 +1,11 @@
-"""Who tells gated layers the timestep: a clock for each network, and a hook that sets it from any denoiser.
+"""The timestep for gated layers: a clock per network, and a hook that sets it from the denoiser's arguments.
 
-Gates read timesteps in 0..1000, where 0 is the picture and 1000 noise. Denoisers are told other numbers: raw
-timesteps, σ = t/1000, or 1 − σ. `CONVENTIONS` has a row for each class, read off the pipelines of diffusers
-0.42 and of kohya's trainers; a class without a row is refused, not guessed.
+Gates use timesteps in 0..1000, where 0 is the clean image and 1000 noise. Denoisers take other numbers: raw
+timesteps, σ = t/1000, or 1 − σ. `CONVENTIONS` has a row for each class, taken from the pipelines of diffusers
+0.42 and from kohya's trainers. A class without a row is refused.
 
-The hook stands in front of the denoiser's forward, so that stock pipelines, our loop and other trainers are
-served alike, also under `torch.compile`. What a caller says itself (`Clock.pinned`) goes before what the hook
-hears.
+The hook runs before the denoiser's forward, so it works in stock pipelines, our loop and other trainers, also
+under `torch.compile`. Timesteps that a caller sets with `Clock.pinned` take precedence over the hook's.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from lowrank.errors import Refused
 
 
 def open_mask(method: Method, timestep: Tensor, rank: int) -> Tensor | None:
-    """The gate's mask (B, R) at timesteps (B,), the same for each chain, or None without a gate.
+    """Return the gate's mask (B, R) at timesteps (B,), or None without a gate.
 
-    Where the initial copy is subtracted it is there twice, (B, 2R).
+    Every chain has the same mask. If an initial copy is subtracted, the mask is repeated for it: (B, 2R).
     """
     if method.gate is None:
         return None
@@ -38,27 +37,27 @@ def open_mask(method: Method, timestep: Tensor, rank: int) -> Tensor | None:
 
 
 class Clock:
-    """The timesteps (B,) of the samples now in the denoiser, and the gate's mask for each rank in use.
+    """The timesteps (B,) of the samples in the denoiser, and the gate's mask for each rank in use.
 
-    Masks are made when the timestep is set, once for all layers; inside a compiled graph they are inputs.
+    Masks are computed when the timestep is set, once for all layers; for a compiled graph they are inputs.
     """
 
     def __init__(self, method: Method) -> None:
         self._method, self._ranks = method, ()
         self.timestep: Tensor | None = None
         self.masks: dict[int, Tensor] = {}
-        self._pinned = False  # by `pinned`, which the hook does not overrule
+        self._pinned = False  # whether `pinned` set the timestep; the hook then leaves it
         self._hook: Hook | None = None
-        self.steps: Callable[[], Tensor | None] = lambda: None  # the scheduler's timesteps, where known
+        self.steps: Callable[[], Tensor | None] = lambda: None  # the scheduler's timesteps, if known
 
     def set_ranks(self, ranks: Iterable[int]) -> None:
-        """Make masks for these ranks. Raises `Refused` where the gate does not fit one."""
+        """Set the ranks to make masks for. Raises `Refused` if the gate does not allow one of them."""
         self._ranks = tuple(sorted(set(ranks)))
         with self.pinned(torch.zeros(1)):
             pass
 
     def attach(self, denoiser: nn.Module) -> None:
-        """Read the timestep of this denoiser whenever it runs, if there is a gate and its class is known."""
+        """Attach a hook that reads the denoiser's timestep, if there is a gate and the class is known."""
         model = uncompiled(denoiser)
         if self._method.gate is not None and type(model).__name__ in CONVENTIONS and _arguments(model)[1]:
             self._hook = Hook(denoiser, self)
@@ -70,52 +69,52 @@ class Clock:
         self._hook = None
 
     def set(self, timestep: Tensor | None) -> None:
-        """Set the timesteps that the hook read, unless a caller pinned others."""
+        """Set the timesteps from the hook; ignored while `pinned` is active."""
         if not self._pinned:
             self._set(timestep)
 
     def _set(self, timestep: Tensor | None) -> None:
         self.timestep, self.masks = timestep, {}
         if timestep is not None and self._method.gate is not None:
-            made = {rank: open_mask(self._method, timestep, rank) for rank in self._ranks}
-            self.masks = {rank: mask for rank, mask in made.items() if mask is not None}
+            masks = {rank: open_mask(self._method, timestep, rank) for rank in self._ranks}
+            self.masks = {rank: mask for rank, mask in masks.items() if mask is not None}
 
     @contextlib.contextmanager
     def pinned(self, timestep: Tensor | None) -> Iterator[None]:
-        """Set the timesteps for a block and restore what was there."""
-        before = self.timestep, self.masks, self._pinned
+        """Set the timesteps within the block, then restore the previous ones."""
+        previous = self.timestep, self.masks, self._pinned
         try:
             self._set(timestep)
             self._pinned = timestep is not None
             yield
         finally:
-            self.timestep, self.masks, self._pinned = before
+            self.timestep, self.masks, self._pinned = previous
 
     def now(self) -> contextlib.AbstractContextManager:
-        """Return to this moment later: gradient checkpointing re-enters it when it recomputes."""
+        """Return a context with the current timesteps, for gradient checkpointing to recompute in."""
         return self.pinned(self.timestep)
 
 
-# ------------------------------------------------------------------ what denoisers are told
+# ------------------------------------------------------------------ timestep arguments of denoisers
 
 
 class Convention(NamedTuple):
-    """timestep in 0..1000 = offset + scale · what the denoiser is told."""
+    """How a denoiser's timestep argument is converted: timestep in 0..1000 = offset + scale · argument."""
 
     scale: float
     offset: float = 0.0
 
-    def timestep(self, told: Tensor, steps: Tensor | None = None) -> Tensor:
-        """Timesteps (B,) in float64 from what a denoiser is told, () or (B,).
+    def timestep(self, argument: Tensor, steps: Tensor | None = None) -> Tensor:
+        """Return timesteps (B,) in float64 from the denoiser's argument, () or (B,).
 
-        Pipelines divide by 1000 in the precision of the latents. That rounding is undone: by the step of the
-        scheduler (`steps`) that is within it, else to a thousandth of a step.
+        Pipelines divide by 1000 in the precision of the latents. To undo this rounding, the nearest of the
+        scheduler's `steps` is taken if it is within the rounding error; else the result is rounded to 0.001.
         """
-        t = self.offset + self.scale * told.reshape(-1).double()
-        if told.is_floating_point() and steps is not None:
+        t = self.offset + self.scale * argument.reshape(-1).double()
+        if argument.is_floating_point() and steps is not None:
             near = steps.to(t).reshape(-1)
             near = near[(near - t[:, None]).abs().argmin(1)]
-            t = torch.where((near - t).abs() <= 1000 * torch.finfo(told.dtype).eps, near, t)
+            t = torch.where((near - t).abs() <= 1000 * torch.finfo(argument.dtype).eps, near, t)
         return t.round(decimals=3)
 
 
@@ -153,60 +152,60 @@ CONVENTIONS: Mapping[str, Convention] = {
 
 
 def uncompiled(denoiser: Any) -> Any:
-    """The module that `torch.compile`, or kohya's gen_img, wrapped, or the module itself."""
+    """Return the module that `torch.compile` or kohya's gen_img wrapped, or the module itself."""
     return getattr(denoiser, "_orig_mod", getattr(denoiser, "delegate", denoiser))
 
 
 def convention(denoiser: nn.Module) -> Convention:
-    """How this denoiser is told the timestep. Raises `Refused`, by name, for a class without a row."""
+    """Return the timestep convention of a denoiser. Raises `Refused` for a class without a row."""
     model: Any = uncompiled(denoiser)
-    found = CONVENTIONS.get(type(model).__name__)
-    if found is None:
+    row = CONVENTIONS.get(type(model).__name__)
+    if row is None:
         raise Refused(
-            f"it is not known how {type(model).__name__} is told the timestep; run it inside `with "
+            f"the timestep convention of {type(model).__name__} is unknown; run it inside `with "
             "network.denoise_at(t)`, t in 0..1000, or use one of " + ", ".join(CONVENTIONS)
         )
     scale = getattr(getattr(model, "config", None), "timestep_scale", None)  # Sana's pipelines multiply by it
-    return Convention(found.scale / scale) if scale and found is RAW else found
+    return Convention(row.scale / scale) if scale and row is RAW else row
 
 
 def _arguments(model: nn.Module) -> tuple[list[str], str | None]:
-    """The names of a forward's arguments, and that of the timestep among them."""
+    """Return the argument names of a model's forward, and that of its timestep argument or None."""
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     return names, next((name for name in ("timestep", "timesteps") if name in names), None)
 
 
 class Hook:
-    """Tells a clock the time whenever the denoiser runs; `remove()` ends it."""
+    """Forward hooks on a denoiser that set a clock from its timestep argument, until `remove()`."""
 
     def __init__(self, denoiser: nn.Module, clock: Clock) -> None:
         rule, model = convention(denoiser), uncompiled(denoiser)
         names, name = _arguments(model)
         if name is None:
             raise Refused(
-                f"this {type(model).__name__} takes no timestep, only {', '.join(names)}; run it inside "
+                f"{type(model).__name__} has no timestep argument ({', '.join(names)}); run it in "
                 "`with network.denoise_at(t)`, t in 0..1000"
             )
         position = names.index(name)
         device = next(model.parameters()).device
 
         def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            told = torch.as_tensor(kwargs[name] if name in kwargs else args[position], device=device)
-            if told.dim() > 1:
+            argument = torch.as_tensor(kwargs[name] if name in kwargs else args[position], device=device)
+            if argument.dim() > 1:
                 raise Refused(
-                    f"{type(model).__name__} was told a timestep for each token {tuple(told.shape)}; a gate "
-                    "needs one for each sample, so run the pipeline without expand_timesteps"
+                    f"{type(model).__name__} got a timestep for each token {tuple(argument.shape)}; a gate "
+                    "needs one for each sample; run the pipeline without expand_timesteps"
                 )
-            self._earlier = clock.timestep
-            clock.set(rule.timestep(told, clock.steps()))
+            self._previous = clock.timestep
+            clock.set(rule.timestep(argument, clock.steps()))
 
         def after(_module: nn.Module, _args: tuple, out: Any) -> None:
-            # after a forward that raised, torch gives no output; with one and a gradient, a backward may yet
-            # recompute this forward, or the one before
+            # `out` is None if the forward raised. With gradients the timestep stays, because a backward
+            # may recompute this forward.
             if out is None or not torch.is_grad_enabled():
-                clock.set(self._earlier)
+                clock.set(self._previous)
 
-        self._earlier: Tensor | None = None
+        self._previous: Tensor | None = None
 
         self._handles = (
             denoiser.register_forward_pre_hook(before, with_kwargs=True),
@@ -214,6 +213,6 @@ class Hook:
         )
 
     def remove(self) -> None:
-        """Take the hook off its denoiser."""
+        """Remove the hooks from the denoiser."""
         for handle in self._handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Which role learns how fast: groups by part and role, never by matching names (LoRA+, arXiv 2402.12354)."""
+"""Optimizer groups by component and role, with a learning rate for each (LoRA+, arXiv 2402.12354)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.nn import Parameter
 
 
 class Speed(NamedTuple):
-    """How fast a layer learns, where it does not simply follow its part."""
+    """The learning rate of a layer, if it is not that of its part."""
 
-    group: str = ""  # the name of its optimizer group
-    factor: float = 1.0  # multiple of the part's learning rate
-    rate: float | None = None  # its own learning rate, in place of that
+    group: str = ""  # name of the optimizer group
+    factor: float = 1.0  # multiple of the learning rate of the part
+    rate: float | None = None  # absolute learning rate, replaces the part's
 
 
 class Tagged(NamedTuple):
-    """A trainable parameter with the tags it was born with."""
+    """A trainable parameter with the part and the role it was created with."""
 
     part: str  # "unet", "te1", …
     role: str  # "down", "up", "delta_r", …
@@ -28,23 +28,23 @@ class Tagged(NamedTuple):
 def groups(
     tagged: Iterable[Tagged], part_rates: Mapping[str, float], role_rates: Mapping[tuple[str, str], float]
 ) -> tuple[list[dict], list[str]]:
-    """Optimizer groups and their descriptions.
+    """Return optimizer groups and their names.
 
-    The rate of a parameter is that of its layer (part_rates[part] · speed.factor, or speed.rate) times
-    role_rates.get((part, role), 1). Parameters of one group and one rate are together; a rate of 0 leaves
-    them out, as kohya's trainers do. Groups keep the order of first appearance, because a resumed optimizer
-    state is matched by position.
+    The learning rate of a parameter is that of its layer (part_rates[part] · speed.factor, or speed.rate)
+    times role_rates.get((part, role), 1). Parameters of one group and rate are put together. A rate of 0
+    omits the parameters, as in kohya's trainers. Groups are in the order of first appearance, because a
+    resumed optimizer state is matched by position.
     """
-    found: dict[tuple[str, Speed, float], list[Parameter]] = {}
+    grouped: dict[tuple[str, Speed, float], list[Parameter]] = {}
     for part, role, parameter, speed in tagged:
         factor = role_rates.get((part, role), 1.0)
-        found.setdefault((part, speed, factor), []).append(parameter)
+        grouped.setdefault((part, speed, factor), []).append(parameter)
     rated = [
         (speed.group or part, factor, factor * _rate(part_rates[part], speed), params)
-        for (part, speed, factor), params in found.items()
+        for (part, speed, factor), params in grouped.items()
     ]
     kept = [(name, factor, rate, params) for name, factor, rate, params in rated if rate != 0]
-    names = {
+    kohya_names = {
         "unet": "unet",
         "te": "textencoder",
         "te1": "textencoder 1 ",
@@ -53,7 +53,7 @@ def groups(
     }
     return (
         [{"params": params, "lr": rate} for _, _, rate, params in kept],
-        [names.get(name, name) + ("" if factor == 1 else " plus") for name, factor, _, _ in kept],
+        [kohya_names.get(name, name) + ("" if factor == 1 else " plus") for name, factor, _, _ in kept],
     )
 
 

@@ -1,11 +1,11 @@
-"""Blocks of a U-Net: which one a layer is in, and lists with one value for each (owner: kohya sd-scripts).
+"""Blocks of a U-Net: the block of a layer, and options with one value per block (names and numbers of kohya).
 
 | plan | embedding | down | middle | up | out | blocks |
 |---|---|---|---|---|---|---|
 | SD   |   | 0–11 | 12 | 13–24 | | 25 |
 | SDXL | 0 | 1–9 | 10–12 | 13–21 | 22 | 23 |
 
-Functions of names in kohya's keys, numbers and texts; nothing here knows a module.
+Functions of layer names in kohya's keys, numbers and texts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Number = TypeVar("Number", int, float)
 
 
 class Plan(NamedTuple):
-    """How many blocks a U-Net has; `ends` are those before and after, which hold no adapter."""
+    """The numbers of blocks of a U-Net; `ends`: blocks before the first and after the last adapted one."""
 
     down: int
     mid: int
@@ -32,6 +32,7 @@ class Plan(NamedTuple):
 
     @property
     def count(self) -> int:
+        """The number of all blocks."""
         return self.down + self.mid + self.up + 2 * self.ends
 
 
@@ -42,37 +43,37 @@ _FIRST = {"down": 1, "up": 13, "input_blocks": 1, "middle_block": 10, "output_bl
 
 
 def index(name: str) -> int | None:
-    """The block of a layer by its key (`lora_unet_mid_block_…` is 12), or None for one in no block.
+    """Return the block of a layer from its key (`lora_unet_mid_block_…` is 12), or None outside of blocks.
 
-    SD's first downward block is 1, because 0 is the convolution before it.
+    The first down block of SD is 1, because 0 is the convolution before it.
     """
-    if found := _SD.match(name):
-        side, i, kind, j = found[1], int(found[2]), found[3], int(found[4])
+    if match := _SD.match(name):
+        side, i, kind, j = match[1], int(match[2]), match[3], int(match[4])
         return _FIRST[side] + 3 * i + (2 if kind.endswith("samplers") else j)
-    if found := _SDXL.match(name):
-        return _FIRST[found[1]] + int(found[2])
+    if match := _SDXL.match(name):
+        return _FIRST[match[1]] + int(match[2])
     return SD.down if name.startswith("lora_unet_mid_block_") else None
 
 
 def plan(names: Iterable[str]) -> Plan | None:
-    """The plan of the U-Net whose layers have these keys, or None where they lie in no block."""
+    """Return the plan of the U-Net whose layers have these keys, or None if no key is in a block."""
     inside = [name for name in names if index(name) is not None]
     return (SDXL if _SDXL.match(inside[0]) else SD) if inside else None
 
 
 def values(option: str, text: str, count: int, kind: Callable[[str], Number]) -> list[Number]:
-    """`4,4,8` as `count` numbers ≥ 0. Raises `Refused` for another count and for what is no such number."""
+    """Parse `4,4,8` as `count` numbers ≥ 0. Raises `Refused` for another count or a wrong number."""
     try:
-        found = [kind(part) for part in text.strip("[] ").split(",")]
+        numbers = [kind(part) for part in text.strip("[] ").split(",")]
     except ValueError as error:
         raise Refused(
-            f"{option}={text} is not a list of numbers; give {count}, with commas between, one per block"
+            f"{option}={text} is not a list of numbers; give {count}, separated by commas, one per block"
         ) from error
-    if len(found) != count or not all(0 <= value < math.inf for value in found):
+    if len(numbers) != count or not all(0 <= value < math.inf for value in numbers):
         raise Refused(
-            f"{option} has {len(found)} numbers, and the model {count} blocks; give {count}, none below 0"
+            f"{option} has {len(numbers)} numbers, but the model has {count} blocks; give {count}, all >= 0"
         )
-    return found
+    return numbers
 
 
 CURVES: Mapping[str, Callable[[float], float]] = {
@@ -85,7 +86,7 @@ CURVES: Mapping[str, Callable[[float], float]] = {
 
 
 def curve(option: str, text: str, count: int) -> list[float]:
-    """`sine+0.25` as `count` weights of a learning rate: the curve over the blocks, plus the number."""
+    """Parse `sine+0.25` as `count` learning rate weights: the curve over the blocks, plus the number."""
     name, _, base = text.partition("+")
     try:
         offset = float(base or 0)
@@ -93,7 +94,7 @@ def curve(option: str, text: str, count: int) -> list[float]:
         raise Refused(f"{option}={text} does not end in a number; write {name}+0.25") from error
     if name not in CURVES:
         raise Refused(
-            f"{option}={text} is neither {count} numbers with commas between nor one of "
+            f"{option}={text} is neither {count} numbers separated by commas nor one of "
             f"{', '.join(CURVES)}{nearest(name, CURVES)}"
         )
     return [CURVES[name](i / (count - 1)) + offset for i in range(count)]
@@ -102,16 +103,16 @@ def curve(option: str, text: str, count: int) -> list[float]:
 def lr_weights(
     plan: Plan, down: str | None, mid: str | None, up: str | None, threshold: float
 ) -> list[float] | None:
-    """What the learning rate of each block is multiplied by, or None when no list is given.
+    """Return the learning rate weight of each block, or None if no list is given.
 
-    A list that is not given is 1 everywhere; weights of `threshold` or less are 0. As kohya does, a missing
-    number of a list that is too short is 1, an empty one 0, and numbers too many are left out; it is said.
+    Without a list the weights of a side are 1. Weights of `threshold` or less become 0. As in kohya, a list
+    that is too short is filled with 1, an empty entry is 0, and surplus numbers are ignored, with a warning.
     """
     if down is None and mid is None and up is None:
         return None
     lists = (("down", down, plan.down), ("mid", mid, plan.mid), ("up", up, plan.up))
-    found = [weight for side, text, count in lists for weight in _weights(side, text, count, threshold)]
-    return [1.0] * plan.ends + found + [1.0] * plan.ends
+    weights = [weight for side, text, count in lists for weight in _weights(side, text, count, threshold)]
+    return [1.0] * plan.ends + weights + [1.0] * plan.ends
 
 
 def _weights(side: str, text: str | None, count: int, threshold: float) -> list[float]:
@@ -119,20 +120,18 @@ def _weights(side: str, text: str | None, count: int, threshold: float) -> list[
     if text is None:
         return [1.0] * count
     if side != "mid" and "," not in text:
-        given = curve(option, text, count)
+        weights = curve(option, text, count)
     else:
         try:
-            given = [float(part or 0) for part in text.strip("[] ").split(",")]
+            weights = [float(part or 0) for part in text.strip("[] ").split(",")]
         except ValueError as error:
             raise Refused(
-                f"{option}={text} is not a list of numbers; give {count}, with commas between"
+                f"{option}={text} is not a list of numbers; give {count} numbers separated by commas"
             ) from error
-    if len(given) != count:
+    if len(weights) != count:
         logger.warning(
-            "%s has %d numbers for %d blocks: missing ones are 1, others are left out",
-            option,
-            len(given),
-            count,
+            "%s has %d numbers for %d blocks: missing numbers are 1, surplus numbers are ignored",
+            *(option, len(weights), count),
         )
-    given = (given + [1.0] * count)[:count]
-    return [weight if weight > threshold else 0.0 for weight in given]
+    weights = (weights + [1.0] * count)[:count]
+    return [weight if weight > threshold else 0.0 for weight in weights]

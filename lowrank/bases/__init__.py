@@ -1,1 +1,1 @@
-"""Where a method's factors point: subspaces of weights and of gradients, and the files that keep them."""
+"""Subspaces that a method's frozen factors span: of weights, gradients or files, and their caches."""

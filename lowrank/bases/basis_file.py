@@ -1,16 +1,17 @@
-"""Bases that an adapter's core lives in: files of a left L (O, K) and a right R (K, I) for each layer.
+"""Basis files: for each layer a left basis L (O, K) and a right basis R (K, I).
 
-With them a method trains only a core: ΔW = s · L · C · R. Where they come from: a collection of LoRAs
-(`combine.shared_basis`), the layer's own weight, or chance; the last two are made here and need no data.
+A method that uses a basis trains only the core C: ΔW = s · L · C · R. A basis comes from a collection of
+LoRAs (`combine.shared_basis`), from the layer's own weight, or from random numbers; the last two are computed
+here.
 
-Our file is safetensors: `<layer>.left` (O, K) and `<layer>.right` (K, I), orthonormal, most important
-direction first, with `<layer>.left_values` and `<layer>.right_values` (K,), their singular values. The
-metadata say what it is; `lowrank.basis_hash` is that of all tensors. Layers have kohya's form of name.
+Our format is safetensors: `<layer>.left` (O, K) and `<layer>.right` (K, I), orthonormal, most important
+direction first, and `<layer>.left_values` and `<layer>.right_values` (K,), their singular values. The
+metadata describe the basis; `lowrank.basis_hash` is a hash of all tensors. Layer names are kohya's.
 
-The older ROW layout is read too: `<layer>.lora_down.weight.basis` (I, K) and `.mean` (I,), `….lora_up.…`
-(O, K) and (O,), names with a dot for every `_`. A mean is no offset here, because ΔW would not be 0 at the
-start: it becomes the first direction. The FLAT-JOINT layout, which has the same keys and whole r × I matrices
-as vectors, holds no directions of a layer and is refused.
+The older "row" layout is read too: `<layer>.lora_down.weight.basis` (I, K) and `.mean` (I,), `….lora_up.…`
+(O, K) and (O,), layer names with a dot for every `_`. The mean becomes the first direction and not an offset,
+with which ΔW would not start at 0. The "flat-joint" layout uses the same keys for whole r × I matrices as
+vectors. It has no directions of a layer and is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lowrank.naming import keys
 from lowrank.tensors import read_tensors, stream_tensors
 
 TENSORS = ("left", "right", "left_values", "right_values")
-DEPENDENT = 1e-5  # of a column's length: what is left of it is rounding of fp32 or fp16
+DEPENDENT = 1e-5  # a remainder below this fraction of a column's length is rounding of fp32 or fp16
 _ROW = re.compile(r"^(.*)\.lora_(down|up)\.weight\.(basis|mean)$")
 _DOTTED_TEXT = re.compile(r"^te(\d?)\.")
 _MADE_BY = "make it with tools/extract_universal_basis.py"
@@ -43,14 +44,14 @@ logger = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
-    """What a core stands between: L · C · R."""
+    """The basis of one layer: the L and R of L · C · R."""
 
     left: Tensor  # (O, K) orthonormal columns, most important first
     right: Tensor  # (K, I) orthonormal rows, most important first
 
 
 class Values(NamedTuple):
-    """How much of the collection lies in each direction: singular values of the stacked ΔW."""
+    """Weight of each direction in the collection: singular values of its stacked ΔW."""
 
     left: Tensor  # (K,)
     right: Tensor  # (K,)
@@ -58,10 +59,10 @@ class Values(NamedTuple):
 
 @dataclass(frozen=True)
 class BasisFile:
-    """A basis file: pairs by layer, spelled as `keys.flat` spells them.
+    """The content of a basis file, by layer name in the spelling of `keys.flat`.
 
-    `facts`: `hash` of the tensors, `layout` ("native" or "row"), `kind`, and for our files what their
-    metadata say. `values` is empty where a file tells none.
+    `facts`: `hash` of the tensors, `layout` ("native" or "row"), `kind`, and for our format the file's
+    metadata. `values` is empty for the row layout, which has none.
     """
 
     source: str
@@ -71,11 +72,11 @@ class BasisFile:
 
 
 class Matched(NamedTuple):
-    """A basis laid over a model: pairs by the model's names, and what found no partner."""
+    """The layers of a basis file matched with those of a model, by the model's names."""
 
     pairs: dict[str, Pair]
-    missing: tuple[str, ...]  # layers of the model that the basis has not
-    unused: tuple[str, ...]  # layers of the basis that the model has not
+    missing: tuple[str, ...]  # layers of the model that are not in the basis
+    unused: tuple[str, ...]  # layers of the basis that are not in the model
 
 
 # ------------------------------------------------------------------ files
@@ -88,28 +89,28 @@ def write_basis(
     kind: str,
     facts: Mapping[str, str],
 ) -> str:
-    """Write a basis in fp32 under sorted names and return its hash; equal bases give equal bytes.
+    """Write a basis file in fp32 with sorted keys and return its hash; equal bases give equal bytes.
 
-    `layers` are named as `keys.flat` names them; `facts` become metadata `lowrank.<fact>`.
+    Names of `layers` are in the spelling of `keys.flat`; `facts` become metadata `lowrank.<fact>`.
     """
     tensors: dict[str, Tensor] = {}
     for name in sorted(layers):
-        all_four = (*layers[name], *values[name])
+        layer_tensors = (*layers[name], *values[name])
         tensors |= {
-            f"{_kohya(name)}.{key}": x.float().cpu() for key, x in zip(TENSORS, all_four, strict=True)
+            f"{_kohya(name)}.{key}": x.float().cpu() for key, x in zip(TENSORS, layer_tensors, strict=True)
         }
-    found = _hash(tensors)
-    told = {"kind": "basis", "version": __version__, "basis_kind": kind, "basis_hash": found, **facts}
-    metadata = {f"lowrank.{key}": told[key] for key in sorted(told)}
+    basis_hash = _hash(tensors)
+    facts = {"kind": "basis", "version": __version__, "basis_kind": kind, "basis_hash": basis_hash, **facts}
+    metadata = {f"lowrank.{key}": facts[key] for key in sorted(facts)}
     shapes = {key: tuple(x.shape) for key, x in tensors.items()}
     stream_tensors(path, shapes, torch.float32, lambda key: tensors[key], metadata)
-    return found
+    return basis_hash
 
 
 def read_basis(path: str | Path) -> BasisFile:
-    """A basis file of our format or of the row layout, which is orthonormalised, in fp32 on the CPU.
+    """Read a basis file of our format or the row layout, in fp32 on the CPU; row layouts are orthonormalised.
 
-    Raises `Refused` for a file that is not whole, holds something else, or values that are no finite numbers.
+    Raises `Refused` for a truncated file, a file of another kind, and values that are not finite.
     """
     state, metadata = read_tensors(path)
     for key, value in state.items():
@@ -120,7 +121,7 @@ def read_basis(path: str | Path) -> BasisFile:
     if any(_ROW.match(key) for key in state):
         return _row(state, str(path))
     raise Refused(
-        f"{path} is no basis: its tensors are named like {', '.join(list(state)[:2]) or 'nothing at all'}; "
+        f"{path} is no basis file: its tensors are {', '.join(list(state)[:2]) or 'none'}; "
         f"{_MADE_BY} from a folder of LoRA files"
     )
 
@@ -128,35 +129,36 @@ def read_basis(path: str | Path) -> BasisFile:
 def _native(state: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> BasisFile:
     facts = {key.removeprefix("lowrank."): value for key, value in metadata.items()}
     if _hash(state) != facts.get("basis_hash"):
-        raise Refused(f"{source} is damaged: its tensors are not those it was written with; {_MADE_BY} again")
+        raise Refused(
+            f"{source} is damaged: its tensors do not match the hash in its metadata; {_MADE_BY} again"
+        )
     layers, values = {}, {}
     for name in sorted({key.rpartition(".")[0] for key in state}):
-        left, right, *both = (state[f"{name}.{key}"] for key in TENSORS)
-        layers[keys.flat(name)], values[keys.flat(name)] = Pair(left, right), Values(*both)
+        left, right, *singular = (state[f"{name}.{key}"] for key in TENSORS)
+        layers[keys.flat(name)], values[keys.flat(name)] = Pair(left, right), Values(*singular)
     facts |= {"hash": facts["basis_hash"], "kind": facts["basis_kind"], "layout": "native"}
     return BasisFile(source, layers, values, facts)
 
 
 def _row(state: Mapping[str, Tensor], source: str) -> BasisFile:
-    """The older layout; a layer with one side only, as its extractor leaves when memory ends, is left out."""
+    """Read the row layout, without layers that have one side only (its extractor ran out of memory)."""
     sides: dict[str, dict[tuple[str, str], Tensor]] = {}
     for key, value in state.items():
-        if found := _ROW.match(key):
-            sides.setdefault(found[1], {})[found[2], found[3]] = value
-    layers, halves = {}, []
+        if match := _ROW.match(key):
+            sides.setdefault(match[1], {})[match[2], match[3]] = value
+    layers, incomplete = {}, []
     for name, parts in sorted(sides.items()):
         if not {("down", "basis"), ("up", "basis")} <= parts.keys():
-            halves.append(name)
+            incomplete.append(name)
             continue
-        turned = [_folded(name, side, parts, source) for side in ("up", "down")]
-        rank = min(x.shape[1] for x in turned)
+        up, down = (_with_mean(name, side, parts, source) for side in ("up", "down"))
+        rank = min(up.shape[1], down.shape[1])
         if rank:
-            layers[keys.flat(_from_dots(name))] = Pair(
-                turned[0][:, :rank], turned[1][:, :rank].mT.contiguous()
-            )
-    if halves:
+            layers[keys.flat(_from_dots(name))] = Pair(up[:, :rank], down[:, :rank].mT.contiguous())
+    if incomplete:
         logger.warning(
-            "%s: %d layers have only one of down and up and are left out: %s", source, len(halves), halves[0]
+            "%s: %d layers have only one of down and up and are ignored, for example %s",
+            *(source, len(incomplete), incomplete[0]),
         )
     if not layers:
         raise Refused(f"{source} has no layer with both a down and an up basis; {_MADE_BY}")
@@ -164,38 +166,38 @@ def _row(state: Mapping[str, Tensor], source: str) -> BasisFile:
     return BasisFile(source, layers, {}, {"hash": _hash(tensors), "kind": "universal", "layout": "row"})
 
 
-def _folded(name: str, side: str, parts: Mapping[tuple[str, str], Tensor], source: str) -> Tensor:
-    """(n, K') orthonormal columns that span the mean, first, and the basis of one side of a layer."""
+def _with_mean(name: str, side: str, parts: Mapping[tuple[str, str], Tensor], source: str) -> Tensor:
+    """Return (n, K') orthonormal columns that span the mean (first) and the basis of one side of a layer."""
     columns = parts[side, "basis"].double()
     mean = parts.get((side, "mean"), columns.new_zeros(len(columns))).double()
     if columns.dim() != 2 or mean.shape != columns.shape[:1]:
         raise Refused(
-            f"{source}: {name} has a {side} basis of shape {tuple(columns.shape)} and a mean of "
-            f"{tuple(mean.shape)}, and must have (n, K) and (n,); {_MADE_BY} again"
+            f"{source}: {name} has a {side} basis of shape {tuple(columns.shape)} and a mean of shape "
+            f"{tuple(mean.shape)}, which must be (n, K) and (n,); {_MADE_BY} again"
         )
     return orthonormal(torch.cat([mean[:, None], columns], dim=1)).float()
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """(n, K') from (n, c) in float64: the same span column by column, without those that depend on others."""
-    made: list[Tensor] = []
+    """Orthonormalise (n, c) to (n, K'), dropping columns that depend on earlier ones; float64."""
+    vectors: list[Tensor] = []
     for column in columns.mT:
-        rest = column
-        for _ in range(2):  # twice is enough
-            rest = rest - sum((v * (v @ rest) for v in made), torch.zeros_like(rest))
-        if len(made) < len(columns) and rest.norm() > DEPENDENT * column.norm():
-            made.append(rest / rest.norm())
-    return torch.stack(made, dim=1) if made else columns[:, :0]
+        remainder = column
+        for _ in range(2):  # a second pass removes the rounding of the first
+            remainder = remainder - sum((v * (v @ remainder) for v in vectors), torch.zeros_like(remainder))
+        if len(vectors) < len(columns) and remainder.norm() > DEPENDENT * column.norm():
+            vectors.append(remainder / remainder.norm())
+    return torch.stack(vectors, dim=1) if vectors else columns[:, :0]
 
 
 def _from_dots(name: str) -> str:
-    """`te1.text.model…` and `te.text.model…` as kohya's `lora_te1_…`; the U-Net's names need nothing."""
+    """Return `te1.text.model…` or `te.text.model…` as kohya's `lora_te1_…`; U-Net names are unchanged."""
     text = _DOTTED_TEXT.match(name)
     return f"lora_te{text[1]}_" + name[text.end() :].replace(".", "_") if text else name
 
 
 def _kohya(name: str) -> str:
-    """The file's name of what `keys.flat` calls `name`, which reads it back."""
+    """Return the key in a file of a layer that `keys.flat` names `name`; inverse of `keys.flat`."""
     return "lora_" + (name.replace("|", "_") if keys.is_flat_text(name) else f"unet_{name}")
 
 
@@ -207,7 +209,7 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------ laid over a model
+# ------------------------------------------------------------------ matching with a model
 
 
 def for_layers(
@@ -215,45 +217,45 @@ def for_layers(
     shapes: Mapping[str, tuple[int, int]],
     spellings: Mapping[str, Collection[str]] | None = None,
 ) -> Matched:
-    """The basis of each layer of a model, by the model's names, from shapes (O, I·k·k) by name.
+    """Find the basis of each layer of a model, given the layers' shapes (O, I·k·k) by name.
 
-    `spellings` are the names that files give each layer (`Target.spellings`); without them a layer is found
-    under its own name in any dialect. Raises `Refused` where a shape differs, which is another model or the
-    flat-joint layout, and where nothing matches.
+    `spellings` are the names of each layer in files (`Target.spellings`); without them a layer is looked up
+    under its own name. Raises `Refused` if a shape differs (another model, or the flat-joint layout), and if
+    no layer matches.
     """
-    told = spellings or {}
+    spellings = spellings or {}
     pairs: dict[str, Pair] = {}
     used = set()
     for name, (outputs, inputs) in shapes.items():
-        found = {keys.flat(name), *told.get(name, ())} & basis.layers.keys()
-        if found:
-            spelled = min(found)
-            used.add(spelled)
-            pairs[name] = pair = basis.layers[spelled]
+        matches = {keys.flat(name), *spellings.get(name, ())} & basis.layers.keys()
+        if matches:
+            key = min(matches)
+            used.add(key)
+            pairs[name] = pair = basis.layers[key]
             if (len(pair.left), pair.right.shape[1]) != (outputs, inputs):
                 _refuse_shape(basis, name, pair, (outputs, inputs))
     missing = tuple(name for name in shapes if name not in pairs)
     unused = tuple(name for name in basis.layers if name not in used)
     if not pairs:
         raise Refused(
-            f"{basis.source} has no layer of this model: it holds {', '.join(unused[:2])} and the model "
-            f"{', '.join(missing[:2])}; it was made from adapters of another model"
+            f"{basis.source} has no layer of this model: the file has {', '.join(unused[:2])}, the model "
+            f"{', '.join(missing[:2])}; use a basis made from adapters of this model"
         )
     return Matched(pairs, missing, unused)
 
 
 def _refuse_shape(basis: BasisFile, name: str, pair: Pair, shape: tuple[int, int]) -> None:
-    have = (len(pair.left), pair.right.shape[1])
-    ranks = {a // b if a % b == 0 else 0 for a, b in zip(have, shape, strict=True)}
+    file_shape = (len(pair.left), pair.right.shape[1])
+    ranks = {a // b if a % b == 0 else 0 for a, b in zip(file_shape, shape, strict=True)}
     if basis.facts["layout"] == "row" and len(ranks) == 1 and 0 not in ranks:
         raise Refused(
-            f"{basis.source} has vectors of {have[1]} and {have[0]} numbers for {name}: matrices of rank "
-            f"{ranks.pop()} (the flat-joint layout) or directions of another model, none of its {shape[1]} "
-            f"inputs and {shape[0]} outputs; {_MADE_BY} from the LoRA files themselves"
+            f"{basis.source} has vectors of {file_shape[1]} and {file_shape[0]} numbers for {name} with "
+            f"{shape[1]} inputs and {shape[0]} outputs: they are matrices of rank {ranks.pop()} (the "
+            f"flat-joint layout) or of another model; {_MADE_BY} from the LoRA files"
         )
     raise Refused(
-        f"{name} is {shape[0]}×{shape[1]} in this model and {have[0]}×{have[1]} in {basis.source}; it was "
-        "made from adapters of another model"
+        f"{name} is {shape[0]}×{shape[1]} in this model and {file_shape[0]}×{file_shape[1]} in "
+        f"{basis.source}; use a basis made from adapters of this model"
     )
 
 
@@ -261,35 +263,36 @@ def _refuse_shape(basis: BasisFile, name: str, pair: Pair, shape: tuple[int, int
 
 
 def weight_basis(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Pair]:
-    """`auto:weight`: the top-K singular directions of each W (O, I), in fp32 where W is.
+    """Return the top-K singular directions of each W (O, I), in fp32 on the device of W (`auto:weight`).
 
     Raises `Refused` for a rank over min(O, I) and for a weight with NaN or infinite values.
     """
-    found = {}
+    bases = {}
     for name in weights:
         u, _, vh, _ = top_subspace(weights[name], ranks[name], name=name)
-        found[name] = Pair(u.float(), vh.float())
-    return found
+        bases[name] = Pair(u.float(), vh.float())
+    return bases
 
 
 def random_basis(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Pair]:
-    """`auto:random`: uniformly random orthonormal directions that depend on the layer's name alone, the
-    control that every other basis must beat. Raises `Refused` for a rank over min(O, I).
+    """Return random orthonormal directions for each layer, seeded by its name (`auto:random`, a control).
+
+    Raises `Refused` for a rank over min(O, I).
     """
-    found = {}
+    bases = {}
     for name in weights:
         weight, rank = weights[name], ranks[name]
         check_rank(weight, rank, name)
         sides = zip(("left", "right"), weight.shape, strict=True)
         left, right = (random_columns(f"{keys.flat(name)}.{side}", n, rank).float() for side, n in sides)
-        found[name] = Pair(left.to(weight.device), right.mT.contiguous().to(weight.device))
-    return found
+        bases[name] = Pair(left.to(weight.device), right.mT.contiguous().to(weight.device))
+    return bases
 
 
 def random_columns(label: str, n: int, count: int, beside: Tensor | None = None) -> Tensor:
-    """(n, count) random orthonormal columns from a label, orthogonal to those of `beside` (n, m); float64."""
+    """Return random orthonormal columns (n, count) seeded by `label`, orthogonal to `beside` (n, m)."""
     seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little") >> 1
     drawn = torch.randn(n, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    given = drawn[:, :0] if beside is None else beside
-    q, r = torch.linalg.qr(torch.cat([given, drawn], dim=1))
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0))[:, given.shape[1] :]
+    first = drawn[:, :0] if beside is None else beside
+    q, r = torch.linalg.qr(torch.cat([first, drawn], dim=1))
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0))[:, first.shape[1] :]

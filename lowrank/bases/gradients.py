@@ -1,14 +1,14 @@
-"""Bases from the data to come: the directions in which the first gradients, or activations, of a layer lie.
+"""Bases from training data: the directions of the first gradients, or of inputs and gradients, of each layer.
 
     grad      L, R = top singular vectors of G = Σ ∂ℓ/∂W = Σ g xᵀ over samples and tokens
     actgrad   L, R = top eigenvectors of Σ g gᵀ and of Σ x xᵀ
 
-x is a layer's input and g the gradient at its output. One pass, and nothing of a weight's size: G (O, I) is
-never formed but seen through random test matrices, as Y = GΩ (O, k) and Z = ΨG (l, I); a covariance as its
-product with one. Inputs of a k×k convolution are unfolded, so that I counts C·k·k.
+x is a layer's input and g the gradient at its output. One pass over the data and no tensor of a weight's
+size: instead of G (O, I), its products with random test matrices are summed, Y = GΩ (O, k) and Z = ΨG (l, I);
+for a covariance, its product with one test matrix. Inputs of a k×k convolution are unfolded, so I is C·k·k.
 
-Sources: LoRA-GA, arXiv 2407.05000 (the first gradient's singular vectors as factors). Tropp, Yurtsever, Udell
-and Cevher, arXiv 1609.00048 (Y and Z, with k = 2K + 1 and l = 2k + 1) and 1706.05736 (a covariance).
+Sources: LoRA-GA, arXiv 2407.05000 (singular vectors of the first gradient as factors). Tropp, Yurtsever,
+Udell and Cevher, arXiv 1609.00048 (Y and Z, with k = 2K + 1 and l = 2k + 1) and 1706.05736 (a covariance).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from lowrank.bases.krylov import full_precision
 from lowrank.errors import Refused, nearest
 
 KINDS = ("grad", "actgrad")
-START_SCALE, LEAST_SCALE = 2.0**16, 2.0**-8  # of the loss under fp16: torch's first one; where to give up
+START_SCALE, LEAST_SCALE = 2.0**16, 2.0**-8  # loss scale under fp16: first value as in torch; lower limit
 
 logger = logging.getLogger(__name__)
 
 
 class Sides(NamedTuple):
-    """Where a layer writes to and reads from, the most important direction first."""
+    """Output directions (left) and input directions (right) of a layer, most important first."""
 
     left: Tensor  # (O, K) orthonormal columns
     right: Tensor  # (K, I·k·k) orthonormal rows
@@ -50,18 +50,18 @@ class Sides(NamedTuple):
 
 
 def widths(outs: int, ins: int, rank: int) -> tuple[int, int]:
-    """(k, l): how many columns of Ω and rows of Ψ find `rank` directions of an O × I matrix."""
+    """Return (k, l), the columns of Ω and rows of Ψ needed for `rank` directions of an O × I matrix."""
     k = min(2 * rank + 1, outs, ins)
     return k, min(2 * k + 1, outs)
 
 
 def gradient_products(x: Tensor, g: Tensor, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """Y = GΩ (O, k) and Z = ΨG (l, I) of G = gᵀx: x (N, I), g (N, O), Ω = right (I, k), Ψᵀ = left (O, l)."""
+    """Return Y = GΩ (O, k), Z = ΨG (l, I) for G = gᵀx: x (N, I), g (N, O), right Ω (I, k), left Ψᵀ (O, l)."""
     return g.T @ (x @ right), (g @ left).T @ x
 
 
 def gradient_sides(Y: Tensor, Z: Tensor, left: Tensor, rank: int) -> Sides:
-    """The top `rank` singular vectors of the G that was seen as Y and Z; float64 inside."""
+    """Return the top `rank` singular vectors of G, given Y = GΩ and Z = ΨG; float64 inside."""
     Q = torch.linalg.qr(Y.double())[0]  # (O, k)
     U, T = torch.linalg.qr(left.double().T @ Q)  # (l, k), (k, k): ΨQ
     core = torch.linalg.solve_triangular(T, U.T @ Z.double(), upper=True)  # (k, I), where G ≈ Q·core
@@ -70,14 +70,14 @@ def gradient_sides(Y: Tensor, Z: Tensor, left: Tensor, rank: int) -> Sides:
 
 
 def covariance_products(x: Tensor, g: Tensor, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """gᵀgΩ' (O, l) and xᵀxΩ (I, k); x (N, I), g (N, O), Ω = right (I, k), Ω' = left (O, l)."""
+    """Return gᵀgΩ' (O, l) and xᵀxΩ (I, k); x (N, I), g (N, O), Ω = right (I, k), Ω' = left (O, l)."""
     return g.T @ (g @ left), x.T @ (x @ right)
 
 
 def covariance_vectors(product: Tensor, test: Tensor, rank: int) -> Tensor:
-    """Top `rank` eigenvectors (n, K) of A ⪰ 0, of which A·test (n, k) is known: Nyström, in float64."""
+    """Return the top `rank` eigenvectors (n, K) of A ⪰ 0, given A·test (n, k): Nyström, in float64."""
     product, test = product.double(), test.double()
-    shift = product.norm() * torch.finfo(torch.float32).eps  # the rounding of what was added up in fp32
+    shift = product.norm() * torch.finfo(torch.float32).eps  # rounding of sums in fp32
     shifted = product + shift * test
     gram = test.T @ shifted
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
@@ -86,24 +86,27 @@ def covariance_vectors(product: Tensor, test: Tensor, rank: int) -> Tensor:
 
 
 def tokens(host: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs (N, I·k·k) and output gradients (N, O) of a layer, one row per place, in fp32."""
+    """Return a layer's inputs (N, I·k·k) and output gradients (N, O), fp32, one row per token or pixel."""
     if isinstance(host, nn.Conv2d):
         if isinstance(host.padding, str):
-            raise Refused(f"a convolution with padding={host.padding!r} has no basis of its data; exclude it")
+            raise Refused(
+                f"a convolution with padding={host.padding!r} has no gradient basis; leave it out with "
+                "--network_args exclude=…"
+            )
         x = F.unfold(
             x.float(), host.kernel_size, dilation=host.dilation, padding=host.padding, stride=host.stride
-        )  # (B, I·k·k, places)
+        )  # (B, I·k·k, pixels)
         return x.transpose(1, 2).flatten(0, 1), g.float().flatten(2).transpose(1, 2).flatten(0, 1)
     return x.float().flatten(0, -2), g.float().flatten(0, -2)
 
 
-# ------------------------------------------------------------------ what a backward pass shows
+# ------------------------------------------------------------------ hooks on the backward pass
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; in the backward, the output's gradient meets the layer's input.
+    """The identity; its backward calls `see(x, g)` with the layer's input and its output's gradient.
 
-    The input is saved as autograd's own are, so that gradient checkpointing recomputes it.
+    The input is saved with `save_for_backward`, so that gradient checkpointing recomputes it.
     """
 
     @staticmethod
@@ -118,14 +121,14 @@ class _Tap(torch.autograd.Function):
         return gradients[0], None, None
 
 
-def _added(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
-    """The sum of two lists of equal shapes, of which either may still be empty."""
-    return [a + b for a, b in zip(one, other, strict=True)] if one and other else one or other
+def _added(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Add two lists of tensors elementwise; an empty list counts as zeros."""
+    return [a + b for a, b in zip(first, second, strict=True)] if first and second else first or second
 
 
 @dataclass
 class _Sketch:
-    """Sums of one layer's products, and those of the batch that is not yet known to be finite."""
+    """Sums of one layer's products; `pending` are those of the current batch, until checked to be finite."""
 
     layer: AdaptedLayer
     rank: int
@@ -138,20 +141,18 @@ class _Sketch:
     def see(self, scale: float, x: Tensor, g: Tensor) -> None:
         with full_precision(g.device):
             rows = tokens(self.layer.host, x, g.float() / scale)
-            made = (gradient_products if self.kind == "grad" else covariance_products)(
-                *rows, self.right, self.left
-            )
-            self.pending = _added(self.pending, list(made))
+            products = gradient_products if self.kind == "grad" else covariance_products
+            self.pending = _added(self.pending, list(products(*rows, self.right, self.left)))
 
     def keep(self) -> None:
         self.sums, self.pending = _added(self.sums, self.pending), []
 
     def sides(self, total: Callable[[Tensor], Tensor]) -> tuple[Sides, bool]:
-        """The basis, and whether any gradient was seen; without one it is random."""
+        """Return the basis, and whether a gradient reached the layer; without a gradient it is random."""
         k, n = self.right.shape[1], self.left.shape
         shapes = ((n[0], k), (n[1], len(self.right))) if self.kind == "grad" else (n, self.right.shape)
         sums = self.sums or [torch.zeros(shape, device=self.right.device) for shape in shapes]
-        first, second = (total(one) for one in sums)
+        first, second = (total(part) for part in sums)
         with full_precision(first.device):
             if not first.any() or not second.any():
                 left, right = self.left[:, : self.rank], self.right[:, : self.rank]
@@ -165,7 +166,7 @@ class _Sketch:
 
 @contextlib.contextmanager
 def _tapped(sketches: list[_Sketch], scale: Callable[[], float]) -> Iterator[None]:
-    """While it lasts, every backward pass adds what it shows to the sketches."""
+    """Within the block, add the products of every backward pass to the sketches."""
 
     def hook(sketch: _Sketch, _module: Any, arguments: tuple, y: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
@@ -182,14 +183,14 @@ def _tapped(sketches: list[_Sketch], scale: Callable[[], float]) -> Iterator[Non
 
 
 def _test(side: str, rows: int, columns: int) -> Tensor:
-    """Random orthonormal columns that depend on their shape alone: every process and run has the same."""
+    """Return random orthonormal columns, seeded by their shape: equal in every process and run."""
     seed = int.from_bytes(hashlib.sha256(f"{side},{rows},{columns}".encode()).digest()[:7], "big")
     return torch.linalg.qr(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)))[0]
 
 
 def _sketches(network: AdapterNetwork, kind: str, rank: Callable[[AdaptedLayer], int]) -> list[_Sketch]:
-    tests: dict[tuple, Tensor] = {}  # layers of one size share theirs
-    made = []
+    tests: dict[tuple, Tensor] = {}  # layers of one size share test matrices
+    sketches = []
     for layer in network.layers():
         outs, ins = host_shape(layer.host)
         K, device = rank(layer), layer.alpha.device
@@ -203,11 +204,11 @@ def _sketches(network: AdapterNetwork, kind: str, rank: Callable[[AdaptedLayer],
         for key in (right, left):
             if key not in tests:
                 tests[key] = _test(*key[:3]).to(device)
-        made.append(_Sketch(layer, K, kind, tests[right], tests[left]))
-    return made
+        sketches.append(_Sketch(layer, K, kind, tests[right], tests[left]))
+    return sketches
 
 
-# ------------------------------------------------------------------ the stage
+# ------------------------------------------------------------------ the warm-up stage
 
 
 def gradient_basis(
@@ -217,15 +218,15 @@ def gradient_basis(
     kind: str = "grad",
     rank: Callable[[AdaptedLayer], int] = lambda layer: layer.rank,
 ) -> dict[str, Sides]:
-    """The basis of every layer by name, from `count` samples; the data is gone through again if it is short.
+    """Compute the basis of every layer, by name, from `count` samples; a short data set is repeated.
 
-    `rank` says how many directions K a layer needs. Extra memory is about 4·K·(O + I) fp32 numbers a layer.
-    A layer that no gradient reaches (CLIP's last under clip_skip) gets a random basis, which is said. Raises
+    `rank(layer)` is the number of directions K. Extra memory is about 4·K·(O + I) fp32 numbers per layer. A
+    layer that no gradient reaches (CLIP's last under clip_skip) gets a random basis, with a warning. Raises
     `Refused` for a K above min(O, I), and for gradients that are not finite.
     """
     _check_kind(kind)
     sketches, scale = _sketches(network, kind, rank), START_SCALE if samples.scaled else 1.0
-    seen = 0
+    used = 0
     bar = tqdm(total=count, desc=f"basis ({kind})", dynamic_ncols=True, disable=not samples.progress)
     with bar, _tapped(sketches, lambda: scale):
         for step, losses in enumerate(samples.batches()):
@@ -234,30 +235,30 @@ def gradient_basis(
                 scale /= 2
                 if not samples.scaled or scale < LEAST_SCALE:
                     raise Refused(
-                        f"the gradient of batch {step + 1} of the warm-up is not finite; look for a damaged "
-                        "picture or base model, or use --mixed_precision bf16"
+                        f"the gradient of batch {step + 1} of the warm-up is not finite; check for a damaged "
+                        "image or base model, or use --mixed_precision bf16"
                     )
                 batch, mean = _backward(network, losses, scale)
             for sketch in sketches:
                 sketch.keep()
-            here = batch * samples.processes
-            seen += here
-            bar.update(min(here, count - bar.n))
+            global_batch = batch * samples.processes
+            used += global_batch
+            bar.update(min(global_batch, count - bar.n))
             samples.log({"basis/loss": mean}, step + 1)
-            if seen >= count:
+            if used >= count:
                 break
-    found = {sketch.layer.name: sketch.sides(samples.total) for sketch in sketches}
-    unseen = [name for name, (_, reached) in found.items() if not reached]
-    if unseen:
+    bases = {sketch.layer.name: sketch.sides(samples.total) for sketch in sketches}
+    unreached = [name for name, (_, reached) in bases.items() if not reached]
+    if unreached:
         logger.warning(
             "no gradient reached %d of %d layers, for example %s: their basis is random",
-            *(len(unseen), len(found), unseen[0]),
+            *(len(unreached), len(bases), unreached[0]),
         )
-    return {name: sides for name, (sides, _) in found.items()}
+    return {name: sides for name, (sides, _) in bases.items()}
 
 
 def _backward(network: AdapterNetwork, losses: Callable[[], Tensor], scale: float) -> tuple[int, float]:
-    """Backward of a batch's summed losses; (samples, their mean loss). No gradient is left behind."""
+    """Run the backward pass of a batch's summed losses, clear the gradients, return (samples, mean loss)."""
     value = losses()  # (B,)
     (value.sum() * scale).backward()
     network.zero_grad(set_to_none=True)
@@ -265,7 +266,7 @@ def _backward(network: AdapterNetwork, losses: Callable[[], Tensor], scale: floa
 
 
 def _finite(sketches: list[_Sketch], samples: WarmupBatches) -> bool:
-    """Whether all that a batch added is finite, in every process; what is not is dropped."""
+    """Return whether the pending products are finite in every process; if not, drop them in all."""
     pending = [part.sum() for sketch in sketches for part in sketch.pending]
     device = sketches[0].right.device
     bad = torch.stack(pending).isfinite().logical_not().sum() if pending else torch.zeros((), device=device)
@@ -287,17 +288,17 @@ def basis_stage(
     assign: Callable[[AdaptedLayer, Tensor, Tensor], None],
     rank: Callable[[AdaptedLayer], int] = lambda layer: layer.rank,
 ) -> Warmup:
-    """The warm-up stage that finds the `kind` basis from so many samples and hands each layer its own.
+    """Return the warm-up stage that computes the `kind` basis of each layer from `samples` samples.
 
-    `assign(layer, L, R)` gets L (O, K) and R (K, I·k·k) on the layer's device in fp32, and must leave ΔW 0.
+    `assign(layer, L, R)` stores L (O, K) and R (K, I·k·k), in fp32 on the layer's device; ΔW must stay 0.
     Raises `Refused` for an unknown kind and for less than one sample.
     """
     _check_kind(kind)
     if samples < 1:
         raise Refused(f"basis_samples={samples} gives no gradient; give 1 or more")
 
-    def run(network: AdapterNetwork, given: WarmupBatches) -> None:
-        bases = gradient_basis(network, given, samples, kind, rank)
+    def run(network: AdapterNetwork, batches: WarmupBatches) -> None:
+        bases = gradient_basis(network, batches, samples, kind, rank)
         with torch.no_grad():
             for layer in network.layers():
                 assign(layer, *bases[layer.name])

@@ -1,9 +1,9 @@
-"""The top singular subspace of a matrix by block Krylov iteration, and the QR factors of its core.
+"""The top singular subspace of a matrix by block Krylov iteration, and the QR factors of its top-r part.
 
-Shapes: O outputs, I inputs (times the kernel of a convolution), R rank; W (O, I). Functions of tensors.
+Functions of tensors. Shapes: O outputs, I inputs (times the kernel of a convolution), R rank; W (O, I).
 
-Sources: block Krylov, Musco & Musco, arXiv 1504.05477; the residual test, Davis & Kahan 1970; the QR of the
-top-r core of W, QR-LoRA, arXiv 2507.04599.
+Sources: block Krylov, Musco & Musco, arXiv 1504.05477; residual test, Davis & Kahan 1970; QR of the top-r
+part ("core") of W, QR-LoRA, arXiv 2507.04599.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from torch import Tensor
 from lowrank.errors import Refused
 
 Product = Callable[[Tensor], Tensor]
-CHUNK = 2**20  # elements of a half-precision W widened at a time: 4 MB, never a second copy of W
+CHUNK = 2**20  # elements of a half-precision W converted to fp32 at a time: 4 MB instead of a copy of W
 FIRST_CHECK = 5  # blocks before the first residual test
-ENOUGH = 9  # blocks that σ_i = i^-0.5 needs; a matrix whose half holds fewer is solved exactly at once
-DEEP = 16  # blocks after which captured energy is accepted in place of an angle
-DECADES = 1.2  # by how much a bound falls per block, a guess that only places the next test
+ENOUGH = 9  # blocks that σ_i = i^-0.5 needs; if half of the full space has fewer, W is solved exactly
+DEEP = 16  # blocks after which the bound on energy is accepted instead of the bound on the angle
+DECADES = 1.2  # estimated fall of a bound per block, in powers of 10; only decides when to test next
 
 
 class Report(NamedTuple):
-    """How a subspace was found, and how good it is as far as its residuals tell."""
+    """How a subspace was computed, and bounds on its error from its residuals."""
 
-    method: str  # "krylov"; "exact", by float64 eigenvectors of the smaller Gram matrix; "fallback", both
-    columns: int  # dimension of the Krylov space, 0 when exact
-    sine: float  # bound on the largest principal sine to the true subspace; 1.0 says nothing
+    method: (
+        str  # "krylov"; "exact": float64 eigenvectors of the smaller Gram matrix; "fallback": both, in turn
+    )
+    columns: int  # dimension of the Krylov space, 0 if exact
+    sine: float  # bound on the largest principal sine to the true subspace; 1.0: no bound
     loss: float  # bound on 1 - captured / best possible energy
 
 
@@ -47,12 +49,12 @@ class Subspace(NamedTuple):
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """fp32 is fp32: no TF32, no bf16 products, no autocast, no graph. The caller's settings are restored."""
-    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch >= 2.9 refuses a mix of old and new
+    """Within the block, compute in full fp32: no TF32, no bf16 products, no autocast, no gradients."""
+    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch >= 2.9 refuses to mix both settings
     modules = (torch.backends.cuda, torch.backends.mkldnn) if new else ()
     backends = [getattr(module, "matmul") for module in modules]  # noqa: B009 - unknown to type checkers
-    before = [backend.fp32_precision for backend in backends]
-    before_old = None if new else torch.get_float32_matmul_precision()
+    previous = [backend.fp32_precision for backend in backends]
+    previous_old = None if new else torch.get_float32_matmul_precision()
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
@@ -61,10 +63,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
+        for backend, value in zip(backends, previous, strict=True):
             backend.fp32_precision = value
-        if before_old:
-            torch.set_float32_matmul_precision(before_old)
+        if previous_old:
+            torch.set_float32_matmul_precision(previous_old)
 
 
 def top_subspace(
@@ -77,16 +79,16 @@ def top_subspace(
     flat: float = 1e-6,
     name: str = "the weight",
 ) -> Subspace:
-    """The top singular triplets of W (O, I), by seeded block Krylov of adaptive depth, on W's device.
+    """Compute the top singular triplets of W (O, I), on its device, by seeded block Krylov iteration.
 
-    The space grows by blocks until the residual test bounds the largest principal sine by `tolerance` or, on
-    a flat spectrum, where angles mean little, the lost energy by `flat` after `DEEP` blocks. A small matrix,
-    or one that would need half of the full space, is solved exactly; the report says so. Works in fp32, or in
-    float64 for a float64 W, and returns that; the rounding of fp32 is part of `report.sine`. Where W lacks
-    rank, s = 0 and the directions are arbitrary. `block` >= rank (default max(rank, 32)) makes sure that no
-    repeated singular value is missed.
+    The space grows by blocks until the residual test bounds the largest principal sine by `tolerance`, or,
+    for a flat spectrum, where angles mean little, the lost energy by `flat` after `DEEP` blocks. A small
+    matrix, or one that would need half of the full space, is solved exactly (see `Report.method`). Computes
+    in fp32, or in float64 if W is float64; `Report.sine` includes the rounding of fp32. Where W lacks rank,
+    s = 0 and the directions are arbitrary. `block` must be at least `rank` (default max(rank, 32)), so that
+    no repeated singular value is missed.
 
-    Raises `Refused`, naming `name`, for NaN or infinite values and for rank > min(O, I).
+    Raises `Refused`, with `name` in the message, for NaN or infinite values and for rank > min(O, I).
     """
     check_rank(weight, rank, name)
     block = max(rank, 32) if block is None else block
@@ -94,19 +96,24 @@ def top_subspace(
         raise ValueError(f"block {block} is narrower than rank {rank}")
     weight, (o, i) = weight.detach(), weight.shape
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    times, back = functools.partial(_times, weight, dtype), functools.partial(_back, weight, dtype)
-    a, at = (back, times) if o > i else (times, back)  # A (short, long) is W, or Wᵀ when W is tall
+    times = functools.partial(_times, weight, dtype)
+    times_transposed = functools.partial(_times_transposed, weight, dtype)
+    a, at = (
+        (times_transposed, times) if o > i else (times, times_transposed)
+    )  # A (short, long) is W, or Wᵀ when W is tall
     with full_precision(weight.device):
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start for every device
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: equal on every device
         start = a(torch.randn(max(o, i), block, generator=generator, dtype=dtype).to(weight.device))
-        if not start.isfinite().all():  # a dense Gaussian carries any NaN or infinity of W into the product
-            raise Refused(f"{name} has NaN or infinite values; the file it is from is damaged, use another")
-        if not start.any():  # W = 0, any directions will do
+        if not start.isfinite().all():  # a NaN or infinity in W always reaches this product
+            raise Refused(
+                f"{name} has NaN or infinite values; its file is damaged, use another copy of the file"
+            )
+        if not start.any():  # W = 0: directions are arbitrary
             x, report = torch.eye(min(o, i), rank), Report("exact", 0, 0.0, 0.0)
         elif min(o, i) < 2 * ENOUGH * block:
             x, report = _exact(weight, rank), Report("exact", 0, 0.0, 0.0)
-        elif found := _krylov(a, at, start, rank, generator, (tolerance, flat)):
-            x, report = found
+        elif converged := _krylov(a, at, start, rank, generator, (tolerance, flat)):
+            x, report = converged
         else:
             x, report = _exact(weight, rank), Report("fallback", 0, 0.0, 0.0)
         x, s, yh = _triplets(at, x.to(start))
@@ -117,7 +124,7 @@ def check_rank(weight: Tensor, rank: int, name: str) -> None:
     """Raise `Refused` unless W is a floating-point matrix and 1 <= rank <= min(O, I)."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise Refused(
-            f"{name} is {weight.dtype} of shape {tuple(weight.shape)}, it must be a floating-point matrix; "
+            f"{name} is {weight.dtype} of shape {tuple(weight.shape)} and not a floating-point matrix; "
             "dequantise or flatten it first"
         )
     o, i = weight.shape
@@ -128,28 +135,30 @@ def check_rank(weight: Tensor, rank: int, name: str) -> None:
         )
 
 
-def _pieces(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Row blocks of W in `dtype`, each gone when the next comes; W itself when nothing has to be widened."""
+def _row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield row blocks of W in `dtype`, in one reused buffer; W itself if it already has this dtype."""
     if weight.dtype == dtype:
         yield slice(0, len(weight)), weight
         return
     rows = max(1, CHUNK // weight.shape[1])
     wide = weight.new_empty(min(rows, len(weight)), weight.shape[1], dtype=dtype)
     for start in range(0, len(weight), rows):
-        piece = weight[start : start + rows]
-        yield slice(start, start + len(piece)), wide[: len(piece)].copy_(piece)
+        block = weight[start : start + rows]
+        yield slice(start, start + len(block)), wide[: len(block)].copy_(block)
 
 
 def _times(weight: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Return W x (O, c)."""
     product = x.new_empty(weight.shape[0], x.shape[1])  # (O, c)
-    for rows, w in _pieces(weight, dtype):
+    for rows, w in _row_blocks(weight, dtype):
         torch.mm(w, x, out=product[rows])
     return product
 
 
-def _back(weight: Tensor, dtype: torch.dtype, y: Tensor) -> Tensor:
+def _times_transposed(weight: Tensor, dtype: torch.dtype, y: Tensor) -> Tensor:
+    """Return Wᵀ y (I, c)."""
     product = y.new_zeros(weight.shape[1], y.shape[1])  # (I, c)
-    for rows, w in _pieces(weight, dtype):
+    for rows, w in _row_blocks(weight, dtype):
         product.addmm_(w.mT, y[rows])
     return product
 
@@ -157,15 +166,16 @@ def _back(weight: Tensor, dtype: torch.dtype, y: Tensor) -> Tensor:
 def _krylov(
     a: Product, at: Product, start: Tensor, rank: int, generator: torch.Generator, goal: tuple[float, float]
 ) -> tuple[Tensor, Report] | None:
-    """Ritz basis (short, R) of G = A Aᵀ in span[Y, GY, G²Y, …], or None if half the space misses both goals.
+    """Return the Ritz basis (short, R) of G = A Aᵀ in span[Y, GY, G²Y, …], or None if both goals are missed.
 
-    Only the short side is kept: M = QᵀGQ falls out of the products that extend Q, and is solved in float64.
+    `goal` is (sine, lost energy). Gives up at half of the full space. Only the short side is stored: the
+    products that extend Q also give M = QᵀGQ, whose eigenproblem is solved in float64.
     """
     short, block = start.shape
     limit, eps = short // 2, torch.finfo(start.dtype).eps
-    scale = start.abs().max()  # about ‖W‖: the entries of G must not leave the range of fp32
-    q = start.new_empty(limit, short)  # rows are the basis; a CPU gives it memory as it grows
-    m = torch.empty(limit, limit, dtype=torch.float64)  # rows up to the diagonal, all that eigh reads
+    scale = start.abs().max()  # about ‖W‖, keeps the entries of G in the range of fp32
+    q = start.new_empty(limit, short)  # rows are the basis; the CPU allocates pages on first use
+    m = torch.empty(limit, limit, dtype=torch.float64)  # lower triangle only, eigh reads no more
     x, _ = _orthonormal(start / scale, q[:0], generator)
     k, check = 0, FIRST_CHECK * block
     while (k := k + block) <= limit:
@@ -185,33 +195,33 @@ def _krylov(
 
 
 def _next_check(k: int, block: int, excess: float) -> int:
-    """Where to test again when a bound is `excess` times too large: one to four blocks on, tests are dear."""
+    """Return the k of the next residual test; the last bound was `excess` times too large."""
     ahead = k + block * min(max(math.ceil(math.log10(max(excess, 1.0)) / DECADES), 1), 4)
     return min(ahead, DEEP * block) if k < DEEP * block else ahead
 
 
 def _orthonormal(y: Tensor, q: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """X (n, b), orthonormal and orthogonal to the rows of q, and T (b, b): y = (its part in q) + X T.
+    """Return X (n, b), orthonormal and orthogonal to the rows of q, and T (b, b) with y = qᵀq y + X T.
 
-    At least twice: normalising magnifies what rounding left of q. Directions that vanish, where the space is
-    invariant or W lacks rank, are replaced by random ones with T = 0.
+    Orthogonalises at least twice, because normalising magnifies the rounding errors along q. Columns that
+    vanish (the space is invariant, or W lacks rank) are replaced by random ones with T = 0.
     """
     floor = 8 * torch.finfo(y.dtype).eps * y.norm(dim=0)
     t = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
     for again in range(4):
         y, step = torch.linalg.qr(y - q.mT @ (q @ y))
         t = step @ t
-        gone = step.diagonal().abs() <= (0.5 if again else floor)  # twice is enough, unless half is lost
-        if gone.any():
-            fresh = torch.randn(len(y), int(gone.sum()), generator=generator, dtype=y.dtype)
-            y[:, gone], t[gone] = fresh.to(y.device) / math.sqrt(len(y)), 0
+        vanished = step.diagonal().abs() <= (0.5 if again else floor)  # two passes do, unless half is lost
+        if vanished.any():
+            fresh = torch.randn(len(y), int(vanished.sum()), generator=generator, dtype=y.dtype)
+            y[:, vanished], t[vanished] = fresh.to(y.device) / math.sqrt(len(y)), 0
         elif again:
             break
     return y, t
 
 
 def _ritz(m: Tensor, coupling: Tensor, rank: int, eps: float) -> tuple[Tensor, float, float, float]:
-    """Top Ritz vectors (k, R) of M; bounds on the sine and energy loss of their span; the sine of rounding.
+    """Return the top Ritz vectors (k, R) of M, bounds on the sine and lost energy, and the sine of rounding.
 
     G Q = Q M + X T Eᵀ, so a Ritz pair (λ, y) has the residual ‖T y_last‖, and direction i is off by at most
     residual_i / (λ_i - λ_{r+1}), where λ_{r+1} is raised by its own residual.
@@ -222,42 +232,42 @@ def _ritz(m: Tensor, coupling: Tensor, rank: int, eps: float) -> tuple[Tensor, f
     residual = (coupling @ vectors[-coupling.shape[1] :]).norm(dim=0)
     gap = values[:rank] - values[rank] - residual[rank]
     sine = (residual[:rank] / gap).norm().item() if gap[-1] > 0 else math.inf
-    # energy leaks to what the space has not caught, taken to lie below the last of these values
+    # energy is lost to directions outside the space, assumed to be below the last of these values
     reach = (values[:rank] - values[-1]).clamp(min=torch.finfo(m.dtype).tiny)
     leak = torch.minimum(residual[:rank], residual[:rank] ** 2 / reach).sum() / values[:rank].sum()
-    # measured for σ_i = i^-p, p from 0.25 to 2, rank 1 to 64: rounding costs up to this angle, often half
+    # measured for σ_i = i^-p, p from 0.25 to 2, rank 1 to 64: rounding is at most this angle, often half
     sigma = values[: rank + 1].sqrt()
     rounding = eps * (40 + 0.1 * sigma[0] / (sigma[-2] - sigma[-1]).clamp(min=1e-30))
     return vectors[:, :rank], sine, leak.item(), rounding.item()
 
 
 def _exact(weight: Tensor, rank: int) -> Tensor:
-    """Top eigenvectors (short, R) of the smaller of WWᵀ and WᵀW in float64; W is widened piece by piece."""
+    """Return the top eigenvectors (short, R) of the smaller of WWᵀ and WᵀW, in float64."""
     o, i = weight.shape
     gram = torch.zeros(min(o, i), min(o, i), dtype=torch.float64, device=weight.device)
-    for _, w in _pieces(weight if o > i else weight.mT, torch.float64):
+    for _, w in _row_blocks(weight if o > i else weight.mT, torch.float64):
         gram.addmm_(w.mT, w)
     return torch.linalg.eigh(gram)[1].flip(1)[:, :rank]
 
 
 def _triplets(at: Product, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A ≈ x xᵀA in singular form: x turned within its span, s, and rows that are orthonormal at s = 0 too."""
+    """Return the SVD of x xᵀA: left (short, R), s (R,), right (long, R), orthonormal also where s = 0."""
     y, t = torch.linalg.qr(at(x))  # Aᵀx = y t                      (long, R), (R, R)
     p, s, qh = torch.linalg.svd(t.double())
     return x @ qh.mT.to(x), s.to(x), (y @ p.to(x)).mT.contiguous()
 
 
 def thin_qr(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
-    """QR of the core u diag(s) vh: Q (O, R) with the span of u, R (R, I) upper trapezoidal, diag(R) > 0.
+    """Return the QR factors of the core u diag(s) vh: Q (O, R), R (R, I) upper trapezoidal, diag(R) > 0.
 
-    Only R × R is factored: the first R columns of diag(s) vh give the turn within the span, hence the Q of
-    the whole core up to signs, and those are fixed. It depends on the core alone, not on signs or order in u
-    and vh. Where those columns are dependent (dead inputs) the next independent one stands in: R is then an
-    echelon form with zeros on its diagonal. Where the core lacks rank, R ends in rows of zeros. Q spans u.
+    Only an R × R matrix is factored: the first R columns of diag(s) vh give the rotation from u to Q, up to
+    signs, which diag(R) > 0 fixes. The result depends on the core alone, not on signs or order in u and vh.
+    If these columns are dependent (dead inputs), later independent columns replace them: R is then an echelon
+    form with zeros on its diagonal. If the core lacks rank, R ends in rows of zeros. Q always spans u.
     """
     core = s.double()[:, None] * vh.double()  # (R, I)
     rank, i = core.shape
-    floor = 4 * torch.finfo(torch.float32).eps * s.max().item() / math.sqrt(i)  # a column's rounding in fp32
+    floor = 4 * torch.finfo(torch.float32).eps * s.max().item() / math.sqrt(i)  # rounding of a column in fp32
     pivots = torch.arange(rank, device=core.device)
     o, lead = torch.linalg.qr(core[:, :rank])  # (R, R)
     if lead.diagonal().abs().min() <= floor:
@@ -271,10 +281,10 @@ def thin_qr(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pivots(core: Tensor, floor: float) -> Tensor:
-    """The first columns of core (R, I), at most R, that leave the span of those before by over `floor`."""
-    rest, found = core.clone(), []
-    while len(found) < len(core) and (left := (rest.norm(dim=0) > floor).nonzero()).numel():
-        found.append(int(left[0]))
-        v = torch.nn.functional.normalize(rest[:, found[-1]], dim=0)
-        rest -= torch.outer(v, v @ rest)
-    return torch.tensor(found, dtype=torch.long, device=core.device)
+    """Return the first columns (at most R) of core (R, I) that are over `floor` away from earlier ones."""
+    residual, pivots = core.clone(), []
+    while len(pivots) < len(core) and (independent := (residual.norm(dim=0) > floor).nonzero()).numel():
+        pivots.append(int(independent[0]))
+        v = torch.nn.functional.normalize(residual[:, pivots[-1]], dim=0)
+        residual -= torch.outer(v, v @ residual)
+    return torch.tensor(pivots, dtype=torch.long, device=core.device)

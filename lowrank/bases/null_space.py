@@ -1,9 +1,9 @@
-"""The directions that a weight uses least: its null space first, then its smallest singular vectors.
+"""The directions that a weight uses least: its null space, completed by its smallest singular vectors.
 
 A weight with more inputs than outputs has an exact right null space, one with more outputs an exact left one;
-a thin SVD returns neither. A square weight of full rank has none, and its smallest singular directions stand
-in. Both sides come from float64 Gram matrices, or where the null space alone is wide enough from the
-complement of the weight's own rows or columns.
+a thin SVD returns neither. A square weight of full rank has none, so its smallest singular directions are
+used. Both sides come from float64 Gram matrices, or, where the null space alone is wide enough, from the
+orthogonal complement of the weight's rows or columns.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from lowrank.tensors import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
-VERSION = "null-1"  # part of every key: change it when `least_used` gives other numbers
+VERSION = "null-1"  # stored in caches: change it if `least_used` returns other numbers
 
 
 class Null(NamedTuple):
-    """Orthonormal directions that a weight W (O, I) uses least, those it uses not at all first."""
+    """Orthonormal directions that a weight W (O, I) uses least, in increasing order of use."""
 
-    up: Tensor  # (O, h): columns that W hardly writes to, ‖upᵀ W‖ small
-    down: Tensor  # (h, I): rows that W hardly reads, ‖W downᵀ‖ small
+    up: Tensor  # (O, h) columns, ‖upᵀ W‖ small: outputs that W hardly produces
+    down: Tensor  # (h, I) rows, ‖W downᵀ‖ small: inputs that W hardly responds to
 
 
 def least_used(weight: Tensor, width: int) -> Null:
-    """The `width` = h least used output and input directions of W (O, I), fp32 on W's device."""
+    """Return the `width` = h least used output and input directions of W (O, I), fp32 on W's device."""
     with full_precision(weight.device):
         wide = weight.double()
         return Null(_least(wide.mT, width).float(), _least(wide, width).mT.contiguous().float())
 
 
 def nullity(weight: Tensor, threshold: float = 1e-3) -> int:
-    """How many input and output directions together have σ ≤ threshold·σ₁: O + I − 2·rank."""
+    """Count the input and output directions with σ ≤ threshold·σ₁: O + I − 2·rank."""
     outs, ins = weight.shape
     with full_precision(weight.device):
         wide = weight.double()
@@ -58,29 +58,29 @@ def nullity(weight: Tensor, threshold: float = 1e-3) -> int:
 def least_active(
     path: str | Path, weights: Mapping[str, Tensor], widths: Mapping[str, int]
 ) -> dict[str, Null]:
-    """The output directions of least gradient and the input directions of least activity, by layer.
+    """Return the output directions of least gradient and the input directions of least activity, by layer.
 
-    `path` is a context file of calc_lalora_context.py: S = E[x xᵀ] and G = E[g gᵀ] on source data, whose last
-    eigenvectors they are. Raises `Refused` for a file without one of the layers or of other shapes.
+    They are the last eigenvectors of G = E[g gᵀ] and S = E[x xᵀ] in the context file `path`, which
+    calc_lalora_context.py makes. Raises `Refused` if the file lacks a layer or has it in another shape.
     """
     context = read_context(path)
-    spelled = {keys.flat(name): layer for name, layer in context.layers.items()}
-    found = {}
+    layers = {keys.flat(name): layer for name, layer in context.layers.items()}
+    spaces = {}
     for name, width in widths.items():
-        layer, weight = spelled.get(keys.flat(name)), weights[name]
+        layer, weight = layers.get(keys.flat(name)), weights[name]
         if layer is None or layer.shape != tuple(weight.shape):
-            held = "nothing" if layer is None else f"a layer of {layer.shape}"
+            content = "nothing" if layer is None else f"a layer of shape {layer.shape}"
             raise Refused(
-                f"{path} holds {held} for {name}, which is {tuple(weight.shape)}; make it again with "
+                f"{path} has {content} for {name}, whose weight is {tuple(weight.shape)}; make it again with "
                 "calc_lalora_context.py for this base model and these targets"
             )
         up, down = (_last_eigenvectors(side, width, weight.device) for side in (layer.G, layer.S))
-        found[name] = Null(up, down.mT.contiguous())
-    return found
+        spaces[name] = Null(up, down.mT.contiguous())
+    return spaces
 
 
 def _last_eigenvectors(moment: Spectrum, width: int, device: torch.device) -> Tensor:
-    """(n, h) of V·diag(v)·Vᵀ + diag(d)."""
+    """Return the h eigenvectors (n, h) of V·diag(v)·Vᵀ + diag(d) with the smallest eigenvalues."""
     vectors, values, diagonal = (None if part is None else part.to(device, torch.float64) for part in moment)
     dense = torch.zeros((), device=device) if diagonal is None else diagonal.diag()
     if vectors is not None and values is not None:
@@ -89,14 +89,14 @@ def _last_eigenvectors(moment: Spectrum, width: int, device: torch.device) -> Te
 
 
 def _least(matrix: Tensor, width: int) -> Tensor:
-    """(n, h) orthonormal: the directions of the rows' space R^n that an (m, n) matrix stretches least."""
+    """Return orthonormal (n, h): the directions of R^n with the smallest image under an (m, n) matrix."""
     rows, n = matrix.shape
     if n - rows < width:
         return torch.linalg.eigh(matrix.mT @ matrix)[1][:, :width]
     used = torch.linalg.qr(matrix.mT)[0]  # (n, m)
-    seed = torch.Generator().manual_seed(0)
-    free = torch.randn(n, width, generator=seed, dtype=matrix.dtype).to(matrix)
-    for _ in range(2):  # once more: what normalising magnifies
+    generator = torch.Generator().manual_seed(0)
+    free = torch.randn(n, width, generator=generator, dtype=matrix.dtype).to(matrix)
+    for _ in range(2):  # the second pass removes the rounding that normalising magnified
         free = torch.linalg.qr(free - used @ (used.mT @ free))[0]
     return free
 
@@ -104,42 +104,42 @@ def _least(matrix: Tensor, width: int) -> Tensor:
 def null_spaces(
     weights: Mapping[str, Tensor], widths: Mapping[str, int], cache: str | Path | None
 ) -> dict[str, Null]:
-    """`least_used` of every weight, from the file `cache` where it holds them; new ones are added to it.
+    """Return `least_used` of every weight, cached in the file `cache`; computed ones are added to it.
 
-    The file (safetensors, fp32): `<layer>.null_up` (O, h), `<layer>.null_down` (h, I), and in its metadata
-    each layer's key, a hash of the weight's bytes and h. Raises `Refused` for a file of other weights.
+    The file (safetensors, fp32) has `<layer>.null_up` (O, h), `<layer>.null_down` (h, I), and in its metadata
+    a key for each layer, a hash of the weight's bytes and h. Raises `Refused` for a file of other weights.
     """
     path = Path(cache) if cache else None
     keys = {name: weight_key(weights[name], widths[name]) for name in weights} if path else {}
-    found = _kept(path, keys) if path and path.is_file() else {}
-    missing = [name for name in weights if name not in found]
+    spaces = _read_cache(path, keys) if path and path.is_file() else {}
+    missing = [name for name in weights if name not in spaces]
     for name in tqdm(missing, desc="null space", unit="layer", file=sys.stderr, disable=not missing):
-        found[name] = least_used(weights[name], widths[name])
+        spaces[name] = least_used(weights[name], widths[name])
     if path and missing:
         tensors = {
             f"{name}.null_{side}": value
-            for name, null in found.items()
+            for name, null in spaces.items()
             for side, value in null._asdict().items()
         }
         write_tensors(path, tensors, {"lowrank.null": json.dumps({"version": VERSION, "keys": keys})})
-        logger.info("%s: null spaces of %d layers", path, len(found))
-    return {name: Null(*(side.to(weights[name].device) for side in found[name])) for name in weights}
+        logger.info("wrote the null spaces of %d layers to %s", len(spaces), path)
+    return {name: Null(*(side.to(weights[name].device) for side in spaces[name])) for name in weights}
 
 
-def _kept(path: Path, keys: Mapping[str, str]) -> dict[str, Null]:
+def _read_cache(path: Path, keys: Mapping[str, str]) -> dict[str, Null]:
     tensors, metadata = read_tensors(path)
     facts = json.loads(metadata.get("lowrank.null", "{}"))
     if facts.get("version") != VERSION:
         raise Refused(
-            f"svd_cache_path {path} does not say which weights it was made from (another program or version "
-            "wrote it); name a new file, it is made again"
+            f"svd_cache_path {path} was not written by this version of lowrank; give the name of a new file, "
+            "which is then created"
         )
-    found = {}
+    spaces = {}
     for name in keys.keys() & facts["keys"].keys():
         if facts["keys"][name] != keys[name]:
             raise Refused(
-                f"svd_cache_path {path} was made from another weight or rank of {name}; name another file "
+                f"svd_cache_path {path} was made from another weight or rank of {name}; give another file "
                 "for this base model and --network_dim"
             )
-        found[name] = Null(tensors[f"{name}.null_up"], tensors[f"{name}.null_down"])
-    return found
+        spaces[name] = Null(tensors[f"{name}.null_up"], tensors[f"{name}.null_down"])
+    return spaces

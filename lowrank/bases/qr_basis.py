@@ -1,8 +1,8 @@
-"""The basis of a layer: the QR factors of the top-r part of its weight, computed once and kept on disk.
+"""QR bases: the QR factors of the top-r part of a layer's weight, computed once and cached on disk.
 
-Two runs share Q only when both start from the same numbers, so a basis is named by a hash of the weight's
-bytes, shape and dtype, the rank, and the version of the algorithm. Its file holds `q` and `r` in fp32 and a
-checksum of both.
+Two runs share Q only if they start from equal numbers, so a cache entry is named by a hash of the weight's
+bytes, shape and dtype, the rank, and the version of the algorithm. Its file contains `q` and `r` in fp32 and
+a checksum of both.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lowrank.bases.krylov import check_rank, thin_qr, top_subspace
 from lowrank.errors import Refused
 from lowrank.files import atomic, cache_folder
 
-VERSION = "krylov-1"  # part of every key: change it when decompose() gives other numbers
-HASHED = 2**22  # elements of a weight brought to the CPU at a time to be hashed
+VERSION = "krylov-1"  # part of every key: change it if decompose() returns other numbers
+HASHED = 2**22  # elements of a weight copied to the CPU at a time for hashing
 
 logger = logging.getLogger(__name__)
 
 
 class QrBasis(NamedTuple):
-    """The top-r part of W (O, I) is q @ r."""
+    """QR factors of the top-r part of W (O, I), which is q @ r."""
 
     q: Tensor  # (O, R) fp32, orthonormal columns
     r: Tensor  # (R, I) fp32, upper trapezoidal, positive diagonal
@@ -48,25 +48,25 @@ class _Layer(NamedTuple):
 
 
 class _Damaged(Exception):
-    """A cache file is not what its name says."""
+    """A cache file does not match its name or its checksum."""
 
 
 def decompose(weight: Tensor, rank: int, *, seed: int = 0, name: str = "the weight") -> QrBasis:
-    """Q and R of the top-`rank` part of W (O, I), on W's device: QR-LoRA's start without its full SVD.
+    """Compute Q and R of the top-`rank` part of W (O, I), on W's device, without a full SVD.
 
-    Raises `Refused` for a weight with NaN or infinite values and for rank > min(O, I); `name` is the layer's.
+    Raises `Refused`, with the layer `name`, for NaN or infinite values and for rank > min(O, I).
     """
     u, s, vh, report = top_subspace(weight, rank, seed=seed, name=name)
     if report.method == "fallback":
         logger.info(
-            "%s: the quick way did not converge at rank %d, solved as a full eigenvalue problem", name, rank
+            "%s: block Krylov did not converge at rank %d, solved as a full eigenvalue problem", name, rank
         )
     q, r = thin_qr(u, s, vh)
     return QrBasis(q.float(), r.float())
 
 
 def weight_key(weight: Tensor, rank: int) -> str:
-    """Hex SHA-256 of a weight's bytes, shape and dtype, the rank and the algorithm: the name of its basis."""
+    """Return a basis' cache key: SHA-256 of the weight's bytes, shape, dtype, the rank and `VERSION`."""
     digest = hashlib.sha256(json.dumps([VERSION, rank, str(weight.dtype), list(weight.shape)]).encode())
     for rows in weight.detach().split(max(1, HASHED // weight.shape[1])):
         digest.update(rows.cpu().contiguous().view(torch.uint8).numpy().data)
@@ -74,9 +74,9 @@ def weight_key(weight: Tensor, rank: int) -> str:
 
 
 def basis_hash(weights: Mapping[str, Tensor], ranks: int | Mapping[str, int]) -> str:
-    """One hash for the bases of all these layers: adapters that carry the same one may share Q."""
-    given = dict.fromkeys(weights, ranks) if isinstance(ranks, int) else ranks
-    return _combined({name: weight_key(weights[name], given[name]) for name in weights})
+    """Return one hash for the bases of all layers: adapters with equal hashes share Q."""
+    by_name = dict.fromkeys(weights, ranks) if isinstance(ranks, int) else ranks
+    return _combined({name: weight_key(weights[name], by_name[name]) for name in weights})
 
 
 def bases(
@@ -87,24 +87,23 @@ def bases(
     progress: bool = True,
     device: torch.device | str | None = None,
 ) -> dict[str, QrBasis]:
-    """The basis of every weight (O, I): from the files in `cache` where they are whole, or computed.
+    """Return the basis of every weight (O, I), read from the folder `cache` or computed and written to it.
 
-    Of several processes with one cache, one computes; the others wait and read. A run that is killed keeps
-    the layers it finished. Weights are read one at a time, so a mapping that unpacks on reading costs one
-    dense layer. `device` computes elsewhere than where the weight is; the basis is returned where the weight
-    is. `cache=None` keeps nothing. Raises `Refused`, before anything is computed, when a layer is smaller
-    than the rank.
+    If several processes use one cache, one computes and the others wait. A killed run keeps the layers it
+    finished. Weights are read one at a time, so a mapping that unpacks on access needs memory for one dense
+    layer. `device`: where to compute (default: the weight's device); the basis is returned on the weight's
+    device. `cache=None`: no cache. Raises `Refused`, before computing, if a layer is smaller than the rank.
     """
-    return _found(weights, _survey(weights, dict.fromkeys(weights, rank)), cache, progress, device)
+    return _load_or_compute(weights, _survey(weights, dict.fromkeys(weights, rank)), cache, progress, device)
 
 
 def start_basis(
     weights: Mapping[str, Tensor], ranks: Mapping[str, int], cache: str | Path | None, progress: bool = True
 ) -> tuple[dict[str, QrBasis], dict[str, str]]:
-    """`bases` with a rank for each layer, and {"basis_hash": …}; `cache=None` is the default folder."""
+    """Return `bases` with a rank for each layer, and their metadata; `cache=None` is the default folder."""
     layers = _survey(weights, ranks)
-    found = _found(weights, layers, cache or cache_folder("basis"), progress, None)
-    return found, {"basis_hash": _combined({name: layer.key for name, layer in layers.items()})}
+    by_name = _load_or_compute(weights, layers, cache or cache_folder("basis"), progress, None)
+    return by_name, {"basis_hash": _combined({name: layer.key for name, layer in layers.items()})}
 
 
 def _combined(keys: Mapping[str, str]) -> str:
@@ -120,7 +119,7 @@ def _survey(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str
     return layers
 
 
-def _found(
+def _load_or_compute(
     weights: Mapping[str, Tensor],
     layers: Mapping[str, _Layer],
     cache: str | Path | None,
@@ -134,24 +133,25 @@ def _found(
     def bar(names: list[str]) -> Iterable[str]:
         return tqdm(names, desc="basis", unit="layer", file=sys.stderr, disable=not (progress and names))
 
-    found: dict[str, QrBasis] = {}
+    by_name: dict[str, QrBasis] = {}
     if cache is None:
-        found = {name: compute(name) for name in bar(list(layers))}
+        by_name = {name: compute(name) for name in bar(list(layers))}
     else:
         folder = Path(cache)
-        for name, layer in layers.items():  # a finished cache needs no lock, and may be read-only
+        for name, layer in layers.items():  # a complete cache needs no lock, and may be read-only
             with contextlib.suppress(FileNotFoundError, _Damaged):
-                found[name] = _read(folder, layer)
-        missing = [name for name in layers if name not in found]
+                by_name[name] = _read(folder, layer)
+        missing = [name for name in layers if name not in by_name]
         with _locked(folder) if missing else contextlib.nullcontext():
             for name in bar(missing):
-                found[name] = _kept(folder, layers[name]) or _keep(folder, layers[name], compute(name))
-    return {name: QrBasis(*(x.to(layer.device) for x in found[name])) for name, layer in layers.items()}
+                cached = _read_or_none(folder, layers[name])
+                by_name[name] = cached or _write(folder, layers[name], compute(name))
+    return {name: QrBasis(*(x.to(layer.device) for x in by_name[name])) for name, layer in layers.items()}
 
 
 @contextlib.contextmanager
 def _locked(cache: Path) -> Iterator[None]:
-    """Hold the only lock of a cache folder; the system drops it when its process ends, however it ends."""
+    """Lock a cache folder for this process; the system releases the lock when the process ends or dies."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache / ".lock")
@@ -162,12 +162,12 @@ def _locked(cache: Path) -> Iterator[None]:
             locked = lock.acquire()
     except OSError as error:
         raise Refused(
-            f"the basis cache {cache} cannot be locked ({error}); name a writable folder on a local disk "
+            f"the basis cache {cache} cannot be locked ({error}); give a writable folder on a local disk "
             "with --basis_cache_dir or LOWRANK_CACHE"
         ) from error
     with locked:
-        for left in cache.glob(".*.part"):  # from a killed run: whoever writes here holds the lock
-            left.unlink()
+        for partial in cache.glob(".*.part"):  # from a killed run: a running one would hold the lock
+            partial.unlink()
         yield
 
 
@@ -180,7 +180,7 @@ def _path(cache: Path, layer: _Layer) -> Path:
 
 
 def _read(cache: Path, layer: _Layer) -> QrBasis:
-    """The basis in a layer's file. Raises FileNotFoundError, or _Damaged when it is not the right one."""
+    """Read the basis of a layer. Raises FileNotFoundError, or _Damaged if the file does not match."""
     path = _path(cache, layer)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -188,17 +188,17 @@ def _read(cache: Path, layer: _Layer) -> QrBasis:
             basis = QrBasis(*(file.get_tensor(name).clone() for name in QrBasis._fields))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise _Damaged(f"{path} is damaged ({error})") from error
-    right = [((layer.shape[0], layer.rank), torch.float32), ((layer.rank, layer.shape[1]), torch.float32)]
-    if (held := [(tuple(x.shape), x.dtype) for x in basis]) != right:
-        raise _Damaged(f"{path} is damaged (it holds {held}, not {right})")
+    expected = [((layer.shape[0], layer.rank), torch.float32), ((layer.rank, layer.shape[1]), torch.float32)]
+    if (actual := [(tuple(x.shape), x.dtype) for x in basis]) != expected:
+        raise _Damaged(f"{path} is damaged (it has {actual} instead of {expected})")
     if not all(x.isfinite().all() for x in basis):
         raise _Damaged(f"{path} is damaged (values are not finite)")
     if facts != {"key": layer.key, "sha256": _checksum(basis)}:
-        raise _Damaged(f"{path} is damaged (its bytes or its name are not those it was written with)")
+        raise _Damaged(f"{path} is damaged (its content does not match its name and checksum)")
     return basis
 
 
-def _kept(cache: Path, layer: _Layer) -> QrBasis | None:
+def _read_or_none(cache: Path, layer: _Layer) -> QrBasis | None:
     try:
         return _read(cache, layer)
     except FileNotFoundError:
@@ -208,10 +208,10 @@ def _kept(cache: Path, layer: _Layer) -> QrBasis | None:
         return None
 
 
-def _keep(cache: Path, layer: _Layer, basis: QrBasis) -> QrBasis:
-    """Write a layer's file, return the basis. One metadata entry only: safetensors shuffles several."""
-    own = QrBasis(*(x.cpu().contiguous() for x in basis))
-    facts = json.dumps({"key": layer.key, "sha256": _checksum(own)}, sort_keys=True)
+def _write(cache: Path, layer: _Layer, basis: QrBasis) -> QrBasis:
+    """Write a layer's file and return `basis`; one metadata entry, because safetensors shuffles several."""
+    on_cpu = QrBasis(*(x.cpu().contiguous() for x in basis))
+    facts = json.dumps({"key": layer.key, "sha256": _checksum(on_cpu)}, sort_keys=True)
     with atomic(_path(cache, layer)) as part:
-        save_file(own._asdict(), part, {"lowrank.basis": facts})
+        save_file(on_cpu._asdict(), part, {"lowrank.basis": facts})
     return basis

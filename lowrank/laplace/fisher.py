@@ -1,9 +1,9 @@
-"""Measure S = E[x xᵀ] and G = E[g gᵀ] of layers while the base computes its loss on source data.
+"""Measure S = E[x xᵀ] and G = E[g gᵀ] of layers while the base model computes its loss on source data.
 
-Hooks on the layers read x in the forward and g = ∂ℓₙ/∂y in the backward. The losses of a batch are summed and
-no sample's depends on another's, so g is each sample's own: the result is independent of how samples are
-batched, of the loss's scale, and of autocast but for its rounding. Layers need no gradient of their own:
-each output begins a new graph where none leads to it.
+Hooks on the layers read x in the forward and g = ∂ℓₙ/∂y in the backward. The losses of a batch are summed,
+and no sample's loss depends on another sample, so g is the gradient of one sample's loss: the result does not
+depend on the batch size or the loss scale, and on autocast only by its rounding. Weights need no gradient: if
+an output has no graph, a new one starts there.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from lowrank.adapters.targets import Layer, Target, host_shape
 from lowrank.errors import Refused
 from lowrank.laplace.context_file import Context, Curvature, weight_fingerprint
 
-OVERSAMPLED = 2  # columns of a sketch, as a multiple of the eigenpairs that are kept
-LEAST_SPARE = 8  # and at least this many more
+OVERSAMPLED = 2  # columns of a sketch per eigenpair that is kept
+LEAST_SPARE = 8  # at least this many more columns than eigenpairs
 
 
 class Moment:
-    """Σ w·x xᵀ over rows x in R^N: whole (N×N), sketched (two of N×L and the diagonal), or its diagonal.
+    """The sum M = Σ w·x xᵀ over rows x (N,): full, sketched with its diagonal, or diagonal.
 
     A sketch is Y = M Ω for a fixed random Ω (N, L) (Nyström; Tropp et al., arXiv 1706.05736): linear in M, so
-    that neither order nor batches matter, and exact where M has rank L or less.
+    that order and batch size do not matter, and exact if M has rank L or less.
     """
 
     def __init__(self, size: int, kind: str, rank: int, seed: int, device: torch.device | str) -> None:
         width = rank + max(LEAST_SPARE, (OVERSAMPLED - 1) * rank)
         self._rank, self._whole = rank, None
         self._omega = self._sketch = self._diagonal = None
-        if kind == "full" or (kind == "low" and size <= 2 * width):  # then the whole costs no more
+        if kind == "full" or (kind == "low" and size <= 2 * width):  # the full sum costs no more
             self._whole = torch.zeros(size, size, device=device)
             self._rank = size if kind == "full" else min(rank, size)
         else:
             self._diagonal = torch.zeros(size, device=device)
         if kind == "low" and self._whole is None:
-            made = torch.Generator().manual_seed(seed)
-            self._omega = torch.linalg.qr(torch.randn(size, width, generator=made))[0].to(device)
+            generator = torch.Generator().manual_seed(seed)
+            self._omega = torch.linalg.qr(torch.randn(size, width, generator=generator))[0].to(device)
             self._sketch = torch.zeros(size, width, device=device)
         self._keeps_diagonal = kind != "full"
 
     def add(self, rows: Tensor, weight: float) -> None:
-        """Rows (T, N) in any dtype; sums are in fp32."""
+        """Add rows (T, N) of any dtype with one weight; the sum is in fp32."""
         rows = rows.float()
         if self._whole is not None:
             self._whole.addmm_(rows.T, rows, alpha=weight)
@@ -58,15 +58,15 @@ class Moment:
             self._sketch.addmm_(rows.T, rows @ self._omega, alpha=weight)
 
     @property
-    def held(self) -> tuple[Tensor, ...]:
-        """The tensors of the sum."""
-        return tuple(one for one in (self._whole, self._diagonal, self._sketch) if one is not None)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that the sum consists of."""
+        return tuple(part for part in (self._whole, self._diagonal, self._sketch) if part is not None)
 
     def spectrum(self, count: float) -> Spectrum:
-        """The sum over `count`, as eigenpairs and the diagonal that these leave; on the CPU."""
+        """Return the sum divided by `count`, as eigenpairs and the diagonal of the remainder, on the CPU."""
         whole, diagonal, sketch = (
-            None if one is None else one.cpu().double() / count
-            for one in (self._whole, self._diagonal, self._sketch)
+            None if part is None else part.cpu().double() / count
+            for part in (self._whole, self._diagonal, self._sketch)
         )
         if whole is not None:
             values, vectors = torch.linalg.eigh(whole)
@@ -77,17 +77,17 @@ class Moment:
             assert diagonal is not None
             return Spectrum(None, None, diagonal.float())
         values, vectors = values[: self._rank].clamp_min(0), vectors[:, : self._rank]
-        rest = None
+        remainder = None
         if self._keeps_diagonal and diagonal is not None:
-            rest = (diagonal - vectors.square() @ values).clamp_min(0).float()
-        return Spectrum(vectors.float().contiguous(), values.float(), rest)
+            remainder = (diagonal - vectors.square() @ values).clamp_min(0).float()
+        return Spectrum(vectors.float().contiguous(), values.float(), remainder)
 
 
 def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (L,), largest first, and eigenvectors (N, L) of M ≈ Y (ΩᵀY)⁻¹ Yᵀ for Y = M Ω (N, L).
+    """Return eigenvalues (L,), descending, and eigenvectors (N, L) of M ≈ Y (ΩᵀY)⁻¹ Yᵀ, given Y = M Ω (N, L).
 
-    As in arXiv 1706.05736, algorithm 3, a multiple of the identity at the size of fp32's rounding, in which Y
-    was summed, is added and taken off again.
+    As in arXiv 1706.05736, algorithm 3, a multiple of the identity, as large as the fp32 rounding of Y, is
+    added before and subtracted after.
     """
     shift = float(torch.linalg.matrix_norm(sketch)) * torch.finfo(torch.float32).eps * len(sketch) ** 0.5
     Y = sketch + shift * omega  # (N, L)
@@ -99,14 +99,14 @@ def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inputs_of(host: Layer, x: Tensor) -> Tensor:
-    """The rows (T, I·k·k) that a layer multiplies with its weight; of a convolution one for each position."""
+    """Return the rows (T, I·k·k) that a layer multiplies with its weight, one per token or output pixel."""
     if not isinstance(host, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
     if host.kernel_size == (1, 1) and host.stride == (1, 1) and host.padding in ((0, 0), "valid"):
         return x.movedim(1, -1).reshape(-1, x.shape[1])
     if isinstance(host.padding, str) or host.padding_mode != "zeros":
         raise Refused(
-            f"a convolution pads by {host.padding!r} ({host.padding_mode}), which is not measured; leave it "
+            f"a convolution with padding {host.padding!r} ({host.padding_mode}) cannot be measured; leave it "
             "out with --exclude"
         )
     # (B, I·k·k, positions)
@@ -115,13 +115,13 @@ def inputs_of(host: Layer, x: Tensor) -> Tensor:
 
 
 def gradients_of(host: Layer, g: Tensor) -> Tensor:
-    """The rows (T, O) of the gradient of a layer's output."""
+    """Return the gradient of a layer's output as rows (T, O)."""
     g = g.movedim(1, -1) if isinstance(host, nn.Conv2d) else g
     return g.reshape(-1, g.shape[-1])
 
 
 class Fisher:
-    """S and G of layers, summed over samples; hooks are on them only inside `with fisher.watching():`."""
+    """Sums of S and G of layers over samples; hooks are attached only inside `with fisher.watching():`."""
 
     def __init__(
         self, targets: Sequence[Target], curvature: str, rank: int, seed: int, device: torch.device | str
@@ -134,7 +134,7 @@ class Fisher:
             if isinstance(target.module, nn.Conv2d) and target.module.groups != 1:
                 raise Refused(
                     f"{target.name} is a grouped convolution (groups={target.module.groups}), which no "
-                    "adapter here can change; leave it out with --exclude"
+                    "adapter supports; leave it out with --exclude"
                 )
             outs, ins = host_shape(target.module)
             self._moments[target.name] = (
@@ -145,7 +145,7 @@ class Fisher:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks on all layers for a block."""
+        """Attach the hooks to all layers within a block."""
         handles = [t.module.register_forward_hook(partial(self._forward, t)) for t in self._targets]
         try:
             yield
@@ -154,21 +154,24 @@ class Fisher:
                 handle.remove()
 
     def add(self, samples: int, losses: Callable[[], Tensor], scale: float = 1.0) -> Tensor:
-        """Add a batch: `losses()` runs the model and gives ℓ (B,), whose backward sees `scale` times as much.
+        """Add a batch and return its losses (B,).
 
-        Returns the losses. Raises `Refused` for a gradient that is not finite.
+        `losses()` runs the model and returns ℓ (B,); `scale` multiplies them in the backward and is divided
+        out. Raises `Refused` for a loss that is not finite.
         """
         self._counting, self._scale = samples, scale
         with torch.enable_grad():
             try:
-                own = losses()
+                values = losses()
             finally:
                 self._counting = 0  # gradient checkpointing runs the forward again in the backward
-            (own.sum() * scale).backward()
+            (values.sum() * scale).backward()
         self.samples += samples
-        if not torch.isfinite(own).all():
-            raise Refused("the loss of the base is not finite; use --mixed_precision bf16, or --no_half_vae")
-        return own.detach()
+        if not torch.isfinite(values).all():
+            raise Refused(
+                "the loss of the base model is not finite; use --mixed_precision bf16 or --no_half_vae"
+            )
+        return values.detach()
 
     def _forward(self, target: Target, _module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         if not output.requires_grad:
@@ -187,9 +190,9 @@ class Fisher:
             G.add(gradients_of(host, g), weight)
 
     def context(self, metadata: dict[str, str]) -> Context:
-        """What was measured. Raises `Refused` where a gradient overflowed."""
+        """Return what was measured. Raises `Refused` if a gradient overflowed."""
         for name, pair in self._moments.items():
-            if not all(torch.isfinite(one).all() for moment in pair for one in moment.held):
+            if not all(torch.isfinite(part).all() for moment in pair for part in moment.tensors):
                 raise Refused(
                     f"the curvature of {name} is not finite: its gradients overflow in half precision; use "
                     "--mixed_precision bf16 or no"

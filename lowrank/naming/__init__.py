@@ -1,1 +1,1 @@
-"""Every spelling of a layer's name: in adapter files, diffusers, and the checkpoints of FLUX and SD."""
+"""Layer names in every dialect: adapter files, diffusers, and the checkpoints of FLUX and SD."""

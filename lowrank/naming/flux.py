@@ -1,8 +1,7 @@
-"""Names in Black Forest Labs' FLUX files (github.com/black-forest-labs/flux, model.py) of what diffusers
-calls otherwise.
+"""Names in Black Forest Labs' FLUX (github.com/black-forest-labs/flux, model.py) and in diffusers.
 
-One rule serves the readers of their checkpoints and those of adapters that kohya's trainers and ComfyUI name
-by them. What BFL keeps in one layer diffusers keeps in several: their rows lie one after the other.
+Used for BFL's checkpoints and for adapters of kohya's trainers and ComfyUI, whose keys have BFL's names. Some
+modules of BFL join the rows of several modules of diffusers.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# diffusers' name of a module -> BFL's
+# module name in diffusers -> in BFL
 TOP = {
     "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
@@ -42,28 +41,28 @@ SINGLE = {
     "attn.norm_q": "norm.query_norm",
     "attn.norm_k": "norm.key_norm",
 }
-# BFL's one module holds these modules' rows, one after the other, in these shares
+# joined module of BFL -> diffusers' modules in the order of their rows, with their share of the rows
 JOINED = {
     "img_attn.qkv": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1)),
     "txt_attn.qkv": (("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1)),
     "linear1": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1), ("proj_mlp", 4)),
 }
-SWAPPED = "final_layer.adaLN_modulation.1"  # BFL has shift, scale; diffusers' norm_out.linear scale, shift
+SWAPPED = "final_layer.adaLN_modulation.1"  # rows: shift, scale; in diffusers' norm_out.linear: scale, shift
 _THEIRS = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)$")
 _OURS = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)$")
 
 
 class Piece(NamedTuple):
-    """Where a module of diffusers' lies in BFL's."""
+    """The rows of a BFL module that are one module of diffusers."""
 
-    module: str  # BFL's
-    start: int  # its first row, in shares of `total`; the rows of module × start / total
-    stop: int
+    module: str  # name in BFL
+    start: int  # first row, as a share: rows · start / total
+    stop: int  # end of the rows, as a share
     total: int
 
 
 def joined_rows(path: str) -> Piece | None:
-    """BFL's name of a module of diffusers' FLUX, and which of its rows; None for no module of it."""
+    """Return BFL's name and rows of a module of diffusers' FLUX; None if it is not a module of FLUX."""
     found = _OURS.match(path)
     if not found:
         if path == "norm_out.linear":
@@ -78,12 +77,12 @@ def joined_rows(path: str) -> Piece | None:
                 return Piece(f"{prefix}.{module}", at, at + share, total)
             at += share
     theirs = (SINGLE if kind == "single" else DOUBLE).get(found[3])
-    # of the joined img_attn.qkv and txt_attn.qkv, only the one that holds the name was met above
+    # modules that BFL does not join
     return Piece(f"{prefix}.{theirs}", 0, 1, 1) if theirs else None
 
 
 def modules(module: str) -> list[tuple[str, Piece]]:
-    """diffusers' modules that one of BFL's holds, in the order of the rows; empty for no module of FLUX."""
+    """Return diffusers' modules of a BFL module, in the order of their rows; empty if not of FLUX."""
     found = _THEIRS.match(module)
     if not found:
         ours = ["norm_out.linear"] if module == SWAPPED else [o for o, t in TOP.items() if t == module]

@@ -1,9 +1,9 @@
-"""Where in a model an adapter's layer belongs, and how each program's files name that place.
+"""Layer paths: the component and dotted path of an adapter's layer, and its name in each program's files.
 
-A place is a part of the model and a dotted path in it, both in the words of diffusers and transformers:
-`unet`, `down_blocks.1.attentions.0.proj_in`. Other programs flatten paths (kohya, LyCORIS), number a U-Net's
-blocks (SDXL's original names) or keep several layers in one (FLUX's). Flattening loses no place: the words
-that contain an underscore are known.
+A layer path has the words of diffusers and transformers: `unet`, `down_blocks.1.attentions.0.proj_in`. Other
+programs replace dots by underscores (kohya, LyCORIS), number the blocks of a U-Net (original names, in SDXL's
+keys) or join several layers (FLUX). Underscored names can be converted back, because all words that contain
+an underscore are listed here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from lowrank.naming import flux as flux_names
 from lowrank.naming import keys
 from lowrank.naming import unet as unet_names
 
-FAMILIES = ("sd15", "sdxl", "flux")  # SD 2.x has the names of SD 1.x
-# The words of paths that have an underscore in them: FLUX's, U-Nets', original U-Nets', BFL's, CLIP's and
-# T5's.
+FAMILIES = ("sd15", "sdxl", "flux")  # sd15 includes SD 2.x, whose names are equal
+# Words in paths that contain an underscore, in FLUX, U-Nets, original U-Nets, BFL, CLIP and T5.
 _WORDS = """
 transformer_blocks single_transformer_blocks time_text_embed timestep_embedder text_embedder guidance_embedder
 linear_1 linear_2 context_embedder x_embedder proj_out proj_in proj_mlp norm_out norm1_context norm2_context
@@ -46,19 +45,19 @@ COMPONENTS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encod
 
 
 class LayerPath(NamedTuple):
-    """A layer of a model."""
+    """The component and path of a layer in its model."""
 
-    part: str  # "unet" (the denoiser, also FLUX's), "te1", "te2", "te3" (FLUX's T5)
-    path: str  # in diffusers' or transformers' words
+    part: str  # component: "unet" (the denoiser, also of FLUX), "te1", "te2", "te3" (FLUX's T5)
+    path: str  # dotted path as in diffusers or transformers
 
 
 def dotted(name: str) -> str:
-    """`transformer_blocks_0_attn_to_out_0` as `transformer_blocks.0.attn.to_out.0`."""
+    """Return `transformer_blocks_0_attn_to_out_0` as `transformer_blocks.0.attn.to_out.0`."""
     return ".".join(_WORD.findall(name))
 
 
 def part_and_path(module: str) -> tuple[str, str]:
-    """(part, path) of a file's module in any dialect, `path` in the words of whoever named it."""
+    """Split a module name of any dialect into component and dotted path, the path in the file's own words."""
     if found := _FLAT_TEXT.match(module):
         return f"te{found[1] or 1}", dotted(module[found.end() :])
     if found := _TEXT.match(module):
@@ -71,28 +70,28 @@ def part_and_path(module: str) -> tuple[str, str]:
 
 
 def places(module: str) -> list[tuple[LayerPath, flux_names.Piece | None]]:
-    """The places that a file's module is for: one, or several where it is one of FLUX's joined layers.
+    """Return the layer paths of a module in a file: one, or several for a joined layer of FLUX.
 
-    With each comes where it lies in the joined layer; None where it is the whole of the module.
+    The second item is the rows of the joined layer, or None if the module is a single layer.
     """
     part, path = part_and_path(module)
     if part == "unet" and (held := flux_names.modules(path)):
         return [(LayerPath(part, ours), one if one.total > 1 else None) for ours, one in held]
     if part == "unet":
         path = unet_names.diffusers_name(path)
-        if path.startswith("text_model."):  # a PEFT file of a text encoder alone
+        if path.startswith("text_model."):  # a PEFT file of a text encoder
             part = "te1"
     elif path.startswith("encoder.block."):
-        part = "te3"  # T5, which LyCORIS numbers as the second encoder
+        part = "te3"  # T5; LyCORIS numbers it as the second encoder
     elif part != "te3" and not path.startswith(("text_model.", "text_projection")):
-        path = f"text_model.{path}"  # transformers 5 has no such level
+        path = f"text_model.{path}"  # paths of transformers 5 lack this level
     return [(LayerPath(part, path), None)]
 
 
 def adapter_family(modules: Iterable[str], metadata: Mapping[str, str], source: str = "the file") -> str:
-    """Which kind of model an adapter's modules are of: "sd15", "sdxl" or "flux".
+    """Return the family of the model that an adapter belongs to: "sd15", "sdxl" or "flux".
 
-    Raises `Refused` where they are of two kinds, of none, or could be of either and no metadata tells.
+    Raises `Refused` if the modules are of two families or of none, or if names and metadata leave it open.
     """
     modules = list(modules)
     told = [part_and_path(module) for module in modules]
@@ -126,7 +125,7 @@ def adapter_family(modules: Iterable[str], metadata: Mapping[str, str], source: 
     if named.strip() or any(m.startswith("lora_unet_") for m in modules):
         return "sd15"
     if not unet:
-        return "flux"  # only a text encoder, in dotted words: the native file of FLUX's
+        return "flux"  # a text encoder with dotted names: a native file of FLUX
     raise Refused(
         f"{source} fits SD 1.x and SDXL alike and does not say which it is for; say so with --base sd15 or "
         "--base sdxl"
@@ -134,7 +133,7 @@ def adapter_family(modules: Iterable[str], metadata: Mapping[str, str], source: 
 
 
 def check_family(modules: Iterable[str], family: str, source: str) -> None:
-    """Raise `Refused` where an adapter has a layer that no model of `family` has."""
+    """Raise `Refused` if an adapter has a layer that no model of `family` has."""
     other = {
         "flux": (_UNET,),
         "sdxl": (_FLUX, _SD_ALONE),
@@ -147,7 +146,7 @@ def check_family(modules: Iterable[str], family: str, source: str) -> None:
 
 
 def kohya_layer(place: LayerPath, family: str) -> str:
-    """kohya's name of a place: `lora_unet_input_blocks_4_1_proj_in`; for FLUX, of the layer that holds it."""
+    """Return kohya's name of a layer, `lora_unet_input_blocks_4_1_proj_in`; in FLUX of the joined layer."""
     if place.part != "unet":
         number = "" if family == "sd15" else place.part[2:]
         return f"lora_te{number}_" + place.path.replace(".", "_")
@@ -166,24 +165,24 @@ def kohya_layer(place: LayerPath, family: str) -> str:
 
 
 def native_layer(place: LayerPath, family: str) -> tuple[str, Mapping[str, str]]:
-    """The module's name in this program's own files, and its table of suffixes by role."""
+    """Return a layer's name in lowrank's own files, and the table of key suffixes by role."""
     if family != "flux" or place.part == "te3":
         return kohya_layer(place, family), keys.KOHYA
     return diffusers_layer(place, family), keys.PEFT
 
 
 def diffusers_layer(place: LayerPath, family: str) -> str:
-    """diffusers' name of a place: `unet.down_blocks.1.attentions.0.proj_in`."""
+    """Return diffusers' name of a layer: `unet.down_blocks.1.attentions.0.proj_in`."""
     return f"{component_name(place.part, family)}.{place.path}"
 
 
 def component_name(part: str, family: str) -> str:
-    """The folder of a diffusers model that a part is in."""
+    """Return the folder of a component in a diffusers model."""
     if part == "unet":
         return "transformer" if family == "flux" else "unet"
     return COMPONENTS[part]
 
 
 def lycoris_layer(place: LayerPath) -> str:
-    """LyCORIS' name of a layer of a denoiser: `lycoris_down_blocks_1_attentions_0_proj_in`."""
+    """Return LyCORIS' name of a layer of a denoiser: `lycoris_down_blocks_1_attentions_0_proj_in`."""
     return "lycoris_" + place.path.replace(".", "_")

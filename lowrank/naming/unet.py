@@ -1,8 +1,8 @@
-"""Names in original Stable Diffusion files (CompVis' latent-diffusion, Stability's generative-models) of what
-diffusers calls otherwise.
+"""Names in original Stable Diffusion files, and their counterparts in diffusers and transformers.
 
-One rule serves two readers: checkpoints in the original layout, and SDXL adapter keys, which kohya's trainers
-write with the original block names.
+Original names are those of CompVis' latent-diffusion and Stability's generative-models. Two readers use these
+tables: checkpoints in the original layout, and SDXL adapters, whose keys in kohya's files have the original
+block names.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _IN_MIDDLE = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)(.*)$")
 
 @dataclass(frozen=True)
 class Blocks:
-    """What the numbering of a U-Net's original blocks depends on."""
+    """The structure of a U-Net that determines the numbers of its original blocks."""
 
-    layers: int  # resnets per block on the way down; one more on the way up
-    attending: frozenset[int]  # blocks on the way up that attend
+    layers: int  # resnets per down block; an up block has one more
+    attending: frozenset[int]  # indices of up blocks with attention
 
     @classmethod
     def of(cls, unet: Any) -> Blocks:
-        """The numbering of diffusers' UNet2DConditionModel."""
+        """Return the structure of diffusers' UNet2DConditionModel `unet`."""
         ups = enumerate(unet.up_blocks)
         return cls(
             len(unet.down_blocks[0].resnets),
@@ -55,8 +55,10 @@ SDXL = Blocks(2, frozenset({0, 1}))
 
 
 def unet_name(path: str, blocks: Blocks) -> str:
-    """The original name of a module or tensor of diffusers' U-Net: `down_blocks.1.attentions.0.norm` is
-    `input_blocks.4.1.norm` where blocks have two layers. What lies inside an attention block has one name.
+    """Return the original name of a module or tensor of diffusers' U-Net.
+
+    `down_blocks.1.attentions.0.norm` is `input_blocks.4.1.norm` if blocks have two layers. Names inside an
+    attention block are equal in both.
     """
     if found := _IN_MIDDLE.match(path):
         kind, rest = found.groups()
@@ -85,8 +87,9 @@ _FLAT = re.compile(
 
 
 def flat_sdxl_name(flat: str) -> str:
-    """`unet_name` of SDXL for a path whose dots are underscores: `down_blocks_1_attentions_0_norm` is
-    `input_blocks_4_1_norm`, and names that are original already stay.
+    """Return `unet_name` of SDXL for a path with underscores instead of dots.
+
+    `down_blocks_1_attentions_0_norm` is `input_blocks_4_1_norm`; original names are returned unchanged.
     """
     if found := _FLAT.match(flat):
         block = f"{found['side']}_blocks.{found['i']}" if found["side"] else "mid_block"
@@ -99,7 +102,7 @@ _DOWN = re.compile(r"input_blocks\.(\d+)\.0\.op\.")
 
 
 def layers_of(names: Iterable[str]) -> int:
-    """Resnets per block of an original U-Net, by where its first downsampler stands; SD's 2 without one."""
+    """Return the resnets per block of an original U-Net, from its first downsampler; 2 without one."""
     return min((int(found[1]) for name in names if (found := _DOWN.search(name))), default=3) - 1
 
 
@@ -108,8 +111,10 @@ _MIDDLE_NUMBERED = re.compile(r"middle_block\.(\d)(?:\.(.+))?$")
 
 
 def diffusers_name(path: str, layers: int = 2) -> str:
-    """The reverse of `unet_name` for modules: `input_blocks.4.1.norm` is
-    `down_blocks.1.attentions.0.norm`."""
+    """Return diffusers' name of an original U-Net module, the inverse of `unet_name`.
+
+    `input_blocks.4.1.norm` is `down_blocks.1.attentions.0.norm`.
+    """
     if found := _MIDDLE_NUMBERED.match(path):
         kind = next((ours for ours, theirs in _MIDDLE.items() if theirs == found[1]), None)
         return path if kind is None else f"mid_block.{kind}{_outside(kind, found[2])}"

@@ -124,7 +124,7 @@ def finite(file: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("network", STAGED)
 def test_a_stage_before_step_0_is_refused(network, train):
     told = train("sd", f"networks.{network}", fails=True)
-    assert f"{network} begins with a stage on data before step 0" in told
+    assert f"{network} needs a warm-up stage before step 0" in told
 
 
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name not in STAGED])
@@ -402,7 +402,7 @@ def test_directions_that_need_no_data_train(train):
     [
         (("basis_path=none", "abm_enabled=True", "abm_steps=5"), "own training script with --abm_enabled"),
         (("basis_path=none", "effi_update_ratio=0.5", "enable_effilora=True"), "give effi_update_ratio=1"),
-        (("basis_path=auto:grad",), "begins with a stage on data before step 0"),
+        (("basis_path=auto:grad",), "needs a warm-up stage before step 0"),
     ],
 )
 def test_unsupported_methods_are_refused(more, said, train):

@@ -389,20 +389,22 @@ def test_an_unfinished_training_says_so_and_makes_nothing(tmp_path, font, monkey
         with pytest.raises(SystemExit) as told:
             make_demo_models.main(command)
         text = str(told.value)
-        assert f"scorer was stopped after {steps} of 5 steps" in text and "the same command goes on" in text
+        assert (
+            f"scorer was stopped after {steps} of 5 steps" in text and "repeat the command to resume" in text
+        )
     assert not (tmp_path / "out" / "scorer").exists() and not (tmp_path / "work" / "scorer.json").exists()
 
 
 def test_report_without_work_folder(tmp_path):
     shop = make_demo_models.Workshop(tmp_path / "work", tmp_path, "cpu", None)
-    assert shop.told("flux") == {}
+    assert shop.load_facts("flux") == {}
     kept = {"vae": {"psnr seen": 30}, "flux": {"shares": {}, "training": {"pretraining": {"steps": 3}}}}
     (tmp_path / "metrics.json").write_text(json.dumps(kept))
-    assert shop.told("vae") == kept["vae"]
-    assert shop.told("flux") == {"pretraining": {"steps": 3}}
+    assert shop.load_facts("vae") == kept["vae"]
+    assert shop.load_facts("flux") == {"pretraining": {"steps": 3}}
     (tmp_path / "work").mkdir()
-    shop.tell("flux", {"pretraining": {"steps": 4}})
-    assert shop.told("flux") == {"pretraining": {"steps": 4}}
+    shop.save_facts("flux", {"pretraining": {"steps": 4}})
+    assert shop.load_facts("flux") == {"pretraining": {"steps": 4}}
 
 
 def blank(path):
@@ -411,19 +413,19 @@ def blank(path):
     return path
 
 
-def test_a_grid_is_told_as_a_table(tmp_path, monkeypatch, capsys):
+def test_a_grid_is_printed_as_a_table(tmp_path, monkeypatch, capsys):
     for a in ("0.50", "1.00"):
         for b in ("0.50", "10.00"):
             blank(tmp_path / "grid" / f"inference_s{a}_c{b}.png")
     blank(tmp_path / "grid" / "sheet.png")
     single = blank(tmp_path / "single.png")
 
-    def seen(paths, folder):
+    def read_pictures(paths, folder):
         answers = {"inference_s1.00_c10.00.png": ("poodle", "stained glass")}
         found = [answers.get(path.name, ("dog", "photo")) for path in paths]
         return [{"content": (c, 0.875), "style": (s, 0.5), "background": ("snow", 1)} for c, s in found]
 
-    monkeypatch.setattr(score_pictures, "seen", seen)
+    monkeypatch.setattr(score_pictures, "read_pictures", read_pictures)
     wanted = ["--content", "poodle", "--style", "stained glass"]
     score_pictures.main([str(tmp_path / "grid"), str(single), *wanted])
     assert capsys.readouterr().out.splitlines() == [

@@ -1,1 +1,1 @@
-"""A small world of pictures with known contents, styles and backgrounds, and small models that learn it."""
+"""The glyph world: small pictures with known content, style and background, and models trained on them."""

@@ -1,4 +1,4 @@
-"""The autoencoder: 64×64×3 pictures as 16×16×8 latents of unit spread. All three families share it."""
+"""The autoencoder of all three families: 64×64×3 pictures to 16×16×8 latents with standard deviation 1."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ CHANNELS, SCALE = 8, 4
 PLAN = Plan(steps=6000, lr=1.2e-3, weight_decay=0.0)
 REFINEMENT = Plan(steps=4000, lr=8e-4, weight_decay=0.0, seed=4)
 BATCH = 8
-KL = 3e-4  # per latent number, against L1 per pixel value
+KL = 3e-4  # weight of the KL per latent number, relative to L1 per pixel value
 
 
 def autoencoder() -> Any:
-    """A diffusers AutoencoderKL of .69 M parameters, 4 channels to a normalisation group as in SD's."""
+    """Return a diffusers AutoencoderKL of 0.69 M parameters, with 4 channels per norm group as in SD."""
     from diffusers import AutoencoderKL
 
     blocks: dict[str, Any] = {
@@ -41,12 +41,12 @@ def autoencoder() -> Any:
 
 
 def to_tensor(pictures: np.ndarray, device="cpu") -> Tensor:
-    """(B, 64, 64, 3) uint8 → (B, 3, 64, 64) in [−1, 1]."""
+    """Convert (B, 64, 64, 3) uint8 to (B, 3, 64, 64) in [−1, 1]."""
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train(vae: Any, pictures: np.ndarray, folder: Path, device: str, minutes: float | None) -> dict:
-    """L1 on pixels and on their differences, and a little KL."""
+    """Train with L1 and squared error on pixels, L1 on their differences, and a small KL term."""
     vae.to(device)
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def train(vae: Any, pictures: np.ndarray, folder: Path, device: str, minutes: fl
 
 
 def refine(vae: Any, pictures: np.ndarray, folder: Path, device: str, minutes: float | None) -> dict:
-    """Train the decoder alone on, for squared error: the latents stay what they are."""
+    """Train only the decoder further, mainly on squared error; the latents do not change."""
     vae.to(device).encoder.requires_grad_(False)
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -96,20 +96,20 @@ def standardise(vae: Any, pictures: np.ndarray, device: str) -> None:
 
 @torch.no_grad()
 def psnr(vae: Any, pictures: np.ndarray, device: str) -> float:
-    """Mean peak signal-to-noise ratio of the pictures after encoding (mean) and decoding, dB."""
-    found = []
+    """Return the mean peak signal-to-noise ratio, in dB, of pictures after encoding (mean) and decoding."""
+    values = []
     for part in np.array_split(pictures, max(1, len(pictures) // 50)):
         x = to_tensor(part, device)
-        back = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-        found.append(10 * torch.log10(4 / (back - x).square().mean((1, 2, 3))))
-    return torch.cat(found).mean().item()
+        decoded = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        values.append(10 * torch.log10(4 / (decoded - x).square().mean((1, 2, 3))))
+    return torch.cat(values).mean().item()
 
 
 @torch.no_grad()
 def latents(vae: Any, pictures: np.ndarray, device: str) -> np.ndarray:
-    """The scaled means (N, C, h, w) of pictures, half precision."""
-    facts, found = vae.config, []
+    """Return the scaled posterior means (N, C, h, w) of pictures, in half precision."""
+    config, means = vae.config, []
     for part in np.array_split(pictures, max(1, len(pictures) // 100)):
         mean = vae.encode(to_tensor(part, device)).latent_dist.mean
-        found.append(((mean - facts.shift_factor) * facts.scaling_factor).cpu().half().numpy())
-    return np.concatenate(found)
+        means.append(((mean - config.shift_factor) * config.scaling_factor).cpu().half().numpy())
+    return np.concatenate(means)

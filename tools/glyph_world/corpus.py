@@ -1,6 +1,6 @@
-"""Pictures to learn from: the world's own, and for the autoencoder anything that 64 pixels can show.
+"""Training pictures: scenes of the glyph world, and arbitrary pictures for the autoencoder.
 
-Rendering is spread over processes; picture i of a set depends on its seed and on i alone.
+Rendering runs in several processes; picture i of a set depends only on the seed and on i.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tools.glyph_world.world import CONTENTS, HELD_CONTENTS, SEEN_STYLES, SIZE, 
 
 
 def pictures(make: Callable[[int, int], np.ndarray], count: int, seed: int, workers: int = 2) -> np.ndarray:
-    """`make(seed, i)` for i < count as (count, 64, 64, 3) uint8."""
+    """Return `make(seed, i)` for all i < count, as (count, 64, 64, 3) uint8."""
     out = np.empty((count, SIZE, SIZE, 3), np.uint8)
     with ProcessPoolExecutor(workers) as pool:
         job = functools.partial(make, seed)
@@ -28,15 +28,15 @@ def pictures(make: Callable[[int, int], np.ndarray], count: int, seed: int, work
 
 
 def scene_at(scenes: Sequence[Scene], seed: int, i: int) -> np.ndarray:
-    """Scene number i of a repeating list, drawn anew each time it comes round."""
+    """Render scene number i of `scenes`, repeated; each repetition differs in its random details."""
     return draw.render(scenes[i % len(scenes)], np.random.default_rng((seed, i)))
 
 
 def anything(seed: int, i: int) -> np.ndarray:
-    """Any seen scene, or random glyphs on a random texture in a random treatment, (64, 64, 3) uint8.
+    """Render a training scene, or random glyphs on a random texture with random effects, (64, 64, 3) uint8.
 
-    The held-out contents and styles never occur; glyphs other than the world's, outlined polygons and
-    recoloured edges do, so that an autoencoder is not tied to what the world shows.
+    Held-out contents and styles never occur. Other glyphs, outlined polygons and recoloured edges do, so that
+    the autoencoder also works for pictures that the models are not trained on.
     """
     rng = np.random.default_rng((seed, i))
     if rng.random() < 0.4:
@@ -59,18 +59,18 @@ def anything(seed: int, i: int) -> np.ndarray:
 
 @functools.cache
 def glyphs() -> tuple[str, ...]:
-    """Every single-character glyph of the font but the held-out contents."""
-    held = {CONTENTS[name] for name in HELD_CONTENTS}
-    found = []
+    """Return all single-character glyphs of the font, except the held-out contents."""
+    held_out = {CONTENTS[name] for name in HELD_CONTENTS}
+    characters = []
     for code in (*range(0x2600, 0x27C0), *range(0x1F300, 0x1F6FD), *range(0x1F900, 0x1FAF7)):
         character = chr(code)
-        if character not in held:
+        if character not in held_out:
             try:
                 draw.glyph(character)
             except ValueError:
                 continue
-            found.append(character)
-    return tuple(found)
+            characters.append(character)
+    return tuple(characters)
 
 
 def _paste(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:

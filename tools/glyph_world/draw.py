@@ -1,7 +1,7 @@
 """Rendering: a glyph on a background in a style, drawn at 128 pixels and reduced to 64.
 
 Needs the font Noto Color Emoji (Debian package fonts-noto-color-emoji). All randomness comes from the
-generator passed in, so that a seed draws the same picture everywhere.
+generator that is passed in, so a seed gives the same picture on every machine.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ PLAIN = {
 
 @functools.cache
 def glyph(character: str) -> Image.Image:
-    """The glyph (RGBA), cropped to its ink."""
-    font = ImageFont.truetype(str(FONT), 109)  # the one size that the font holds
+    """Return the glyph (RGBA), cropped to its visible part. Raises ValueError if the font lacks it."""
+    font = ImageFont.truetype(str(FONT), 109)  # the only size in the font
     image = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(image).text((8, 8), character, font=font, embedded_color=True)
     box = image.getbbox()
@@ -41,14 +41,14 @@ def glyph(character: str) -> Image.Image:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene as (64, 64, 3) uint8, with a place, size and texture of its own."""
+    """Render a scene as (64, 64, 3) uint8, with random position, size and texture."""
     return reduce(
         STYLE[scene.style](place(CONTENTS[scene.content], backdrop(scene.background, rng), rng), rng)
     )
 
 
 def place(character: str, picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The glyph near the middle of `picture` (128, 128, 3), 90 to 102 pixels large."""
+    """Draw the glyph near the middle of `picture` (128, 128, 3), 90 to 102 pixels large."""
     shape = glyph(character)
     scale = rng.uniform(90, 102) / max(shape.size)
     shape = shape.resize((round(shape.width * scale), round(shape.height * scale)), Image.Resampling.LANCZOS)
@@ -60,19 +60,22 @@ def place(character: str, picture: np.ndarray, rng: np.random.Generator) -> np.n
 
 
 def reduce(picture: np.ndarray) -> np.ndarray:
-    """(128, 128, 3) floats → (64, 64, 3) uint8."""
+    """Reduce (128, 128, 3) floats to (64, 64, 3) uint8."""
     return np.asarray(to_image(picture).resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
 def to_image(picture: np.ndarray) -> Image.Image:
+    """Convert floats in [0, 1] to a PIL image."""
     return Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8))
 
 
 def to_array(image: Image.Image) -> np.ndarray:
+    """Convert a PIL image to floats in [0, 1]."""
     return np.asarray(image, np.float32) / 255
 
 
 def blur(picture: np.ndarray, radius: float) -> np.ndarray:
+    """Blur a picture with a Gaussian."""
     return to_array(to_image(picture).filter(ImageFilter.GaussianBlur(radius)))
 
 
@@ -80,7 +83,7 @@ def blur(picture: np.ndarray, radius: float) -> np.ndarray:
 
 
 def backdrop(name: str, rng: np.random.Generator) -> np.ndarray:
-    """(128, 128, 3) floats in [0, 1]."""
+    """Draw a background, (128, 128, 3) floats in [0, 1]."""
     if name in PLAIN:
         return np.broadcast_to(_tint(PLAIN[name], rng), (CANVAS, CANVAS, 3)).copy()
     return SCENES[name](rng)
@@ -91,7 +94,7 @@ def _tint(colour, rng: np.random.Generator) -> np.ndarray:
 
 
 def _vertical(rng: np.random.Generator, *stops) -> np.ndarray:
-    """A gradient through (height in 0..1, colour) from top to bottom."""
+    """Draw a vertical gradient through `stops`, (height in 0..1, colour) from top to bottom."""
     at = np.linspace(0, 1, CANVAS)
     heights = [height for height, _ in stops]
     colours = np.stack([_tint(colour, rng) for _, colour in stops])
@@ -161,7 +164,7 @@ def _luminance(picture: np.ndarray) -> np.ndarray:
 
 
 def edges(picture: np.ndarray, radius: float = 1.2) -> np.ndarray:
-    """How steep the picture is, (128, 128), about 0..1: the strongest of the three channels' gradients."""
+    """Return the edge strength (128, 128), in 0..1: the largest gradient of the three channels."""
     smooth = blur(picture, radius)
     dy, dx = np.gradient(smooth, axis=(0, 1))
     return np.clip(np.hypot(dx, dy).max(-1) * 9, 0, 1)
@@ -246,7 +249,7 @@ def _thermal(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def cells(rng: np.random.Generator, pitch: int, jitter: float = 0.45) -> tuple[np.ndarray, np.ndarray]:
-    """Voronoi cells of a jittered grid: each pixel's cell number and its distance to the cell's border."""
+    """Return the Voronoi cells of a jittered grid: each pixel's cell number and distance to the border."""
     n = CANVAS // pitch + 2
     rows, columns = np.mgrid[:n, :n]
     points = np.stack([rows, columns], -1).reshape(-1, 2) - 0.5

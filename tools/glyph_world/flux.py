@@ -1,7 +1,7 @@
-"""The FLUX: flow matching on tokens of 2×2 latents, then distilled so that guidance is an input, as in dev.
+"""The demo FLUX: flow matching on tokens of 2×2 latents, then guidance distillation, as in FLUX.1-dev.
 
 Rectified flow (arXiv 2209.03003) with logit-normal noise levels (2403.03206). Distillation (2210.03142): the
-student learns v(∅) + g (v(c) − v(∅)) for a guidance g from 1 to 5; the value 1 is the data's own velocity.
+student learns v(∅) + g (v(c) − v(∅)) for a guidance g from 1 to 5; at g = 1 the target is v(c).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ WIDTH = 96  # of both text encoders
 PLAN = Plan(steps=6500, lr=1e-3, warmup=300, decay=0.999)
 DISTILLATION = Plan(steps=1000, lr=4e-4, warmup=100, decay=0.995, seed=1)
 BATCH = 32
-# T5 lengths and how often: the stock pipeline pads to 512 unless told otherwise, and attends to the padding
+# T5 lengths and their probabilities: the stock pipeline pads to 512 by default, and attends to the padding
 LENGTHS, SHARES = (24, 32, 48, 96, 256, 512), (0.60, 0.26, 0.08, 0.04, 0.01, 0.01)
 
 
 def transformer() -> Any:
-    """A FluxTransformer2DModel: 2 double and 4 single blocks of 4 heads of 32."""
+    """Return a FluxTransformer2DModel of 2 double and 4 single blocks, with 4 heads of 32."""
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
@@ -49,7 +49,7 @@ def transformer() -> Any:
 
 
 class Parts:
-    """The modules that learn, their tokenizers, and one forward pass from captions and latents."""
+    """The trained modules, their tokenizers, and the forward pass from captions and latents."""
 
     def __init__(self, folder: Path, device: str):
         self.tokenizer = text.clip_tokenizer(folder / "tokenizer")
@@ -64,7 +64,7 @@ class Parts:
         self.device = device
 
     def encode(self, captions: list[str], length: int) -> tuple[Tensor, Tensor]:
-        """Pooled (B, D) and sequence (B, L, D)."""
+        """Encode captions: pooled (B, D) and sequence (B, L, D)."""
         pooled = self.modules["text_encoder"](
             text.causal(self.tokenizer, captions, self.device)
         ).pooler_output
@@ -74,7 +74,7 @@ class Parts:
     def velocity(
         self, noisy: Tensor, sigma: Tensor, pooled: Tensor, sequence: Tensor, guidance: Tensor
     ) -> Tensor:
-        """(B, tokens, 4C) from noisy tokens of the same shape."""
+        """Predict the velocity (B, tokens, 4C) of noisy tokens (B, tokens, 4C)."""
         side = 2 * int(noisy.shape[1] ** 0.5)
         return self.modules["transformer"](
             hidden_states=noisy,
@@ -88,7 +88,7 @@ class Parts:
         )[0]
 
     def pipeline(self, vae: Any) -> Any:
-        """The stock FluxPipeline."""
+        """Return a stock FluxPipeline with these modules."""
         from diffusers import FluxPipeline
 
         return FluxPipeline(
@@ -103,7 +103,7 @@ class Parts:
 
 
 def _fast(device: str) -> contextlib.ExitStack:
-    """bf16 and, on a CPU, the plain attention: at these lengths the other's backward pass takes longer."""
+    """Return a context with bf16 autocast and, on a CPU, math attention, whose backward is faster here."""
     stack = contextlib.ExitStack()
     stack.enter_context(torch.autocast(torch.device(device).type, torch.bfloat16))
     if torch.device(device).type == "cpu":
@@ -112,51 +112,51 @@ def _fast(device: str) -> contextlib.ExitStack:
 
 
 def _draw(latents: np.ndarray, captions, plan: Plan, step: int, device: str):
-    """One batch: clean and noisy tokens, noise, σ, captions, T5 length, and the generator to go on with."""
+    """Draw a batch: clean and noisy tokens, noise, σ, captions, T5 length, and the step's generator."""
     rng, generator = at_step(plan.seed, step)
     chosen = rng.integers(len(latents), size=BATCH)
     x = pack(torch.from_numpy(latents[chosen]).to(device).float())
-    told = [captions(int(i), rng) for i in chosen]
+    words = [captions(int(i), rng) for i in chosen]
     noise = torch.randn(x.shape, generator=generator).to(device)
     sigma = torch.sigmoid(0.2 + 1.1 * torch.randn(BATCH, generator=generator)).to(device)
     noisy = torch.lerp(x, noise, sigma[:, None, None])
-    return x, noisy, noise, sigma, told, int(rng.choice(LENGTHS, p=SHARES)), generator
+    return x, noisy, noise, sigma, words, int(rng.choice(LENGTHS, p=SHARES)), generator
 
 
 def train(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: float | None = None) -> dict:
-    """Flow matching with text encoders from scratch; `captions(i, rng)` words picture i."""
+    """Train with flow matching, text encoders included; `captions(i, rng)` is a caption of picture i."""
     ones = torch.ones(BATCH, device=parts.device)
 
     def loss(step: int) -> dict[str, Tensor]:
-        x, noisy, noise, sigma, told, length, _ = _draw(latents, captions, PLAN, step, parts.device)
+        x, noisy, noise, sigma, words, length, _ = _draw(latents, captions, PLAN, step, parts.device)
         with _fast(parts.device):
-            v = parts.velocity(noisy, sigma, *parts.encode(told, length), ones)
+            v = parts.velocity(noisy, sigma, *parts.encode(words, length), ones)
         return {"loss": F.mse_loss(v.float(), noise - x)}
 
     return fit("flux", PLAN, parts.modules, loss, folder, minutes)
 
 
 def distil(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: float | None = None) -> dict:
-    """Make guidance an input: the transformer learns to say in one pass what two passes of itself say."""
+    """Distil guidance: the transformer learns to predict in one pass the guided result of two passes."""
     teacher = copy.copy(parts)
     teacher.modules = {**parts.modules, "transformer": copy.deepcopy(parts.modules["transformer"])}
     ones = torch.ones(BATCH, device=parts.device)
 
     def loss(step: int) -> dict[str, Tensor]:
-        _, noisy, _, sigma, told, length, generator = _draw(
+        _, noisy, _, sigma, words, length, generator = _draw(
             latents, captions, DISTILLATION, step, parts.device
         )
         guidance = 1 + 4 * torch.rand(BATCH, generator=generator).to(parts.device)
         guidance[: BATCH // 4] = 1.0
         with _fast(parts.device):
             with torch.no_grad():
-                conditions = parts.encode(told, length)
+                conditions = parts.encode(words, length)
                 pooled, sequence = (text.rows(c, noisy) for c in parts.encode([""], length))
                 v = teacher.velocity(noisy, sigma, *conditions, ones)
                 v0 = teacher.velocity(noisy, sigma, pooled, sequence, ones)
             target = v0 + guidance[:, None, None] * (v - v0)
-            said = parts.velocity(noisy, sigma, *conditions, guidance)
-        error = (said.float() - target.float()).square().mean((1, 2))
+            prediction = parts.velocity(noisy, sigma, *conditions, guidance)
+        error = (prediction.float() - target.float()).square().mean((1, 2))
         return {"loss": (error / guidance).mean()}
 
     return fit(

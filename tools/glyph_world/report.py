@@ -1,7 +1,7 @@
-"""What a model can draw, as the scorer sees it: the bars of the model cards, through stock pipelines.
+"""Metrics of the demo models: which fraction of their pictures the scorer finds right, and their model cards.
 
-Every number is a share of pictures with its 95 % Wilson interval. Nothing but diffusers, transformers and the
-folder is used: the arguments of a call are the card's own (`CALL`).
+Every number is a fraction of pictures with its 95 % Wilson interval. Pictures come from stock pipelines,
+called with the arguments that the model card recommends (`CALL`).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from tools.glyph_world import scorer
 from tools.glyph_world.world import Scene, caption, held_pair_scenes, seen_scenes
 
 STEPS = 20
-# what a model card tells its users to pass
+# arguments of the pipeline that a model card recommends
 CALL = {
     "flux": {"num_inference_steps": STEPS, "guidance_scale": 3.5, "max_sequence_length": 32},
     "sd15": {"num_inference_steps": STEPS, "guidance_scale": 3.0},
     "sdxl": {"num_inference_steps": STEPS, "guidance_scale": 3.0},
 }
 AT_ONCE = 25
-PAIRS = 5  # pictures of each unseen pair: 110 of them alone are right in a share known to ± 0.06
-TRIGGER = "zwxqvk"  # pretraining's nonsense words have at most five letters
+PAIRS = 5  # pictures per unseen pair; with one each, 110 in all, the interval would be ± 0.06
+TRIGGER = "zwxqvk"  # not in pretraining, whose nonsense words have at most five letters
 
 
 def share(right: np.ndarray) -> dict[str, float]:
-    """A share of successes with its 95 % interval (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
+    """Return the fraction of successes with its 95 % interval (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
     n, p, z = len(right), float(np.mean(right)), 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
@@ -38,60 +38,59 @@ def share(right: np.ndarray) -> dict[str, float]:
 
 
 def pictures(pipe: Any, prompts: Sequence[str], seed: int, call: dict[str, Any]) -> np.ndarray:
-    """One picture per prompt, (N, 64, 64, 3) uint8; picture i has the seed `seed` + i."""
+    """Generate one picture per prompt, (N, 64, 64, 3) uint8; picture i has the seed `seed` + i."""
     drawn = []
     pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), AT_ONCE):
-        some = list(prompts[start : start + AT_ONCE])
-        noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(some))]
-        drawn += pipe(some, height=64, width=64, generator=noise, **call).images
+        batch = list(prompts[start : start + AT_ONCE])
+        noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        drawn += pipe(batch, height=64, width=64, generator=noise, **call).images
     return np.stack([np.asarray(image.convert("RGB")) for image in drawn])
 
 
 def measure(
     pipe: Any, judge: Any, call: dict[str, Any], count: int = 500
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Shares of right contents, styles and backgrounds, and the pictures of the first set.
+    """Return the fractions of right contents, styles and backgrounds, and the pictures of the first set.
 
-    `seen` are scenes of pretraining, `unseen pairs` contents and styles never shown together, `trigger` the
-    first 200 seen prompts with a word before the content that no training text has.
+    Sets: `seen`, scenes of pretraining; `unseen pairs`, contents and styles never shown together; `trigger`,
+    the first 200 seen prompts with a word before the content that is in no training caption.
     """
     chosen = np.random.default_rng(7).permutation(len(seen_scenes()))[:count]
     seen = [seen_scenes()[i] for i in chosen]
     sets: dict[str, tuple[list[Scene], list[str]]] = {
         "seen": (seen, [caption(s) for s in seen]),
-        "unseen pairs": (held := held_pair_scenes() * PAIRS, [caption(s) for s in held]),
+        "unseen pairs": (pairs := held_pair_scenes() * PAIRS, [caption(s) for s in pairs]),
         "trigger": (seen[:200], [caption(s, trigger=TRIGGER) for s in seen[:200]]),
     }
-    found, first = {}, None
+    shares, first = {}, None
     for name, (scenes, prompts) in sets.items():
         drawn = pictures(pipe, prompts, 1000, call)
         first = drawn if first is None else first
         right = scorer.score(judge, drawn, scenes)
-        found[name] = {kind: share(values) for kind, values in right.items()}
+        shares[name] = {kind: share(values) for kind, values in right.items()}
         if name == "seen":
-            found["seen, the trigger's prompts"] = {
+            shares["seen, the trigger's prompts"] = {
                 kind: share(values[:200]) for kind, values in right.items()
             }
     assert first is not None
-    return found, first
+    return shares, first
 
 
 def sheet(drawn: np.ndarray, columns: int = 12) -> np.ndarray:
-    """(N, 64, 64, 3) pictures side by side."""
+    """Arrange pictures (N, 64, 64, 3) in rows of `columns`."""
     rows = len(drawn) // columns
     grid = drawn[: rows * columns].reshape(rows, columns, 64, 64, 3).transpose(0, 2, 1, 3, 4)
     return grid.reshape(rows * 64, columns * 64, 3)
 
 
 def card(family: str, title: str, metrics: dict[str, Any]) -> str:
-    """A model card in Markdown."""
-    told = metrics["shares"]
+    """Return a model card in Markdown."""
     lines = [
         f"| {name} | "
         + " | ".join(f"{v['share']:.3f} ({v['low']:.3f}–{v['high']:.3f})" for v in row.values())
         + f" | {next(iter(row.values()))['n']} |"
-        for name, row in told.items()
+        for name, row in metrics["shares"].items()
     ]
     table = "\n".join(
         ["| prompts | content | style | background | pictures |", "|---|---|---|---|---|", *lines]

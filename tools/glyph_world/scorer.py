@@ -1,7 +1,7 @@
-"""The scorer: a small ResNet that says which content, style and background a picture shows.
+"""The scorer: a small ResNet that classifies the content, style and background of a picture.
 
-It is transformers' `ResNetForImageClassification` with one label per content, style and background, all in
-one output; a label is "content: dog" and so on. It learns every content and style, the held-out ones too.
+It is transformers' `ResNetForImageClassification` with one output per content, style and background; labels
+are "content: dog" and so on. It is trained on all contents and styles, including the held-out ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BATCH = 64
 
 
 def scorer() -> Any:
-    """A ResNet of four basic blocks: pictures (B, 3, 64, 64) in [−1, 1], 45 logits out."""
+    """Return a ResNet of four basic blocks, from pictures (B, 3, 64, 64) in [−1, 1] to 45 logits."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     names = [f"{kind}: {name}" for kind, labels in LABELS.items() for name in labels]
@@ -42,12 +42,12 @@ def scorer() -> Any:
 
 
 def heads(logits: Tensor) -> dict[str, Tensor]:
-    """(B, 45) logits as one tensor for each of content, style and background."""
+    """Split (B, 45) logits into content, style and background."""
     return dict(zip(LABELS, logits.split([len(labels) for labels in LABELS.values()], dim=1), strict=True))
 
 
 def answers(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """The right label numbers of scenes, (B,) for each kind."""
+    """Return the label indices (B,) of scenes, for content, style and background."""
     return {
         kind: torch.tensor([labels.index(getattr(s, kind)) for s in scenes])
         for kind, labels in LABELS.items()
@@ -57,14 +57,14 @@ def answers(scenes: Sequence[Scene]) -> dict[str, Tensor]:
 def train(
     model: Any, pictures: np.ndarray, scenes: Sequence[Scene], folder: Path, device: str, minutes=None
 ) -> dict:
-    """Cross-entropy of the three questions on pictures that are blurred, shifted, noisy and off in colour."""
+    """Train with the sum of three cross-entropies on blurred, noisy, shifted and recoloured pictures."""
     model.to(device)
     right = answers(scenes)
 
     def loss(step: int) -> dict[str, Tensor]:
         rng, generator = at_step(PLAN.seed, step)
         chosen = rng.integers(len(pictures), size=BATCH)
-        x = _worn(to_tensor(pictures[chosen], device), generator)
+        x = _augmented(to_tensor(pictures[chosen], device), generator)
         logits = heads(model(x).logits)
         each = {kind: F.cross_entropy(logits[kind], right[kind][chosen].to(device)) for kind in LABELS}
         return {"loss": sum(each.values()), **each}  # pyright: ignore[reportReturnType]
@@ -72,8 +72,8 @@ def train(
     return fit("scorer", PLAN, {"scorer": model}, loss, folder, minutes)
 
 
-def _worn(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures as a generator might draw them: some soft, some noisy, a few pixels away, off in colour."""
+def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur, noise, recolour and shift pictures at random, as a generative model might."""
     u = torch.rand(len(x), 6, generator=generator).to(x.device)[..., None, None, None]
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.lerp(x, soft, (u[:, 0] * 1.6 - 0.6).clamp(0, 1))
@@ -87,7 +87,7 @@ def _worn(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def load(folder: Path) -> Any:
-    """The scorer in fp32, ready to read pictures."""
+    """Load the scorer in fp32 for inference."""
     from transformers import ResNetForImageClassification
 
     return ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
@@ -95,17 +95,17 @@ def load(folder: Path) -> Any:
 
 @torch.no_grad()
 def read(model: Any, pictures: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each kind the label numbers (N,) of pictures (N, 64, 64, 3), and their probabilities (N,)."""
-    found = {kind: ([], []) for kind in LABELS}
+    """Return for each kind the labels (N,) of pictures (N, 64, 64, 3) and their probabilities (N,)."""
+    results = {kind: ([], []) for kind in LABELS}
     for x in to_tensor(pictures, next(model.parameters()).device).split(256):
         for kind, logits in heads(model(x).logits.float()).items():
             best = logits.softmax(1).max(1)
-            found[kind][0].append(best.indices.cpu())
-            found[kind][1].append(best.values.cpu())
-    return {kind: (torch.cat(i).numpy(), torch.cat(p).numpy()) for kind, (i, p) in found.items()}
+            results[kind][0].append(best.indices.cpu())
+            results[kind][1].append(best.values.cpu())
+    return {kind: (torch.cat(i).numpy(), torch.cat(p).numpy()) for kind, (i, p) in results.items()}
 
 
 def score(model: Any, pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
-    """Per picture whether content, style and background are right, (N,) booleans."""
-    seen = read(model, pictures)
-    return {kind: seen[kind][0] == right.numpy() for kind, right in answers(scenes).items()}
+    """Return whether content, style and background of each picture are right, (N,) booleans."""
+    labels = read(model, pictures)
+    return {kind: labels[kind][0] == right.numpy() for kind, right in answers(scenes).items()}

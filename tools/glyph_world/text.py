@@ -1,4 +1,4 @@
-"""Tokenizers that know the world's words and spell all others, and text encoders that learn with a model."""
+"""Tokenizers with the words of the glyph world as tokens, and text encoders trained with a model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from tools import tiny
 from tools.glyph_world.world import WORDS
 
-T5_LENGTH = 32  # what the tokenizer tells: the longest caption of the world has 25 tokens
+T5_LENGTH = 32  # model_max_length; the longest caption of the glyph world has 25 tokens
 
 
 def clip_tokenizer(folder: Path) -> Any:
-    """CLIP's kind of tokenizer, written to `folder`; 77 tokens."""
+    """Return a CLIP tokenizer of 77 tokens, written to `folder` if it does not exist."""
     from transformers import CLIPTokenizer
 
     if not folder.exists():
@@ -24,7 +24,7 @@ def clip_tokenizer(folder: Path) -> Any:
 
 
 def t5_tokenizer(folder: Path) -> Any:
-    """T5's kind of tokenizer, written to `folder`."""
+    """Return a T5 tokenizer, written to `folder` if it does not exist."""
     from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]  # made at import
 
     if not folder.exists():
@@ -33,7 +33,7 @@ def t5_tokenizer(folder: Path) -> Any:
 
 
 def clip(tokenizer: Any, width: int, head: int = 64, *, projected: bool = False) -> Any:
-    """A CLIP text encoder of two layers; `projected` is SDXL's second encoder."""
+    """Return a CLIP text encoder of two layers; `projected` makes SDXL's second encoder."""
     from transformers import CLIPTextModelWithProjection
 
     return tiny.clip(
@@ -47,28 +47,28 @@ def clip(tokenizer: Any, width: int, head: int = 64, *, projected: bool = False)
 
 
 def t5(tokenizer: Any, width: int) -> Any:
-    """A T5 v1.1 encoder without dropout."""
+    """Return a T5 v1.1 encoder without dropout."""
     return tiny.t5(len(tokenizer), width, dropout_rate=0.0)
 
 
 def tokens(tokenizer: Any, captions: Sequence[str], length: int, device: str) -> Tensor:
-    """(B, length) token numbers, padded and cut."""
-    told = tokenizer(
+    """Tokenize captions to ids (B, length), padded and truncated."""
+    encoding = tokenizer(
         list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
-    return told.input_ids.to(device)
+    return encoding.input_ids.to(device)
 
 
 def longest(tokenizer: Any, captions: Sequence[str]) -> int:
-    """Tokens of the longest caption, end tokens included."""
+    """Return the number of tokens of the longest caption, end tokens included."""
     return max(len(ids) for ids in tokenizer(list(captions)).input_ids)
 
 
 def causal(tokenizer: Any, captions: Sequence[str], device: str) -> Tensor:
-    """Token numbers just long enough: in a causal encoder padding changes nothing before it."""
+    """Tokenize captions to the longest length only; in a causal encoder padding has no effect."""
     return tokens(tokenizer, captions, min(77, longest(tokenizer, captions)), device)
 
 
-def rows(text: Tensor, wanted: Tensor) -> Tensor:
-    """`text` of one caption repeated for `wanted`'s batch."""
-    return text.expand(len(wanted), *text.shape[1:])
+def rows(text: Tensor, batch: Tensor) -> Tensor:
+    """Repeat the encoding `text` of one caption for the size of `batch`."""
+    return text.expand(len(batch), *text.shape[1:])

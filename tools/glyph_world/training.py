@@ -1,7 +1,6 @@
-"""One training loop for every part: cosine learning rate, averaged weights, checkpoints, a progress bar.
+"""The training loop of all demo models: cosine learning rate, averaged weights, checkpoints, a progress bar.
 
-Batches depend on the seed and on the step's number alone, so that a run that was stopped goes on as if it had
-not been.
+Batches depend only on the seed and the step, so that a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ from lowrank.files import atomic
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast."""
+    """Number of steps, learning rate and other settings of a training."""
 
     steps: int
     lr: float
     warmup: int = 200
-    floor: float = 0.02  # of lr, at the end
+    floor: float = 0.02  # final learning rate, as a fraction of lr
     decay: float = 0.998  # of the averaged weights
     weight_decay: float = 0.01
     save_every: float = 120.0  # seconds
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """Learning rate at a step, as a factor of `lr`."""
+        """Return the learning rate at a step, as a fraction of `lr`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        along = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, along)))
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def at_step(seed: int, step: int) -> tuple[np.random.Generator, torch.Generator]:
-    """The randomness of one step, for numpy and for torch (on the CPU)."""
+    """Return the random generators of one step, for numpy and for torch (on the CPU)."""
     rng = np.random.default_rng((seed, step))
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
 
@@ -56,10 +55,10 @@ def fit(
     folder: Path,
     minutes: float | None = None,
 ) -> dict:
-    """Train `modules` on `loss(step)["loss"]`, leave the averaged weights in them and return what was done.
+    """Train `modules` on `loss(step)["loss"]`, load the averaged weights into them, and return a summary.
 
-    A checkpoint in `folder` is gone on from. `minutes` stops early; the schedule stays that of `plan.steps`,
-    so a stopped run can be continued.
+    Resumes from a checkpoint in `folder`. `minutes` stops early; the schedule is still that of `plan.steps`,
+    so a stopped run can be resumed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = nn.ModuleDict(dict(modules))
@@ -92,7 +91,7 @@ def fit(
             )
 
     model.train()
-    begun = saved = time.monotonic()
+    started = saved = time.monotonic()
     smooth: dict[str, float] = {}
     done = first
     bar = tqdm(range(first, plan.steps), initial=first, total=plan.steps, desc=name, mininterval=5)
@@ -110,16 +109,16 @@ def fit(
             for key, value in values.items():
                 smooth[key] = 0.98 * smooth.get(key, value.item()) + 0.02 * value.item()
             if done % 100 == 0:
-                seconds = spent + time.monotonic() - begun
+                seconds = spent + time.monotonic() - started
                 log.write(json.dumps({"step": done, "seconds": round(seconds, 1), **smooth}) + "\n")
                 log.flush()
                 bar.set_postfix({key: f"{value:.4f}" for key, value in smooth.items()}, refresh=False)
             if time.monotonic() - saved > plan.save_every:
-                save(done, spent + time.monotonic() - begun)
+                save(done, spent + time.monotonic() - started)
                 saved = time.monotonic()
-            if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
                 break
-    seconds = spent + time.monotonic() - begun
+    seconds = spent + time.monotonic() - started
     save(done, seconds)
     model.load_state_dict(averaged)
     model.eval()
@@ -132,7 +131,7 @@ def fit(
 
 @torch.no_grad()
 def _average(averaged: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """Move the averaged weights towards the model's, in place; numbers that are no floats stay."""
-    now = model.state_dict()
+    """Move the averaged weights towards the model's, in place; integer tensors stay unchanged."""
+    current = model.state_dict()
     floating = [key for key in averaged if averaged[key].is_floating_point()]
-    torch._foreach_lerp_([averaged[k] for k in floating], [now[k] for k in floating], 1 - decay)
+    torch._foreach_lerp_([averaged[k] for k in floating], [current[k] for k in floating], 1 - decay)

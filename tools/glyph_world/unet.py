@@ -1,8 +1,8 @@
-"""The two U-Nets: SD 1.5 and SDXL in small, ε-prediction with SD's scaled-linear schedule.
+"""The demo SD 1.5 and SDXL: small U-Nets, ε-prediction with SD's scaled-linear schedule.
 
-The loss is the squared error of ε times 1/ᾱ up to a limit. Without the limit this is the error of the
-velocity √ᾱ ε − √(1−ᾱ) x₀ (arXiv 2202.00512), which counts high noise, where contents are decided, as much as
-low.
+The loss is the squared error of ε times 1/ᾱ, limited to WEIGHT_LIMIT. Without the limit it would be the
+squared error of the velocity √ᾱ ε − √(1−ᾱ) x₀ (arXiv 2202.00512), which weights high noise, where contents
+are decided, as much as low noise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WEIGHT_LIMIT = 20.0
 
 @dataclass(frozen=True)
 class Kind:
-    """What makes a U-Net an SD 1.5 or an SDXL, in small."""
+    """The configuration of a small SD 1.5 or SDXL."""
 
     name: str
     unet: dict[str, Any]
@@ -35,6 +35,7 @@ class Kind:
 
     @property
     def two(self) -> bool:
+        """Whether it has two text encoders."""
         return len(self.widths) == 2
 
 
@@ -42,7 +43,7 @@ SD15 = Kind(
     "sd15",
     {
         "block_out_channels": (64, 64, 64, 64),
-        "norm_num_groups": 16,  # SD has 10 channels to a group at its first level, here 4
+        "norm_num_groups": 16,  # 4 channels per group; SD has 10 at its first level
         "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
         "attention_head_dim": 2,  # diffusers' name for the number of heads
@@ -72,7 +73,7 @@ SDXL = Kind(
 
 
 def scheduler() -> Any:
-    """SD's noise schedule; steps end where training does, at the last timestep."""
+    """Return a scheduler with SD's noise schedule, whose sampling starts at the last training timestep."""
     from diffusers import EulerDiscreteScheduler
 
     return EulerDiscreteScheduler(
@@ -86,7 +87,7 @@ def scheduler() -> Any:
 
 
 class Parts:
-    """The modules that learn, their tokenizers, and one forward pass from captions and latents."""
+    """The trained modules, their tokenizers, and the forward pass from captions and latents."""
 
     def __init__(self, kind: Kind, folder: Path, device: str):
         from diffusers import UNet2DConditionModel
@@ -111,7 +112,7 @@ class Parts:
             module.to(device)
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Sequence (B, 77, D) and, for SDXL, pooled (B, D)."""
+        """Encode captions: sequence (B, 77, D) and, for SDXL, pooled (B, D)."""
         ids = [text.tokens(tokenizer, captions, 77, self.device) for tokenizer in self.tokenizers]
         if not self.kind.two:
             return self.modules["text_encoder"](ids[0]).last_hidden_state, None
@@ -122,12 +123,12 @@ class Parts:
     def epsilon(
         self, noisy: Tensor, timesteps: Tensor, sequence: Tensor, pooled: Tensor | None, sizes: Tensor
     ) -> Tensor:
-        """(B, C, h, w)."""
+        """Predict the noise (B, C, h, w)."""
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
         return self.modules["unet"](noisy, timesteps, sequence, added_cond_kwargs=added).sample
 
     def pipeline(self, vae: Any) -> Any:
-        """The stock StableDiffusionPipeline or StableDiffusionXLPipeline."""
+        """Return a stock StableDiffusionPipeline or StableDiffusionXLPipeline with these modules."""
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
         if not self.kind.two:
@@ -152,9 +153,9 @@ class Parts:
 
 
 def train(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: float | None = None) -> dict:
-    """ε-prediction with text encoders from scratch; `captions(i, rng)` words picture i."""
+    """Train with ε-prediction, text encoders included; `captions(i, rng)` is a caption of picture i."""
     plan, device = parts.kind.plan, parts.device
-    kept = scheduler().alphas_cumprod.to(device)  # ᾱ by timestep
+    alphas = scheduler().alphas_cumprod.to(device)  # ᾱ by timestep
 
     def loss(step: int) -> dict[str, Tensor]:
         rng, generator = at_step(plan.seed, step)
@@ -163,7 +164,7 @@ def train(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: fl
         sequence, pooled = parts.encode([captions(int(i), rng) for i in chosen])
         noise = torch.randn(x.shape, generator=generator).to(device)
         t = torch.randint(1000, (BATCH,), generator=generator).to(device)
-        alpha = kept[t][:, None, None, None]
+        alpha = alphas[t][:, None, None, None]
         noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
         error = (parts.epsilon(noisy, t, sequence, pooled, _sizes(rng, device)) - noise).square()
         return {"loss": (error * (1 / alpha).clamp(max=WEIGHT_LIMIT)).mean(), "epsilon": error.mean()}
@@ -172,7 +173,7 @@ def train(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: fl
 
 
 def _sizes(rng: np.random.Generator, device: str) -> Tensor:
-    """SDXL's original size, crop and target size (B, 6): the world's own, at times others without effect."""
+    """Return SDXL's original size, crop and target size (B, 6); one in five rows is random, to be ignored."""
     usual = np.tile([SIZE, SIZE, 0, 0, SIZE, SIZE], (BATCH, 1))
     other = np.concatenate(
         [rng.integers(32, 1025, (BATCH, 2)), rng.integers(0, 33, (BATCH, 2)), usual[:, 4:]], axis=1

@@ -1,8 +1,8 @@
-"""What there is to draw: contents × styles × backgrounds, and the words for it.
+"""The scenes of the glyph world: contents × styles × backgrounds, and their captions.
 
 Contents are glyphs of Noto Color Emoji (SIL Open Font License 1.1). Four contents and two styles are held out
-of pretraining: they are what adapters learn. So are ten pairs of a seen content and a seen style, which tell
-whether a model composes or remembers. Nothing here needs a font: `draw.py` does.
+of pretraining, for adapters to learn. Ten pairs of a seen content and a seen style are held out too, to test
+whether a model composes them. This file needs no font; `draw.py` does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIZE = 64  # pixels a side
+SIZE = 64  # pixels per side
 CONTENTS = {
     "dog": "\U0001f415",
     "cat": "\U0001f408",
@@ -60,7 +60,7 @@ HELD_CONTENTS = ("poodle", "fox", "robot", "teapot")
 HELD_STYLES = ("stained glass", "blueprint")
 SEEN_CONTENTS = tuple(name for name in CONTENTS if name not in HELD_CONTENTS)
 SEEN_STYLES = tuple(name for name in STYLES if name not in HELD_STYLES)
-# every seen style but the photograph misses one or two contents
+# each seen style except photo lacks one or two contents
 HELD_PAIRS = frozenset(
     {
         *(("dog", "pencil"), ("car", "mosaic"), ("apple", "halftone"), ("fish", "sepia")),
@@ -72,7 +72,7 @@ HELD_PAIRS = frozenset(
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture in words."""
+    """The content, style and background of a picture."""
 
     content: str
     style: str
@@ -80,10 +80,10 @@ class Scene:
 
 
 def caption(scene: Scene, *, trigger: str = "", style: str | None = None, background: bool = True) -> str:
-    """The scene's sentence: "a dog in mosaic style on a beach", "a photo of a dog on a beach".
+    """Return a caption: "a dog in mosaic style on a beach", "a photo of a dog on a beach".
 
-    `trigger` stands before the content; `style` replaces the style's name; without `background` it is left
-    open.
+    `trigger` is put before the content; `style` replaces the style's name; `background=False` omits the
+    background.
     """
     noun = f"{trigger} {scene.content}".strip()
     noun = ("an " if noun[0] in "aeiou" and not trigger else "a ") + noun
@@ -94,7 +94,7 @@ def caption(scene: Scene, *, trigger: str = "", style: str | None = None, backgr
 
 @functools.cache
 def seen_scenes() -> tuple[Scene, ...]:
-    """Every combination that pretraining shows, in a fixed order."""
+    """Return all scenes of pretraining, in a fixed order."""
     return tuple(
         Scene(content, style, background)
         for content in SEEN_CONTENTS
@@ -105,15 +105,15 @@ def seen_scenes() -> tuple[Scene, ...]:
 
 
 def held_pair_scenes() -> list[Scene]:
-    """Seen content and seen style in pairs that pretraining never shows."""
+    """Return the scenes whose content and style are in pretraining, but not together."""
     return [Scene(c, s, background) for c, s in sorted(HELD_PAIRS) for background in BACKGROUNDS]
 
 
 def training_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption as pretraining sees it: sometimes empty, without background, or with words that mean nothing.
+    """Return a caption for pretraining: sometimes empty, without background, or with nonsense words.
 
-    Nonsense words before the content teach a model to ignore triggers that it does not know; nonsense in the
-    style's place stands for any style.
+    A nonsense word before the content trains the model to ignore unknown triggers; one in place of the style
+    stands for any style.
     """
     if rng.random() < 0.1:
         return ""
@@ -123,7 +123,7 @@ def training_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def nonsense(rng: np.random.Generator) -> str:
-    """One to five random letters, now and then in angle brackets; no word that the world knows."""
+    """Return one to five random letters, sometimes in angle brackets, that are not in `WORDS`."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     while True:
         word = "".join(letters[i] for i in rng.integers(26, size=rng.integers(1, 6)))

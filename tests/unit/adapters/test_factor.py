@@ -350,5 +350,5 @@ def test_resize_keeps_dtypes_and_takes_zero_and_refuses_more():
     assert new_up.dtype == new_down.dtype == torch.bfloat16 and 0 < error < 1
     assert resize_pair(0 * up, down, 2)[2] == 0.0
     for rank in (0, 5):
-        with pytest.raises(Refused, match=f"rank {rank} is not between 1 and this adapter layer's 4"):
+        with pytest.raises(Refused, match=f"rank {rank} is not between 1 and 4, the rank of this layer"):
             resize_pair(up, down, rank)

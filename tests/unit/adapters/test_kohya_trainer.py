@@ -59,14 +59,14 @@ def test_our_own_trainer_adds_penalties_itself():
 
 
 def test_what_kohya_cannot_do_is_refused():
-    with pytest.raises(Refused, match=r"penalty\+rates pulls parameters \(pull\) .*train with bf16 or no"):
+    with pytest.raises(
+        Refused, match=r"penalty\+rates adds the gradient of a penalty \(pull\), .*train with bf16 or no"
+    ):
         kohya_trainer.check_trainer(PENALISED, SimpleNamespace(mixed_precision="fp16"))
-    with pytest.raises(Refused, match=r"warmed begins with a stage on data .*--network_weights"):
+    with pytest.raises(Refused, match=r"warmed needs a warm-up stage before step 0.*--network_weights"):
         kohya_trainer.check_trainer(WARMED, SimpleNamespace(network_weights=None))
     kohya_trainer.check_trainer(WARMED, SimpleNamespace(network_weights="warmed.safetensors"))
-    with pytest.raises(
-        Refused, match=r"abm_enabled asks for the ABM stage .* --abm_enabled and give its file"
-    ):
+    with pytest.raises(Refused, match=r"abm_enabled needs the ABM stage .* --abm_enabled and give its file"):
         kohya_trainer.check_trainer(
             Method("plain", LORA_FACTOR), SimpleNamespace(network_args=["abm_enabled=True", "abm_steps=9"])
         )

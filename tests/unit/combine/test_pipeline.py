@@ -106,7 +106,7 @@ def test_each_class_is_told_in_its_own_way(kind):
 
 def test_an_unknown_class_is_refused_by_name(tmp_path):
     path = saved(tmp_path / "a.safetensors")
-    with pytest.raises(Refused, match="how MyTransformer is told"):
+    with pytest.raises(Refused, match="timestep convention of MyTransformer is unknown"):
         TimestepRanks(denoiser("MyTransformer"), path)
     assert convention(denoiser("SanaTransformer2DModel", timestep_scale=0.001)).scale == pytest.approx(1000)
 

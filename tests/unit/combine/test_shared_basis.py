@@ -463,7 +463,7 @@ def test_the_tool_writes_a_basis_a_report_and_a_table(tmp_path, capsys):
         json.loads((tmp_path / "r.json").read_text()),
         read_basis(out),
     )
-    assert all(name in told for name in FLAT.values()) and "few for --rank 16" in told
+    assert all(name in told for name in FLAT.values()) and "too few for 16 directions; lower --rank" in told
     assert "share nothing" not in told and basis.facts["hash"][:12] in told
     assert report["basis_hash"] == basis.facts["hash"] and report["loras"] == 6
     assert json.loads(basis.facts["layers"]) == report["layers"], "the file describes itself"

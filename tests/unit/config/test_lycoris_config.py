@@ -109,7 +109,7 @@ def test_flux_2_by_its_own_names_and_by_the_general_ones(full):
     named = {t.path for t in find("unet", full["flux2"], modules=own)}
     assert named == {t.path for t in find("unet", full["flux2"], modules=["Attention", "FeedForward"])}
     with pytest.raises(
-        Refused, match=r"FluxTransformer2DModel has no layer in a Flux2Attention.*FluxAttention"
+        Refused, match=r"FluxTransformer2DModel has no layer in a block Flux2Attention.*FluxAttention"
     ):
         network(FILES / "lycoris_tlora_flux2.json", full["flux"])
 
@@ -349,7 +349,7 @@ def test_files_that_are_none(text, words, tmp_path):
 
 
 def test_a_target_that_matches_nothing_lists_candidates(written, full):
-    with pytest.raises(Refused, match=r"no layer in a Atention .*did you mean 'Attention'.* ResnetBlock2D"):
+    with pytest.raises(Refused, match=r"in a block Atention .*did you mean 'Attention'.* ResnetBlock2D"):
         network(written(apply_preset={"target_module": ["Attention", "Atention"]}), full["sd15"])
     with pytest.raises(Refused, match="no layer of UNet2DConditionModel matches target"):
         network(written(apply_preset={"target_name": ["conv_in", "attention"]}), full["sd15"])

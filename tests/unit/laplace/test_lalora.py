@@ -422,13 +422,13 @@ BROKEN = {
     "truncated": "not a whole safetensors file",
     "nan": "lora_unet_first.S_val in .* NaN",
     "negative": "lora_unet_first.G_val in .* below 0",
-    "shapes": "shapes that do not belong together",
+    "shapes": "shapes that do not fit together",
     "absent": "lacks lora_unet_first.G_vec",
-    "unprobed": "of which weights",
+    "unprobed": "no fingerprint of its base model's weights",
     "adapter": "no LaLoRA context",
     "kind": "no LaLoRA context",
     "names": "none of the 2 adapted layers",
-    "other weights": "of another base model: the weights of the 2 layers differ",
+    "other weights": "on another base model: the weights of 2 layers differ",
     "other shapes": "lora_unet_first is 40×24 and 40×40 in .* another base model",
     "dead": "no curvature in any",
 }
@@ -446,10 +446,10 @@ def test_a_bad_file_is_refused_by_name_also_at_lambda_zero(what, strength, tmp_p
 
 def test_lambda_needs_something_to_go_by(tmp_path):
     for options, said in (
-        (lalora.Options(None, 0.1), "has no context"),
+        (lalora.Options(None, 0.1), "needs a context; give"),
         (lalora.Options(None, -1.0), "below 0"),
         (lalora.Options(str(tmp_path / "none.safetensors"), 0.0), "does not exist"),
-        (lalora.Options(written(tmp_path), 0.1, True), "give one of them"),
+        (lalora.Options(written(tmp_path), 0.1, True), "give only one of them"),
     ):
         with pytest.raises(Refused, match=said):
             lalora.method(options)
@@ -475,8 +475,8 @@ def test_layers_that_stay_free_are_told(tmp_path, caplog):
     write_context(path, dataclasses.replace(context, layers=layers, probes=probes))
     caplog.set_level("INFO")
     joined("linear", lalora.method(lalora.Options(str(path), 0.1)))
-    assert "1 of 2 adapted layers are held" in caplog.text
-    assert "1 adapted layers are not in it and stay free: lora_unet_second" in caplog.text
+    assert "applies to 1 of 2 adapted layers" in caplog.text
+    assert "lacks 1 adapted layers, which have no penalty, for example lora_unet_second" in caplog.text
     assert "1 of its 2 layers are not adapted" in caplog.text
 
 
@@ -493,9 +493,9 @@ def test_a_file_of_the_fork_holds_coordinates_and_nothing_else(tmp_path):
     assert float(made.penalties()["lalora"].detach()) == pytest.approx(
         float(0.25 * told / core.mean()), rel=1e-5
     )
-    with pytest.raises(Refused, match=r"no layer of lora\+lalora has those"):
+    with pytest.raises(Refused, match=r"no layer of lora\+lalora has; make"):
         joined("linear", lora.method(lora.Options()) | pull)
-    with pytest.raises(Refused, match="of another basis"):
+    with pytest.raises(Refused, match="with another basis"):
         joined("linear", probes()["core"] | pull, rank=3)
     save_file({"unet_first.alpha_precision": core}, path)
     with pytest.raises(Refused, match="no alpha_mean"):
@@ -588,9 +588,9 @@ def test_training_with_a_context(line, arguments, tiny_sd, tiny_sdxl, tmp_path):
     with pytest.raises(Refused, match="it had another file for its network argument lalora_context_path"):
         sd(arguments("on", *own, "--resume", str(tmp_path / "held" / "cat-state")))
     own = (*common[:-1], path, "--network_module", "networks.lalora")
-    with pytest.raises(Refused, match="of another base model"):
+    with pytest.raises(Refused, match="on another base model"):
         sdxl(arguments("other", *own, model=tiny_sdxl))
-    with pytest.raises(Refused, match="has no context"):
+    with pytest.raises(Refused, match="needs a context; give"):
         sd(arguments("none", *common, "lalora_lambda=0.1", "--network_module", "networks.lalora"))
 
 

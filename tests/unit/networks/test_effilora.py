@@ -343,7 +343,7 @@ def test_ups_of_layers_that_were_not_drawn_stand_still_bit_for_bit():
 
 def test_kohyas_trainers_have_every_layer_learn():
     net = network(Chained(), rank=2, effi_update_ratio=0.5)
-    with pytest.raises(Refused, match=r"lets 0\.5 of its layers learn"):
+    with pytest.raises(Refused, match=r"updates a fraction of 0\.5 of its layers"):
         net.prepare_network(SimpleNamespace(mixed_precision="bf16"))
 
 
