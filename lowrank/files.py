@@ -91,6 +91,22 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def existing_file(path: str | os.PathLike, way_out: str = "check the path") -> Path:
+    """The path, if a file is there. Raises `Refused`."""
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long or a folder closed
+        raise Refused(f"{path} does not exist or is not a file; {way_out}")
+    return Path(path)
+
+
+def existing_folder(path: str | os.PathLike, option: str) -> Path:
+    """The path of a folder of images. Raises `Refused` naming `option` where there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else f"does not exist (seen from {Path.cwd()})"
+        raise Refused(f"{option} {path} {what}; give the folder that holds the images")
+    return path
+
+
 def writable_folder(path: str | os.PathLike, option: str = "--output_dir") -> Path:
     """The folder, made if need be, after a file could be written in it. Raises `Refused` naming `option`."""
     folder = Path(path)

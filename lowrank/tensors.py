@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank.errors import Refused
-from lowrank.files import atomic
+from lowrank.files import atomic, existing_file
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 # What torch's restricted unpickler raises over code, and over bytes that are no checkpoint at all.
@@ -37,13 +37,6 @@ _NOT_A_PICKLE = (
     TypeError,
     ValueError,
 )
-
-
-def existing_file(path: str | os.PathLike, way_out: str = "check the path") -> Path:
-    """The path, if a file is there. Raises `Refused`."""
-    if not os.path.isfile(path):  # Path.is_file raises where a name is too long or a folder closed
-        raise Refused(f"{path} does not exist or is not a file; {way_out}")
-    return Path(path)
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,7 +12,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import math
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Set
@@ -26,13 +25,12 @@ from lowrank.adapters.arguments import CommonArguments, layer_sizes, speeds
 from lowrank.adapters.method import Factor, Method, check_made_by
 from lowrank.adapters.network import AdapterNetwork, DenseWeights
 from lowrank.adapters.targets import Target, find_all
+from lowrank.config.flag import WORDS, parse_text
 from lowrank.errors import Refused, nearest
 from lowrank.naming import keys
 from lowrank.naming.flux_join import strength
 
 logger = logging.getLogger(__name__)
-
-_WORDS = {int: "a whole number", float: "a finite number", str: "a text"}
 
 
 def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
@@ -40,19 +38,12 @@ def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
     kinds = [k for k in typing.get_args(hint) or (hint,) if k is not types.NoneType]
     if text is None or (text == "None" and len(kinds) < len(typing.get_args(hint))):
         return None
-    kind, text = kinds[0], str(text)
-    if kind is bool:
-        answers = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in answers:
-            raise Refused(f"{owner} argument {name}={text!r} is not a yes or no; write True or False")
-        return answers[text.lower()]
-    try:
-        value = kind(text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError(text)
-        return value
-    except ValueError as error:
-        raise Refused(f"{owner} argument {name}={text!r} is not {_WORDS[kind]}; correct its value") from error
+    value = parse_text(kinds[0], str(text))
+    if value is None and kinds[0] is bool:
+        raise Refused(f"{owner} argument {name}={text!r} is not a yes or no; write True or False")
+    if value is None:
+        raise Refused(f"{owner} argument {name}={text!r} is not {WORDS[kinds[0]]}; correct its value")
+    return value
 
 
 def _parse_options(kind: type, arguments: Mapping[str, Any]) -> Any:

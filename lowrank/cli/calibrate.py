@@ -18,7 +18,7 @@ from lowrank.formats.nearest_lora import together, unrouted
 from lowrank.models.family import Models, align
 from lowrank.naming import keys
 from lowrank.tensors import TensorFile, read_metadata
-from lowrank.train.data import draw_picture
+from lowrank.train.preview import draw_picture
 from lowrank.train.prompts import read_prompts
 from lowrank.train.text_conditions import TextConditions
 

@@ -18,9 +18,8 @@ from lowrank import __version__
 from lowrank.adapters.targets import Target, as_passed, find_all, host_shape
 from lowrank.cli import source_pictures as pictures
 from lowrank.cli.base_model import base, device_of, model_family, own_side
-from lowrank.cli.resolve import record
 from lowrank.config.command_line import Parsed
-from lowrank.config.context import CALC_CONTEXT
+from lowrank.config.context import CALC_CONTEXT, ContextOptions
 from lowrank.data.cache import Cache
 from lowrank.data.loader import Batch, Loader
 from lowrank.errors import Refused
@@ -28,11 +27,11 @@ from lowrank.files import writable_folder
 from lowrank.laplace.context_file import Context, write_context
 from lowrank.laplace.fisher import Fisher
 from lowrank.models import memory
-from lowrank.models.family import Family, Models, Source, align, release
+from lowrank.models.family import Family, FamilyOptions, Models, Source, align, release
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
 from lowrank.objective.diffusion import Diffusion
-from lowrank.objective.flow import Draw, Flow
+from lowrank.objective.flow import Draw, Flow, Objective
 from lowrank.tensors import read_tensors
 from lowrank.train import setup
 from lowrank.train.attach import choose_attention
@@ -50,14 +49,15 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level="INFO", format="%(message)s")
     for note in parsed.notes:
         logger.warning("%s", note)
-    sources, measure = parsed.sources, parsed.measure
+    options, sources, measure = parsed.options, parsed.options.sources, parsed.options.measure
+    assert measure.output_path is not None  # required
     output = Path(measure.output_path)
     writable_folder(output.parent, "--output_path")
     folder = Path(sources.source_data_dir or output.with_name(f"{output.stem}_source"))
     pictures.check_source(folder, sources.train_data_dir, sources.force)
     if measure.basis_path:
         read_tensors(measure.basis_path)
-    source = _source(parsed)
+    source = _source(options)
     family = model_family(source)
     objective, switches = _records(parsed, family)
     models = family.load(source, ())
@@ -66,12 +66,12 @@ def main(argv: list[str] | None = None) -> int:
     if sources.source_prompts:
         default = pictures.default_prompt(family, sides)
         pictures.draw_source(family, models, switches, sources, measure.seed, folder, default)
-    loader = _loader(parsed, family, models, folder, sides)
+    loader = _loader(options, family, models, folder, sides)
     text = TextConditions(
         family, models, switches, loader.captions() or (), not measure.network_train_unet_only
     )
     loader = _encoded(loader, family, models)
-    targets = _prepared(parsed, family, models, text.encoders)
+    targets = _prepared(options, family, models, text.encoders)
     count = measure.num_samples or measure.max_steps * measure.batch_size
     _check_room(targets, measure.curvature, source.device)
     fisher = Fisher(targets, measure.curvature, measure.kfac_rank, measure.seed, source.device)
@@ -88,13 +88,14 @@ def main(argv: list[str] | None = None) -> int:
 # ------------------------------------------------------------------ from options to records
 
 
-def _source(parsed: Parsed) -> Source:
-    own = parsed.base_model_flags
+def _source(options: ContextOptions) -> Source:
+    own = options.base_model
     device, precision = device_of(own.device), own.mixed_precision
     if precision == "fp16" and device == "cpu":
         logger.warning("there is no GPU, and mixed precision fp16 needs one: this run computes in fp32")
         precision = "no"
     flag = "pretrained_model_name_or_path"
+    assert own.pretrained_model_name_or_path is not None  # required
     found = base(own.pretrained_model_name_or_path, precision, device, own.tokenizer_cache_dir, flag)
     if own.fp8_base and found.dtype == torch.float32:
         raise Refused(
@@ -104,30 +105,37 @@ def _source(parsed: Parsed) -> Source:
         found,
         vae=own.vae,
         vae_dtype=torch.float32 if own.no_half_vae else None,
-        v_parameterization=parsed.measure.v_parameterization,
+        v_parameterization=options.measure.v_parameterization,
     )
 
 
-def _records(parsed: Parsed, family: Family) -> tuple[Any, Any]:
+def _records(parsed: Parsed[ContextOptions], family: Family) -> tuple[Objective, FamilyOptions]:
     """The objective and the family's switches; a flag that is another family's is refused."""
+    measure = parsed.options.measure
     if family is not FLUX:
-        return record(Diffusion, parsed), record(SdOptions, parsed)
+        switches = SdOptions(clip_skip=measure.clip_skip, max_token_length=measure.max_token_length)
+        objective = Diffusion(
+            v_parameterization=measure.v_parameterization, min_snr_gamma=measure.min_snr_gamma
+        )
+        return objective, switches
     for name in _ONLY_SD:
         if parsed.value(name):
             raise Refused(f"{parsed.flag(name)} is not for {family.name}; leave it out")
     return Flow(), FluxOptions()
 
 
-def _loader(parsed: Parsed, family: Family, models: Models, folder: Path, sides: tuple[int, int]) -> Loader:
+def _loader(
+    options: ContextOptions, family: Family, models: Models, folder: Path, sides: tuple[int, int]
+) -> Loader:
     """One picture a batch, so that how they come does not depend on --batch_size."""
-    buckets = dataclasses.asdict(parsed.buckets) | {"resolution": sides, "batch_size": 1}
+    buckets = dataclasses.asdict(options.buckets) | {"resolution": sides, "batch_size": 1}
     if buckets["enable_bucket"]:
         buckets["min_bucket_reso"] = min(buckets["min_bucket_reso"], *sides)
         buckets["max_bucket_reso"] = max(buckets["max_bucket_reso"], *sides)
     return Loader(
-        pictures.source_datasets(folder, parsed.sources.caption_extension, **buckets),
-        seed=parsed.measure.seed,
-        skip_bad_images=parsed.sources.skip_bad_images,
+        pictures.source_datasets(folder, options.sources.caption_extension, **buckets),
+        seed=options.measure.seed,
+        skip_bad_images=options.sources.skip_bad_images,
         multiple=family.bucket_step(models),
     )
 
@@ -142,17 +150,19 @@ def _encoded(loader: Loader, family: Family, models: Models) -> Loader:
     return loader
 
 
-def _prepared(parsed: Parsed, family: Family, models: Models, encoders: Sequence[nn.Module]) -> list[Target]:
+def _prepared(
+    options: ContextOptions, family: Family, models: Models, encoders: Sequence[nn.Module]
+) -> list[Target]:
     """The denoiser as it is trained, and the layers that adapters would change."""
     family.add(models, ("denoiser",))
     align(models)
-    denoiser, measure = models.denoiser, parsed.measure
-    choose_attention(parsed.base_model_flags.xformers, denoiser)
+    denoiser, measure = models.denoiser, options.measure
+    choose_attention(options.base_model.xformers, denoiser)
     passed = as_passed(encoders, denoiser) if encoders else []
     targets = find_all(passed, denoiser, target=measure.target, exclude=measure.exclude, conv=measure.conv)
-    if parsed.base_model_flags.fp8_base:
+    if options.base_model.fp8_base:
         memory.store_in_fp8(denoiser, models.source.dtype)
-    if parsed.base_model_flags.gradient_checkpointing:
+    if options.base_model.gradient_checkpointing:
         memory.checkpoint_blocks(denoiser)
     return targets
 
@@ -177,8 +187,8 @@ def _run(
     fisher: Fisher,
     family: Family,
     models: Models,
-    objective: Any,
-    switches: Any,
+    objective: Objective,
+    switches: FamilyOptions,
     loader: Loader,
     text: TextConditions,
     count: int,
@@ -195,8 +205,10 @@ def _run(
             def losses(group: list[Batch] = group, drawn: Draw = drawn) -> Tensor:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     conditions = text([one.captions[0] for one in group]) | _sizes(family, group)
-                    said = family.denoise(models.denoiser, drawn.noisy, drawn.timesteps, conditions, switches)
-                return objective.losses(said, drawn)
+                    prediction = family.denoise(
+                        models.denoiser, drawn.noisy, drawn.timesteps, conditions, switches
+                    )
+                return objective.losses(prediction, drawn)
 
             # the sum over a sample in place of its mean, as a half-precision backward needs
             total += float(fisher.add(len(group), losses, scale=float(latents[0].numel())).sum())
@@ -205,7 +217,7 @@ def _run(
 
 
 def _drawn(
-    family: Family, models: Models, objective: Any, group: list[Batch], seed: int, device: torch.device
+    family: Family, models: Models, objective: Objective, group: list[Batch], seed: int, device: torch.device
 ) -> tuple[Tensor, Draw]:
     """Latents, and noise and timesteps, which a picture has from its own place in its epoch."""
     latents, draws = [], []
@@ -218,8 +230,8 @@ def _drawn(
 
 
 def _sizes(family: Family, group: list[Batch]) -> dict[str, Tensor]:
-    told = zip(*((one.original_sizes, one.crop_top_lefts, one.target_sizes) for one in group), strict=True)
-    return family.size_conditions(*(torch.cat(column) for column in told))
+    sizes = zip(*((one.original_sizes, one.crop_top_lefts, one.target_sizes) for one in group), strict=True)
+    return family.size_conditions(*(torch.cat(column) for column in sizes))
 
 
 def _check_room(targets: Sequence[Target], curvature: str, device: Any) -> None:
@@ -238,13 +250,18 @@ def _check_room(targets: Sequence[Target], curvature: str, device: Any) -> None:
         )
 
 
-# ------------------------------------------------------------------ what is written and said
+# ------------------------------------------------------------------ what is written and printed
 
 
 def _facts(
-    parsed: Parsed, family: Family, models: Models, sides: tuple[int, int], count: int, loss: float
+    parsed: Parsed[ContextOptions],
+    family: Family,
+    models: Models,
+    sides: tuple[int, int],
+    count: int,
+    loss: float,
 ) -> dict[str, str]:
-    measure, rank = parsed.measure, parsed.measure.kfac_rank
+    measure, rank = parsed.options.measure, parsed.options.measure.kfac_rank
     facts = {
         "version": __version__,
         "base_model": Path(models.source.path).name,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lowrank.config.flag import option, specs
+from lowrank.config.flag import fields_of, option
 from lowrank.errors import Refused, nearest
 from lowrank.tensors import existing_file
 
@@ -216,7 +216,7 @@ def _read(
     kind: type[Group], found: Mapping[str, Any], where: str, notes: list[str], extra: Sequence[str] = ()
 ) -> Group:
     """A record of the keys of one table; what has no effect is added to `notes`. Raises `Refused`."""
-    known, values = specs((kind,), {}), {}
+    known, values = fields_of(kind), {}
     for key, value in _table(Path(where), "an entry", found).items():
         if key in _WITHOUT_EFFECT:
             notes.append(f"{key} in {where} has no effect: {_WITHOUT_EFFECT[key]}")
@@ -236,11 +236,7 @@ def _read(
                 f"with --network_module lycoris.kohya --network_args algo={value} …, or choose lora"
             )
         elif value is not None:
-            try:
-                values[key] = known[key].from_toml(value)
-                known[key].check_range(key, values[key])
-            except Refused as error:
-                raise Refused(f"{key} in {where}: {error}") from error
+            values[key] = known[key].read(key, value, f" in {where}")
     return kind(**values)
 
 

@@ -28,8 +28,8 @@ from lowrank.models.family import Family, Models
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
 from lowrank.naming.places import places
+from lowrank.train.preview import save_png
 from lowrank.train.text_conditions import TextConditions
-from lowrank.train.watch import save_png
 
 logger = logging.getLogger(__name__)
 

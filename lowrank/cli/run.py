@@ -10,6 +10,15 @@ from typing import NoReturn
 
 from lowrank.errors import Refused
 
+# Scripts whose main imports torch at once: their command line is parsed before, so that help and errors in
+# flags come without waiting for torch.
+_LINES = {
+    "context": ("context", "CALC_CONTEXT"),
+    "merge": ("tools", "INFERENCE_MERGE"),
+    "residual": ("tools", "SAVE_RESIDUAL"),
+    "similarity": ("tools", "VISUALIZE_SIMILARITY"),
+}
+
 
 def run(name: str, main: str = "main") -> NoReturn:
     """Run `lowrank.cli.<name>.<main>`; a `Refused` becomes one sentence on stderr and exit code 1.
@@ -20,10 +29,13 @@ def run(name: str, main: str = "main") -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        if name in _LINES:
+            module, line = _LINES[name]
+            getattr(importlib.import_module(f"lowrank.config.{module}"), line).parse()
         code = getattr(importlib.import_module(f"lowrank.cli.{name}"), main)(None)
     except Refused as refused:
-        said = "".join(c if c.isprintable() else " " for c in str(refused))  # it may quote a stranger's file
-        print(f"error: {said}", file=sys.stderr)
+        text = "".join(c if c.isprintable() else " " for c in str(refused))  # it may quote a stranger's file
+        print(f"error: {text}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("stopped by the keyboard; files already written are whole", file=sys.stderr)

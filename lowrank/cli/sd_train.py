@@ -1,28 +1,24 @@
-"""SD 1.x, SD 2.x and SDXL training from the command line: options to records, then one run."""
+"""SD 1.x, SD 2.x and SDXL training from the command line."""
 
 from __future__ import annotations
 
-from lowrank.cli.resolve import record, with_network
-from lowrank.config.command_line import CommandLine
+from lowrank.config.checks import check_machine
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
-from lowrank.models.family import Family
-from lowrank.models.sd import SD15, SdOptions
-from lowrank.models.sdxl import SDXL
-from lowrank.objective.diffusion import Diffusion
-from lowrank.train.attach import Script
-from lowrank.train.checkpoints import KOHYAS
-from lowrank.train.prompts import Prompt
-from lowrank.train.run import launch
-
-SCRIPT = Script("network_train", KOHYAS, Prompt("", sample_steps=30, scale=7.5, guidance_scale=None))
 
 
-def main(argv: list[str] | None = None, surface: CommandLine = SD_TRAIN, family: Family = SD15) -> int:
-    """Train, and return the exit code. Raises `Refused`."""
-    parsed = with_network(surface.parse(argv), "networks.lora")
-    return launch(parsed, family, record(Diffusion, parsed), record(SdOptions, parsed), SCRIPT)
+def main(argv: list[str] | None = None) -> int:
+    """Train an adapter for SD 1.x or 2.x, and return the exit code. Raises `Refused`."""
+    parsed = SD_TRAIN.parse(argv)
+    check_machine(parsed)
+    from lowrank.cli import train_jobs  # imports torch, which takes seconds: only for a sound command line
+
+    return train_jobs.launch(train_jobs.sd_job(parsed))
 
 
 def main_sdxl(argv: list[str] | None = None) -> int:
     """Train an adapter for SDXL, and return the exit code. Raises `Refused`."""
-    return main(argv, SDXL_TRAIN, SDXL)
+    parsed = SDXL_TRAIN.parse(argv)
+    check_machine(parsed)
+    from lowrank.cli import train_jobs  # imports torch, which takes seconds: only for a sound command line
+
+    return train_jobs.launch(train_jobs.sdxl_job(parsed))

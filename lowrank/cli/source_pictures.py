@@ -12,12 +12,12 @@ from typing import Any
 
 from lowrank.data.dataset import Dataset
 from lowrank.data.images import suffixes
-from lowrank.data.sources import folder_of, from_folders, from_instance
+from lowrank.data.sources import from_folders, from_instance
 from lowrank.errors import Refused
-from lowrank.files import atomic, writable_folder
+from lowrank.files import atomic, existing_folder, writable_folder
 from lowrank.models.family import Family, Models
 from lowrank.models.flux import FLUX
-from lowrank.train.data import draw_files
+from lowrank.train.preview import draw_files
 from lowrank.train.prompts import Prompt, read_prompts
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def check_source(source: Path, trained: str | None, force: bool) -> None:
     """Raise `Refused` where the source is what will be trained on, by its path or by a picture's bytes."""
     if not trained:
         return
-    other = folder_of(trained, "train_data_dir")
+    other = existing_folder(trained, "train_data_dir")
     same = source.is_dir() and other.resolve().samefile(source)
     shared = 0
     if not same and source.is_dir():
@@ -44,13 +44,13 @@ def check_source(source: Path, trained: str | None, force: bool) -> None:
         shared = sum(_digest(path) in known for path in pictures(source))
     if not (same or shared):
         return
-    told = "is the training folder" if same else f"has {shared} pictures of the training folder {other}"
+    overlap = "is the training folder" if same else f"has {shared} pictures of the training folder {other}"
     if not force:
         raise Refused(
-            f"--source_data_dir {source} {told}; a context of them holds back what they shall teach: give "
+            f"--source_data_dir {source} {overlap}; a context of them holds back what they shall teach: give "
             "other pictures, or --source_prompts FILE alone, or --force to do it all the same"
         )
-    logger.warning("--source_data_dir %s %s; it is taken all the same (--force)", source, told)
+    logger.warning("--source_data_dir %s %s; it is taken all the same (--force)", source, overlap)
 
 
 def _digest(path: Path) -> str:
@@ -88,7 +88,7 @@ def draw_source(
 
 def source_datasets(folder: Path, extension: str | None, **values: Any) -> tuple[Dataset, ...]:
     """The source folder as a dataset: kohya's numbered folders in it, or itself. Raises `Refused`."""
-    folder = folder_of(folder, "source_data_dir")
+    folder = existing_folder(folder, "source_data_dir")
     counted = any(path.is_dir() and _COUNTED.fullmatch(path.name) for path in folder.iterdir())
     if extension is None:
         texts = any(path.with_suffix(".txt").exists() for path in pictures(folder))

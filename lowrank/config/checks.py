@@ -1,4 +1,4 @@
-"""Rules between flags that every training script holds."""
+"""Rules between the flags of training, and what they need on this machine, before torch."""
 
 from __future__ import annotations
 
@@ -6,21 +6,14 @@ from collections.abc import Iterator
 
 from lowrank.config.command_line import Parsed, pairs
 from lowrank.config.flags_training import Network
+from lowrank.config.optimizers import check_optimizer_installed, check_rates
+from lowrank.config.train import TrainOptions
 from lowrank.errors import Refused
-from lowrank.tensors import existing_file
+from lowrank.files import existing_file, existing_folder
 
 SOURCES = ("dataset_config", "in_json", "train_data_dir", "instance_data_dir")
-_TOLD_BY_CONFIG = ("in_json", "train_data_dir", "reg_data_dir")  # --dataset_config replaces these
+_REPLACED = ("in_json", "train_data_dir", "reg_data_dir")  # --dataset_config replaces these
 LORA_INIT_METHODS = {"triu_deltaR": "delta_r_triu", "deltaR": "delta_r", "qr": "qrlora"}
-
-
-# Settings whose 0 is how launchers write that they are off.
-OFF_AT_ZERO = (
-    *("max_train_epochs", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio"),
-    *("save_last_n_epochs", "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state"),
-    *("sample_every_n_steps", "sample_every_n_epochs", "scale_weight_norms"),
-    *("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "abm_batch_size"),
-)
 
 
 def adapter_module(network: Network, unnamed: str = "networks.delta_r_triu") -> str:
@@ -32,49 +25,65 @@ def adapter_module(network: Network, unnamed: str = "networks.delta_r_triu") -> 
     return unnamed
 
 
-def trains_text(parsed: Parsed) -> bool:
-    """Whether text encoders are adapted: not where only the denoiser is trained, or their rate is 0."""
-    network, rates = parsed.network, parsed.optimizer.text_encoder_lr
-    if network.network_train_text_encoder_only:
-        return True
-    if network.network_train_unet_only or (rates and not any(rates)):
-        return False
-    return network.train_text_encoder
-
-
-def check_training(parsed: Parsed) -> Iterator[str]:
+def check_training(parsed: Parsed[TrainOptions]) -> Iterator[str]:
     """The rules of every trainer; raises `Refused`, yields notes."""
-    if not parsed.model.pretrained_model_name_or_path:
+    model, saving, logging = parsed.options.model, parsed.options.saving, parsed.options.logging
+    if not model.pretrained_model_name_or_path:
         raise Refused("no base model; give --pretrained_model_name_or_path FOLDER_OR_HUB_ID")
-    if parsed.saving.save_model_as != "safetensors":
+    if saving.save_model_as != "safetensors":
         raise Refused(
-            f"--save_model_as {parsed.saving.save_model_as} would be a pickle, which can run code when it is "
+            f"--save_model_as {saving.save_model_as} would be a pickle, which can run code when it is "
             "loaded; use safetensors"
         )
     yield from _check_data(parsed)
-    yield from _check_held_out(parsed)
-    if parsed.value("log_prefix") and not parsed.value("logging_dir"):
+    yield from _check_masks_and_validation(parsed)
+    if logging.log_prefix and not logging.logging_dir:
         yield "--log_prefix has no effect without --logging_dir"
     _check_network(parsed)
     yield from _check_abm(parsed)
-    if parsed.saving.upcast_before_saving and parsed.saving.save_precision in ("fp16", "bf16"):
+    if saving.upcast_before_saving and saving.save_precision in ("fp16", "bf16"):
         raise Refused(
-            f"--upcast_before_saving and --save_precision {parsed.saving.save_precision} exclude each other"
+            f"--upcast_before_saving and --save_precision {saving.save_precision} exclude each other"
         )
     _check_schedule(parsed)
+    check_rates(parsed.options)
 
 
-def _check_data(parsed: Parsed) -> Iterator[str]:
-    data, prior = parsed.data, parsed.prior
+def check_machine(parsed: Parsed[TrainOptions]) -> None:
+    """Raise `Refused` for files and folders that do not exist, and for packages that are not installed."""
+    options = parsed.options
+    data, network = options.data, options.network
+    check_optimizer_installed(options.optimizer)
+    for name, folder in (
+        ("train_data_dir", data.train_data_dir),
+        ("reg_data_dir", data.reg_data_dir),
+        ("instance_data_dir", data.instance_data_dir),
+    ):
+        read = name != "reg_data_dir" or (data.train_data_dir and not data.in_json)
+        if folder and read and not data.dataset_config:
+            existing_folder(folder, name)
+    files = [("network_weights", network.network_weights), ("lycoris_config", network.lycoris_config)]
+    files += [("base_weights", file) for file in network.base_weights]
+    files += [("dataset_config", data.dataset_config), ("sample_prompts", options.sampling.sample_prompts)]
+    for name, file in files:
+        if file:
+            try:
+                existing_file(file)
+            except Refused as refused:
+                raise Refused(f"{parsed.flag(name)}: {refused}") from refused
+
+
+def _check_data(parsed: Parsed[TrainOptions]) -> Iterator[str]:
+    data, prior, augmentation = parsed.options.data, parsed.options.prior, parsed.options.augmentation
     sources = [n for n in SOURCES if getattr(data, n)]
-    unread = [n for n in _TOLD_BY_CONFIG if data.dataset_config and getattr(data, n)]
+    unread = [n for n in _REPLACED if data.dataset_config and getattr(data, n)]
     sources = [n for n in sources if n not in unread]
     if data.in_json and "train_data_dir" in sources:
         sources.remove("train_data_dir")  # where the images of --in_json are
     if len(sources) != 1:
-        told = " and ".join(parsed.flag(name) for name in sources) or "none"
+        given = " and ".join(parsed.flag(name) for name in sources) or "none"
         raise Refused(
-            f"one source of pictures is needed, not {told}; give --instance_data_dir FOLDER with "
+            f"one source of pictures is needed, not {given}; give --instance_data_dir FOLDER with "
             "--instance_prompt TEXT, --train_data_dir FOLDER, or --dataset_config FILE"
         )
     if data.reg_data_dir and sources[0] in ("in_json", "instance_data_dir"):
@@ -93,13 +102,12 @@ def _check_data(parsed: Parsed) -> Iterator[str]:
             raise Refused("--with_prior_preservation belongs to --instance_data_dir; use --reg_data_dir here")
     elif prior.class_data_dir or prior.class_prompt:
         yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
-    if data.center_crop and data.random_crop:
+    if data.center_crop and augmentation.random_crop:
         raise Refused("--center_crop and --random_crop are both given; give one")
-    cached = data.cache_latents or data.cache_latents_to_disk
-    for name in ("color_aug", "random_crop"):
-        if cached and getattr(data, name):
+    for name, given in (("color_aug", augmentation.color_aug), ("random_crop", augmentation.random_crop)):
+        if parsed.options.caches_latents and given:
             raise Refused(f"--{name} changes images every epoch, but cached latents stay; drop one of both")
-    buckets = parsed.buckets
+    buckets = parsed.options.buckets
     if buckets.min_bucket_reso > buckets.max_bucket_reso:
         raise Refused(
             f"{parsed.flag('min_bucket_reso')} {buckets.min_bucket_reso} exceeds "
@@ -107,23 +115,25 @@ def _check_data(parsed: Parsed) -> Iterator[str]:
         )
 
 
-def _check_held_out(parsed: Parsed) -> Iterator[str]:
-    data, masks, validation = parsed.data, parsed.masks, parsed.validation
-    if data.dataset_config:  # may say it all itself
+def _check_masks_and_validation(parsed: Parsed[TrainOptions]) -> Iterator[str]:
+    data, masks, validation = parsed.options.data, parsed.options.masks, parsed.options.validation
+    if data.dataset_config:  # its own keys decide
         return
-    if masks.masked_loss and not (masks.alpha_mask or masks.conditioning_data_dir):
+    if data.masked_loss and not (masks.alpha_mask or masks.conditioning_data_dir):
         raise Refused("--masked_loss has no masks; give --conditioning_data_dir FOLDER or --alpha_mask")
-    if masks.conditioning_data_dir and not masks.masked_loss:
+    if masks.conditioning_data_dir and not data.masked_loss:
         yield "--conditioning_data_dir has no effect without --masked_loss"
     every = [name for name in parsed.given if name.startswith("validate_every") and parsed.value(name)]
     if every and not validation.validation_split:
         yield f"--{every[0]} has no effect without --validation_split"
 
 
-def _check_network(parsed: Parsed) -> None:
-    network = parsed.network
-    for name in ("network_args", "optimizer_args", "lr_scheduler_args"):
-        pairs(parsed.flag(name), parsed.value(name))
+def _check_network(parsed: Parsed[TrainOptions]) -> None:
+    network = parsed.options.network
+    optimizer = parsed.options.optimizer
+    pairs(parsed.flag("network_args"), network.network_args)
+    pairs(parsed.flag("optimizer_args"), optimizer.optimizer_args)
+    pairs(parsed.flag("lr_scheduler_args"), optimizer.lr_scheduler_args)
     if network.lora_init_method and network.network_module:
         module = LORA_INIT_METHODS[network.lora_init_method]
         if network.network_module.rpartition(".")[2] != module:
@@ -142,21 +152,20 @@ def _check_network(parsed: Parsed) -> None:
         )
 
 
-def _check_abm(parsed: Parsed) -> Iterator[str]:
-    if not parsed.abm.abm_enabled:
+def _check_abm(parsed: Parsed[TrainOptions]) -> Iterator[str]:
+    abm = parsed.options.abm
+    if not abm.abm_enabled:
         known = [name for name in parsed.given if name.startswith("abm_")]
         given = [name for name in known if parsed.value(name) != parsed.specs[name].default]
         if given:  # a run's own config.toml has all of them
             yield f"{', '.join(map(parsed.flag, given))} without effect, since --abm_enabled is not given"
         return
-    if parsed.abm.abm_teacher != "base":
-        existing_file(
-            parsed.abm.abm_teacher, f"give {parsed.flag('abm_teacher')} an adapter file, or the word base"
-        )
+    if abm.abm_teacher != "base":
+        existing_file(abm.abm_teacher, f"give {parsed.flag('abm_teacher')} an adapter file, or the word base")
 
 
-def _check_schedule(parsed: Parsed) -> None:
-    optimizer, train, sampling = parsed.optimizer, parsed.train, parsed.sampling
+def _check_schedule(parsed: Parsed[TrainOptions]) -> None:
+    optimizer, train, sampling = parsed.options.optimizer, parsed.options.train, parsed.options.sampling
     if "max_train_steps" in parsed.given and parsed.flag("max_train_epochs") == "--num_train_epochs":
         raise Refused(
             f"--num_train_epochs {train.max_train_epochs} and --max_train_steps {train.max_train_steps} both "
@@ -173,6 +182,10 @@ def _check_schedule(parsed: Parsed) -> None:
             f"--{(every or ['sample_at_first'])[0]} has nothing to draw; give --sample_prompts FILE or "
             "--validation_prompt TEXT"
         )
-    hub = [n for n in ("huggingface_path_in_repo", "async_upload") if parsed.value(n)]
-    if hub and not parsed.hub.huggingface_repo_id:
-        raise Refused(f"--{hub[0]} needs --huggingface_repo_id OWNER/NAME")
+    hub = parsed.options.hub
+    for name, given in (
+        ("huggingface_path_in_repo", hub.huggingface_path_in_repo),
+        ("async_upload", hub.async_upload),
+    ):
+        if given and not hub.huggingface_repo_id:
+            raise Refused(f"--{name} needs --huggingface_repo_id OWNER/NAME")

@@ -1,9 +1,10 @@
 """argv and TOML to frozen dataclasses, checked once.
 
 A group of flags is a frozen dataclass whose fields are the flags: `rank: int = option(4, "what it does")`.
-A `CommandLine` is one script's command line: its groups, its own defaults, and what becomes of the flags that
-other trainers have and it has not. Values come from the fields' defaults, then the surface's, then
-`--config_file`, then the command line.
+The options of a script are a frozen dataclass whose fields are groups, or one group. A `CommandLine` parses
+them: it adds the script's own defaults, and ignores or refuses flags that other trainers have and this
+script has not. Values come from the fields' defaults, then the command line's `defaults`, then
+`--config_file`, then argv.
 
 What argparse itself would complain about (an unknown flag, a word where a number belongs) ends with one line
 and exit code 2, like argparse; everything else that a user can put right is `Refused`.
@@ -18,14 +19,17 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 
-from lowrank.config.flag import FlagSpec, GivenValue, Parser, off, option, pairs, specs
+from lowrank.config.flag import FlagSpec, fields_of, option, pairs, specs
+from lowrank.config.parser import GivenValue, Parser, off
 from lowrank.errors import Refused, nearest
 from lowrank.files import atomic, parse_toml
 
 __all__ = ["CommandLine", "ConfigFile", "Parsed", "option", "pairs", "parse"]
 
+T = TypeVar("T")
+Options = TypeVar("Options", covariant=True)
 _NUMBERS = re.compile(r"-[\d.][\d.,eE+-]*")
 
 
@@ -43,8 +47,8 @@ class ConfigFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parsed:
-    """All options of one call, an attribute per group: `parsed.network.network_dim`, `parsed.flux_model`.
+class Parsed(Generic[Options]):
+    """The options of one call as the record `options`, and how they were given.
 
     `given` maps the name of each flag that was not left to its default to how the user wrote it (`--rank`,
     `rank in run.toml`); `notes` are warnings for the caller to log; `command` is the shell line without
@@ -54,14 +58,14 @@ class Parsed:
     prog: str
     command: str
     specs: Mapping[str, FlagSpec]
-    groups: Mapping[str, Any]
+    options: Options
     given: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("groups", ()):
-            return self.groups[name]
-        raise AttributeError(f"no group of options {name!r}")
+        if name.startswith("__") or name == "options" or not hasattr(self.options, name):
+            raise AttributeError(f"no group of options {name!r}")
+        return getattr(self.options, name)
 
     def flag(self, name: str) -> str:
         """The flag as the user wrote it, for messages."""
@@ -70,7 +74,8 @@ class Parsed:
 
     def value(self, name: str) -> Any:
         """The value of one flag by name, whatever its group."""
-        return getattr(self.groups[_attribute(self.specs[name].group)], name)
+        section = self.specs[name].section
+        return getattr(getattr(self.options, section) if section else self.options, name)
 
     def values(self) -> dict[str, Any]:
         """Every option by name, without secrets and without what concerns only one call."""
@@ -87,89 +92,125 @@ class Parsed:
             if value is None or value == () or (given_only and name not in self.given):
                 continue
             spec = self.specs[name]
-            if spec.group is not section:
-                section = spec.group
-                lines += ["", f"[{_attribute(section)}]"]
+            if spec.section != section:
+                section = spec.section
+                lines += ["", *([f"[{section}]"] if section else [])]
             lines.append(f"{name} = {spec.to_toml(value)}")
         return "\n".join(lines) + "\n"
 
 
 @dataclasses.dataclass(frozen=True)
-class CommandLine:
+class CommandLine(Generic[T]):
     """The command line of one script.
 
-    `defaults` differ from those of the fields; `ignored` names flags that are accepted without effect and
-    listed in one note; `refused` maps others to the way out. `check` sees the parsed options, raises
-    `Refused` and returns notes.
+    `options` is the record that `parse` fills (a tuple of groups stands for a record
+    with them as fields). `defaults` differ from those of the fields; `ignored` names flags that are accepted
+    without effect and listed in one note; `refused` maps others to the way out. `check` sees the parsed
+    options, raises `Refused` and returns notes.
     """
 
     prog: str
     description: str
-    groups: tuple[type, ...]
+    options: type[T] | tuple[type, ...]
     defaults: Mapping[str, object] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     ignored_by: str = "this script"
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    off_at_zero: tuple[str, ...] = ()
-    check: Callable[[Parsed], Iterable[str]] | None = None
+    off_at_zero: bool = False
+    check: Callable[[Parsed[T]], Iterable[str]] | None = None
+
+    @property
+    def record(self) -> type[T]:
+        """The dataclass of the options."""
+        if not isinstance(self.options, tuple):
+            return self.options
+        fields = [(_attribute(group), group) for group in self.options]
+        return cast("type[T]", dataclasses.make_dataclass("Options", fields, frozen=True))
+
+    @property
+    def groups(self) -> dict[str, type]:
+        """The groups of flags by their field in the record of options; "" is the record itself."""
+        fields: Any = dataclasses.fields(cast(Any, self.record))
+        if any("flag" in field.metadata for field in fields):
+            return {"": self.record}
+        hints = get_type_hints(self.record)
+        return {field.name: hints[field.name] for field in fields}
 
     @property
     def specs(self) -> dict[str, FlagSpec]:
+        """Every flag by name."""
         return specs(self.groups, self.defaults)
 
     def parser(self) -> argparse.ArgumentParser:
-        """argparse's parser; its namespace gets the lists `said` and `ignored`."""
+        """argparse's parser; its namespace gets the lists `given` and `ignored`."""
         parser = Parser(prog=self.prog, description=self.description, usage="%(prog)s [--flag value …]")
         parser.add(self.specs)
         parser.add_others(self.ignored, self.refused)
         return parser
 
-    def parse(self, argv: Sequence[str] | None = None) -> Parsed:
+    def parse(self, argv: Sequence[str] | None = None) -> Parsed[T]:
         """The options of `argv` (None: `sys.argv[1:]`). Raises `Refused` or SystemExit, see the module."""
         argv = list(sys.argv[1:] if argv is None else argv)
         known, parser, notes = self.specs, self.parser(), []
         # A leading blank keeps argparse from taking "-0.5,1" for a flag.
         words = [f" {word}" if _NUMBERS.fullmatch(word) else word for word in argv]
-        space, extra = parser.parse_known_args(words, argparse.Namespace(said=[], ignored=[]))
+        space, extra = parser.parse_known_args(words, argparse.Namespace(given=[], ignored=[]))
         if extra:
             _stray(parser, extra, known)
-        said = spoken = _settled(space.said, notes)
-        writing = "output_config" in spoken and spoken["output_config"].value
-        if "config_file" in spoken and not writing:
-            said = self._config(spoken, space.ignored, notes) | spoken
-        missing = [f"--{name}" for name, spec in known.items() if spec.flag.required and name not in said]
+        given = of_argv = _settled(space.given, notes)
+        writing = "output_config" in of_argv and of_argv["output_config"].value
+        if "config_file" in of_argv and not writing:
+            given = self._config(of_argv, space.ignored, notes) | of_argv
+        missing = [f"--{name}" for name, spec in known.items() if spec.flag.required and name not in given]
         if missing:
             parser.error(f"missing {', '.join(missing)}")
         if space.ignored:
             notes.append(f"ignored for {self.ignored_by}: {', '.join(sorted(set(space.ignored)))}")
-        parsed = _grouped(self, known, said, notes, _command(self.prog, argv, spoken.values()))
+        parsed = self._filled(known, given, notes, _command(self.prog, argv, of_argv.values()))
         if writing:
             _write_config(parsed)
         return parsed
 
+    def _filled(
+        self, known: Mapping[str, FlagSpec], given: Mapping[str, GivenValue], notes: list[str], command: str
+    ) -> Parsed[T]:
+        """The record of options, each value inside its limits, and `check`'s notes added to `notes`."""
+        values = {name: given[name].value if name in given else spec.default for name, spec in known.items()}
+        labels = {name: value.label for name, value in given.items()}
+        for name, spec in known.items():
+            if self.off_at_zero and spec.flag.off_at_zero and values[name] == 0:
+                values[name] = None
+            spec.check_range(labels.get(name, f"--{name}"), values[name])
+        filled = {
+            section: group(**{name: values[name] for name in fields_of(group)})
+            for section, group in self.groups.items()
+        }
+        options = cast(T, filled[""]) if "" in filled else self.record(**filled)
+        parsed = Parsed(self.prog, command, known, options, labels, tuple(notes))
+        return dataclasses.replace(parsed, notes=(*notes, *self.check(parsed))) if self.check else parsed
+
     def _config(
-        self, spoken: Mapping[str, GivenValue], ignored: list[str], notes: list[str]
+        self, given: Mapping[str, GivenValue], ignored: list[str], notes: list[str]
     ) -> dict[str, GivenValue]:
-        """What --config_file says; its keys without effect are added to `ignored`."""
-        path = _config_path(spoken["config_file"].value)
+        """The values of --config_file; its keys without effect are added to `ignored`."""
+        path = _config_path(given["config_file"].value)
         specs = [spec for spec in self.specs.values() if spec.group is not ConfigFile]
         known = {name[2:]: spec for spec in specs for name in spec.names}
-        said, unknown = [], []
+        values, unknown = [], []
         for key, value in _keys(path, {name for name, spec in known.items() if spec.many}):
             label = f"{key} in {path}"
             if key in self.refused and off(value):  # GUIs write every setting, also those that are off
                 ignored.append(key)
-                continue
-            if key in self.refused:
+            elif key in self.refused:
                 raise Refused(f"{label} is not supported: {self.refused[key]}")
-            if key in known:
+            elif key not in known:
+                (ignored if key in self.ignored else unknown).append(key)
+            else:
                 try:
-                    said.append(GivenValue(known[key], label, known[key].from_toml(value)))
+                    values.append(GivenValue(known[key], label, known[key].from_toml(value)))
                 except Refused as error:
                     raise Refused(f"{label}: {error}") from error
-            else:
-                (ignored if key in self.ignored else unknown).append(key)
-        allowed = spoken.get("allow_unknown_config_keys")
+        allowed = given.get("allow_unknown_config_keys")
         if unknown and not (allowed and allowed.value):
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise Refused(
@@ -178,53 +219,30 @@ class CommandLine:
             )
         if unknown:
             notes.append(f"unknown keys of {path} without effect: {', '.join(unknown)}")
-        return _settled(said, notes)
+        return _settled(values, notes)
 
 
 def parse(
-    argv: Sequence[str] | None, groups: Sequence[type], *, prog: str, description: str = "", **rest: Any
-) -> Parsed:
-    """`CommandLine(prog, description, groups, **rest).parse(argv)`."""
-    return CommandLine(prog, description, tuple(groups), **rest).parse(argv)
+    argv: Sequence[str] | None, groups: Sequence[type], *, prog: str, description: str = "", **details: Any
+) -> Parsed[Any]:
+    """`CommandLine(prog, description, groups, **details).parse(argv)`."""
+    return CommandLine(prog, description, tuple(groups), **details).parse(argv)
 
 
-def _settled(said: Iterable[GivenValue], notes: list[str]) -> dict[str, GivenValue]:
-    """The last of what was said under one name, by flag; two names of one flag must agree."""
+def _settled(values: Iterable[GivenValue], notes: list[str]) -> dict[str, GivenValue]:
+    """The last value of each flag; two names of one flag must agree."""
     settled: dict[str, GivenValue] = {}
-    for one in said:
-        before = settled.get(one.spec.name)
-        if before and before.value != one.value:
-            if before.label != one.label:
-                raise Refused(
-                    f"{before.label} ({_brief(before.value)}) and {one.label} ({_brief(one.value)}) name one "
-                    "setting and differ; give one of them"
-                )
-            if one.spec.many:
-                notes.append(f"{one.label} is given twice and only the last counts: {_brief(one.value)}")
-        settled[one.spec.name] = one
+    for value in values:
+        before = settled.get(value.spec.name)
+        if before and before.value != value.value:
+            if before.label != value.label:
+                both = (f"{given.label} ({_brief(given.value)})" for given in (before, value))
+                raise Refused(f"{' and '.join(both)} name one setting and differ; give one of them")
+            if value.spec.many:
+                last = _brief(value.value)
+                notes.append(f"{value.label} is given twice and only the last counts: {last}")
+        settled[value.spec.name] = value
     return settled
-
-
-def _grouped(
-    surface: CommandLine,
-    known: Mapping[str, FlagSpec],
-    said: Mapping[str, GivenValue],
-    notes: list[str],
-    command: str,
-) -> Parsed:
-    values = {name: said[name].value if name in said else spec.default for name, spec in known.items()}
-    given = {name: one.label for name, one in said.items()}
-    values |= {name: None for name in surface.off_at_zero if values[name] == 0}
-    for name, spec in known.items():
-        spec.check_range(given.get(name, f"--{name}"), values[name])
-    groups = {}
-    for group in surface.groups:
-        fields = {field.name: values[field.name] for field in dataclasses.fields(group)}
-        groups[_attribute(group)] = group(**fields)
-    parsed = Parsed(surface.prog, command, known, groups, given, tuple(notes))
-    if surface.check:
-        return dataclasses.replace(parsed, notes=(*notes, *surface.check(parsed)))
-    return parsed
 
 
 def _stray(parser: argparse.ArgumentParser, extra: list[str], known: Mapping[str, FlagSpec]) -> NoReturn:
@@ -258,7 +276,7 @@ def _keys(path: Path, lists: Collection[str]) -> list[tuple[str, object]]:
     return flat
 
 
-def _write_config(parsed: Parsed) -> NoReturn:
+def _write_config(parsed: Parsed[Any]) -> NoReturn:
     if "config_file" not in parsed.given:
         raise Refused("--output_config needs the file to write; give --config_file PATH")
     path = _config_path(parsed.value("config_file"))
@@ -270,8 +288,8 @@ def _write_config(parsed: Parsed) -> NoReturn:
     raise SystemExit(0)
 
 
-def _command(prog: str, argv: Iterable[str], said: Iterable[GivenValue]) -> str:
-    hidden = {str(one.value) for one in said if one.spec.flag.secret and one.value}
+def _command(prog: str, argv: Iterable[str], given: Iterable[GivenValue]) -> str:
+    hidden = {str(value.value) for value in given if value.spec.flag.secret and value.value}
     words = []
     for word in argv:
         name, equals, value = word.partition("=")

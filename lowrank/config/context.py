@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank.config.command_line import CommandLine, Parsed, option
-from lowrank.config.flag import path, resolution
+from lowrank.config.flag import SEEDS, path, resolution
 from lowrank.config.flags_data import Buckets
-from lowrank.config.flags_training import PRECISIONS, SEEDS
+from lowrank.config.flags_training import PRECISIONS
 from lowrank.config.sd import token_length
 from lowrank.errors import Refused
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseModelFlags:
     """Base model"""
 
@@ -30,7 +30,7 @@ class BaseModelFlags:
     device: str | None = option(None, "where to compute (unset: the GPU if there is one)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sources:
     """Source pictures: what must not be forgotten"""
 
@@ -62,7 +62,7 @@ class Sources:
     skip_bad_images: bool = option(False, "leave out images that cannot be read, and list them")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measure:
     """What is measured"""
 
@@ -73,9 +73,9 @@ class Measure:
         "lora_diag: the paper's diagonal of a LoRA's factors",
         choices=("kfac", "kfac_lr", "diag", "lora_diag"),
     )
-    kfac_rank: int = option(16, "eigenpairs of each of S and G", low=1, high=4096)
+    kfac_rank: int = option(16, "number of eigenpairs kept of each of S and G", low=1, high=4096)
     batch_size: int = option(4, "pictures at once; changes nothing but speed and memory", low=1)
-    max_steps: int = option(100, "batches", low=1)
+    max_steps: int = option(100, "most batches that are measured", low=1)
     num_samples: int | None = option(
         None,
         "pictures with their own noise and timestep (unset: --max_steps × --batch_size); where there are "
@@ -84,12 +84,18 @@ class Measure:
     )
     seed: int = option(0, "seed of captions, noise and timesteps", low=0, high=SEEDS)
     network_train_unet_only: bool = option(False, "leave out the text encoders that adapters can train")
-    target: str | None = option(None, "regular expression over layer paths, as --network_args target=…")
-    exclude: str | None = option(None, "regular expression over layer paths, as --network_args exclude=…")
-    conv: bool = option(False, "a U-Net's convolutional blocks too, as --network_args conv_dim=…")
+    target: str | None = option(
+        None, "regular expression over paths of layers to measure, like --network_args target=…"
+    )
+    exclude: str | None = option(
+        None, "regular expression over paths of layers to leave out, like --network_args exclude=…"
+    )
+    conv: bool = option(False, "measure a U-Net's convolutional blocks too, like --network_args conv_dim=…")
     v_parameterization: bool = option(False, "the base predicts velocities")
     min_snr_gamma: float | None = option(None, "min-SNR weighting, if training has it", low=0)
-    clip_skip: int | None = option(None, "as in training; for SD 1.x and 2.x", low=1, high=12)
+    clip_skip: int | None = option(
+        None, "text encoder layer, counted from the last, as in training; for SD 1.x and 2.x", low=1, high=12
+    )
     max_token_length: int | None = option(
         None, "most tokens of a caption: 75 (unset), 150 or 225; not for FLUX", convert=token_length
     )
@@ -99,9 +105,19 @@ class Measure:
     )
 
 
-def check_context(parsed: Parsed) -> Iterator[str]:
+@dataclass(frozen=True, kw_only=True)
+class ContextOptions:
+    """The options of a context's measurement"""
+
+    base_model: BaseModelFlags
+    sources: Sources
+    measure: Measure
+    buckets: Buckets
+
+
+def check_context(parsed: Parsed[ContextOptions]) -> Iterator[str]:
     """Rules between flags; raises `Refused`, yields notes."""
-    sources, measure = parsed.sources, parsed.measure
+    sources, measure = parsed.options.sources, parsed.options.measure
     if not sources.source_data_dir and not sources.source_prompts:
         raise Refused(
             "no source; give --source_data_dir FOLDER with pictures of what must not be forgotten, or "
@@ -111,8 +127,8 @@ def check_context(parsed: Parsed) -> Iterator[str]:
         raise Refused(f"--output_path {measure.output_path} does not end in .safetensors; name it so")
     if sources.images_per_prompt > 1 and not sources.source_prompts:
         yield "--images_per_prompt has no effect without --source_prompts"
-    for name in ("multiplier", "basis_path"):
-        if parsed.value(name) not in (None, 1.0):
+    for name, given in (("multiplier", measure.multiplier != 1), ("basis_path", measure.basis_path)):
+        if given:
             yield (
                 f"{parsed.flag(name)} has no effect: the curvature is that of the weights, for any adapter"
             )
@@ -125,8 +141,8 @@ def check_context(parsed: Parsed) -> Iterator[str]:
 
 CALC_CONTEXT = CommandLine(
     "calc_lalora_context.py",
-    "Measure how much the base minds a change of each layer, on pictures of what must not be forgotten.",
-    (BaseModelFlags, Sources, Measure, Buckets),
+    "Measure how much the base's loss rises with a change of each layer, on pictures of what to keep.",
+    ContextOptions,
     defaults={"enable_bucket": True},
     check=check_context,
 )

@@ -1,8 +1,11 @@
-"""A dataclass field that is a flag: what it says, and how words and TOML values become its value."""
+"""One option, declared once on a dataclass field: default, help, limits, metadata key.
+
+The command line, `--config_file`, `--dataset_config` and `--lycoris_config` read a value through the same
+`FlagSpec`, so a limit or a message exists once. This package imports no torch.
+"""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import json
@@ -11,7 +14,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from lowrank.errors import Refused, nearest
 
@@ -27,19 +30,23 @@ SCHEDULERS = (
     "warmup_stable_decay",
     "piecewise_constant",
 )
+SEEDS = 2**63 - 2**32  # largest seed: torch's limit, with room for one per image
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
-_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """What a field tells about its flag besides name, type and default.
+    """What a field declares about its flag besides name, type and default.
 
     `low` and `high` are inclusive, `above` and `below` exclusive; they hold for each item of a list.
     `convert` makes the value from one text (raising `Refused`), in place of the annotated type. A flag that
     is not `blank` refuses an empty text. A `secret` is never written or logged; a flag that is not `saved`
     belongs to one call and is left out of configs.
+
+    `metadata` names the option's key in adapter files without its prefix `ss_` (True: the option's own name);
+    with `per_folder` the key is written only for a run without `--dataset_config`. A run that resumes must
+    agree on the value of a `resume` option. `off_at_zero`: 0 on a command line of training means unset.
     """
 
     help: str
@@ -55,6 +62,10 @@ class Flag:
     required: bool = False
     secret: bool = False
     saved: bool = True
+    metadata: str | bool = False
+    per_folder: bool = False
+    resume: bool = False
+    off_at_zero: bool = False
 
 
 def option(default: object, help: str, **details: Any) -> Any:
@@ -154,6 +165,7 @@ class FlagSpec(NamedTuple):
     """One flag: its field, and the field's annotation taken apart into the type of one value and `many`."""
 
     name: str
+    section: str  # the group's field in the record of options, and its table in a config file
     group: type
     kind: type
     many: bool
@@ -170,9 +182,9 @@ class FlagSpec(NamedTuple):
             return self.flag.convert(text.strip())
         if self.kind is str:
             return self._chosen(text)
-        value = _TRUTH.get(text.strip().lower()) if self.kind is bool else _number(self.kind, text)
+        value = parse_text(self.kind, text)
         if value is None:
-            raise Refused(f"{text.strip()!r} is not {_WORDS[self.kind]}")
+            raise Refused(f"{text.strip()!r} is not {WORDS[self.kind]}")
         return value
 
     def _chosen(self, text: str) -> str:
@@ -193,14 +205,14 @@ class FlagSpec(NamedTuple):
             value = ",".join(map(str, value))
         if self.many:
             if isinstance(value, dict):
-                told = ", ".join(json.dumps(f"{key}={item}") for key, item in value.items())
-                raise Refused(f"it is a table; write a list of texts instead: {self.name} = [{told}]")
+                items = ", ".join(json.dumps(f"{key}={item}") for key, item in value.items())
+                raise Refused(f"it is a table; write a list of texts instead: {self.name} = [{items}]")
             return tuple(self._item(item) for item in (value if isinstance(value, list) else [value]))
         return self._item(value)
 
     def _item(self, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise Refused(f"{value!r} is not {_WORDS[self.kind]}")
+            raise Refused(f"{value!r} is not {WORDS.get(self.kind, 'a text')}")
         return self.from_text(str(value))
 
     def to_toml(self, value: object) -> str:
@@ -213,28 +225,55 @@ class FlagSpec(NamedTuple):
             return repr(value)
         return json.dumps(shown(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
-    def check_range(self, label: str, value: object) -> None:
-        """Raise `Refused` when a number of `value` is outside the limits; `label` is the flag as written."""
+    def check_range(self, label: str, value: object, where: str = "") -> None:
+        """Raise `Refused` when a number of `value` is outside the limits.
+
+        `label` is the flag as written and goes before the number in the message, `where` goes after it.
+        """
         flag, unit = self.flag, f" {self.flag.unit}" if self.flag.unit else ""
-
-        def told(number: float) -> str:
-            return str(number) if isinstance(number, int) else f"{number:g}"
-
         for item in value if isinstance(value, tuple) else (value,):
             if not isinstance(item, (int, float)) or isinstance(item, bool):
                 continue
-            if flag.low is not None and item < flag.low:
-                raise Refused(
-                    f"{label} {told(item)} is below {told(flag.low)}{unit}; give {told(flag.low)} or more"
-                )
-            if flag.above is not None and item <= flag.above:
-                raise Refused(f"{label} {told(item)} is not above {told(flag.above)}{unit}; give more")
-            if flag.high is not None and item > flag.high:
-                raise Refused(
-                    f"{label} {told(item)} is above {told(flag.high)}{unit}; give {told(flag.high)} or less"
-                )
-            if flag.below is not None and item >= flag.below:
-                raise Refused(f"{label} {told(item)} is not below {told(flag.below)}{unit}; give less")
+            given = f"{label} {_short(item)}{where}"
+            if flag.low is not None and not item >= flag.low:
+                low = _short(flag.low)
+                raise Refused(f"{given} is below {low}{unit}; give {low} or more")
+            if flag.above is not None and not item > flag.above:
+                raise Refused(f"{given} is not above {_short(flag.above)}{unit}; give more")
+            if flag.high is not None and not item <= flag.high:
+                high = _short(flag.high)
+                raise Refused(f"{given} is above {high}{unit}; give {high} or less")
+            if flag.below is not None and not item < flag.below:
+                raise Refused(f"{given} is not below {_short(flag.below)}{unit}; give less")
+
+    def read(self, label: str, value: object, where: str = "") -> Any:
+        """The checked value of a key in a TOML or JSON file, named by `label` and `where` in messages."""
+        try:
+            found = self.from_toml(value)
+        except Refused as error:
+            raise Refused(f"{label}{where}: {error}") from error
+        self.check_range(label, found, where)
+        return found
+
+
+def _short(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def check_fields(record: Any, where: str = "", mark: str = "--") -> None:
+    """Raise `Refused` for a field of a record of options outside its choices or limits.
+
+    `mark` goes before the option's name in the message, and `where` after its value.
+    """
+    for name, spec in fields_of(type(record)).items():
+        value = getattr(record, name)
+        if isinstance(value, str) and spec.flag.choices and value not in spec.flag.choices:
+            known = spec.flag.choices
+            raise Refused(
+                f"{mark}{name} {value!r}{where} is unknown{nearest(value, known)}; choose one of "
+                f"{', '.join(known)}"
+            )
+        spec.check_range(f"{mark}{name}", value, where)
 
 
 def shown(value: object) -> str:
@@ -244,18 +283,39 @@ def shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def specs(groups: tuple[type, ...], defaults: Mapping[str, object]) -> dict[str, FlagSpec]:
+def fields_of(
+    group: type, section: str = "", defaults: Mapping[str, object] | None = None
+) -> dict[str, FlagSpec]:
+    """The flags of one dataclass by name, in order; fields without a flag are left out."""
+    hints, values = typing.get_type_hints(group), defaults or {}
+    found: dict[str, FlagSpec] = {}
+    for field in dataclasses.fields(group):
+        flag: Flag | None = field.metadata.get("flag")
+        if flag is not None:
+            kind, many = _taken_apart(hints[field.name])
+            default = values.get(field.name, field.default)
+            found[field.name] = FlagSpec(
+                field.name, section, group, kind, many and not flag.convert, default, flag
+            )
+    return found
+
+
+def specs(groups: Mapping[str, type], defaults: Mapping[str, object]) -> dict[str, FlagSpec]:
     """The flags of `groups` by name, in order; `defaults` replace the fields'. Two of one name are a bug."""
     found: dict[str, FlagSpec] = {}
-    for group in groups:
-        for name, kind, many, field in _fields(group):
-            flag: Flag = field.metadata["flag"]
-            assert name not in found, f"{name} is in {group.__name__} and {found[name].group.__name__}"
-            found[name] = FlagSpec(
-                name, group, kind, many and not flag.convert, defaults.get(name, field.default), flag
-            )
+    for section, group in groups.items():
+        added = fields_of(group, section, defaults)
+        assert not (twice := added.keys() & found.keys()), f"{twice} of {group.__name__} are declared twice"
+        found |= added
     assert defaults.keys() <= found.keys(), f"defaults of no flag: {defaults.keys() - found.keys()}"
     return found
+
+
+def parse_text(kind: type, text: str) -> Any:
+    """A bool, a number or a text from one word of a command line; None where the word is not of that kind."""
+    if kind is bool:
+        return _TRUTH.get(text.strip().lower())
+    return text if kind is str else _number(kind, text)
 
 
 def _number(kind: type, text: str) -> int | float | None:
@@ -266,11 +326,6 @@ def _number(kind: type, text: str) -> int | float | None:
         return None
 
 
-def _fields(group: type) -> list[tuple[str, type, bool, dataclasses.Field]]:
-    hints = typing.get_type_hints(group)
-    return [(field.name, *_taken_apart(hints[field.name]), field) for field in dataclasses.fields(group)]
-
-
 def _taken_apart(hint: Any) -> tuple[type, bool]:
     """(type of one value, whether it is a list) of `int`, `float | None`, `tuple[str, ...]` …"""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -278,85 +333,3 @@ def _taken_apart(hint: Any) -> tuple[type, bool]:
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False
-
-
-class GivenValue(NamedTuple):
-    """A value that was given: `label` is the flag as written."""
-
-    spec: FlagSpec
-    label: str
-    value: Any
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse of specs; its errors come without the usage text, which for a trainer hides the one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-    def add(self, specs: Mapping[str, FlagSpec]) -> None:
-        """Flags that append a `GivenValue` to the namespace's list `said`; a section for each group."""
-        sections: dict[type, Any] = {}
-        for spec in specs.values():
-            if spec.group not in sections:
-                title = (spec.group.__doc__ or "").splitlines()[0].rstrip(".")
-                sections[spec.group] = self.add_argument_group(title)
-            _add(sections[spec.group], spec)
-
-    def add_others(self, ignored: Iterable[str], refused: Mapping[str, str]) -> None:
-        """Flags that only append their name to the namespace's list `ignored`, and flags that are errors."""
-        for name in ignored:
-            self.add_argument(f"--{name}", nargs="*", action=_Ignore, help=argparse.SUPPRESS)
-        for name, way_out in refused.items():
-            self.add_argument(f"--{name}", nargs="*", action=_Refuse, const=way_out, help=argparse.SUPPRESS)
-
-
-class _Say(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        spec, bare = self.const
-        if self.nargs == 0 or values is self.const:  # --no-flag, or --flag without a word
-            values = bare
-        label = option_string.replace("--no-", "--", 1) if spec.kind is bool else option_string
-        namespace.said.append(GivenValue(spec, label, tuple(values) if spec.many else values))
-
-
-class _Ignore(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        namespace.ignored.append(option_string[2:])
-
-
-def off(value: object) -> bool:
-    """Whether a value says that a feature is off: false, 0, none or nothing."""
-    return str(value).strip().lower() in ("false", "0", "0.0", "none", "no", "")
-
-
-class _Refuse(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        if values and all(map(off, values)):
-            namespace.ignored.append(option_string.lstrip("-"))
-            return
-        parser.error(f"{option_string} is not supported: {self.const}")
-
-
-def _add(section: Any, spec: FlagSpec) -> None:
-    def read(text: str) -> object:
-        try:
-            return spec.from_text(text)
-        except Refused as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    flag = spec.flag
-    unit = f" [{flag.unit}]" if flag.unit else ""
-    default = f" (default: {shown(spec.default)})" if shown(spec.default) else ""
-    common = {"action": _Say, "help": (flag.help + unit + default).replace("%", "%%")}
-    if spec.kind is bool:
-        section.add_argument(*spec.names, nargs="?", const=(spec, True), type=read, metavar="BOOL", **common)
-        off = [f"--no-{name[2:]}" for name in spec.names]
-        section.add_argument(*off, nargs=0, const=(spec, False), action=_Say, help=argparse.SUPPRESS)
-    else:
-        metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else _METAVARS[spec.kind]
-        metavar = "TEXT" if flag.convert else metavar
-        nargs = "*" if spec.many else None
-        section.add_argument(
-            *spec.names, nargs=nargs, const=(spec, None), type=read, metavar=metavar, **common
-        )

@@ -1,43 +1,65 @@
-"""What a run leaves: adapter files, uploads, pictures, held-out losses, logs."""
+"""Output of a run: adapter files, uploads, pictures, validation losses, logs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from lowrank.config.flag import file_name, option, path
-from lowrank.config.flags_training import SEEDS
+from lowrank.config.flags_data import HoldOut
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Saving:
     """Saving"""
 
     output_dir: str | None = path(None, "folder for everything that is written")
-    output_name: str | None = option(None, "name of the adapter files, without ending", convert=file_name)
+    output_name: str | None = option(
+        None, "name of the adapter files, without ending", convert=file_name, metadata=True
+    )
     save_model_as: str = option("safetensors", "file format", choices=("safetensors", "ckpt", "pt"))
     save_precision: str | None = option(
         None, "precision of adapter files (unset: that of training)", choices=("float", "fp16", "bf16")
     )
-    upcast_before_saving: bool = option(False, "the same as --save_precision float")
+    upcast_before_saving: bool = option(False, "save adapter files in fp32, as --save_precision float does")
     checkpointing_steps: int | None = option(
-        None, "every n steps a folder checkpoint-N with the adapter and all that --resume needs", low=1
+        None,
+        "every n steps write a folder checkpoint-N with the adapter and everything that --resume needs",
+        low=1,
     )
     checkpoints_total_limit: int | None = option(
-        None, "delete the oldest of these folders beyond this number", low=1
+        None, "keep at most this many checkpoint-N folders; the oldest are deleted", low=1
     )
-    save_every_n_epochs: int | None = option(None, "an adapter file every n epochs", low=1)
-    save_every_n_steps: int | None = option(None, "an adapter file every n steps", low=1)
-    save_n_epoch_ratio: int | None = option(None, "about this many adapter files over all epochs", low=1)
+    save_every_n_epochs: int | None = option(
+        None, "write an adapter file every n epochs", low=1, off_at_zero=True
+    )
+    save_every_n_steps: int | None = option(
+        None, "write an adapter file every n steps", low=1, off_at_zero=True
+    )
+    save_n_epoch_ratio: int | None = option(
+        None, "write about this many adapter files over all epochs", low=1, off_at_zero=True
+    )
     save_last_n_epochs: int | None = option(
-        None, "keep the epoch files of the last n × --save_every_n_epochs epochs", low=1
+        None, "keep the epoch files of the last n × --save_every_n_epochs epochs", low=1, off_at_zero=True
     )
-    save_last_n_steps: int | None = option(None, "keep the step files of the last n steps", low=1)
-    save_last_n_epochs_state: int | None = option(None, "likewise for states (unset: as the files)", low=1)
-    save_last_n_steps_state: int | None = option(None, "likewise for states (unset: as the files)", low=1)
-    save_state: bool = option(False, "a state folder for --resume beside every adapter file")
-    save_state_on_train_end: bool = option(False, "a state folder at the end")
+    save_last_n_steps: int | None = option(
+        None, "keep the step files of the last n steps", low=1, off_at_zero=True
+    )
+    save_last_n_epochs_state: int | None = option(
+        None,
+        "keep the state folders of the last n × --save_every_n_epochs epochs (unset: --save_last_n_epochs)",
+        low=1,
+        off_at_zero=True,
+    )
+    save_last_n_steps_state: int | None = option(
+        None,
+        "keep the state folders of the last n steps (unset: --save_last_n_steps)",
+        low=1,
+        off_at_zero=True,
+    )
+    save_state: bool = option(False, "write a state folder for --resume beside every adapter file")
+    save_state_on_train_end: bool = option(False, "write a state folder for --resume at the end of training")
     no_metadata: bool = option(False, "keep only the metadata that reading the file needs")
-    training_comment: str | None = option(None, "comment in the metadata")
+    training_comment: str | None = option(None, "comment in the metadata", metadata=True)
     metadata_title: str | None = option(None, "title in the metadata (unset: --output_name)")
     metadata_author: str | None = option(None, "author in the metadata")
     metadata_description: str | None = option(None, "description in the metadata")
@@ -45,7 +67,9 @@ class Saving:
     metadata_tags: str | None = option(None, "tags in the metadata")
     metadata_usage_hint: str | None = option(None, "usage hint in the metadata")
     metadata_thumbnail: str | None = path(None, "picture that is put into the metadata")
-    metadata_merged_from: str | None = option(None, "models it was merged from, in the metadata")
+    metadata_merged_from: str | None = option(
+        None, "models that the adapter was merged from, in the metadata"
+    )
     metadata_trigger_phrase: str | None = option(None, "trigger phrase in the metadata")
     metadata_preprocessor: str | None = option(None, "preprocessor in the metadata")
     metadata_is_negative_embedding: str | None = option(
@@ -53,7 +77,7 @@ class Saving:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hub:
     """Upload"""
 
@@ -61,65 +85,86 @@ class Hub:
         None, "OWNER/NAME where adapter files are uploaded", aliases=("--hub_model_id",)
     )
     huggingface_repo_type: str | None = option(
-        None, "type of that repository", choices=("model", "dataset", "space")
+        None, "type of the repository --huggingface_repo_id", choices=("model", "dataset", "space")
     )
-    huggingface_path_in_repo: str | None = option(None, "folder in it")
+    huggingface_path_in_repo: str | None = option(None, "folder in the repository --huggingface_repo_id")
     huggingface_token: str | None = option(
-        None, "token; never logged or saved", aliases=("--hub_token",), secret=True
+        None,
+        "access token of the Hugging Face hub; never logged or saved",
+        aliases=("--hub_token",),
+        secret=True,
     )
     huggingface_repo_visibility: str | None = option(
-        None, "of a repository that is made", choices=("private", "public")
+        None,
+        "visibility of the repository --huggingface_repo_id where it is new",
+        choices=("private", "public"),
     )
-    async_upload: bool = option(False, "upload while training goes on")
+    async_upload: bool = option(False, "upload files in the background while training goes on")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Pictures while training"""
 
-    validation_prompt: str | None = option(None, "prompt of pictures made while training and at the end")
-    validation_epochs: int = option(50, "make them every n epochs", low=1)
-    num_validation_images: int = option(4, "how many of them", low=1)
+    validation_prompt: str | None = option(
+        None, "prompt of pictures that are drawn while training and at the end"
+    )
+    validation_epochs: int = option(50, "draw pictures of --validation_prompt every n epochs", low=1)
+    num_validation_images: int = option(4, "number of pictures of --validation_prompt each time", low=1)
     sample_prompts: str | None = path(
-        None, "file of prompts (.txt, .toml, .json), a line as 'a cat --w 512 --s 20'"
+        None,
+        "file of prompts (.txt, .toml, .json) to draw while training; a line is like 'a cat --w 512 --s 20'",
     )
-    sample_every_n_steps: int | None = option(None, "make them every n steps", low=1)
-    sample_every_n_epochs: int | None = option(None, "make them every n epochs; wins over steps", low=1)
-    sample_at_first: bool = option(False, "make them before the first step too")
+    sample_every_n_steps: int | None = option(
+        None, "draw pictures of --sample_prompts every n steps", low=1, off_at_zero=True
+    )
+    sample_every_n_epochs: int | None = option(
+        None,
+        "draw pictures of --sample_prompts every n epochs; wins over --sample_every_n_steps",
+        low=1,
+        off_at_zero=True,
+    )
+    sample_at_first: bool = option(False, "draw pictures before the first step too")
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Held-out loss"""
+@dataclass(frozen=True, kw_only=True)
+class Validation(HoldOut):
+    """Validation loss"""
 
-    validation_split: float = option(
-        0.0,
-        "share of each folder's images that are held out of training, to measure the loss on",
-        low=0,
-        below=1,
+    validate_every_n_steps: int | None = option(
+        None, "measure the validation loss every n steps", low=1, metadata=True, off_at_zero=True
     )
-    validation_seed: int | None = option(
-        None, "seed of which images those are, and of their noise (unset: --seed)", low=0, high=SEEDS
-    )
-    validate_every_n_steps: int | None = option(None, "measure every n steps", low=1)
     validate_every_n_epochs: int | None = option(
-        None, "measure every n epochs (unset, without the flag before: every epoch)", low=1
+        None,
+        "measure the validation loss every n epochs (unset, without --validate_every_n_steps: every epoch)",
+        low=1,
+        metadata=True,
+        off_at_zero=True,
     )
-    max_validation_steps: int | None = option(None, "batches to measure at most (unset: all)", low=1)
+    max_validation_steps: int | None = option(
+        None,
+        "most batches of a measurement of the validation loss (unset: all)",
+        low=1,
+        metadata=True,
+        off_at_zero=True,
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Logging:
     """Logs and trackers"""
 
     logging_dir: str | None = path(None, "folder for tracker logs (unset: logs/ in --output_dir)")
     log_with: str | None = option(
-        None, "tracker", aliases=("--report_to",), choices=("tensorboard", "wandb", "all", "none")
+        None,
+        "tracker that records the run",
+        aliases=("--report_to",),
+        choices=("tensorboard", "wandb", "all", "none"),
     )
-    log_prefix: str | None = option(None, "put before the time stamp that names a run's log folder")
+    log_prefix: str | None = option(None, "text put before the time stamp that names a run's log folder")
     log_tracker_name: str | None = option(None, "name of the run's project in the tracker")
     wandb_run_name: str | None = option(None, "name of the run in wandb")
-    wandb_api_key: str | None = option(None, "key for wandb; never logged or saved", secret=True)
+    wandb_api_key: str | None = option(None, "API key of wandb; never logged or saved", secret=True)
     console_log_level: str = option(
         "INFO", "least level of the log", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     )

@@ -19,7 +19,7 @@ class Residual:
 
     model_path: str | None = path(None, "folder of a diffusers FLUX, or its hub id", required=True)
     output_dir: str | None = path(None, "folder of flux_residual_weights.safetensors", required=True)
-    rank: int = option(64, "rank of the adapters it is for", low=1)
+    rank: int = option(64, "rank of the adapters that the residual file is for", low=1)
     dtype: str = option("fp16", "precision of the residual", choices=("fp32", "fp16", "bf16"))
     device: str | None = option(None, "where bases are computed (unset: the GPU if there is one)")
     basis_cache_dir: str | None = path(None, "folder where bases are kept")
@@ -52,17 +52,23 @@ class Merge:
     style_blocks: str | None = option(
         None, 'strengths of the style\'s layers by name: "up_blocks -> 0.5; mid_block -> 0", others 1'
     )
-    content_blocks: str | None = option(None, "the same for the content")
+    content_blocks: str | None = option(
+        None, 'strengths of the content\'s layers by name: "up_blocks -> 0.5; mid_block -> 0", others 1'
+    )
     more_loras: tuple[str, ...] = option(
         (), "comma list of further adapters at fixed strengths: a.safetensors=0.7", convert=comma_words
     )
     negative_prompt: str | None = option(None, "what not to draw; not for FLUX")
     num_inference_steps: int = option(50, "denoising steps", low=1, high=1000)
     guidance_scale: float | None = option(
-        None, "strength of the prompt: told to FLUX (unset: 3.5), CFG for SD (unset: 7.5)", low=0
+        None,
+        "strength of the prompt: distilled guidance for FLUX (unset: 3.5), CFG for SD (unset: 7.5)",
+        low=0,
     )
     sample_sampler: str | None = option(None, "sampler (unset: ddim); not for FLUX", choices=SAMPLERS)
-    clip_skip: int | None = option(None, "as in training; for SD 1.x and 2.x", low=1, high=12)
+    clip_skip: int | None = option(
+        None, "text encoder layer, counted from the last, as in training; for SD 1.x and 2.x", low=1, high=12
+    )
     tokenizer_cache_dir: str | None = path(
         None, "folder of tokenizers for a model in a single file, each in <folder>/<hub id with / as _>"
     )
@@ -92,8 +98,8 @@ class Similarity:
 
     lora1_path: str | None = path(None, "first adapter file", required=True)
     lora2_path: str | None = path(None, "second adapter file", required=True)
-    lora1_name: str = option("style", "name of the first in plots and summary")
-    lora2_name: str = option("content", "name of the second in plots and summary")
+    lora1_name: str = option("style", "name of the first adapter in plots and summary")
+    lora2_name: str = option("content", "name of the second adapter in plots and summary")
     output_dir: str = path("deltaR_similarity_analysis", "folder for plots, JSON and summary")
     fixed_scale: bool = option(
         False, "without effect: plots of fixed and of automatic scale are both written"
@@ -113,7 +119,7 @@ class UniversalBasis:
     tau: float = option(
         0.9, "share of each side's energy that is enough; fewer directions are then kept", above=0, high=1
     )
-    center: bool = option(False, "take the mean LoRA away first; it is then not one of the directions")
+    center: bool = option(False, "subtract the mean LoRA first, so that it is not one of the directions")
     normalize: bool = option(False, "let every LoRA count alike, whatever its strength")
     sketch: int | None = option(
         None, "columns kept for each layer and side once there are twice as many (unset: 4 × --rank)", low=1

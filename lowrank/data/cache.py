@@ -1,6 +1,6 @@
 """A small cache of tensors: in memory, or one safetensors file per entry.
 
-An entry's name says everything it was made from (`key`): content of the image or caption, size, flip, model,
+An entry's name covers all that made it (`key`): content of the image or caption, size, flip, model,
 version of this format. So a changed picture, caption or model is another entry. A file is never trusted by
 its name: it holds its own key and a checksum, and one that does not match is made again.
 """

@@ -19,56 +19,7 @@ from lowrank.files import parse_toml
 
 log = logging.getLogger(__name__)
 
-_NUMBER = (int, float)
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(
-        (
-            "num_repeats",
-            "keep_tokens",
-            "caption_dropout_every_n_epochs",
-            "token_warmup_min",
-            "batch_size",
-            "min_bucket_reso",
-            "max_bucket_reso",
-            "bucket_reso_steps",
-            "validation_seed",
-        ),
-        (int,),
-    ),
-    **dict.fromkeys(
-        ("caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step", "validation_split"), _NUMBER
-    ),
-    **dict.fromkeys(
-        (
-            "is_reg",
-            "shuffle_caption",
-            "enable_wildcard",
-            "color_aug",
-            "flip_aug",
-            "random_crop",
-            "alpha_mask",
-            "enable_bucket",
-            "bucket_no_upscale",
-        ),
-        (bool,),
-    ),
-    **dict.fromkeys(
-        (
-            "image_dir",
-            "metadata_file",
-            "conditioning_data_dir",
-            "class_tokens",
-            "caption_extension",
-            "keep_tokens_separator",
-            "caption_separator",
-            "secondary_separator",
-            "caption_prefix",
-            "caption_suffix",
-            "resize_interpolation",
-        ),
-        (str,),
-    ),
-}
+_KEYS = DATASET_FIELDS | SUBSET_FIELDS
 _ONLY_IN_SUBSETS = ("image_dir", "is_reg", "metadata_file", "conditioning_data_dir")
 _OF_FOLDERS = ("is_reg", "class_tokens", "caption_extension")  # keys that a metadata file answers itself
 _WITHOUT_EFFECT = {  # keys of sd-scripts that change nothing here
@@ -79,7 +30,6 @@ _WITHOUT_EFFECT = {  # keys of sd-scripts that change nothing here
 _NOT_HERE = {  # keys of sd-scripts that would change the training
     "face_crop_aug_range": "crop the images beforehand, or set random_crop",
 }
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
 
 
 def from_config(
@@ -96,7 +46,7 @@ def from_config(
     reader = _Reader(path, allow_unknown)
     tree = _parsed(path)
     reader.check_table("", tree, ("general", "datasets"))
-    general = reader.values("general", tree.get("general", {}), DATASET_FIELDS + SUBSET_FIELDS)
+    general = reader.values("general", tree.get("general", {}), tuple(_KEYS))
     given = dict(defaults or {}) | general
     tables = reader.tables("datasets", tree.get("datasets"))
     return tuple(reader.dataset(f"datasets[{i}]", table, given) for i, table in enumerate(tables))
@@ -121,7 +71,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 class _Reader:
-    """Checks tables of one file and says where a mistake is."""
+    """Checks the tables of one file; errors name the table and the key."""
 
     def __init__(self, path: Path, allow_unknown: bool) -> None:
         self._path, self._allow_unknown = path, allow_unknown
@@ -146,7 +96,7 @@ class _Reader:
                     "%s, %s: unknown key %r is ignored%s", self._path, where, key, nearest(key, known)
                 )
             else:
-                elsewhere = key in _ONLY_IN_SUBSETS or key in DATASET_FIELDS + SUBSET_FIELDS
+                elsewhere = key in _ONLY_IN_SUBSETS or key in _KEYS
                 way_out = (
                     " at this level; move it" if elsewhere else f"{nearest(key, known)}; correct or remove it"
                 )
@@ -167,25 +117,14 @@ class _Reader:
         kept = self.check_table(where, table, known)
         return {key: self._value(where, key, value) for key, value in kept.items() if key != "subsets"}
 
-    def _value(self, where: str, key: str, value: Any) -> Any:
-        if key in ("resolution", "skip_image_resolution"):
-            return self._resolution(where, key, value)
-        types = _TYPES[key]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise self._refused(where, f"{key} is {_shown(value)}; it must be {_WORDS[types[-1]]}")
-        return value
-
-    def _resolution(self, where: str, key: str, value: Any) -> tuple[int, int]:
-        sides = value if isinstance(value, list) else [value, value]
-        if len(sides) != 2 or any(type(side) is not int for side in sides):
-            raise self._refused(where, f"{key} is {_shown(value)}; it must be 512 or [768, 512]")
-        return sides[0], sides[1]
+    def _value(self, where: str, key: str, value: object) -> Any:
+        return _KEYS[key].read(f"{self._path}, {where}: {key}", value)
 
     def dataset(self, where: str, table: object, given: Mapping[str, Any]) -> Dataset:
         """One `[[datasets]]` table with its subsets; what it leaves out comes from `given`."""
         if not isinstance(table, dict):
             raise self._refused(where, f"is {_shown(table)}, not a table")
-        given = dict(given) | self.values(where, table, (*DATASET_FIELDS, *SUBSET_FIELDS, "subsets"))
+        given = dict(given) | self.values(where, table, (*_KEYS, "subsets"))
         tables = self.tables(f"{where}.subsets", table.get("subsets"))
         subsets = tuple(self._subset(f"{where}.subsets[{i}]", item, given) for i, item in enumerate(tables))
         if len({subset.metadata_file is None for subset in subsets}) > 1:
@@ -195,7 +134,7 @@ class _Reader:
         return self._made(where, lambda: Dataset(subsets, **split_values(given)[0]))
 
     def _subset(self, where: str, table: object, given: Mapping[str, Any]) -> Subset:
-        known = self.check_table(where, table, SUBSET_FIELDS)
+        known = self.check_table(where, table, tuple(SUBSET_FIELDS))
         own = {key: self._value(where, key, value) for key, value in known.items()}
         listed = own.get("metadata_file")
         if listed and (odd := [key for key in _OF_FOLDERS if key in own]):

@@ -13,8 +13,9 @@ from lowrank.data import buckets, images, metadata_file
 from lowrank.data.dataset import Dataset, Example, Subset, parse_resolution
 from lowrank.data.dataset_config import from_config
 from lowrank.data.metadata_file import Named
-from lowrank.data.sources import contents, folder_of, from_folders, from_instance, from_metadata
+from lowrank.data.sources import contents, from_folders, from_instance, from_metadata
 from lowrank.errors import Refused
+from lowrank.files import existing_folder
 
 __all__ = [
     "Dataset",
@@ -104,7 +105,7 @@ def _listed(subset: Subset, bad: list[str]) -> list[Named]:
     Hidden files (macOS' `._x.png`) are no images.
     """
     folder = subset.image_dir
-    entries = {entry.name for entry in os.scandir(folder_of(folder, "image_dir")) if _is_file(entry)}
+    entries = {entry.name for entry in os.scandir(existing_folder(folder, "image_dir")) if _is_file(entry)}
     found = _images(entries)
     if not found:
         raise Refused(
@@ -192,7 +193,7 @@ def _masks(subset: Subset) -> dict[str, Path] | None:
     """
     if subset.conditioning_data_dir is None:
         return None
-    folder = folder_of(subset.conditioning_data_dir, "conditioning_data_dir")
+    folder = existing_folder(subset.conditioning_data_dir, "conditioning_data_dir")
     if (folder / subset.image_dir.name).is_dir():
         folder /= subset.image_dir.name
     return {os.path.splitext(name)[0]: folder / name for name in reversed(_images(set(os.listdir(folder))))}

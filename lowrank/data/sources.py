@@ -17,6 +17,7 @@ from typing import Any
 from lowrank.data import images
 from lowrank.data.dataset import Dataset, Subset, split_values
 from lowrank.errors import Refused
+from lowrank.files import existing_folder
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +61,14 @@ def from_instance(
             "instance_prompt is missing; give --instance_prompt, or --caption_extension .txt to read "
             "captions from files beside the images"
         )
-    folder = folder_of(instance_data_dir, "instance_data_dir")
+    folder = existing_folder(instance_data_dir, "instance_data_dir")
     own = {"num_repeats": repeats, "class_tokens": instance_prompt, "caption_extension": caption_extension}
     subsets = [_subset(folder, subset | own | {"is_reg": False})]
     if class_data_dir is not None:
         if not class_prompt:
             raise Refused(f"class_data_dir {class_data_dir} has no prompt; give --class_prompt")
         own |= {"num_repeats": 1, "class_tokens": class_prompt}
-        subsets.append(_subset(folder_of(class_data_dir, "class_data_dir"), subset | own | _REG))
+        subsets.append(_subset(existing_folder(class_data_dir, "class_data_dir"), subset | own | _REG))
     return (Dataset(tuple(subsets), **dataset),)
 
 
@@ -80,17 +81,8 @@ def from_metadata(
     `Refused` for a missing folder.
     """
     dataset, subset = split_values(defaults)
-    folder = Path(metadata_file).parent if image_dir is None else folder_of(image_dir, "train_data_dir")
+    folder = Path(metadata_file).parent if image_dir is None else existing_folder(image_dir, "train_data_dir")
     return (Dataset((_subset(folder, subset | {"metadata_file": metadata_file}),), **dataset),)
-
-
-def folder_of(path: str | os.PathLike, option: str) -> Path:
-    """The path, which is a folder. Raises `Refused` naming `option` where it is not."""
-    path = Path(path)
-    if not path.is_dir():
-        what = "is a file, not a folder" if path.exists() else f"does not exist (seen from {Path.cwd()})"
-        raise Refused(f"{option} {path} {what}; give the folder that holds the images")
-    return path
 
 
 def _subset(folder: Path, values: Mapping[str, Any]) -> Subset:
@@ -99,7 +91,9 @@ def _subset(folder: Path, values: Mapping[str, Any]) -> Subset:
 
 
 def _counted(parent: Path, option: str, values: Mapping[str, Any]) -> list[Subset]:
-    found = sorted(entry.name for entry in os.scandir(folder_of(parent, option)) if os.path.isdir(entry))
+    found = sorted(
+        entry.name for entry in os.scandir(existing_folder(parent, option)) if os.path.isdir(entry)
+    )
     subsets = []
     for name in found:
         match = _REPEATS.fullmatch(name)
@@ -129,5 +123,5 @@ def contents(folder: Path) -> str:
         "folder" if os.path.isdir(entry) else f"{Path(entry.name).suffix or 'plain'} file"
         for entry in os.scandir(folder)
     )
-    told = ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in kinds.most_common(6))
-    return f"only {told}" if told else "it is empty"
+    counts = ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in kinds.most_common(6))
+    return f"only {counts}" if counts else "it is empty"

@@ -37,6 +37,10 @@ _ALIGNED = 64  # bytes: torch's own allocations on the CPU, and what MKL asks fo
 _UNTOLD = ("transformers_version", "torch_dtype", "dtype")
 
 
+class FamilyOptions:
+    """A family's switches of text and denoiser: each family derives a frozen dataclass from it."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model is and how to load it. `path` is a diffusers folder, a hub id, or one checkpoint file."""
@@ -90,7 +94,7 @@ class Family:
 
     name: str
     implementation: str  # modelspec.implementation
-    options: type
+    options: type[FamilyOptions]
     prediction: Callable[[Models], str]  # "flow", "epsilon" or "v_prediction"
     bucket_step: Callable[[Models], int]  # picture sides must be multiples of it
     base_model_version: Callable[[Models], str]  # ss_base_model_version

@@ -17,7 +17,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from lowrank.errors import Refused
-from lowrank.models.family import Family, Models, bare, latent_scale
+from lowrank.models.family import Family, FamilyOptions, Models, bare, latent_scale
 from lowrank.models.flux_load import add_flux_components, load_flux, model_hash
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FluxOptions:
+class FluxOptions(FamilyOptions):
     """Switches of text and denoiser; the fields are command-line options of the same names."""
 
     guidance_scale: float = 3.5  # input of models with a guidance embedder; others ignore it

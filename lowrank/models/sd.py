@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from lowrank.models import clip_text
-from lowrank.models.family import Family, Models, bare, latent_scale
+from lowrank.models.family import Family, FamilyOptions, Models, bare, latent_scale
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 from lowrank.models.samplers import build_sampler as sampler_of
 from lowrank.models.sd_load import add_sd_components, is_v2, load_sd, model_hash
@@ -25,7 +25,7 @@ STEP = 8  # diffusers' pipelines draw sides that are multiples of it
 
 
 @dataclass(frozen=True)
-class SdOptions:
+class SdOptions(FamilyOptions):
     """Switches of the text; the fields are command-line options of the same names."""
 
     clip_skip: int | None = None  # n-th layer from the end; SDXL always takes the last but one

@@ -1,6 +1,6 @@
 """What is predicted: denoising diffusion, x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε, with ε or the velocity v as target.
 
-`Diffusion` is the record of SD 1.x, 2.x and SDXL beside `target.Flow`, with the same two verbs.
+`Diffusion` is the record of SD 1.x, 2.x and SDXL beside `flow.Flow`, with the same two verbs.
 Sources: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), zero terminal SNR (arXiv 2305.08891,
 algorithm 1) and kohya sd-scripts' trainers, whose options these are.
 """
@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.errors import Refused
+from lowrank.config.objective import PSEUDO_HUBER, TIMESTEPS, DiffusionOptions
 from lowrank.objective import noise
-from lowrank.objective.flow import Draw, column
-from lowrank.objective.limits import check_record
+from lowrank.objective.flow import Draw
 from lowrank.objective.weight import (
-    LOSSES,
-    SCHEDULES,
+    column,
     debiased,
     elementwise,
     huber_width,
@@ -27,13 +25,12 @@ from lowrank.objective.weight import (
     per_sample,
 )
 
-STEPS = 1000
 BETAS = (0.00085, 0.012)  # √β is linear between them
 
 
 def alpha_bars() -> Tensor:
     """ᾱ_t = Π (1 − β_s) of the training schedule that SD 1.x, 2.x and SDXL share, (1000,) in float64."""
-    roots = torch.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, STEPS, dtype=torch.float64)
+    roots = torch.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, TIMESTEPS, dtype=torch.float64)
     return (1 - roots.square()).cumprod(0)
 
 
@@ -55,61 +52,12 @@ def v_target(x0: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Diffusion:
+class Diffusion(DiffusionOptions):
     """The objective of SD 1.x, 2.x and SDXL; every field is the command-line option of that name.
 
-    Raises `Refused` on a value outside, and on options that belong to the other target. 0 switches an option
-    off, as None does. The SNR of the loss weights is that of the schedule before `zero_terminal_snr`, as in
-    kohya's trainers; a random strength is drawn for each sample, where kohya's draw it for each batch.
+    The SNR of the loss weights is that of the schedule before `zero_terminal_snr`, as in kohya's trainers; a
+    random strength is drawn for each sample, where kohya's draw it for each batch.
     """
-
-    v_parameterization: bool = False
-    zero_terminal_snr: bool = False
-    min_timestep: int | None = None
-    max_timestep: int | None = None
-    noise_offset: float | None = None
-    noise_offset_random_strength: bool = False
-    adaptive_noise_scale: float | None = None
-    multires_noise_iterations: int | None = None
-    multires_noise_discount: float = 0.3
-    ip_noise_gamma: float = 0.0
-    ip_noise_gamma_random_strength: bool = False
-    loss_type: str = "l2"
-    huber_schedule: str = "snr"
-    huber_c: float = 0.1
-    huber_scale: float = 1.0
-    min_snr_gamma: float | None = None
-    scale_v_pred_loss_like_noise_pred: bool = False
-    v_pred_like_loss: float | None = None
-    debiased_estimation_loss: bool = False
-
-    def __post_init__(self) -> None:
-        check_record(
-            self,
-            choices={"loss_type": LOSSES, "huber_schedule": SCHEDULES},
-            positive=("huber_c", "huber_scale"),
-            not_negative=(
-                *("noise_offset", "multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma"),
-                *("min_snr_gamma", "v_pred_like_loss"),
-            ),
-        )
-        low, high = self.range
-        if not 0 <= low <= high <= STEPS or low == STEPS:
-            raise Refused(
-                f"--min_timestep {low} and --max_timestep {high} leave no timestep; they hold "
-                f"0 ≤ min ≤ max ≤ {STEPS}, and max itself is not drawn"
-            )
-        if self.adaptive_noise_scale and not self.noise_offset:
-            raise Refused("--adaptive_noise_scale changes the noise offset; give --noise_offset too")
-        if self.scale_v_pred_loss_like_noise_pred and not self.v_parameterization:
-            raise Refused(
-                "--scale_v_pred_loss_like_noise_pred is for velocities; give --v_parameterization, or drop it"
-            )
-        if self.v_pred_like_loss and self.v_parameterization:
-            raise Refused(
-                "--v_pred_like_loss is for noise predictions, and --v_parameterization predicts velocities; "
-                "drop one of both"
-            )
 
     @property
     def prediction(self) -> str:
@@ -119,8 +67,12 @@ class Diffusion:
     @property
     def range(self) -> tuple[int, int]:
         """Least timestep, and the one behind the greatest."""
-        high = STEPS if self.max_timestep is None else self.max_timestep
-        return self.min_timestep or 0, high
+        return self.min_timestep or 0, TIMESTEPS if self.max_timestep is None else self.max_timestep
+
+    @property
+    def timestep_range(self) -> tuple[int, int] | None:
+        """Least timestep, and the one behind the greatest; None where neither was chosen."""
+        return None if (self.min_timestep, self.max_timestep) == (None, None) else self.range
 
     def alpha_bar(self, timesteps: Tensor) -> Tensor:
         """ᾱ of whole timesteps (B,), in float64 on the CPU; with zero terminal SNR where it is asked for."""
@@ -147,7 +99,7 @@ class Diffusion:
                 t = low + int(at * (high - low))
             else:
                 t = low if low == high else noise.timestep(low, high, generator)
-            chosen.append(min(t, STEPS - 1))
+            chosen.append(min(t, TIMESTEPS - 1))
             epsilon = self._noise(sample.cpu(), generator)
             clean.append(epsilon)
             gamma, random = self.ip_noise_gamma, self.ip_noise_gamma_random_strength
@@ -179,11 +131,11 @@ class Diffusion:
     ) -> Tensor:
         """Loss of each sample (B,): elementwise in fp32 (or float64), × mask, mean, × `weight` × w(t).
 
-        `prediction` (B, C, h, w) is what the model says of the target, in any dtype; `mask` (B, 1, h, w);
+        `prediction` (B, C, h, w) is what the model predicts of the target, in any dtype; `mask` (B, 1, h, w);
         `weight` (B,), 1 or the prior loss weight.
         """
         width = None
-        if self.loss_type in ("huber", "smooth_l1"):
+        if self.loss_type in PSEUDO_HUBER:
             width = self._width(drawn.timesteps)
         error = elementwise(self.loss_type, prediction.to(drawn.target.dtype), drawn.target, width)
         return per_sample(error, mask, weight) * self.weight(drawn.timesteps).to(error)

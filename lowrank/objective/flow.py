@@ -7,23 +7,49 @@ An objective is a frozen record of options with two verbs, and that is all the t
     prediction = denoise(…, drawn.noisy, drawn.timesteps, …)
     losses = objective.losses(prediction, drawn, weight=…)     # (B,), to be averaged and logged by component
 
-`Flow` is FLUX's. `ddpm.Diffusion` (SD 1.x, 2.x, SDXL) is a second record of the same shape beside it.
+`Flow` is FLUX's. `diffusion.Diffusion` (SD 1.x, 2.x, SDXL) is a second record of the same shape beside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lowrank.errors import Refused
+from lowrank.config.objective import PSEUDO_HUBER, FlowOptions
 from lowrank.objective import noise
-from lowrank.objective.limits import check_record
-from lowrank.objective.weight import LOSSES, SCHEDULES, elementwise, flow_weight, huber_width, per_sample
+from lowrank.objective.weight import column, elementwise, flow_weight, huber_width, per_sample
 
-PREDICTIONS = ("raw", "additive", "sigma_scaled")
+
+class Objective(Protocol):
+    """What the training loop knows of an objective."""
+
+    @property
+    def prediction(self) -> str:
+        """What the model predicts, in the words of diffusers' schedulers."""
+        ...
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the noise schedule is rescaled so that its last step is pure noise."""
+        ...
+
+    @property
+    def timestep_range(self) -> tuple[int, int] | None:
+        """Least timestep, and the one behind the greatest; None where neither was chosen."""
+        ...
+
+    def draw(self, latents: Tensor, generator: torch.Generator, at: float | None = None) -> Draw:
+        """Noisy samples of `latents` and what the model should predict of them."""
+        ...
+
+    def losses(
+        self, prediction: Tensor, drawn: Draw, *, mask: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """Loss of each sample (B,)."""
+        ...
 
 
 class Draw(NamedTuple):
@@ -59,48 +85,23 @@ def model_prediction(kind: str, v: Tensor, noisy: Tensor, sigma: Tensor) -> Tens
 
 
 @dataclass(frozen=True)
-class Flow:
-    """FLUX's objective; every field is the command-line option of that name. Raises `Refused` on a value
-    outside.
+class Flow(FlowOptions):
+    """FLUX's objective; every field is the command-line option of that name.
 
     The weight w(σ) of `weighting_scheme` is applied to `raw` (diffusers and QR-LoRA do; kohya leaves it out
-    there and says nothing) and to `sigma_scaled`, and not to `additive`. With `sigma` sampling,
+    there without a warning) and to `sigma_scaled`, and not to `additive`. With `sigma` sampling,
     `discrete_flow_shift` 1 is the unshifted table that QR-LoRA trains FLUX.1-dev with, 3 is kohya's.
     """
 
-    timestep_sampling: str = "sigma"
-    weighting_scheme: str = "none"
-    model_prediction_type: str = "raw"
-    discrete_flow_shift: float = 3.0
-    sigmoid_scale: float = 1.0
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-    ip_noise_gamma: float = 0.0
-    ip_noise_gamma_random_strength: bool = False
-    loss_type: str = "l2"
-    huber_schedule: str = "snr"
-    huber_c: float = 0.1
-    huber_scale: float = 1.0
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """False: a flow's last noise level is pure noise without rescaling."""
+        return False
 
-    def __post_init__(self) -> None:
-        check_record(
-            self,
-            choices={
-                "timestep_sampling": noise.SAMPLINGS,
-                "weighting_scheme": noise.SCHEMES,
-                "model_prediction_type": PREDICTIONS,
-                "loss_type": LOSSES,
-                "huber_schedule": SCHEDULES,
-            },
-            positive=("discrete_flow_shift", "huber_c", "huber_scale"),
-            not_negative=("logit_std", "ip_noise_gamma"),
-        )
-        if self.loss_type in ("huber", "smooth_l1") and self.huber_schedule == "snr":
-            raise Refused(
-                f"--loss_type {self.loss_type} with --huber_schedule snr has no meaning for a flow model, "
-                "which has no ᾱ; pass --huber_schedule constant or exponential"
-            )
+    @property
+    def timestep_range(self) -> tuple[int, int] | None:
+        """None: every noise level may be drawn."""
+        return None
 
     @property
     def prediction(self) -> str:
@@ -152,14 +153,9 @@ class Flow:
         v = prediction.to(drawn.target.dtype)
         seen = model_prediction(self.model_prediction_type, v, drawn.noisy, drawn.sigma)
         width = None
-        if self.loss_type in ("huber", "smooth_l1"):
+        if self.loss_type in PSEUDO_HUBER:
             width = huber_width(self.huber_schedule, drawn.timesteps, self.huber_c, self.huber_scale)
         loss = elementwise(self.loss_type, seen, drawn.target, width)
         if self.model_prediction_type != "additive":
             loss = loss * column(flow_weight(self.weighting_scheme, drawn.sigma), loss)
         return per_sample(loss, mask, weight)
-
-
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, 1) in the dtype and on the device of `like`."""
-    return values.to(like).reshape(-1, *(1,) * (like.dim() - 1))

@@ -16,8 +16,6 @@ import math
 import torch
 from torch import Tensor
 
-SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
-SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 STEPS = 1000  # a timestep is 1000 σ
 
 
@@ -77,7 +75,7 @@ def sigmas(
     logit_std: float,
     mode_scale: float,
 ) -> Tensor:
-    """Noise levels σ (count,) in fp32, 0 = picture, 1 = noise, for one of `SAMPLINGS`.
+    """Noise levels σ (count,) in fp32, 0 = picture, 1 = noise, by one of the ways of `--timestep_sampling`.
 
     `sigma` looks ⌊1000 u⌋ up in the table shifted by `shift`, u from the weighting scheme's density; `shift`
     and `flux_shift` shift a sigmoid of a normal number by a constant or by the picture's size (`latent_hw`,

@@ -12,9 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-LOSSES = ("l2", "l1", "huber", "smooth_l1")
-SCHEDULES = ("constant", "exponential", "snr")
-
 
 def flow_weight(scheme: str, sigma: Tensor) -> Tensor:
     """w(σ) in σ's shape: σ⁻² for `sigma_sqrt`, 2/(π(1 − 2σ + 2σ²)) for `cosmap`, else 1."""
@@ -77,10 +74,15 @@ def elementwise(kind: str, prediction: Tensor, target: Tensor, width: Tensor | N
         return d.square()
     if width is None:
         raise ValueError(f"the loss {kind!r} needs a width")
-    c = width.reshape(-1, *(1,) * (d.dim() - 1)).to(d)
+    c = column(width, d)
     # d²/(√(d² + c²) + c) is √(d² + c²) − c without the cancellation
     rest = d.square() / (torch.sqrt(d.square() + c.square()) + c)
     return 2 * c * rest if kind == "huber" else 2 * rest
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, 1, 1) in the dtype and on the device of `like`."""
+    return values.to(like).reshape(-1, *(1,) * (like.dim() - 1))
 
 
 def per_sample(loss: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:

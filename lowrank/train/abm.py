@@ -36,7 +36,8 @@ from lowrank.naming import keys
 from lowrank.tensors import read_tensors
 from lowrank.train import network_module, setup
 from lowrank.train.abm_hooks import Boundaries, activations, depth_weights
-from lowrank.train.attach import Job, check_base
+from lowrank.train.attach import check_base
+from lowrank.train.job import RunningJob
 from lowrank.train.loop import Forward, Run, average_gradients, batch_generator
 from lowrank.train.validation import PLACES
 from lowrank.train.warmup import NOISE, abm_name, log, noise, training_batches
@@ -63,12 +64,12 @@ def _at_strength(*networks: tuple[AdapterNetwork, float]) -> Iterator[None]:
 # ------------------------------------------------------------------ the teacher
 
 
-def check_abm(job: Job, models: Models, shapes: nn.Module | None) -> None:
+def check_abm(job: RunningJob, models: Models, shapes: nn.Module | None) -> None:
     """Before anything is encoded: ours is the network, and the teacher is a file for this base.
 
     `shapes` is the denoiser on the meta device, where there is one. Raises `Refused`.
     """
-    path = job.parsed.abm.abm_teacher
+    path = job.options.abm.abm_teacher
     if network_module.facade_of(job.networks) is None:
         raise Refused(
             "--abm_enabled needs a network of ours, which can stand aside for a teacher, and "
@@ -99,8 +100,8 @@ def load_teacher(
             f"the teacher {path} was made by {name}, and ABM reads adapters of our own modules only"
         )
     try:
-        told = json.loads(facts.get("ss_network_args") or "{}")
-        arguments = {key: value for key, value in told.items() if key in facade.known}
+        given = json.loads(facts.get("ss_network_args") or "{}")
+        arguments = {key: value for key, value in given.items() if key in facade.known}
     except (ValueError, AttributeError) as error:
         raise Refused(f"ss_network_args in {path} is no JSON object; use another file") from error
     made, _ = networks.create_network_from_weights(
@@ -124,6 +125,7 @@ def _teaching(run: Run, path: str) -> Iterator[tuple[Forward, Callable[[], Any]]
     A backward pass that recomputes must find the student's too.
     """
     student = run.network
+    assert isinstance(student, AdapterNetwork)  # `check_abm` refuses others
     if path == "base":
         yield run.forward, lambda: _at_strength((student, 0.0))
         return
@@ -185,7 +187,7 @@ class _Stage:
             self._train()
             after = self._measure()
             self._tell(after, abm.abm_steps)
-            told = (
+            summary = (
                 f"loss {before.loss:.5f} → {after.loss:.5f}, equal signs {before.agreement:.2%} → "
                 f"{after.agreement:.2%}"
             )
@@ -194,9 +196,9 @@ class _Stage:
                 with torch.no_grad():
                     for parameter, value in zip(self.network.parameters(), values, strict=True):
                         parameter.copy_(value)
-                say(f"ABM did harm and is undone ({told}); --no-abm_guard would keep it")
+                say(f"ABM did harm and is undone ({summary}); --no-abm_guard would keep it")
             else:
-                say(f"ABM: {told}")
+                say(f"ABM: {summary}")
 
     # ------------------------------------------------------------------ passes
 

@@ -1,7 +1,7 @@
 """What a run leaves on disk, and how it goes on from there: file names, checkpoints, resume.
 
 A checkpoint folder is filled under a temporary name and renamed once it is whole; `train_state.json` lists
-every file with its SHA-256, so a half-written or altered folder is told apart from a good one.
+every file with its SHA-256, so a half-written or altered folder is recognised.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from lowrank.errors import Refused
 from lowrank.files import atomic_folder, part_of, sha256
+from lowrank.train.network_module import KohyaNetwork
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 DIFFUSERS, KOHYAS = "pytorch_lora_weights", "last"  # stems of a run's last file, where the run has no name
@@ -68,7 +69,7 @@ class Progress:
 def save_state(
     folder: Path,
     accelerator: Accelerator,
-    network: Any,
+    network: KohyaNetwork,
     progress: Progress,
     run: Mapping[str, Any],
     metadata: Mapping[str, str],
@@ -93,14 +94,14 @@ def save_state(
         if extra is not None:
             extra(part)
         files = {file.name: sha256(file) for file in sorted(part.iterdir())}
-        told = {
+        state = {
             "current_step": progress.step,
             "current_epoch": progress.epoch,
             "position": progress.position,
             "run": dict(run),
             "files": files,
         }
-        (part / STATE).write_text(json.dumps(told, indent=1))
+        (part / STATE).write_text(json.dumps(state, indent=1))
     accelerator.wait_for_everyone()
 
 
@@ -123,75 +124,87 @@ def find_state(wanted: str, output_dir: Path) -> Path:
     )
 
 
-# facts that are told by a hash, in words
+# facts that are kept as a hash, in words
 _HASHED = {
     "base": "another base model",
     "base_weights": "other --base_weights or their multipliers",
     "pictures": "other pictures, masks, captions or repeats",
 }
-CONTENT = "sha256:"  # begins the fact of a file that is told by its content
+CONTENT = "sha256:"  # begins the fact of a file that is known by its content
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """`train_state.json` of a whole checkpoint. Raises `Refused` for what `save_state` did not write so."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint folder that was read and hashed once: what its run was, and how far it was."""
+
+    folder: Path
+    run: Mapping[str, object]
+    step: int
+    epoch: int
+    position: int
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run that wrote the checkpoint."""
+        seed = self.run.get("seed")
+        return seed if isinstance(seed, int) else 0
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, every file compared with its SHA-256.
+
+    Raises `Refused` for a folder that `save_state` did not write so.
+    """
     try:
-        told = json.loads((folder / STATE).read_text())
-        counts = [told[name] for name in ("current_step", "current_epoch", "position")]
-        counts.append(told["run"].get("seed", 0))
-        whole = all(type(count) is int and count >= 0 for count in counts)
-        if not (whole and {WEIGHTS, "optimizer.bin"} <= told["files"].keys()):
+        state = json.loads((folder / STATE).read_text())
+        counts = [state[name] for name in ("current_step", "current_epoch", "position")]
+        whole = all(type(count) is int and count >= 0 for count in (*counts, state["run"].get("seed", 0)))
+        if not (whole and {WEIGHTS, "optimizer.bin"} <= state["files"].keys()):
             raise ValueError("its entries are not those of a checkpoint")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Refused(
             f"{folder} is not a whole checkpoint of this program: {STATE} is missing or unreadable; resume "
             "from an earlier one, or start from its weights with --network_weights"
         ) from error
-    for name, digest in told["files"].items():
+    for name, digest in state["files"].items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise Refused(
                 f"{folder} is damaged: {name} is missing or altered; resume from an earlier checkpoint"
             )
-    return told
+    return Checkpoint(folder, state["run"], *counts)
 
 
-def agree(folder: Path, before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Raise `Refused` for the first thing in which the run of a checkpoint is not this `run`."""
+def agree(checkpoint: Checkpoint, run: Mapping[str, Any]) -> None:
+    """Raise `Refused` for the first setting in which the run of a checkpoint is not this `run`."""
     for key, value in run.items():
-        if before.get(key) == value:
-            continue
-        raise Refused(
-            f"{folder} belongs to another run: {_difference(key, before.get(key), value)}; use the same "
-            "settings, or start from its weights with --network_weights"
-        )
+        before = checkpoint.run.get(key)
+        if before != value:
+            raise Refused(
+                f"{checkpoint.folder} belongs to another run: {_difference(key, before, value)}; use the "
+                "same settings, or start from its weights with --network_weights"
+            )
 
 
 def _difference(name: str, old: Any, new: Any) -> str:
     if name in _HASHED:
         return f"it had {_HASHED[name]} than this run"
     if isinstance(old, Mapping) and isinstance(new, Mapping):  # network_args
-        one = next(one for one in (*new, *old) if old.get(one) != new.get(one))
-        return _difference(f"network argument {one}", old.get(one), new.get(one))
+        name = next(name for name in (*new, *old) if old.get(name) != new.get(name))
+        return _difference(f"network argument {name}", old.get(name), new.get(name))
     if all(str(value).startswith(CONTENT) for value in (old, new)):
         return f"it had another file for its {name} than this run"
     old, new = ("unset" if value in (None, "") else value for value in (old, new))
     return f"its {name} is {old} and this run's is {new}"
 
 
-def seed_of(folder: Path) -> int:
-    """The seed of the run that wrote a checkpoint."""
-    return read_state(folder)["run"].get("seed", 0)
-
-
-def load_state(folder: Path, accelerator: Accelerator, network: Any, run: Mapping[str, Any]) -> Progress:
-    """Continue from a folder that `save_state` wrote.
-
-    Raises `Refused` if it is not whole or belongs to another run.
-    """
-    told = read_state(folder)
-    agree(folder, told["run"], run)
-    network.load_weights(str(folder / WEIGHTS))
-    accelerator.load_state(str(folder))
-    return Progress(told["current_step"], told["current_epoch"], told["position"])
+def load_state(
+    checkpoint: Checkpoint, accelerator: Accelerator, network: KohyaNetwork, run: Mapping[str, Any]
+) -> Progress:
+    """Continue from a checkpoint. Raises `Refused` if it belongs to another run."""
+    agree(checkpoint, run)
+    network.load_weights(str(checkpoint.folder / WEIGHTS))
+    accelerator.load_state(str(checkpoint.folder))
+    return Progress(checkpoint.step, checkpoint.epoch, checkpoint.position)
 
 
 def remove(path: Path) -> None:

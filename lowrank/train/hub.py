@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from lowrank.config.flags_output import Hub
 from lowrank.errors import Refused
 
 
-def upload(options: Any, path: Path) -> None:
+def upload(options: Hub, path: Path) -> None:
     """Upload `path` to `--huggingface_repo_id`; the local file stays whatever happens. Raises `Refused`."""
     if not options.huggingface_repo_id:
         return

@@ -53,10 +53,10 @@ class LayerSampler:
 
         Returns what there is to log.
         """
-        told = self.probe(step) if step and step % self._updates.every == 0 else {}
+        scalars = self.probe(step) if step and step % self._updates.every == 0 else {}
         for name in self._layers.keys() - self.learning(step):
             self._layers[name].roles()[self._updates.role].grad = None  # optimizers pass over it
-        return told
+        return scalars
 
     @torch.no_grad()
     def probe(self, step: int) -> dict[str, float]:
@@ -116,5 +116,7 @@ def layer_sampler(
     if not isinstance(network, AdapterNetwork) or network.method.updates is None:
         return None
     measured = training.shard(0, 1) if held is None else held
-    fixed = ValidationLoss(measured, forward.losses, seed, None, None, limit=1)
+    fixed = ValidationLoss(
+        loader=measured, losses=forward.losses, seed=seed, every_steps=None, every_epochs=None, limit=1
+    )
     return LayerSampler(network.method.updates, network, fixed, forward.accelerator)

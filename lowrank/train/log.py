@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, a loss CSV, one progress bar, and a run folder that explains itself."""
+"""Records of a run: TensorBoard, a loss CSV, a progress bar, and the run folder's configuration."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Meter:
         """Means over the step's micro-batches and processes, by name (None: an empty bin); starts anew."""
         means = accelerator.reduce(self._sums, "sum") / (self._batches * accelerator.num_processes)
         values, n = means.tolist(), 1 + len(self.components)
-        told: dict[str, float | None] = dict(zip(("loss", *self.components), values[:n], strict=True))
+        losses: dict[str, float | None] = dict(zip(("loss", *self.components), values[:n], strict=True))
         for name, total, count in zip(BIN_NAMES, values[n : n + BINS], values[n + BINS :], strict=True):
-            told[name] = total / count if count else None
+            losses[name] = total / count if count else None
         self._sums.zero_()
         self._batches = 0
-        return told
+        return losses
 
 
 class RunLog:
@@ -100,13 +100,13 @@ class RunLog:
         self,
         step: int,
         epoch: int,
-        told: Mapping[str, float | None],
+        losses: Mapping[str, float | None],
         rates: Mapping[str, float],
         images: int,
         extra: Mapping[str, float],
     ) -> None:
         """One optimizer step: losses, learning rates by group description, pictures seen, further scalars."""
-        loss = told["loss"] or 0.0
+        loss = losses["loss"] or 0.0
         self._recent.append(loss)
         self._of_epoch.append(loss)
         average = sum(self._recent) / len(self._recent)
@@ -118,7 +118,7 @@ class RunLog:
             f"loss={loss:.4f}, avr_loss={average:.4f}, lr={first:.3g}, images/s={speed:.2f}"
         )
         scalars = {"loss/current": loss, "loss/average": average}
-        for name, value in told.items():
+        for name, value in losses.items():
             if name != "loss" and value is not None:
                 scalars[f"loss/{name}"] = value
         scalars |= {f"lr/{name.strip()}": rate for name, rate in rates.items()} | dict(extra)
@@ -126,7 +126,7 @@ class RunLog:
             scalars.setdefault("lr/textencoder", scalars["lr/textencoder 1"])
         self._accelerator.log(scalars, step=step)
         if self._accelerator.is_main_process:
-            row = {"step": step, "epoch": epoch, "lr": first, "avr_loss": average, **told}
+            row = {"step": step, "epoch": epoch, "lr": first, "avr_loss": average, **losses}
             try:
                 with open(self._csv, "a", newline="") as file:
                     csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)

@@ -15,21 +15,28 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 
 from lowrank.data.loader import Batch, Loader
+from lowrank.models.family import Models
+from lowrank.objective.flow import Objective
 from lowrank.train.checkpoints import Progress
+from lowrank.train.job import RunningJob
 from lowrank.train.log import Meter, RunLog
+from lowrank.train.network_module import KohyaNetwork
+from lowrank.train.text_conditions import TextConditions
 from lowrank.train.watch import first_not_finite, refuse_not_finite
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forward:
     """From a batch to its losses: what training and validation have in common."""
 
     accelerator: Accelerator
-    network: Any  # a module of kohya's contract
-    objective: Any
+    network: KohyaNetwork
+    objective: Objective
     latents: Callable[[Batch, torch.Generator], Tensor]
     conditions: Callable[[Batch], Mapping[str, Tensor]]
     denoise: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]  # (noisy, timesteps, conditions)
@@ -46,7 +53,36 @@ class Forward:
         return self.objective.losses(prediction, drawn, mask=mask), drawn.timesteps
 
 
-@dataclass
+def run_forward(job: RunningJob, models: Models, network: KohyaNetwork, text: TextConditions) -> Forward:
+    """The forward of a job on its model: latents drawn anew for each batch, conditions of text and sizes."""
+    family, device = job.family, job.accelerator.device
+
+    def latents(batch: Batch, generator: torch.Generator) -> Tensor:
+        moments = batch.encoded
+        if moments is None:
+            assert batch.pixels is not None  # a batch has one or the other
+            with torch.no_grad():
+                moments = family.encode_images(models, batch.pixels)
+        return family.latents(models, moments.to(device), generator)
+
+    def conditions(batch: Batch) -> dict[str, Tensor]:
+        sizes = family.size_conditions(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
+        return text(batch.captions) | {name: value.to(device) for name, value in sizes.items()}
+
+    def denoise(noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        return family.denoise(models.denoiser, noisy, timesteps, conditions, job.switches)
+
+    return Forward(
+        accelerator=job.accelerator,
+        network=network,
+        objective=job.objective,
+        latents=latents,
+        conditions=conditions,
+        denoise=denoise,
+    )
+
+
+@dataclass(kw_only=True)
 class Run:
     """All that the loop touches."""
 
@@ -54,8 +90,8 @@ class Run:
     denoiser: nn.Module
     text_encoders: list[nn.Module]
     loader: Loader
-    optimizer: Any
-    scheduler: Any
+    optimizer: AcceleratedOptimizer
+    scheduler: AcceleratedScheduler
     group_names: list[str]
     steps: int
     epochs: int
@@ -67,14 +103,14 @@ class Run:
     after_epoch: Callable[[Progress], None]
     last_good: Callable[[], Path | None]
     # called with a step before its gradients are used: may drop some, returns what to log
-    let_through: Callable[[int], dict[str, float]]
+    let_through: Callable[[int], dict[str, float]] | None
 
     @property
     def accelerator(self) -> Accelerator:
         return self.forward.accelerator
 
     @property
-    def network(self) -> Any:
+    def network(self) -> KohyaNetwork:
         return self.forward.network
 
 
@@ -87,12 +123,12 @@ class Micro(NamedTuple):
     timesteps: Tensor  # (B,) 0..1000
 
 
-def loss_components(network: Any) -> tuple[str, ...]:
+def loss_components(network: KohyaNetwork) -> tuple[str, ...]:
     """Names of the loss's parts: error of the images, error of the regularisation images, the penalties."""
     return ("mse", "prior", *(penalty.name for penalty in _penalties(network)))
 
 
-def _penalties(network: Any) -> tuple:
+def _penalties(network: KohyaNetwork) -> tuple:
     return getattr(getattr(network, "method", None), "penalty", ())
 
 
@@ -103,10 +139,10 @@ def batch_generator(seed: int, epoch: int, position: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def at_timesteps(network: Any, timesteps: Tensor) -> AbstractContextManager:
-    """Tell a network of ours the timesteps; other modules of the contract do not ask."""
-    told = getattr(network, "denoise_at", None)
-    return told(timesteps) if told else nullcontext()
+def at_timesteps(network: KohyaNetwork, timesteps: Tensor) -> AbstractContextManager:
+    """Give a network of ours the timesteps for a block; other modules of the contract do not use them."""
+    denoise_at = getattr(network, "denoise_at", None)
+    return denoise_at(timesteps) if denoise_at else nullcontext()
 
 
 def micro_step(run: Run, batch: Batch) -> Micro:
@@ -152,12 +188,12 @@ def train(run: Run, progress: Progress) -> Progress:
     accelerator, network = run.accelerator, run.network
     meter = Meter(loss_components(network), accelerator.device)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    images, said = 0, None
+    images, announced = 0, None
     run.log.begin(progress.step)
     while progress.step < run.steps:
-        if said != progress.epoch:
+        if announced != progress.epoch:
             run.log.say(f"\nepoch {progress.epoch + 1}/{run.epochs}")  # GUIs read this line
-            said = progress.epoch
+            announced = progress.epoch
         network.on_epoch_start(run.text_encoders, run.denoiser)
         for batch in _batches(run, progress):
             if hasattr(network, "on_step_start"):
@@ -170,7 +206,7 @@ def train(run: Run, progress: Progress) -> Progress:
                 meter.add(micro.components, micro.per_sample, micro.timesteps)
                 images += len(batch.examples) * accelerator.num_processes
                 if accelerator.sync_gradients:
-                    extra = run.let_through(progress.step)
+                    extra = run.let_through(progress.step) if run.let_through else {}
                     average_gradients(accelerator, parameters)
                     extra |= _clip(run, progress, batch, parameters)
                 run.optimizer.step()
@@ -212,7 +248,7 @@ def _clip(run: Run, progress: Progress, batch: Batch, parameters: list[nn.Parame
     return {"norm/gradient": float(norm)}
 
 
-def _limit_norms(network: Any, limit: float, device: torch.device) -> dict[str, float]:
+def _limit_norms(network: KohyaNetwork, limit: float, device: torch.device) -> dict[str, float]:
     scaled, mean, largest = network.apply_max_norm_regularization(limit, device)
     return {
         "max_norm/keys_scaled": scaled,

@@ -1,4 +1,7 @@
-"""Metadata of the files a run writes: kohya's `ss_*` keys, Stability's modelspec, our own facts."""
+"""Metadata of the files a run writes: kohya's `ss_*` keys, Stability's modelspec, our own facts.
+
+An option is written where its declaration has a `metadata` key (`config.flag.Flag`).
+"""
 
 from __future__ import annotations
 
@@ -9,91 +12,20 @@ import mimetypes
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lowrank import __version__
-from lowrank.config.command_line import Parsed
+from lowrank.config.train import declared
 from lowrank.data import summary
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import sha256
-from lowrank.models.family import Family, Models
+from lowrank.models.family import Models
+from lowrank.train.job import RunningJob
+from lowrank.train.schedule import RunPlan
 
-# Options that are written as ss_<name>, by kohya's own list (train_network.py).
-_OPTIONS = (
-    "learning_rate",
-    "text_encoder_lr",
-    "unet_lr",
-    "gradient_checkpointing",
-    "gradient_accumulation_steps",
-    "max_train_steps",
-    "lr_warmup_steps",
-    "lr_scheduler",
-    "network_module",
-    "network_dim",
-    "network_alpha",
-    "network_dropout",
-    "mixed_precision",
-    "full_fp16",
-    "full_bf16",
-    "seed",
-    "output_name",
-    "cache_latents",
-    "training_comment",
-    "max_grad_norm",
-    "caption_dropout_rate",
-    "caption_dropout_every_n_epochs",
-    "caption_tag_dropout_rate",
-    "prior_loss_weight",
-    "scale_weight_norms",
-    "ip_noise_gamma",
-    "ip_noise_gamma_random_strength",
-    "loss_type",
-    "huber_schedule",
-    "huber_scale",
-    "huber_c",
-    "fp8_base",
-    "fp8_base_unet",
-    "model_type",
-    "apply_t5_attn_mask",
-    "weighting_scheme",
-    "logit_mean",
-    "logit_std",
-    "mode_scale",
-    "guidance_scale",
-    "timestep_sampling",
-    "sigmoid_scale",
-    "model_prediction_type",
-    "discrete_flow_shift",
-    "resize_interpolation",
-    "clip_skip",
-    "max_token_length",
-    "noise_offset",
-    "noise_offset_random_strength",
-    "adaptive_noise_scale",
-    "multires_noise_iterations",
-    "multires_noise_discount",
-    "zero_terminal_snr",
-    "min_snr_gamma",
-    "validation_seed",
-    "validation_split",
-    "max_validation_steps",
-    "validate_every_n_epochs",
-    "validate_every_n_steps",
-)
-_FOLDER_OPTIONS = (
-    "color_aug",
-    "flip_aug",
-    "random_crop",
-    "shuffle_caption",
-    "enable_bucket",
-    "bucket_no_upscale",
-    "min_bucket_reso",
-    "max_bucket_reso",
-    "keep_tokens",
-)
-# What kohya's list has and a script or this trainer lacks: told as kohya tells it when it is off.
+# Keys of kohya's list that a script or this trainer lacks, with kohya's values of an unset option.
 _OFF = {
     **dict.fromkeys(
         ("clip_skip", "max_token_length", "noise_offset", "multires_noise_iterations", "min_snr_gamma")
@@ -104,10 +36,6 @@ _OFF = {
     ),
     "multires_noise_discount": 0.3,
 }
-_SPOKEN = (
-    *("author", "description", "license", "tags", "usage_hint", "merged_from", "trigger_phrase"),
-    *("preprocessor", "is_negative_embedding"),
-)
 MINIMUM = (
     "ss_v2",
     "ss_base_model_version",
@@ -118,73 +46,81 @@ MINIMUM = (
 )
 
 
-def of_run(
-    parsed: Parsed,
-    family: Family,
-    models: Models,
-    loader: Loader,
-    held: Loader | None,
-    *,
-    optimizer: str,
-    steps: int,
-    epochs: int,
-    network: Mapping[str, Any],
-    arguments: Mapping[str, str],
-    base_hash: str,
-    seed: int,
-) -> dict[str, str]:
-    """All that is known when training begins; `network` gives network_module, network_dim, network_alpha."""
-    values: dict[str, Any] = _OFF | {name: parsed.value(name) for name in _OPTIONS if name in parsed.specs}
-    values["cache_latents"] = parsed.value("cache_latents") or parsed.value("cache_latents_to_disk")
-    values["text_encoder_lr"] = list(parsed.value("text_encoder_lr") or ()) or None
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What the metadata of a run are made of, besides the clock."""
+
+    job: RunningJob
+    models: Models
+    loader: Loader
+    held: Loader | None
+    plan: RunPlan
+    optimizer: str
+    network: Mapping[str, object]  # network_module, network_dim, network_alpha, mixed_precision
+
+
+def of_run(run: RunFacts) -> dict[str, str]:
+    """All that is known when training begins."""
+    job, family, loader = run.job, run.job.family, run.loader
+    options, minimal = job.options, job.options.saving.no_metadata
+    base_hash = family.model_hash(run.models, "denoiser")
+    base = _named("sd_model", run.models.source.path, base_hash)
     counts = summary.dataset_summary(loader)
-    values |= dict(network) | {
+    values = _OFF | _option_values(run) | dict(run.network) | base
+    values |= {
         "session_id": uuid.uuid4().int % 2**31,
         "training_started_at": time.time(),
-        "optimizer": optimizer,
-        "seed": seed,
+        "optimizer": run.optimizer,
+        "seed": job.seed,
         "num_train_images": counts["num_train_images"],
-        "num_validation_images": 0 if held is None else len(held.placed),
+        "num_validation_images": 0 if run.held is None else len(run.held.placed),
         "num_reg_images": counts["num_reg_images"],
         "num_batches_per_epoch": len(loader),
-        "num_epochs": epochs,
-        "max_train_steps": steps,
-        "v2": family.base_model_version(models).startswith("sd_v2"),
-        "base_model_version": family.base_model_version(models),
+        "num_epochs": run.plan.epochs,
+        "max_train_steps": run.plan.steps,
+        "v2": family.base_model_version(run.models).startswith("sd_v2"),
+        "base_model_version": family.base_model_version(run.models),
         "sd_scripts_commit_hash": f"lowrank {__version__}",
-        "batch_size_per_device": parsed.value("train_batch_size"),
+        "batch_size_per_device": options.train.train_batch_size,
         "tag_frequency": json.dumps(summary.tag_frequency(loader)),
         "dataset_dirs": json.dumps(summary.dataset_dirs(loader)),
-        **_named("sd_model", models.source.path, base_hash),
     }
-    if "debiased_estimation_loss" in parsed.specs:
-        values["debiased_estimation"] = parsed.value("debiased_estimation_loss")
-    if models.source.vae:
-        values |= _named("vae", models.source.vae, family.model_hash(models, "vae"))
-    if arguments:
-        values["network_args"] = json.dumps(dict(arguments))
-    if parsed.value("dataset_config"):
+    if run.models.source.vae:
+        values |= _named("vae", run.models.source.vae, family.model_hash(run.models, "vae"))
+    if job.arguments:
+        values["network_args"] = json.dumps(job.arguments)
+    if options.data.dataset_config:
         values["datasets"] = json.dumps(summary.metadata_datasets(loader))
     else:
-        values |= {name: parsed.value(name) for name in _FOLDER_OPTIONS}
-        together = parsed.value("gradient_accumulation_steps") * loader.world
-        values["total_batch_size"] = parsed.value("train_batch_size") * together
+        together = options.train.gradient_accumulation_steps * loader.world
         values |= {
+            "total_batch_size": options.train.train_batch_size * together,
             "resolution": str(loader.datasets[0].resolution),
             "bucket_info": json.dumps(summary.bucket_info(loader)),
             "reg_dataset_dirs": json.dumps(summary.dataset_dirs(loader, reg=True)),
         }
-    told = {f"ss_{name}": str(value) for name, value in values.items()}
-    if parsed.value("no_metadata"):
-        told = {name: value for name, value in told.items() if name in MINIMUM}
-    own = {
+    facts = {f"ss_{name}": str(value) for name, value in values.items()}
+    if minimal:
+        facts = {name: value for name, value in facts.items() if name in MINIMUM}
+    facts |= _modelspec(run)
+    facts |= {
         "lowrank.version": __version__,
         "lowrank.base_hash": base_hash,
-        "lowrank.base_model": values["sd_model_name"],
+        "lowrank.base_model": base["sd_model_name"],
     }
-    if not parsed.value("no_metadata"):
-        own["lowrank.command"] = parsed.command
-    return told | _modelspec(parsed, family, models, loader) | own
+    return facts if minimal else facts | {"lowrank.command": job.command}
+
+
+def _option_values(run: RunFacts) -> dict[str, object]:
+    """The options that are written, by their keys without `ss_`."""
+    options, values = run.job.options, {}
+    for spec, value in declared(options):
+        key, per_folder = spec.flag.metadata, spec.flag.per_folder
+        if key and not (per_folder and options.data.dataset_config):
+            values[spec.name if key is True else key] = value
+    values["cache_latents"] = options.caches_latents
+    values["text_encoder_lr"] = list(options.optimizer.text_encoder_lr or ()) or None
+    return values
 
 
 def _named(role: str, where: str, known: str) -> dict[str, str]:
@@ -199,31 +135,34 @@ def _named(role: str, where: str, known: str) -> dict[str, str]:
     return {f"{role}_name": name, f"{role}_hash": old, f"new_{role}_hash": new}
 
 
-def _modelspec(parsed: Parsed, family: Family, models: Models, loader: Loader) -> dict[str, str]:
-    width, height = loader.datasets[0].resolution
-    spec = {
+def _modelspec(run: RunFacts) -> dict[str, str]:
+    job, family, saving = run.job, run.job.family, run.job.options.saving
+    width, height = run.loader.datasets[0].resolution
+    spec: dict[str, object] = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{family.architecture(models)}/lora",
+        "architecture": f"{family.architecture(run.models)}/lora",
         "implementation": family.implementation,
         "resolution": f"{width}x{height}",
-        "title": parsed.value("metadata_title")
-        or parsed.value("output_name")
-        or f"LoRA@{time.strftime('%Y%m%d%H%M%S')}",
+        "title": saving.metadata_title or saving.output_name or f"LoRA@{time.strftime('%Y%m%d%H%M%S')}",
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "encoder_layer": job.options.encoder_layer,
+        "author": saving.metadata_author,
+        "description": saving.metadata_description,
+        "license": saving.metadata_license,
+        "tags": saving.metadata_tags,
+        "usage_hint": saving.metadata_usage_hint,
+        "merged_from": saving.metadata_merged_from,
+        "trigger_phrase": saving.metadata_trigger_phrase,
+        "preprocessor": saving.metadata_preprocessor,
+        "is_negative_embedding": saving.metadata_is_negative_embedding,
     }
-    told = family.prediction(models)
-    if told != "flow":
-        spec["prediction_type"] = "v" if told == "v_prediction" else told
-    range_ = [parsed.value(name) for name in ("min_timestep", "max_timestep") if name in parsed.specs]
-    if any(value is not None for value in range_):
-        low, high = range_
-        spec["timestep_range"] = f"{low or 0},{1000 if high is None else high}"
-    if "clip_skip" in parsed.specs:
-        spec["encoder_layer"] = parsed.value("clip_skip")
-    for name in _SPOKEN:
-        spec[name] = parsed.value(f"metadata_{name}")
-    if parsed.value("metadata_thumbnail"):
-        spec["thumbnail"] = _data_url(parsed.value("metadata_thumbnail"))
+    predicted = family.prediction(run.models)
+    if predicted != "flow":
+        spec["prediction_type"] = "v" if predicted == "v_prediction" else predicted
+    if job.objective.timestep_range is not None:
+        spec["timestep_range"] = ",".join(map(str, job.objective.timestep_range))
+    if saving.metadata_thumbnail:
+        spec["thumbnail"] = _data_url(saving.metadata_thumbnail)
     return {f"modelspec.{name}": str(value) for name, value in spec.items() if value is not None}
 
 

@@ -10,13 +10,17 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
 from lowrank.adapters.network_module import NetworkModule
 from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused, nearest
+
+if TYPE_CHECKING:
+    from torch.nn.modules.module import _IncompatibleKeys
 
 # diffusers' classes by the names in Black Forest Labs' code (flux/modules/layers.py), which kohya's modules
 # and LyCORIS' presets list
@@ -33,6 +37,37 @@ _COMPLAINTS = (ValueError, TypeError, LookupError, AssertionError, AttributeErro
 
 # Names that kohya's launchers and interfaces have written into them; ours decide by the model's class.
 ALIASES = {"networks.lora_flux": "networks.lora", "lora_flux": "networks.lora"}
+
+
+class KohyaNetwork(nn.Module):
+    """What a trainer calls of a network by kohya's contract, besides nn.Module's methods.
+
+    For type checkers: a foreign network need not derive from it.
+    """
+
+    if TYPE_CHECKING:
+
+        def apply_to(
+            self, text_encoders: object, denoiser: nn.Module, train_text: bool, train_denoiser: bool
+        ) -> None: ...
+
+        def load_weights(self, file: str) -> _IncompatibleKeys: ...
+
+        def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None: ...
+
+        def prepare_grad_etc(self, text_encoders: list[nn.Module], denoiser: nn.Module) -> None: ...
+
+        def enable_gradient_checkpointing(self) -> None: ...
+
+        def on_epoch_start(self, text_encoders: list[nn.Module], denoiser: nn.Module) -> None: ...
+
+        def on_step_start(self, text_encoders: list[nn.Module], denoiser: nn.Module) -> None: ...
+
+        def penalties(self) -> dict[str, torch.Tensor]: ...
+
+        def apply_max_norm_regularization(
+            self, limit: float, device: torch.device
+        ) -> tuple[int, float, float]: ...
 
 
 def _own_networks() -> list[str]:
@@ -92,7 +127,7 @@ def create(
     weights: str | None,
     dim_from_weights: bool,
     train_denoiser: bool = True,
-) -> nn.Module:
+) -> KohyaNetwork:
     """A network on its hosts, ready for the optimizer.
 
     Call order: kohya's trainer (kohya_ss/sd-scripts, train_network.py). Raises `Refused` for arguments that
@@ -134,17 +169,17 @@ def create(
     if foreign and train_denoiser and before and _block_layers(denoiser) == before:
         raise Refused(
             f"{module.__name__} adapts no layer in the blocks of {type(denoiser).__name__} with "
-            f"--network_args {_told(extra)}; give it another preset or other targets, or choose networks.lora"
+            f"--network_args {_text(extra)}; give it another preset or other targets, or choose networks.lora"
         )
     if weights:
-        told = network.load_weights(weights)
-        if facade is not None and told.missing_keys:
+        result = network.load_weights(weights)
+        if facade is not None and result.missing_keys:
             raise Refused(
-                f"{weights} lacks {len(told.missing_keys)} tensors of this network, for example "
-                f"{told.missing_keys[0]}; use --dim_from_weights, or the file's own targets"
+                f"{weights} lacks {len(result.missing_keys)} tensors of this network, for example "
+                f"{result.missing_keys[0]}; use --dim_from_weights, or the file's own targets"
             )
     network.prepare_grad_etc(list(text_encoders), denoiser)
-    return network
+    return cast(KohyaNetwork, network)
 
 
 @contextlib.contextmanager
@@ -168,14 +203,14 @@ def _complaints_of(module: ModuleType, arguments: Mapping[str, str]) -> Iterator
     try:
         yield
     except _COMPLAINTS as error:
-        said = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line
+        message = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line
         raise Refused(
-            f"{module.__name__} makes no network with --network_args {_told(arguments)} "
-            f"({type(error).__name__}: {(said or '?').splitlines()[0]}); correct them"
+            f"{module.__name__} makes no network with --network_args {_text(arguments)} "
+            f"({type(error).__name__}: {(message or '?').splitlines()[0]}); correct them"
         ) from error
 
 
-def _told(arguments: Mapping[str, str]) -> str:
+def _text(arguments: Mapping[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in arguments.items()) or "(none)"
 
 

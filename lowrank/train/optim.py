@@ -17,46 +17,16 @@ import torch
 
 from lowrank.config.flag import literals
 from lowrank.config.flags_training import Optimizer as Options
+from lowrank.config.optimizers import (
+    KNOWN,
+    ONE_RATE,
+    missing_package,
+    optimizer_name,
+    refuse_several_rates,
+)
 from lowrank.errors import Refused, nearest
 
 log = logging.getLogger(__name__)
-
-KNOWN = {
-    "AdamW": "torch.optim.AdamW",
-    "SGDNesterov": "torch.optim.SGD",
-    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
-    "PagedAdamW": "bitsandbytes.optim.PagedAdamW",
-    "PagedAdamW8bit": "bitsandbytes.optim.PagedAdamW8bit",
-    "PagedAdamW32bit": "bitsandbytes.optim.PagedAdamW32bit",
-    "Lion8bit": "bitsandbytes.optim.Lion8bit",
-    "PagedLion8bit": "bitsandbytes.optim.PagedLion8bit",
-    "SGDNesterov8bit": "bitsandbytes.optim.SGD8bit",
-    "Lion": "lion_pytorch.Lion",
-    "DAdaptation": "dadaptation.experimental.DAdaptAdamPreprint",
-    "DAdaptAdamPreprint": "dadaptation.experimental.DAdaptAdamPreprint",
-    "DAdaptAdaGrad": "dadaptation.DAdaptAdaGrad",
-    "DAdaptAdam": "dadaptation.DAdaptAdam",
-    "DAdaptAdan": "dadaptation.DAdaptAdan",
-    "DAdaptAdanIP": "dadaptation.experimental.DAdaptAdanIP",
-    "DAdaptLion": "dadaptation.DAdaptLion",
-    "DAdaptSGD": "dadaptation.DAdaptSGD",
-    "Prodigy": "prodigyopt.Prodigy",
-    "Adafactor": "transformers.optimization.Adafactor",
-    "RAdamScheduleFree": "schedulefree.RAdamScheduleFree",
-    "AdamWScheduleFree": "schedulefree.AdamWScheduleFree",
-    "SGDScheduleFree": "schedulefree.SGDScheduleFree",
-}
-_PACKAGES = {"prodigyplus": "prodigy-plus-schedule-free"}  # where the name is more than "_" for "-"
-_ONE_RATE = ("prodigyopt", "dadaptation")  # they find the step size themselves, one for all parameters
-# diffusers' flags for single arguments of an optimizer, besides the betas
-_FLAGS = {
-    "adam_weight_decay": "weight_decay",
-    "adam_epsilon": "eps",
-    "prodigy_beta3": "beta3",
-    "prodigy_decouple": "decouple",
-    "prodigy_use_bias_correction": "use_bias_correction",
-    "prodigy_safeguard_warmup": "safeguard_warmup",
-}
 
 
 # ---------- optimizers
@@ -80,7 +50,7 @@ def chosen(options: Options) -> Chosen:
     Raises `Refused` for an unknown name, a package that is not installed, an argument that is malformed or
     that the optimizer does not take, and for an optimizer that needs another kind of loop.
     """
-    name = _name(options)
+    name = optimizer_name(options)
     make = import_class(KNOWN.get(name, name), "--optimizer_type", "torch.optim", KNOWN)
     if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
         raise Refused(f"--optimizer_type {name} is no optimizer; choose one of {', '.join(KNOWN)}")
@@ -98,7 +68,7 @@ def chosen(options: Options) -> Chosen:
             way_out = "; use --learning_rate" if key == "lr" else nearest(key, _parameters(make))
             raise Refused(f"--optimizer_args {key} is no argument of {make.__name__}{way_out}")
     _add_flags(options, make, arguments)
-    if make.__name__ == "Adafactor":  # kohya's rule: its own rate unless told otherwise, or if that warms up
+    if make.__name__ == "Adafactor":  # kohya's rule: its own rate by default, or if that warms up
         relative = arguments.get("relative_step", True) or arguments.get("warmup_init", False)
         arguments["relative_step"] = relative
     return Chosen(make, arguments)
@@ -129,8 +99,13 @@ def build_optimizer(
         if len(rates) > 1:
             log.warning("Adafactor with relative_step sets its own rate; the parts' own rates have no effect")
         parts, rate = [{key: part[key] for key in part if key != "lr"} for part in parts], None
-    elif make.__module__.split(".")[0] in _ONE_RATE:
-        _check_one_rate(make.__name__, rates)
+    elif make.__module__.split(".")[0] in ONE_RATE:
+        refuse_several_rates(make.__name__, rates)
+        if max(rates, default=1) <= 0.1:
+            low = max(rates)
+            log.warning(
+                "%s scales the rate it finds by %g, which is very low; 1 is usual", make.__name__, low
+            )
     try:
         optimizer = make(parts, lr=rate, **arguments)  # pyright: ignore[reportCallIssue]
     except (TypeError, ValueError, RuntimeError) as error:
@@ -181,11 +156,7 @@ def import_class(path: str, flag: str, home: str, names: Iterable[str] = ()) -> 
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = (error.name or root).split(".")[0]
-        package = _PACKAGES.get(missing, missing.replace("_", "-"))
-        raise Refused(
-            f"{flag} {attribute} needs the package {package}; run `pip install {package}`, or choose another"
-        ) from error
+        raise missing_package(flag, attribute, (error.name or root).split(".")[0]) from error
     except ImportError as error:
         raise Refused(f"{flag} {path} cannot be imported ({error}); reinstall {root}") from error
     if not hasattr(found, attribute):
@@ -198,29 +169,22 @@ def import_class(path: str, flag: str, home: str, names: Iterable[str] = ()) -> 
     return getattr(found, attribute)
 
 
-def _name(options: Options) -> str:
-    """The name in `KNOWN` that is meant, or what the user wrote."""
-    name = options.optimizer_type
-    if options.use_8bit_adam:
-        if name.lower() not in ("", "adamw", "adamw8bit"):
-            raise Refused(f"--use_8bit_adam is for AdamW, but --optimizer_type is {name}; give one of them")
-        name = "AdamW8bit"
-    if options.use_lion_optimizer:
-        if name.lower() not in ("", "lion"):
-            raise Refused(f"--use_lion_optimizer is Lion, but the optimizer is {name}; give one of them")
-        name = "Lion"
-    return {known.lower(): known for known in KNOWN}.get((name or "AdamW").lower(), name)
-
-
 def _add_flags(options: Options, make: type, arguments: dict[str, Any]) -> None:
     """Add diffusers' flags for single arguments; each must be one that the optimizer takes."""
-    told = {key: (flag, getattr(options, flag)) for flag, key in _FLAGS.items()}
+    given: dict[str, tuple[str, object]] = {
+        "weight_decay": ("adam_weight_decay", options.adam_weight_decay),
+        "eps": ("adam_epsilon", options.adam_epsilon),
+        "beta3": ("prodigy_beta3", options.prodigy_beta3),
+        "decouple": ("prodigy_decouple", options.prodigy_decouple),
+        "use_bias_correction": ("prodigy_use_bias_correction", options.prodigy_use_bias_correction),
+        "safeguard_warmup": ("prodigy_safeguard_warmup", options.prodigy_safeguard_warmup),
+    }
     betas = (options.adam_beta1, options.adam_beta2)
     if betas != (None, None):
         default = arguments.get("betas", getattr(_parameters(make).get("betas"), "default", (0.9, 0.999)))
-        both = tuple(own if own is not None else other for own, other in zip(betas, default, strict=False))
-        told["betas"] = ("adam_beta1" if betas[0] is not None else "adam_beta2", (*both, *default[2:]))
-    for key, (flag, value) in told.items():
+        both = tuple(beta if beta is not None else other for beta, other in zip(betas, default, strict=False))
+        given["betas"] = ("adam_beta1" if betas[0] is not None else "adam_beta2", (*both, *default[2:]))
+    for key, (flag, value) in given.items():
         if value is None:
             continue
         if not _takes(make, key):
@@ -230,17 +194,6 @@ def _add_flags(options: Options, make: type, arguments: dict[str, Any]) -> None:
                 f"--{flag} {value} and --optimizer_args {key}={arguments[key]} differ; give one of them"
             )
         arguments[key] = value
-
-
-def _check_one_rate(name: str, rates: set[float]) -> None:
-    if len(rates) > 1:
-        raise Refused(
-            f"{name} finds one step size for all parts, so their rates must be equal, but they are "
-            f"{', '.join(f'{rate:g}' for rate in sorted(rates))} (--unet_lr, --text_encoder_lr, LoRA+); give "
-            "one rate, or choose AdamW"
-        )
-    if max(rates, default=1) <= 0.1:
-        log.warning("%s scales the rate it finds by %g, which is very low; 1 is usual", name, max(rates))
 
 
 def _parameters(make: type) -> Mapping[str, inspect.Parameter]:

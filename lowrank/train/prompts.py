@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank.config.flags_training import SEEDS
+from lowrank.config.flag import SEEDS
 from lowrank.errors import Refused, nearest
 from lowrank.files import parse_toml
 

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
-from lowrank.config.command_line import Parsed
 from lowrank.train import checkpoints, hub, metadata, optim
-from lowrank.train.checkpoints import Names, Progress
+from lowrank.train.checkpoints import Checkpoint, Progress
 from lowrank.train.ema import Ema
+from lowrank.train.job import RunningJob
 from lowrank.train.layer_sampling import LayerSampler
 from lowrank.train.log import RunLog
+from lowrank.train.network_module import KohyaNetwork
+from lowrank.train.preview import Preview
+from lowrank.train.schedule import RunPlan
 from lowrank.train.validation import ValidationLoss
-from lowrank.train.watch import Preview
 
 
 class Saver:
@@ -24,32 +26,27 @@ class Saver:
 
     def __init__(
         self,
-        parsed: Parsed,
-        accelerator: Accelerator,
-        network: Any,
-        optimizer: Any,
-        told: Mapping[str, str],
+        *,
+        job: RunningJob,
+        network: KohyaNetwork,
+        optimizer: AcceleratedOptimizer,
+        metadata: Mapping[str, str],
+        fingerprint: Mapping[str, Any],
+        plan: RunPlan,
         log: RunLog,
         preview: Preview,
-        held: ValidationLoss | None,
-        chooser: LayerSampler | None,
-        names: Names,
-        run_facts: Mapping[str, Any],
-        plan: Any,
+        validation: ValidationLoss | None,
+        layer_sampler: LayerSampler | None,
     ) -> None:
-        self._options, self._accelerator, self._network, self._optimizer = (
-            parsed.saving,
-            accelerator,
-            network,
-            optimizer,
-        )
-        self._parsed, self._told, self._log, self._preview, self._names = parsed, told, log, preview, names
-        self._facts, self._plan, self._held = run_facts, plan, held
+        self._options, self._hub, self._names = job.options.saving, job.options.hub, job.names
+        self._accelerator, self._network, self._optimizer = job.accelerator, network, optimizer
+        self._run_metadata, self._fingerprint, self._plan = metadata, fingerprint, plan
+        self._log, self._preview, self._validation = log, preview, validation
         self._good: Path | None = None
         self.stop_asked = self.stopped = False
-        decay = parsed.value("ema_decay")
+        decay = job.options.train.ema_decay
         self._ema = Ema(network.parameters(), decay) if decay else None
-        self._stateful = [one for one in (self._ema, chooser) if one]  # what checkpoints hold besides
+        self._stateful = [part for part in (self._ema, layer_sampler) if part]  # more of a checkpoint
         every = self._options.save_every_n_epochs
         if self._options.save_n_epoch_ratio:
             every = max(1, plan.epochs // self._options.save_n_epoch_ratio)
@@ -58,7 +55,7 @@ class Saver:
     # ------------------------------------------------------------------ when
 
     def after_step(self, progress: Progress) -> bool:
-        """Save and draw what this step owes; True when the run shall stop here."""
+        """Save and draw what is due after this step; True when the run shall stop here."""
         options, step = self._options, progress.step
         if self._ema:
             self._ema.update()
@@ -70,10 +67,10 @@ class Saver:
             self._expire(step, options.save_every_n_steps)
         if self._preview.due(step=step) and not last:
             self.draw(f"{step:06d}", step)
-        if self._held and self._held.due(step=step):
+        if self._validation and self._validation.due(step=step):
             self._measure("step", step)
         if last and progress.position == self._plan.batches:  # the loop ends before it ends the epoch
-            self._tell_epoch(progress.epoch + 1)
+            self._end_epoch(progress.epoch + 1)
         if self.stop_asked and not last:
             self._checkpoint(progress)
             self.stopped = True
@@ -81,9 +78,9 @@ class Saver:
         return self.stopped
 
     def after_epoch(self, progress: Progress) -> None:
-        """Save and draw what the epoch that just ended owes; `progress.epoch` counts the ended ones."""
+        """Save and draw what is due after an epoch; `progress.epoch` counts the epochs that ended."""
         epoch = progress.epoch
-        self._tell_epoch(epoch)
+        self._end_epoch(epoch)
         if self._every_epochs and epoch % self._every_epochs == 0:
             path = self._names.epoch(epoch)
             self._write(path, progress, self._options.save_state)
@@ -108,7 +105,7 @@ class Saver:
     def _metadata(self, progress: Progress) -> dict[str, str]:
         begun = progress.epoch + (progress.position > 0)
         return metadata.at_save(
-            self._told, step=progress.step, epoch=begun, minimum=self._options.no_metadata
+            self._run_metadata, step=progress.step, epoch=begun, minimum=self._options.no_metadata
         )
 
     def _checkpoint(self, progress: Progress) -> None:
@@ -122,11 +119,17 @@ class Saver:
         self._log.say(f"saving checkpoint: {folder}")
 
         def extra(part: Path) -> None:
-            for one in self._stateful:
-                one.save(part)
+            for state in self._stateful:
+                state.save(part)
 
         checkpoints.save_state(
-            folder, self._accelerator, self._network, progress, self._facts, self._metadata(progress), extra
+            folder,
+            self._accelerator,
+            self._network,
+            progress,
+            self._fingerprint,
+            self._metadata(progress),
+            extra,
         )
         self._good = folder
 
@@ -140,7 +143,7 @@ class Saver:
                 self._network.save_weights(
                     str(path), checkpoints.save_dtype(precision), self._metadata(progress)
                 )
-            hub.upload(self._parsed.hub, path)
+            hub.upload(self._hub, path)
         self._accelerator.wait_for_everyone()
         if with_state:
             self._state(self._names.state(path), progress)
@@ -150,15 +153,15 @@ class Saver:
         with self._shown():
             self._preview.run(self._accelerator, self._network, tag, step)
 
-    def _tell_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int) -> None:
         self._log.epoch(epoch)
-        if self._held and self._held.due(epoch=epoch):
+        if self._validation and self._validation.due(epoch=epoch):
             self._measure("epoch", epoch)
 
     def _measure(self, kind: str, at: int) -> None:
-        assert self._held is not None  # asked by the callers
+        assert self._validation is not None  # the callers look
         with self._shown():
-            value = self._held.measure(self._accelerator, self._network)
+            value = self._validation.measure(self._accelerator, self._network)
         self._log.held_out(value, kind, at)
 
     @contextlib.contextmanager
@@ -171,12 +174,12 @@ class Saver:
             yield
 
     def _expire_epochs(self, epoch: int) -> None:
-        files = self._options.save_last_n_epochs
+        files, every = self._options.save_last_n_epochs, self._every_epochs or 1
         states = self._options.save_last_n_epochs_state or files
-        if files and epoch - files * self._every_epochs > 0:
-            self._remove(self._names.epoch(epoch - files * self._every_epochs))
-        if states and epoch - states * self._every_epochs > 0:
-            self._remove(self._names.state(self._names.epoch(epoch - states * self._every_epochs)))
+        if files and epoch - files * every > 0:
+            self._remove(self._names.epoch(epoch - files * every))
+        if states and epoch - states * every > 0:
+            self._remove(self._names.state(self._names.epoch(epoch - states * every)))
 
     def _expire(self, step: int, every: int) -> None:
         options = self._options
@@ -199,15 +202,14 @@ class Saver:
         if self._ema:
             self._ema.restart()
 
-    def resume(self) -> Progress:
-        """Continue from `--resume`."""
-        folder = checkpoints.find_state(self._parsed.value("resume"), self._names.output_dir)
-        progress = checkpoints.load_state(folder, self._accelerator, self._network, self._facts)
-        for one in self._stateful:
-            one.load(folder)
-        self._good = folder
+    def resume(self, checkpoint: Checkpoint) -> Progress:
+        """Continue from a checkpoint."""
+        progress = checkpoints.load_state(checkpoint, self._accelerator, self._network, self._fingerprint)
+        for state in self._stateful:
+            state.load(checkpoint.folder)
+        self._good = checkpoint.folder
         self._log.say(
-            f"resumed from {folder}: step {progress.step}, epoch {progress.epoch + 1}, batch "
+            f"resumed from {checkpoint.folder}: step {progress.step}, epoch {progress.epoch + 1}, batch "
             f"{progress.position + 1}"
         )
         return progress

@@ -1,4 +1,4 @@
-"""The held-out loss: the same images, noise and timesteps each time, so that only the adapter moves it."""
+"""Validation loss: images, noise and timesteps are equal each time, so that only the adapter changes it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lowrank.config.flags_output import Validation
 from lowrank.data.loader import Batch, Loader
 from lowrank.train.loop import batch_generator
 from lowrank.train.watch import evaluation_mode
@@ -17,9 +18,9 @@ from lowrank.train.watch import evaluation_mode
 PLACES = (0.2, 0.4, 0.6, 0.8)  # in the range of noise levels, as kohya's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ValidationLoss:
-    """Which images are measured and when. `loader` is not shared out: the processes part its batches here."""
+    """Which images are measured and when. `loader` has the batches of all processes."""
 
     loader: Loader
     losses: Callable[[Batch, torch.Generator, float], tuple[Tensor, Tensor]]
@@ -50,3 +51,22 @@ class ValidationLoss:
                     sums += torch.stack([losses.sum().float(), torch.tensor(len(losses)).to(sums)])
         total, count = accelerator.reduce(sums, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
         return total / count
+
+
+def held_out_loss(
+    options: Validation,
+    loader: Loader | None,
+    losses: Callable[[Batch, torch.Generator, float], tuple[Tensor, Tensor]],
+    seed: int,
+) -> ValidationLoss | None:
+    """What a run measures, and when; None where no image is held out."""
+    if loader is None:
+        return None
+    return ValidationLoss(
+        loader=loader,
+        losses=losses,
+        seed=seed if options.validation_seed is None else options.validation_seed,
+        every_steps=options.validate_every_n_steps,
+        every_epochs=options.validate_every_n_epochs,
+        limit=options.max_validation_steps,
+    )

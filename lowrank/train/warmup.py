@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 NOISE = -1000  # a stage's noise in its epoch e is that of epoch NOISE − e, which nothing else draws
 
 
-def told(network: Any, abm: Abm) -> tuple[str, ...]:
+def stage_names(network: Any, abm: Abm) -> tuple[str, ...]:
     """The names of the stages, in the order they run: the method's own, then ABM."""
     own = tuple(stage.name for stage in _own(network))
     return (*own, abm_name(abm)) if abm.abm_enabled else own

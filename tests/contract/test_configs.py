@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from repository import ROOT
 
-from lowrank.cli.resolve import record, with_network
+from lowrank.cli.resolve import with_network
 from lowrank.config.flux import FLUX_TRAIN
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
 from lowrank.data.scan import from_config, scan
@@ -40,7 +40,7 @@ def test_an_sd_config_parses_and_names_a_method(path):
     parsed = with_network(surface.parse(argv), "networks.lora")
     assert parsed.notes == ()
     assert facade_of(find_module(parsed.value("network_module"))) is not None
-    record(Diffusion, parsed)
+    Diffusion(**vars(parsed.options.objective))
 
 
 def test_the_dataset_config_is_scanned(monkeypatch):

@@ -38,7 +38,7 @@ def early(arguments, monkeypatch, tmp_path):
     def run(*more: str, out: str = "other", **model: Path) -> str:
         before = files(tmp_path)
         with monkeypatch.context() as patch, pytest.raises(Refused) as told:
-            patch.setattr(training, "Text", cached)
+            patch.setattr(training, "text_conditions", cached)
             sd(arguments(out, "--network_train_unet_only", *more, **model))
         assert files(tmp_path) == before and "\n" not in str(told.value)
         return str(told.value)

@@ -7,10 +7,13 @@ import shlex
 
 import pytest
 
-from lowrank.cli.resolve import record, with_network
-from lowrank.config.checks import trains_text
-from lowrank.config.sd import SAMPLERS, SD_TRAIN, SDXL_TRAIN
+from lowrank.cli.resolve import with_network
+from lowrank.cli.train_jobs import sd_switches
+from lowrank.config.flag import fields_of
+from lowrank.config.flux import FluxModel
+from lowrank.config.sd import SAMPLERS, SD_TRAIN, SDXL_TRAIN, Generation, SdModel
 from lowrank.errors import Refused
+from lowrank.models.flux import FluxOptions
 from lowrank.models.samplers import build_sampler
 from lowrank.models.sd import SdOptions
 from lowrank.objective.diffusion import Diffusion
@@ -109,18 +112,27 @@ def test_a_launchers_command_parses(surface):
     assert parsed.notes == (f"ignored for {surface.ignored_by}: {', '.join(sorted(ignored))}",)
     assert parsed.value("max_token_length") == 225 and parsed.captions.caption_extension == ".txt"
     assert parsed.optimizer.text_encoder_lr == (1e-5, 2e-5) and "SECRET" not in parsed.toml()
-    objective = record(Diffusion, parsed)
+    objective = Diffusion(**vars(parsed.options.objective))
     assert objective.min_snr_gamma == 5 and objective.noise_offset == 0.0357
-    assert record(SdOptions, parsed).chunks == 3
+    assert sd_switches(parsed.options).chunks == 3
 
 
 @BOTH
-def test_the_objective_takes_the_groups_as_they_are(surface):
-    parsed = surface.parse(NEEDED)
-    groups = (parsed.noise, parsed.loss, parsed.weights)
-    given = {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
-    assert set(given) | {"v_parameterization"} == {field.name for field in dataclasses.fields(Diffusion)}
-    assert Diffusion(**given) == record(Diffusion, parsed) == Diffusion()
+def test_objective_is_its_options(surface):
+    options = surface.parse(NEEDED).options
+    assert Diffusion(**vars(options.objective)) == Diffusion()
+    assert {field.name for field in dataclasses.fields(Diffusion)} == set(vars(options.objective))
+
+
+@pytest.mark.parametrize(
+    ("family", "group"),
+    [(SdOptions, SdModel), (SdOptions, Generation), (FluxOptions, FluxModel)],
+    ids=["sd", "sd-generation", "flux"],
+)
+def test_switches_of_a_family_have_the_flags_defaults(family, group):
+    flags = fields_of(group)
+    shared = [field for field in dataclasses.fields(family) if field.name in flags]
+    assert shared and all(field.default == flags[field.name].default for field in shared)
 
 
 def test_the_module_is_kohyas_unless_named():
@@ -141,14 +153,14 @@ def test_the_module_is_kohyas_unless_named():
     ],
 )
 def test_the_text_encoders_train_unless_told_otherwise(argv, trains):
-    assert trains_text(sd(*argv.split())) is trains
+    assert sd(*argv.split()).options.trains_text is trains
 
 
 def test_the_resolved_options_come_back(tmp_path):
     parsed = sd("--network_train_unet_only", "--max_token_length", "150", "--min_snr_gamma", "5")
     (tmp_path / "run.toml").write_text(parsed.toml())
     again = SD_TRAIN.parse(["--config_file", str(tmp_path / "run")])
-    assert again.values() == parsed.values() and not trains_text(again)
+    assert again.values() == parsed.values() and not again.options.trains_text
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,11 @@ def test_every_image_is_in_exactly_one_bucket_and_every_repeat_in_one_batch(
     rows, batch_size, bucketed, epoch
 ):
     dataset = Dataset(
-        (Subset(Path("x")),), (512, 512), batch_size, enable_bucket=bucketed, bucket_reso_steps=64
+        (Subset(Path("x")),),
+        resolution=(512, 512),
+        batch_size=batch_size,
+        enable_bucket=bucketed,
+        bucket_reso_steps=64,
     )
     examples = [
         Example(Path(f"{i}.png"), ("",), (width, height), repeats, False, 0)

@@ -277,11 +277,11 @@ def test_weights_match_diffusers_snr():
         ({"v_pred_like_loss": 1.0, **V}, "drop one of both"),
         ({"min_timestep": 500, "max_timestep": 400}, "leave no timestep"),
         ({"min_timestep": 1000}, "leave no timestep"),
-        ({"max_timestep": 1001}, "leave no timestep"),
+        ({"max_timestep": 1001}, "--max_timestep 1001 is above 1000"),
         ({"loss_type": "l3"}, "choose one of"),
         ({"huber_schedule": "snrr"}, "did you mean 'snr'"),
-        ({"huber_c": 0.0}, "must be above 0"),
-        ({"min_snr_gamma": -1.0}, "must not be negative"),
+        ({"huber_c": 0.0}, "is not above 0"),
+        ({"min_snr_gamma": -1.0}, "is below 0"),
     ],
 )
 def test_refused(options, said):

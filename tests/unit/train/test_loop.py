@@ -14,8 +14,8 @@ from toys import base, network, probes
 
 from lowrank.train.log import BIN_NAMES, Meter
 from lowrank.train.loop import batch_generator, loss_components
+from lowrank.train.preview import Preview
 from lowrank.train.prompts import Prompt
-from lowrank.train.watch import Preview
 
 
 def test_a_stream_depends_on_seed_epoch_and_position_and_on_nothing_else():
@@ -76,7 +76,10 @@ def test_trackers_get_the_pictures(tmp_path, monkeypatch):
     ]
     prompts = [Prompt("a cat", width=8, height=8, seed=1), Prompt("a dog", width=16, height=8, seed=1)]
     preview = Preview(
-        prompts, lambda prompt, _: Image.new("RGB", (prompt.width, prompt.height)), tmp_path, "cat"
+        prompts=prompts,
+        draw=lambda prompt, _: Image.new("RGB", (prompt.width, prompt.height)),
+        folder=tmp_path,
+        name="cat",
     )
     paths = preview.run(accelerator, torch.nn.Linear(1, 1), "e000000", 7)
     assert told["wandb"] == [({"sample_0": ((8, 8), "a cat"), "sample_1": ((16, 8), "a dog")}, 7)]

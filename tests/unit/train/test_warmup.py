@@ -116,16 +116,33 @@ def on(model: nn.Module, module=lora, rank: int = 4, **more) -> AdapterNetwork:
 def run_of(model: nn.Module, network: AdapterNetwork, target: nn.Module | None = None) -> Run:
     accelerator, said = Accelerator(cpu=True), []
     forward = Forward(
-        *(accelerator, network, Task(target or Toy())),
-        lambda batch, generator: batch.encoded,
-        lambda batch: {},
-        lambda noisy, t, conditions: model(noisy),
+        accelerator=accelerator,
+        network=network,
+        objective=Task(target or Toy()),
+        latents=lambda batch, generator: batch.encoded,
+        conditions=lambda batch: {},
+        denoise=lambda noisy, t, conditions: model(noisy),
     )
     log = SimpleNamespace(say=said.append, said=said)
     optimizer = torch.optim.AdamW(network.parameters())
-    nothing = [None] * 4
     return Run(
-        *(forward, model, [], Data(), optimizer, None, [], 10, 5, 0, 0.0, None, log, *nothing),
+        forward=forward,
+        denoiser=model,
+        text_encoders=[],
+        loader=Data(),
+        optimizer=optimizer,
+        scheduler=None,
+        group_names=[],
+        steps=10,
+        epochs=5,
+        seed=0,
+        max_grad_norm=0.0,
+        scale_weight_norms=None,
+        log=log,
+        after_step=None,
+        after_epoch=None,
+        last_good=None,
+        let_through=None,
     )
 
 

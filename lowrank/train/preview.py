@@ -1,0 +1,199 @@
+"""Pictures: one from a prompt and a seed, files of them, and those that are drawn while training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy
+import torch
+from accelerate import Accelerator
+from PIL import Image, PngImagePlugin
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank.errors import Refused, nearest
+from lowrank.files import atomic
+from lowrank.models.family import Family, FamilyOptions, Models, move, release
+from lowrank.train.job import RunningJob
+from lowrank.train.prompts import Prompt, read_prompts
+from lowrank.train.watch import evaluation_mode
+
+
+def draw_picture(
+    family: Family,
+    models: Models,
+    switches: FamilyOptions,
+    text: Callable[[tuple[str, ...]], Mapping[str, Tensor]],
+    prompt: Prompt,
+    seed: int,
+) -> Image.Image:
+    """One picture of the models as they are; `text` gives the conditions of captions."""
+    against = text((prompt.negative_prompt or "",)) if prompt.scale > 1 else None
+    return family.sample(
+        models,
+        text((prompt.prompt,)),
+        switches,
+        height=prompt.height,
+        width=prompt.width,
+        steps=prompt.sample_steps,
+        generator=torch.Generator().manual_seed(seed),
+        negative=against,
+        scale=prompt.scale,
+        guidance=prompt.guidance_scale,
+        sampler=prompt.sample_sampler,
+    )[0]
+
+
+def draw_files(
+    family: Family,
+    models: Models,
+    switches: FamilyOptions,
+    files: Mapping[Path, tuple[Prompt, int]],
+    title: str,
+) -> None:
+    """Draw a picture for each file from its prompt and seed; the whole model is there before, none after."""
+    prompts = [prompt for prompt, _ in files.values()]
+    texts = dict.fromkeys(
+        text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or "")
+    )
+    encoded = {text: family.stack_text(family.encode_text(models, [text], switches)) for text in texts}
+    release(models, ("text",))
+    for path, (prompt, seed) in tqdm(files.items(), desc=title):
+        image = draw_picture(family, models, switches, lambda captions: encoded[captions[0]], prompt, seed)
+        save_png(path, image, describe(prompt, seed))
+    release(models, ("vae", "denoiser"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Which pictures are drawn and when. `draw(prompt, seed) -> image` runs the stock pipeline."""
+
+    prompts: Sequence[Prompt]
+    draw: Callable[[Prompt, int], Image.Image]
+    folder: Path
+    name: str  # goes before the file names, may be empty
+    per_prompt: int = 1
+    seed: int | None = None
+    every_epochs: int | None = None
+    every_steps: int | None = None
+
+    def due(self, *, epoch: int | None = None, step: int | None = None) -> bool:
+        """Whether to draw pictures after this epoch (from 1) or step; epochs win, as in kohya's."""
+        if not self.prompts:
+            return False
+        if epoch is not None:
+            return bool(self.every_epochs) and epoch % self.every_epochs == 0
+        if self.every_epochs or not self.every_steps or step is None:
+            return False
+        return step % self.every_steps == 0
+
+    def run(self, accelerator: Accelerator, network: nn.Module, tag: str, step: int) -> list[Path]:
+        """Draw all on the main process: files `{name_}{tag}_{index:02d}_{time}_{seed}.png`.
+
+        TensorBoard gets them as `validation`, wandb under kohya's names `sample_{index}`.
+        """
+        if not accelerator.is_main_process or not self.prompts:
+            accelerator.wait_for_everyone()
+            return []
+        paths, images = [], []
+        with evaluation_mode(network), torch.no_grad(), accelerator.autocast():
+            jobs = [(prompt, copy) for prompt in self.prompts for copy in range(self.per_prompt)]
+            for index, (prompt, copy) in enumerate(jobs):
+                seed = prompt.seed if prompt.seed is not None else self.seed
+                seed = (torch.seed() % 2**32 if seed is None else seed) + copy
+                image = self.draw(prompt, seed)
+                stem = f"{self.name}_" if self.name else ""
+                path = self.folder / f"{stem}{tag}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}_{seed}.png"
+                save_png(path, image, describe(prompt, seed))
+                paths.append(path)
+                images.append(image)
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                arrays = [numpy.asarray(image) for image in images]
+                for shape in {array.shape for array in arrays}:  # TensorBoard stacks equal sizes only
+                    batch = numpy.stack([array for array in arrays if array.shape == shape])
+                    tracker.writer.add_images("validation", batch, step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                import wandb  # pyright: ignore[reportMissingImports]  # only when asked for
+
+                shown = {
+                    f"sample_{index}": wandb.Image(image, caption=prompt.prompt)
+                    for index, (image, (prompt, _)) in enumerate(zip(images, jobs, strict=True))
+                }
+                tracker.log(shown, step=step)
+        accelerator.wait_for_everyone()
+        return paths
+
+
+def describe(prompt: Prompt, seed: int) -> str:
+    """The settings of a picture in the field's usual text form."""
+    facts: dict[str, object] = {"Steps": prompt.sample_steps}
+    if prompt.sample_sampler:
+        facts["Sampler"] = prompt.sample_sampler
+    if prompt.scale > 1:
+        facts["CFG scale"] = f"{prompt.scale:g}"
+    if prompt.guidance_scale is not None:
+        facts["Guidance"] = f"{prompt.guidance_scale:g}"
+    facts |= {"Seed": seed, "Size": f"{prompt.width}x{prompt.height}"}
+    against = f"\nNegative prompt: {prompt.negative_prompt}" if prompt.negative_prompt else ""
+    return f"{prompt.prompt}{against}\n{', '.join(f'{name}: {fact}' for name, fact in facts.items())}"
+
+
+def save_png(path: Path, image: Image.Image, parameters: str) -> None:
+    """Write a PNG with its settings in the text chunk `parameters`."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", parameters)
+    with atomic(path) as part, open(part, "wb") as file:
+        image.save(file, "PNG", pnginfo=text)
+
+
+def preview_prompts(job: RunningJob, models: Models) -> list[Prompt]:
+    """What to draw while training: --sample_prompts, or --validation_prompt. Raises `Refused`."""
+    sampling, samplers = job.options.sampling, job.options.samplers
+    width, height = job.options.sizes.resolution
+    default, found = replace(job.script.prompt, width=width, height=height), []
+    if sampling.sample_prompts:
+        found = read_prompts(sampling.sample_prompts, default, job.family.bucket_step(models))
+    elif sampling.validation_prompt:
+        found = [replace(default, prompt=sampling.validation_prompt)]
+    for prompt in found:
+        name = prompt.sample_sampler
+        if name is not None and name not in samplers:
+            way_out = "this model has its own; leave it out"
+            if samplers:
+                way_out = f"give one of {', '.join(samplers)}"
+            raise Refused(f"the sampler {name!r} of a prompt is unknown{nearest(name, samplers)}; {way_out}")
+    return found
+
+
+def run_preview(
+    job: RunningJob,
+    models: Models,
+    prompts: Sequence[Prompt],
+    text: Callable[[tuple[str, ...]], Mapping[str, Tensor]],
+) -> Preview:
+    """The pictures of a run, and when they are drawn."""
+    sampling, sampler = job.options.sampling, job.options.sampler
+
+    def picture(prompt: Prompt, seed: int) -> Image.Image:
+        if models.vae is not None:
+            move(models, ("vae",), job.accelerator.device)
+        return draw_picture(job.family, models, job.switches, text, prompt, seed)
+
+    by_file = bool(sampling.sample_prompts)
+    epochs = sampling.sample_every_n_epochs or (
+        None if by_file or sampling.sample_every_n_steps else sampling.validation_epochs
+    )
+    return Preview(
+        prompts=[replace(prompt, sample_sampler=prompt.sample_sampler or sampler) for prompt in prompts],
+        draw=picture,
+        folder=job.names.output_dir / "sample",
+        name=job.names.output_name or "",
+        per_prompt=1 if by_file else sampling.num_validation_images,
+        seed=job.options.train.seed,
+        every_epochs=epochs,
+        every_steps=sampling.sample_every_n_steps,
+    )
