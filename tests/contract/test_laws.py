@@ -195,6 +195,25 @@ def test_law_8_a_batch_of_timesteps_is_batches_of_one(method, kind, cache):
         torch.testing.assert_close(doubled[2 * index : 2 * index + 2], twice, **exact)
 
 
+@laws
+def test_law_8_a_batch_of_strengths_is_batches_of_one(method, kind, cache):
+    """With a strength for each sample a linear layer uses `delta`, not the fused sum of one strength."""
+    torch.manual_seed(0)
+    model, x = base(kind), HOSTS[kind].example().double()
+    made = shake(network(method, model, cache)).double()
+    model.double()
+    strengths, t = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([100.0, 500.0, 900.0])
+    made.set_multiplier(strengths)
+    with made.denoise_at(t):
+        together = model(x)
+    for index, strength in enumerate(strengths):
+        made.set_multiplier(float(strength))
+        with made.denoise_at(t[index : index + 1]):
+            alone = model(x[index : index + 1])
+        # two layers in float64, whose rounding is 1e-16
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", (*MERGED, "tlora"))
 def test_small_updates_survive_half_precision(method, cache):
     made = shake(network(method, base("linear"), cache), scale=1e-4)
