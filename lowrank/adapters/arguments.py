@@ -72,7 +72,7 @@ class CommonArguments:
     """frozen tensors to save: full (all), q (those needed for inference), none (recomputed from the base)"""
 
     def __post_init__(self) -> None:
-        layer_rules.parse_rules(self.module_rules)  # refuse a malformed rule before a model is loaded
+        _ = self.rules  # refuse a malformed rule before a model is loaded
         for name in ("dropout", "rank_dropout", "module_dropout"):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < 1:
@@ -80,6 +80,11 @@ class CommonArguments:
         for name in ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"):
             if (getattr(self, name) or 0) < 0:
                 raise Refused(f"network argument {name}={getattr(self, name):g} is below 0; give 0 or more")
+
+    @property
+    def rules(self) -> tuple[layer_rules.Rule, ...]:
+        """The rules of `module_rules`."""
+        return layer_rules.parse_rules(self.module_rules) if self.module_rules else ()
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -103,23 +108,23 @@ def _split(text: str | None, separator: str) -> tuple[str, ...]:
 
 
 def layer_sizes(
-    layout: CommonArguments, targets: Sequence[Target], rank: int, alpha: float, clamp: bool = False
+    common: CommonArguments, targets: Sequence[Target], rank: int, alpha: float, clamp: bool = False
 ) -> dict[str, tuple[int, float]]:
     """Return (rank, alpha) by layer name, without excluded layers; an alpha of 0 means the rank.
 
     Raises `Refused` for a rank above min(O, I) of its layer, and if no layer is left. With `clamp` such a
     rank is lowered to min(O, I) at unchanged alpha/rank, with one warning.
     """
-    conv = (layout.conv_dim, 1.0 if layout.conv_alpha is None else layout.conv_alpha)
-    table = _by_block(layout, targets, (rank, alpha), conv)
-    weights, rules = _lr_weights(layout, targets), layer_rules.parse_rules(layout.module_rules)
+    conv = (common.conv_dim, 1.0 if common.conv_alpha is None else common.conv_alpha)
+    table = _by_block(common, targets, (rank, alpha), conv)
+    weights, rules = _lr_weights(common, targets), common.rules
     layer_rules.check_rules(rules, targets)
     sizes: dict[str, tuple[int, float]] = {}
     lowered: dict[str, tuple[int, int]] = {}
     for target in targets:
         kernel = target.module.kernel_size if isinstance(target.module, nn.Conv2d) else (1, 1)
         wide = tuple(kernel) != (1, 1)
-        size = conv if wide and layout.conv_dim is not None else (rank, alpha)
+        size = conv if wide and common.conv_dim is not None else (rank, alpha)
         block = unet_blocks.index(target.name)
         if table is not None and block is not None:
             size = table[wide][block]
@@ -148,10 +153,11 @@ def layer_sizes(
     return sizes
 
 
-def speeds(layout: CommonArguments, targets: Sequence[Target]) -> dict[str, Speed]:
+def speeds(common: CommonArguments, targets: Sequence[Target]) -> dict[str, Speed]:
     """Return the learning rate of each layer that does not have the rate of its component, by name."""
-    weights, rules = _lr_weights(layout, targets), layer_rules.parse_rules(layout.module_rules)
-    rates = {}
+    weights, rules, rates = _lr_weights(common, targets), common.rules, {}
+    if weights is None and not rules:
+        return {}
     for target in targets:
         block, position = unet_blocks.index(target.name), layer_rules.first(rules, target)
         if position is not None and rules[position].lr is not None:
@@ -185,17 +191,17 @@ def _plan(targets: Sequence[Target], option: str) -> unet_blocks.Plan:
 
 
 def _by_block(
-    layout: CommonArguments, targets: Sequence[Target], plain: tuple, conv: tuple
+    common: CommonArguments, targets: Sequence[Target], plain: tuple, conv: tuple
 ) -> tuple[list[tuple], list[tuple]] | None:
     """Return (rank, alpha) by block, of plain layers and k×k convolutions, or None if no list is given."""
     lists = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-    present = [name for name in lists if getattr(layout, name) is not None]
+    present = [name for name in lists if getattr(common, name) is not None]
     if not present:
         return None
     count = _plan(targets, present[0]).count
 
     def numbers(name: str, kind: type, default: float | None) -> list:
-        text = getattr(layout, name)
+        text = getattr(common, name)
         return [default] * count if text is None else unet_blocks.values(name, text, count, kind)
 
     ranks, alphas = numbers("block_dims", int, plain[0]), numbers("block_alphas", float, plain[1])
@@ -203,9 +209,9 @@ def _by_block(
     return list(zip(ranks, alphas, strict=True)), list(zip(wide, wide_alphas, strict=True))
 
 
-def _lr_weights(layout: CommonArguments, targets: Sequence[Target]) -> list[float] | None:
-    texts = (layout.down_lr_weight, layout.mid_lr_weight, layout.up_lr_weight)
+def _lr_weights(common: CommonArguments, targets: Sequence[Target]) -> list[float] | None:
+    texts = (common.down_lr_weight, common.mid_lr_weight, common.up_lr_weight)
     if texts == (None, None, None):
         return None
     plan = _plan(targets, "a block's lr_weight")
-    return unet_blocks.lr_weights(plan, *texts, layout.block_lr_zero_threshold)
+    return unet_blocks.lr_weights(plan, *texts, common.block_lr_zero_threshold)

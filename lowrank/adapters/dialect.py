@@ -38,8 +38,10 @@ def match_layers(
         name = next((one for one in target.spellings if one in plain), None)
         if name is not None:
             roles, sources = plain[name], {name}
-        else:
+        elif target.flux:
             roles, sources = _other_flux(target, plain, method, file.source)
+        else:
+            roles, sources = {}, set()
         used |= sources
         other = next((suffix for one in target.spellings for suffix in foreign.get(one, ())), None)
         if other is not None:

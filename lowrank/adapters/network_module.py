@@ -1,9 +1,9 @@
-"""The façade: a method becomes a kohya network module with two functions.
+"""A method as a kohya network module: a module with two functions that build an `AdapterNetwork`.
 
 kohya's trainers import a module by name and call
 `create_network(1.0, dim, alpha, vae, text_encoder, unet, …)` or
-`create_network_from_weights(multiplier, file, vae, text_encoder, unet, …)`; every network argument arrives as
-a string.
+`create_network_from_weights(multiplier, file, vae, text_encoder, unet, …)`; every network argument is passed
+as a string.
 """
 
 from __future__ import annotations
@@ -28,52 +28,14 @@ from lowrank.adapters.targets import Target, find_all
 from lowrank.config.flag import WORDS, parse_text
 from lowrank.errors import Refused, nearest
 from lowrank.naming import keys
-from lowrank.naming.flux_join import strength
 
 logger = logging.getLogger(__name__)
 
-
-def _value(owner: str, name: str, text: Any, hint: Any) -> Any:
-    """A network argument as the type its field is declared with."""
-    kinds = [k for k in typing.get_args(hint) or (hint,) if k is not types.NoneType]
-    if text is None or (text == "None" and len(kinds) < len(typing.get_args(hint))):
-        return None
-    value = parse_text(kinds[0], str(text))
-    if value is None and kinds[0] is bool:
-        raise Refused(f"{owner} argument {name}={text!r} is not a yes or no; write True or False")
-    if value is None:
-        raise Refused(f"{owner} argument {name}={text!r} is not {WORDS[kinds[0]]}; correct its value")
-    return value
-
-
-def _parse_options(kind: type, arguments: Mapping[str, Any]) -> Any:
-    """A record of network arguments from those that it has a field for."""
-    hints = typing.get_type_hints(kind)
-    given = {
-        field.name: _value("network", field.name, arguments[field.name], hints[field.name])
-        for field in dataclasses.fields(kind)
-        if field.name in arguments
-    }
-    return kind(**given)
-
-
-def _tell_unread(file: str, unread: Set[str], no_denoiser: bool) -> None:
-    """Warn of a file's layers that are not here; `Refused` where they are all that it has of a denoiser."""
-    denoisers = {name for name in unread if not keys.is_flat_text(name)}
-    if no_denoiser and denoisers:
-        raise Refused(
-            f"{file} has {len(denoisers)} layers for a denoiser and this one has none of them, for example "
-            f"{min(denoisers)}; it was made for another base"
-        )
-    if unread:
-        logger.warning(
-            "%s: %d layers are not in this model and are left out, for example %s",
-            *(file, len(unread), min(unread)),
-        )
+Sizes = Mapping[str, tuple[int, float]]  # (rank, alpha) by layer name
 
 
 class NetworkModule:
-    """kohya's two functions for one method, and what our own trainer may ask beforehand."""
+    """kohya's two functions for one method, and what this program's trainer needs before it calls them."""
 
     def __init__(self, method: Callable[[Any], Method], options: type, alpha_is_rank: bool) -> None:
         self._method, self._options, self._alpha_is_rank = method, options, alpha_is_rank
@@ -84,11 +46,11 @@ class NetworkModule:
         return tuple(f.name for kind in (self._options, CommonArguments) for f in dataclasses.fields(kind))
 
     def default_alpha(self, rank: int) -> float:
-        """Alpha when the user names none: the rank where the paper's equation has s = 1, else kohya's 1."""
+        """Return alpha without --network_alpha: the rank if the paper's equation has s = 1, else 1."""
         return float(rank) if self._alpha_is_rank else 1.0
 
     def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise `Refused` for a network argument that nobody would read."""
+        """Raise `Refused` for an unknown network argument and for a malformed value."""
         for name in arguments:
             if name not in self.known:
                 raise Refused(
@@ -98,92 +60,37 @@ class NetworkModule:
         self._parse(arguments)
 
     def made(self, metadata: Mapping[str, str], source: str = "the file") -> Method:
-        """The method as a file of it tells, in all that decides which tensors there are."""
-        return self._parse_method(self._structure(metadata, source)).of(_network_rank(metadata, source))
+        """Return the method with the structural options and the rank from a file's metadata."""
+        return self._configure(self._structure(metadata, source)).of(_network_rank(metadata, source))
 
     def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, CommonArguments]:
-        return self._parse_method(arguments), _parse_options(CommonArguments, arguments)
+        return self._configure(arguments), _parse_arguments(CommonArguments, arguments)
 
-    def _parse_method(self, arguments: Mapping[str, Any]) -> Method:
-        options = _parse_options(self._options, arguments)
+    def _configure(self, arguments: Mapping[str, Any]) -> Method:
+        options = _parse_arguments(self._options, arguments)
         method = self._method(options)
         return dataclasses.replace(method, options={**dataclasses.asdict(options), **method.options})
-
-    def _network(
-        self,
-        method: Method,
-        layout: CommonArguments,
-        targets: list[Target],
-        size: Mapping[str, tuple[int, float]],
-        multiplier: float,
-    ) -> AdapterNetwork:
-        network = AdapterNetwork(method, targets, lambda target: size[target.name], multiplier)
-        for layer in network.layers():
-            layer.dropout = layout.dropout or 0.0
-            layer.rank_dropout = layout.rank_dropout or 0.0
-            layer.module_dropout = layout.module_dropout or 0.0
-        network.leave_out = self._left_out(network.factor, layout)
-        network.speeds = speeds(layout, targets)
-        ups = set(network.factor.plus) & set(network.factor.trained)
-        parts = {target.part for target in targets}
-        for part in parts:
-            own = layout.loraplus_unet_lr_ratio if part == "unet" else layout.loraplus_text_encoder_lr_ratio
-            ratio = layout.loraplus_lr_ratio if own is None else own
-            if ratio and not ups:
-                raise Refused(
-                    f"LoRA+ speeds up the trained up factor, and {method.name} trains none; "
-                    "leave loraplus out"
-                )
-            network.role_rates |= {(part, role): ratio or 1.0 for role in ups if ratio is not None}
-        return network
 
     def _structure(
         self, metadata: Mapping[str, str], source: str, given: Collection[str] = ()
     ) -> dict[str, Any]:
-        """The options of a file that decide which tensors it has, but those that the user gives instead.
+        """Return the options in a file's metadata that determine its tensors, without those in `given`.
 
-        Raises `Refused` for a path among them, which is not opened.
+        Raises `Refused` for a path among them: paths from metadata are not opened.
         """
-        stored = options_of(metadata, source)
-        found = {}
+        stored, options = options_of(metadata, source), {}
         for field in dataclasses.fields(self._options):
             if not field.metadata.get("structural") or field.name not in stored or field.name in given:
                 continue
             value, words = stored[field.name], field.metadata["words"]
             if words is not None and value is not None and value not in words:
                 raise Refused(
-                    f"{source} says {field.name}={str(value)[:100]!r} of itself, and what a file names is "
-                    f"not opened, only {', '.join(words)}; give {field.name}=… yourself where the network is "
-                    "made, or use another file"
+                    f"{source} has {field.name}={str(value)[:100]!r} in its metadata, but only "
+                    f"{', '.join(words)} are read from there, because paths from metadata are not opened; "
+                    f"pass {field.name}=… in --network_args, or use another file"
                 )
-            found[field.name] = value
-        return found
-
-    def _fit(
-        self, method: Method, targets: list[Target], size: Mapping[str, tuple[int, float]]
-    ) -> Mapping[str, tuple[int, float]]:
-        """Ranks that the method's factor can have; the scale s = alpha/rank stays."""
-        fit = method.require_factor().fit
-        if fit is None:
-            return size
-        hosts = {target.name: target.module for target in targets if target.name in size}
-        ranks = fit(DenseWeights(hosts), {name: rank for name, (rank, _) in size.items()})
-        return {name: (R, alpha * R / rank) for name, (rank, alpha) in size.items() if (R := ranks[name])}
-
-    def _left_out(self, factor: Factor, layout: CommonArguments) -> frozenset[str]:
-        kinds = ("full", "q", "none")
-        if layout.save_basis not in kinds:
-            raise Refused(
-                f"save_basis {layout.save_basis!r} is not one of "
-                f"{', '.join(kinds)}{nearest(layout.save_basis, kinds)}"
-            )
-        table = {"full": frozenset(), "q": frozenset(factor.record)}
-        if layout.save_basis == "none" and factor.unique:
-            raise Refused(
-                f"save_basis=none leaves out {', '.join(sorted(factor.frozen))}, which {factor.unique} and "
-                "nowhere else; save them with save_basis=full"
-            )
-        return table.get(layout.save_basis, frozenset(factor.record) | factor.frozen)
+            options[field.name] = value
+        return options
 
     def create_network(
         self,
@@ -196,30 +103,28 @@ class NetworkModule:
         neuron_dropout: float | None = None,
         **arguments: Any,
     ) -> AdapterNetwork:
-        """A network at its start values.
+        """Return a network at its start values.
 
-        Unknown arguments are warned about: kohya's trainers pass what others need.
+        Unknown arguments are ignored with a warning, because kohya's trainers pass arguments of other
+        networks.
         """
-        unknown = [name for name in arguments if name not in self.known]
-        if unknown:
+        if unknown := [name for name in arguments if name not in self.known]:
             logger.warning(
-                "network arguments nobody reads: %s%s", ", ".join(unknown), nearest(unknown[0], self.known)
+                "unknown network arguments are ignored: %s%s",
+                *(", ".join(unknown), nearest(unknown[0], self.known)),
             )
-        method, layout = self._parse({k: v for k, v in arguments.items() if k in self.known})
+        method, common = self._parse({k: v for k, v in arguments.items() if k in self.known})
         if neuron_dropout is not None:
-            layout = dataclasses.replace(layout, dropout=neuron_dropout)
+            common = dataclasses.replace(common, dropout=neuron_dropout)
         rank = 4 if network_dim is None else int(network_dim)
         alpha = self.default_alpha(rank) if network_alpha is None else float(network_alpha)
         targets = find_all(
-            text_encoder, unet, exclude=layout.exclude, conv=layout.convolutional, **layout.selection
+            text_encoder, unet, exclude=common.exclude, conv=common.convolutional, **common.selection
         )
         method = method.of(rank)
-        clamp = (
-            method.gate is not None
-        )  # a gate counts shares of ranks, and a rank that is never used is none
-        size = self._fit(method, targets, layer_sizes(layout, targets, rank, alpha, clamp))
-        kept = [target for target in targets if target.name in size]
-        network = self._network(method, layout, kept, size, multiplier)
+        # A gate opens shares of the ranks: in small layers the rank is lowered, because more would be unused.
+        sizes = layer_sizes(common, targets, rank, alpha, clamp=method.gate is not None)
+        network = _build(method, common, targets, _fit(method, targets, sizes), multiplier)
         network.start()
         return network
 
@@ -234,44 +139,168 @@ class NetworkModule:
         for_inference: bool = False,
         **arguments: Any,
     ) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
-        """A network of the file's shapes (ranks, alphas, layers) without values, and the file's tensors."""
+        """Return a network of a file's layers, ranks and alphas, without values, and the file's tensors."""
         raw = open_adapter_file(file or "") if weights_sd is None else None
         raw = raw or RawFile(weights_sd or {}, {}, file or "the given weights")
         metadata, source = raw.metadata, raw.source
         given = {k: v for k, v in arguments.items() if k in self.known}
-        method, layout = self._parse({**self._structure(metadata, source, given), **given})
+        method, common = self._parse({**self._structure(metadata, source, given), **given})
         method = method.of(_network_rank(metadata, source))
         check_made_by(source, metadata, method)
         adapter = read_adapter_file(raw, method.file_roles())
         if weights_sd is None:
             dialect.check_start(adapter, method)
-        chosen = layout.selection or {"target": ".*" if unet is not None else None}
-        targets = find_all(text_encoder, unet, exclude=layout.exclude, **chosen)
+        selection = common.selection or {"target": ".*" if unet is not None else None}
+        targets = find_all(text_encoder, unet, exclude=common.exclude, **selection)
         layers, unused = dialect.match_layers(adapter, targets, method)
-        size = {
-            name: rank for name, roles in layers.items() if (rank := _rank_alpha(method, roles)) is not None
+        sizes = {
+            name: size for name, roles in layers.items() if (size := _rank_alpha(method, roles)) is not None
         }
-        if not size:
+        if not sizes:
             raise Refused(
                 f"{source} holds no {method.name} layer of this model; it was made by another method or for "
                 "another base"
             )
-        kept = [target for target in targets if target.name in size]
-        if not layout.selection and not layout.exclude:
-            names = {key: module for module, own in adapter.keys.items() for key in own.values()}
-            unread = {keys.flat(names[key]) for key in unused if key in names}
-            _tell_unread(source, unread, unet is not None and all(one.part != "unet" for one in kept))
-        network = self._network(method, layout, kept, size, multiplier)
+        if not common.selection and not common.exclude:
+            modules = {key: module for module, by_role in adapter.keys.items() for key in by_role.values()}
+            unread = {keys.flat(modules[key]) for key in unused if key in modules}
+            adapted = any(target.part == "unet" for target in targets if target.name in sizes)
+            _warn_unread(source, unread, unet is not None and not adapted)
+        network = _build(method, common, targets, sizes, multiplier)
         state = {
-            f"{name}.{keys.KOHYA.get(role, role)}": v for name in size for role, v in layers[name].items()
+            f"{name}.{keys.KOHYA.get(role, role)}": v for name in sizes for role, v in layers[name].items()
         }
         return network, {**state, **{key: raw.state[key] for key in unused}}
 
 
-def network_named(name: str) -> NetworkModule | None:
-    """`networks.<name>`, where it is one of this program's network modules; None for any other module.
+def bind(
+    method: Callable[[Any], Method], options: type, alpha_is_rank: bool = False
+) -> tuple[Callable, Callable]:
+    """Return kohya's two functions for a method; their `__self__` is the `NetworkModule`."""
+    module = NetworkModule(method, options, alpha_is_rank)
+    return module.create_network, module.create_network_from_weights
 
-    The one place that imports a module because a file names it: nothing outside the folder `networks` is.
+
+# ---------- arguments
+
+
+def _parse_arguments(kind: type, arguments: Mapping[str, Any]) -> Any:
+    """Return an options record of class `kind` with the arguments that it has fields for."""
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind) if field.name in arguments]
+    return kind(**{name: _value(name, arguments[name], hints[name]) for name in names})
+
+
+def _value(name: str, text: Any, hint: Any) -> Any:
+    """Return a network argument in the type that its field is declared with."""
+    kinds = [k for k in typing.get_args(hint) or (hint,) if k is not types.NoneType]
+    if text is None or (text == "None" and len(kinds) < len(typing.get_args(hint))):
+        return None
+    value = parse_text(kinds[0], str(text))
+    if value is None and kinds[0] is bool:
+        raise Refused(f"network argument {name}={text!r} is not a yes or no; write True or False")
+    if value is None:
+        raise Refused(f"network argument {name}={text!r} is not {WORDS[kinds[0]]}; correct its value")
+    return value
+
+
+def _unsaved_roles(factor: Factor, common: CommonArguments) -> frozenset[str]:
+    """Return the roles that `save_basis` leaves out of files."""
+    record = frozenset(factor.record)
+    unsaved = {"full": frozenset(), "q": record, "none": record | factor.frozen}
+    if common.save_basis not in unsaved:
+        raise Refused(
+            f"save_basis {common.save_basis!r} is not one of "
+            f"{', '.join(unsaved)}{nearest(common.save_basis, unsaved)}"
+        )
+    if common.save_basis == "none" and factor.unique:
+        raise Refused(
+            f"save_basis=none leaves out {', '.join(sorted(factor.frozen))}, which {factor.unique} and "
+            "nowhere else; save them with save_basis=full"
+        )
+    return unsaved[common.save_basis]
+
+
+def _loraplus_rates(network: AdapterNetwork, common: CommonArguments) -> dict[tuple[str, str], float]:
+    """Return LoRA+'s multiples of the learning rate by component and role."""
+    ups = set(network.factor.plus) & set(network.factor.trained)
+    rates = {}
+    for part in {target.part for target in network.targets.values()}:
+        special = common.loraplus_unet_lr_ratio if part == "unet" else common.loraplus_text_encoder_lr_ratio
+        ratio = common.loraplus_lr_ratio if special is None else special
+        if ratio and not ups:
+            raise Refused(
+                f"LoRA+ speeds up the trained up factor, and {network.method.name} trains none; leave "
+                "loraplus out"
+            )
+        rates |= {(part, role): ratio or 1.0 for role in ups if ratio is not None}
+    return rates
+
+
+# ---------- building a network
+
+
+def _build(
+    method: Method, common: CommonArguments, targets: list[Target], sizes: Sizes, multiplier: float
+) -> AdapterNetwork:
+    """Return a network of the targets that have a size, configured by the common arguments."""
+    targets = [target for target in targets if target.name in sizes]
+    network = AdapterNetwork(method, targets, lambda target: sizes[target.name], multiplier)
+    for layer in network.layers():
+        layer.dropout = common.dropout or 0.0
+        layer.rank_dropout = common.rank_dropout or 0.0
+        layer.module_dropout = common.module_dropout or 0.0
+    network.leave_out = _unsaved_roles(network.factor, common)
+    network.speeds = speeds(common, targets)
+    network.role_rates = _loraplus_rates(network, common)
+    return network
+
+
+def _fit(method: Method, targets: list[Target], sizes: Sizes) -> Sizes:
+    """Return the sizes with ranks that the method's factor can have, at unchanged scale s = alpha/rank."""
+    fit = method.require_factor().fit
+    if fit is None:
+        return sizes
+    hosts = {target.name: target.module for target in targets if target.name in sizes}
+    ranks = fit(DenseWeights(hosts), {name: rank for name, (rank, _) in sizes.items()})
+    return {name: (R, alpha * R / rank) for name, (rank, alpha) in sizes.items() if (R := ranks[name])}
+
+
+def _rank_alpha(method: Method, roles: Mapping[str, Tensor]) -> tuple[int, float] | None:
+    """Return (rank, alpha) of a file's layer, the rank if it has no alpha; None for one without a factor."""
+    ranks = (method.require_factor().rank_in(role, value.shape) for role, value in roles.items())
+    rank = next((rank for rank in ranks if rank), None)
+    if rank is None:
+        return None
+    return rank, float(roles["alpha"].reshape(-1)[0]) if "alpha" in roles else float(rank)
+
+
+def _warn_unread(source: str, unread: Set[str], lacks_denoiser: bool) -> None:
+    """Warn about layers of a file that the model does not have.
+
+    Raises `Refused` if the file has layers of a denoiser, but (`lacks_denoiser`) none fits this denoiser.
+    """
+    denoisers = {name for name in unread if not keys.is_flat_text(name)}
+    if lacks_denoiser and denoisers:
+        raise Refused(
+            f"{source} has {len(denoisers)} layers for a denoiser and this one has none of them, for example "
+            f"{min(denoisers)}; it was made for another base"
+        )
+    if unread:
+        logger.warning(
+            "%s: %d layers are not in this model and are left out, for example %s",
+            *(source, len(unread), min(unread)),
+        )
+
+
+# ---------- the method that a file names
+
+
+def network_named(name: str) -> NetworkModule | None:
+    """Return `networks.<name>` if it is one of this program's network modules, else None.
+
+    No other function imports a module because a file names it; only modules of the folder `networks` are
+    imported.
     """
     if not name.isidentifier() or importlib.util.find_spec(f"networks.{name}") is None:
         return None
@@ -281,13 +310,13 @@ def network_named(name: str) -> NetworkModule | None:
 
 
 def method_made_by(metadata: Mapping[str, str], source: str) -> Method | None:
-    """The method that a file's metadata name, with its options; None where they name none of ours."""
+    """Return the method that a file's metadata name, with its options, or None without a known name."""
     module = network_named(metadata.get("lowrank.method", ""))
     return module.made(metadata, source) if module else None
 
 
 def options_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
-    """The options that a file says its method had. Raises `Refused` for what is no JSON object."""
+    """Return the method's options from a file's metadata. Raises `Refused` unless they are a JSON object."""
     try:
         stored = json.loads(metadata.get("lowrank.options", "{}"))
         if not isinstance(stored, dict):
@@ -300,23 +329,8 @@ def options_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
 
 
 def _network_rank(metadata: Mapping[str, str], source: str) -> int | None:
-    """The rank that a file's gate counts by, where the file says it."""
-    told = metadata.get("tlora_max_rank")
-    if told is not None and not (told.isdecimal() and told.isascii() and int(told[:9])):
-        raise Refused(f"{source} has damaged metadata (tlora_max_rank: {told!r}); use another file")
-    return None if told is None else int(told[:9])
-
-
-def _rank_alpha(method: Method, roles: Mapping[str, Tensor]) -> tuple[int, float] | None:
-    """(rank, alpha) of a file's layer, or None for one without a factor."""
-    ranks = (method.require_factor().rank_in(role, value.shape) for role, value in roles.items())
-    rank = next((rank for rank in ranks if rank), None)
-    return None if rank is None else (rank, rank * strength(roles, rank))
-
-
-def bind(
-    method: Callable[[Any], Method], options: type, alpha_is_rank: bool = False
-) -> tuple[Callable, Callable]:
-    """kohya's two functions for a method; their `__self__` is the `NetworkModule`."""
-    facade = NetworkModule(method, options, alpha_is_rank)
-    return facade.create_network, facade.create_network_from_weights
+    """Return the network's rank, which a gate counts from, from a file's metadata; None if not there."""
+    rank = metadata.get("tlora_max_rank")
+    if rank is not None and not (rank.isdecimal() and rank.isascii() and int(rank[:9])):
+        raise Refused(f"{source} has damaged metadata (tlora_max_rank: {rank!r}); use another file")
+    return None if rank is None else int(rank[:9])

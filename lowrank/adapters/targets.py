@@ -128,6 +128,7 @@ class Target(NamedTuple):
     inside: tuple[
         str, ...
     ] = ()  # the layer's class and the classes around it, innermost first, with synonyms
+    flux: bool = True  # False where no file has Black Forest Labs' names: text encoders and U-Nets
 
     @property
     def spellings(self) -> set[str]:
@@ -135,10 +136,12 @@ class Target(NamedTuple):
         # paths of transformers 5 lack the level text_model
         paths = {path.replace(".", "_") for path in (self.path, self.path.removeprefix("text_model."))}
         names = [f"lora_{self.part}_{path}" for path in paths]
-        other = [path for path, piece in flux_names.modules(self.path) if piece.total == 1]
-        other += [piece.module] if (piece := flux_names.joined_rows(self.path)) and piece.total == 1 else []
-        # the other dialect of FLUX, unless it joins this layer with others or swaps its rows
-        names += [path for path in other if flux_names.SWAPPED not in (path, self.path)]
+        if self.flux:
+            other = [path for path, piece in flux_names.modules(self.path) if piece.total == 1]
+            piece = flux_names.joined_rows(self.path)
+            other += [piece.module] if piece and piece.total == 1 else []
+            # the other dialect of FLUX, unless it joins this layer with others or swaps its rows
+            names += [path for path in other if flux_names.SWAPPED not in (path, self.path)]
         return {keys.flat(name) for name in (self.name, self.native or self.name, *names)}
 
 
@@ -321,7 +324,8 @@ def _named(part: str, row: Host, path: str, module: Layer, original: unet_names.
     native = row.native
     if native.startswith("text_encoder") and part == "te2":
         native = "text_encoder_2."
-    return Target(part, name, native and native + path, module, path)
+    flux = part == "unet" and not row.blocks
+    return Target(part, name, native and native + path, module, path, flux=flux)
 
 
 def host_shape(host: Layer) -> tuple[int, int]:
