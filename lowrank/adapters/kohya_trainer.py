@@ -65,3 +65,23 @@ def pull(args: Any) -> Callable[[nn.Module], None]:
                 parameter.grad = gradient if previous is None else previous + gradient
 
     return add
+
+
+def limit_norms(network: Any, value: float) -> tuple[int, float, float]:
+    """Scale trained factors so that each ‖s·U·D‖_F ≤ value; return (number scaled, mean, max norm)."""
+    factor = network.factor
+    if factor.copy or factor.share or network.method.experts:
+        raise Refused(f"--scale_weight_norms is not defined for {network.method.name}; leave it out")
+    norms, scaled = [], 0
+    with torch.no_grad():
+        for layer in network.layers():
+            U, D = (factor.flatten(1) for factor in layer.factors())
+            norm = layer.scale * ((U.T @ U) * (D @ D.T).T).sum().clamp_min(0).sqrt()
+            ratio = norm.clamp(max=value) / norm.clamp_min(value / 2)
+            if ratio < 1 and norm > value:
+                scaled += 1
+                for role in factor.trained:
+                    layer.roles()[role].mul_(ratio ** (1 / len(factor.trained)))
+            norms.append(norm.clamp(max=value))
+    stacked = torch.stack(norms)
+    return scaled, stacked.mean().item(), stacked.max().item()

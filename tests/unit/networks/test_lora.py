@@ -277,7 +277,7 @@ def test_rules_choose_rank_alpha_and_rate():
         "\n" + r"\.resnets\. -> off; ^te2 -> rank=2 lr=1e-6; ^te1 -> off",
         loraplus_lr_ratio="10",
     )
-    for name, layer in net._made.items():
+    for name, layer in net._all_layers.items():
         path = net.targets[name].path
         size = (layer.rank, float(layer.alpha))
         assert "resnets" not in path or path.startswith("mid_block")
@@ -507,7 +507,7 @@ def test_an_sdxl_file_with_diffusers_block_names_is_read(tmp_path):
     net, _, _ = made("sdxl", conv_dim="2")
     shake(net)
     renamed = {}
-    for name, layer in net._made.items():
+    for name, layer in net._all_layers.items():
         target = net.targets[name]
         module = "lora_unet_" + target.path.replace(".", "_") if target.part == "unet" else name
         for suffix, role in (("lora_down.weight", "down"), ("lora_up.weight", "up"), ("alpha", "alpha")):
