@@ -1,4 +1,4 @@
-"""The one host layer: a Linear or Conv2d of the base model with the branch of the one equation beside it.
+"""An adapted layer: a Linear or Conv2d of the base model, the host, and the low-rank branch added to it.
 
 Shapes: O out, I in, R rank, B batch, k kernel. A convolution is the same equation: D is a k×k convolution
 with the host's stride, padding and dilation, U a 1×1 convolution.
@@ -21,15 +21,15 @@ from lowrank.naming import keys
 
 
 class AdaptedLayer(nn.Module):
-    """A host and its branch. Five verbs: `delta`, `delta_weight`, `roles`, `tensors`, `load`.
+    """A host and its branch, used through `delta`, `delta_weight`, `roles`, `tensors` and `load`.
 
-    Trained tensors are parameters, frozen ones buffers, records (written to files, unused in the forward)
-    plain CPU tensors; each is named by its role. The host is never a child: its own module owns it.
+    Trainable tensors are parameters, frozen ones buffers, records (written to files, unused in the forward)
+    plain CPU tensors; each is named by its role. The host is never a child, because its module owns it.
     """
 
     alpha: Tensor
-    magnitude: Tensor  # where the method has one, as the router
-    router: Tensor
+    magnitude: Tensor  # only if the method has a magnitude
+    router: Tensor  # only if the method has experts
     multiplier: float | Tensor
 
     def __init__(self, name: str, host: Layer, method: Method, rank: int, alpha: float, clock: Clock) -> None:
@@ -38,7 +38,7 @@ class AdaptedLayer(nn.Module):
         self.factor, self.conv = method.require_factor(), isinstance(host, nn.Conv2d)
         if isinstance(host, nn.Conv2d) and host.groups != 1:
             raise Refused(
-                f"{name} is a grouped convolution (groups={host.groups}), which no method here can adapt; "
+                f"{name} is a grouped convolution (groups={host.groups}), which no method supports; "
                 "exclude it with --network_args exclude=…"
             )
         if self.conv and method.experts and method.experts.on == "x":
@@ -62,6 +62,7 @@ class AdaptedLayer(nn.Module):
                 self.register_buffer(role, empty)
 
     def _shapes(self, outs: int, ins: int, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each trainable and frozen tensor, by role."""
         factor, E, ones = self.factor, self.method.experts, (1,) * len(kernel)
         R, shapes = self.rank // len(factor.chains), {}
         for chain in (*factor.chains, *((factor.copy,) if factor.copy else ())):
@@ -82,69 +83,72 @@ class AdaptedLayer(nn.Module):
         return self._host[0]
 
     def roles(self) -> dict[str, nn.Parameter]:
-        """The trained tensors by role; together they are exactly `parameters()`."""
+        """Return the trainable tensors by role; together they are exactly `parameters()`."""
         return {role: p for role, p in self._parameters.items() if p is not None}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor a file needs, by role: trained, frozen, records and `alpha`."""
-        trained = {role: self._role(role).detach() for role in self._parameters}  # as the forward sees them
+        """Return all tensors of a file by role: trainable, frozen, records and `alpha`."""
+        trained = {role: self._role(role).detach() for role in self._parameters}  # as in the forward
         frozen = {role: value for role, value in self._buffers.items() if value is not None}
         return {**trained, **frozen, **self.record}
 
     def load(self, values: dict[str, Tensor], source: str = "the file") -> None:
-        """Copy values in by role; roles not given keep theirs. Raises `Refused` on a wrong shape or a NaN."""
+        """Copy values by role; other roles keep theirs. Raises `Refused` for a wrong shape, role or NaN."""
         for role, value in values.items():
-            own = self._parameters.get(role, self._buffers.get(role))
+            tensor = self._parameters.get(role, self._buffers.get(role))
             if not torch.isfinite(value).all():
                 raise Refused(
                     f"{self.name}.{role} in {source} holds NaN or infinite values; use an earlier file"
                 )
-            if own is not None and own.dim() == 1:
-                value = value.flatten()  # LyCORIS has diagonals as (1, R)
-            if own is None:
+            if tensor is None:
                 if role not in self.factor.record:
                     raise Refused(
                         f"{self.name} has no {role!r}, which {source} gives; it was made by another method "
                         f"than {self.method.name}"
                     )
                 self.record[role] = value.detach().to("cpu", copy=True)
-            elif role == "magnitude" and len(own) != len(value) == 1:
-                raise Refused(
-                    f"{self.name}.dora_scale in {source} is {tuple(value.shape)}, a length for each input; "
-                    "here each output has one; LyCORIS' wd_on_output=False made it, use it there"
-                )
-            elif _without_ones(own.shape) != _without_ones(value.shape):
-                raise Refused(
-                    f"{self.name}.{role} is {tuple(value.shape)} in {source} and {tuple(own.shape)} here; "
-                    "the rank or the base model differs, check --network_dim (or use --dim_from_weights)"
-                )
-            else:
-                value = value.reshape(own.shape).to(own.device)
-                constrain = self.factor.constrain.get(role)
-                if constrain is not None and not torch.equal(constrain(value.flatten(1)), value.flatten(1)):
-                    raise Refused(
-                        f"{self.name}.{role} in {source} has entries that {self.method.name} keeps at zero; "
-                        "it was made by another method"
-                    )
-                with torch.no_grad():
-                    own.copy_(value)
+                continue
+            value = self._fitted(role, value.flatten() if tensor.dim() == 1 else value, tensor.shape, source)
+            with torch.no_grad():
+                tensor.copy_(value.to(tensor.device))
         if "alpha" in values:
             self.scale = float(self.alpha) / self.rank
 
-    def _apply(self, fn, recurse=True):
-        """As torch's; where an initial copy is subtracted, no dtype becomes narrower.
+    def _fitted(self, role: str, value: Tensor, shape: torch.Size, source: str) -> Tensor:
+        """Return a file's tensor in the shape of the layer's. Raises `Refused` if it does not fit."""
+        if role == "magnitude" and shape[0] != len(value) == 1:
+            raise Refused(
+                f"{self.name}.dora_scale in {source} is {tuple(value.shape)}, a length for each input, but "
+                "here each output has one; use it in LyCORIS, whose wd_on_output=False made it"
+            )
+        if _without_ones(shape) != _without_ones(value.shape):
+            raise Refused(
+                f"{self.name}.{role} is {tuple(value.shape)} in {source} and {tuple(shape)} here; "
+                "the rank or the base model differs, check --network_dim (or use --dim_from_weights)"
+            )
+        constrain = self.factor.constrain.get(role)
+        rows = value.reshape(shape).flatten(1) if constrain else value
+        if constrain and not torch.equal(constrain(rows), rows):
+            raise Refused(
+                f"{self.name}.{role} in {source} has entries that {self.method.name} keeps at zero; "
+                "it was made by another method"
+            )
+        return value.reshape(shape)
 
-        Rounding U and U₀ apart would change U − U₀ by more than training did.
+    def _apply(self, fn, recurse=True):
+        """Apply `fn` as torch does, but to no narrower dtype if an initial copy is subtracted.
+
+        Rounding U and U₀ separately would change U − U₀ by more than training did.
         """
 
-        def moved(value: Tensor) -> Tensor:
-            made = fn(value)
-            return value.to(made.device) if made.dtype.itemsize < value.dtype.itemsize else made
+        def apply_wide(value: Tensor) -> Tensor:
+            result = fn(value)
+            return value.to(result.device) if result.dtype.itemsize < value.dtype.itemsize else result
 
-        return super()._apply(fn if self.factor.copy is None else moved, recurse)
+        return super()._apply(fn if self.factor.copy is None else apply_wide, recurse)
 
     def start_magnitude(self) -> None:
-        """m = ‖W + ΔW‖ per row, by the same function as in the forward, so that g is exactly 1 at step 0."""
+        """Set m = ‖W + ΔW‖ per row with the function of the forward, so that g is exactly 1 at step 0."""
         if self.method.magnitude and not self.host.weight.is_meta:
             with torch.no_grad():
                 self.magnitude.copy_(self.row_norm(*self.factors()).reshape(self.magnitude.shape))
@@ -152,11 +156,12 @@ class AdaptedLayer(nn.Module):
     # ------------------------------------------------------------------ mathematics
 
     def _role(self, role: str) -> Tensor:
+        """Return a tensor as the forward uses it, constrained."""
         value, constrain = getattr(self, role), self.factor.constrain.get(role)
         return value if constrain is None else constrain(value.flatten(1)).reshape(value.shape)
 
     def _product(self, chain: Chain) -> tuple[Tensor, Tensor]:
-        """U (O, R[, 1, 1]), or (E, O, R[, 1, 1]) with experts, and D (R, I[, k, k]) of one chain."""
+        """Return U (O, R[, 1, 1]), with experts (E, O, R[, 1, 1]), and D (R, I[, k, k]) of one chain."""
         U, D = self._role(chain.up[0]), self._role(chain.down[-1])
         if len(chain.up) > 1:
             ones = (1,) * (2 * self.conv)
@@ -171,19 +176,19 @@ class AdaptedLayer(nn.Module):
         return U, D
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """One pair of the whole branch: U (O, R[, 1, 1]), with experts (E, …), and D (R, I[, k, k]).
+        """Return the pair of the whole branch: U (O, R[, 1, 1]), with experts (E, …), and D (R, I[, k, k]).
 
-        Its rank is 2R where the initial copy is subtracted: U D − U₀ D₀ = [U | U−U₀]·[D−D₀ ; D₀] is exactly
-        zero at the start, and the small change is never the difference of two large products, which half
-        precision would lose.
+        If an initial copy is subtracted, the rank is 2R: U D − U₀ D₀ = [U | U−U₀]·[D−D₀ ; D₀]. This is
+        exactly zero at the start, and not a difference of two large products, in which half precision would
+        lose a small change.
         """
         pairs = [self._product(chain) for chain in self.factor.chains]
         U, D = pairs[0]
-        if len(pairs) > 1:  # Σₑ wₑ = 1, so that a chain without experts is the same for each
+        if len(pairs) > 1:
             ups = [up for up, _ in pairs]
-            if self.method.experts:
-                one = 4 if self.conv else 2  # dimensions of one expert's
-                ups = [up.expand(self.method.experts.count, *up.shape[-one:]) for up in ups]
+            if self.method.experts:  # Σₑ wₑ = 1, so a chain without experts is repeated for each
+                dims = 4 if self.conv else 2  # of the up of one expert
+                ups = [up.expand(self.method.experts.count, *up.shape[-dims:]) for up in ups]
             U = torch.cat(ups, dim=-3 if self.conv else -1)
             D = torch.cat([down for _, down in pairs])
         if self.factor.copy is None:
@@ -192,12 +197,11 @@ class AdaptedLayer(nn.Module):
         return torch.cat([U, U - U_0], dim=1), torch.cat([D - D_0, D_0])
 
     def delta_weight(self, at: Tensor | None = None) -> Tensor | None:
-        """ΔW in the host's shape (O, I[, k, k]), or None when it depends on the input.
+        """Return ΔW in the host's shape (O, I[, k, k]), or None if it depends on the input.
 
-        With a magnitude it is m·(W + ΔW)/‖W + ΔW‖ − W, and the multiplier is a share of that whole change, as
-        in the programs that load DoRA files.
-
-        A gated method is a different ΔW at each timestep: `at` (1,) names one, and leaving it out is refused.
+        With a magnitude ΔW is m·(W + ΔW)/‖W + ΔW‖ − W, and the multiplier scales that whole change, as in
+        the programs that load DoRA files. A gated method has a different ΔW at each timestep, given by `at`
+        (1,); raises `Refused` for such a method without `at`.
         """
         if self.method.experts is not None:
             return None
@@ -205,7 +209,7 @@ class AdaptedLayer(nn.Module):
         if self.method.gate is not None:
             if at is None:
                 raise Refused(
-                    f"{self.method.name} has another ΔW at every timestep; keep it live, or bake one with "
+                    f"{self.method.name} has another ΔW at every timestep; keep it live, or export one with "
                     "tools/export_lora.py --at-timestep T"
                 )
             mask = open_mask(self.method, at, self.rank)
@@ -218,29 +222,29 @@ class AdaptedLayer(nn.Module):
         return dW.reshape(-1, host.in_channels, *host.kernel_size) if isinstance(host, nn.Conv2d) else dW
 
     def row_norm(self, U: Tensor, D: Tensor) -> Tensor:
-        """‖W + ΔW‖ per row, in fp32 at least: half precision is off by more than training moves it."""
+        """Return ‖W + ΔW‖ per row, in fp32 or wider: half precision errs by more than training changes it."""
         wide = torch.promote_types(U.dtype, torch.float32)
         if self.method.experts:
-            U = U.mean(0)  # a mixture has a ΔW for each input; the experts' mean stands for all
+            U = U.mean(0)  # a mixture has a ΔW for each input; the mean of the experts replaces it
         with torch.autocast(U.device.type, enabled=False):
             W, U, D = dense_weight(self.host).to(U.device, wide), U.flatten(1).to(wide), D.flatten(1).to(wide)
             return magnitude.row_norm(W, U, D, self.scale)
 
     def _gain(self, U: Tensor, D: Tensor) -> Tensor:
-        """g = m/‖W + ΔW‖ (O,), exactly 1 at the start: both are rounded to the magnitude's dtype."""
+        """Return g = m/‖W + ΔW‖ (O,), exactly 1 at the start: both are rounded to the magnitude's dtype."""
         detach = self.method.magnitude is None or self.method.magnitude.detach
         with torch.no_grad() if detach else contextlib.nullcontext():
             norm = self.row_norm(U, D).to(self.magnitude.dtype)
-        return self.magnitude.flatten() / norm.masked_fill(norm == 0, 1)  # a dead row stays 0 until it moves
+        return self.magnitude.flatten() / norm.masked_fill(norm == 0, 1)  # g of a zero row is m
 
-    def _stretched(self, out: Tensor, y: Tensor, g: Tensor, share: float = 1.0) -> Tensor:
-        """out + share·(g − 1) ⊙ W x, from the host's output y = W x + b; exactly `out` while g = 1."""
+    def _with_gain(self, out: Tensor, y: Tensor, g: Tensor, share: float = 1.0) -> Tensor:
+        """Return out + share·(g − 1) ⊙ W x for the host's output y = W x + b; exactly `out` if g = 1."""
         column, bias = (-1, 1, 1) if self.conv else (-1,), self.host.bias
         Wx = y if bias is None else y - bias.to(y).reshape(column)
         return torch.addcmul(out, Wx, (g - 1).to(y).reshape(column), value=share)
 
     def _project(self, x: Tensor, D: Tensor) -> Tensor:
-        """h = M(t)·D x with dropouts: (B, …, R'), or (B, R', h, w) for a convolution."""
+        """Return h = M(t)·D x with dropouts: (B, …, R'), or (B, R', h, w) for a convolution."""
         host = self.host
         if isinstance(host, nn.Conv2d):
             h = F.conv2d(x, D, stride=host.stride, padding=host.padding, dilation=host.dilation)
@@ -249,44 +253,45 @@ class AdaptedLayer(nn.Module):
         if self.method.gate is not None:
             if self.rank not in self._clock.masks:
                 raise Refused(
-                    f"{self.method.name} needs the timestep and nobody told it; run the whole denoiser, or "
-                    "inside `with network.denoise_at(t)`"
+                    f"{self.method.name} needs the timestep, which is not set; run the whole denoiser, or "
+                    "run inside `with network.denoise_at(t)`"
                 )
             mask = gate.mask_per_sample(self._clock.masks[self.rank], h.shape[0])
             h = h * _along_rank(mask, h, self.conv)
         if self.training and self.dropout:
             h = F.dropout(h, self.dropout)
-        if self.training and self.rank_dropout:  # as kohya's: per sample, the kept ranks are scaled up
+        if self.training and self.rank_dropout:  # as in kohya: per sample, with kept ranks scaled up
             kept = (torch.rand(h.shape[0], self.rank, device=h.device) > self.rank_dropout).to(h)
             kept = kept.repeat(1, D.shape[0] // self.rank) / (1 - self.rank_dropout)
             h = h * _along_rank(kept, h, self.conv)
         return h
 
     def hidden(self, x: Tensor, D: Tensor) -> Tensor:
-        """What the ups are applied to, channels where the host has them: h, or of experts w ⊗ h."""
+        """Return the input of the ups, h or with experts w ⊗ h, with channels at the host's position."""
         h, E = self._project(x, D), self.method.experts
         if E is None:
             return h
         h = h.movedim(1, -1) if self.conv else h  # (B, …, R)
-        read = h if E.on == "h" else x
-        wide = experts.widen(h, E.route(read if E.scope == "token" else experts.pooled(read), self.router))
+        features = h if E.on == "h" else x
+        features = features if E.scope == "token" else experts.pooled(features)
+        wide = experts.widen(h, E.route(features, self.router))
         return wide.movedim(-1, 1) if self.conv else wide
 
     def delta(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the branch adds to the host's output y = W x + b, in its shape; only a magnitude reads `y`."""
+        """Return what the branch adds to the host's output y = W x + b; only a magnitude needs `y`."""
         U, D = self.factors()
         h, up = self.hidden(x, D), experts.beside(U) if self.method.experts else U
         d = (F.conv2d(h, up) if self.conv else F.linear(h, up)) * self.scale
         if self.method.magnitude is not None:
             g = self._gain(U, D)
             d = d * (g.reshape(-1, 1, 1) if self.conv else g)
-            d = self._stretched(d, self._forward_host(x) if y is None else y, g)
+            d = self._with_gain(d, self._forward_host(x) if y is None else y, g)
         return d * _strength(self.multiplier, d)
 
     # ------------------------------------------------------------------ the host's forward
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = self._forward_host(x, *args, **kwargs)  # the base, untouched
+        y = self._forward_host(x, *args, **kwargs)
         if isinstance(self.multiplier, float) and self.multiplier == 0:
             return y
         if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
@@ -299,7 +304,7 @@ class AdaptedLayer(nn.Module):
         h, up = self.hidden(x, D).flatten(0, -2), experts.beside(U) if self.method.experts else U
         if self.method.magnitude is not None:
             g = self._gain(U, D)
-            y, up = self._stretched(y, y, g, self.multiplier), g[:, None] * up
+            y, up = self._with_gain(y, y, g, self.multiplier), g[:, None] * up
         # y + s·h·Uᵀ in one call: no separate product and sum of the wide output
         sum_ = torch.addmm(
             y.flatten(0, -2), h.to(y.dtype), up.to(y.dtype).T, alpha=self.scale * self.multiplier
@@ -307,6 +312,7 @@ class AdaptedLayer(nn.Module):
         return sum_.view(y.shape)
 
     def _fusable(self, y: Tensor, mixed: bool) -> bool:
+        """Return whether `addmm` can add the branch to y: for a Linear with y in the dtype of the factors."""
         if self.conv or y.dim() < 2:
             return False
         return mixed or y.dtype == getattr(self, self.factor.chains[0].up[0]).dtype
@@ -316,44 +322,44 @@ class AdaptedLayer(nn.Module):
         return (chained[0] if chained else self.host.forward)(x, *args, **kwargs)
 
     def attach(self) -> None:
-        """Put this layer in front of the host's forward, whatever stands there now."""
+        """Replace the host's forward, which may be that of another adapter, by this layer's."""
         self._before = self.host.__dict__.get("forward")
         self._chained = [self.host.forward]  # in a list: a bound method of the host must not make it a child
         self.host.forward = self.forward  # pyright: ignore[reportAttributeAccessIssue]  # x for input
 
     def restore(self) -> None:
-        """Give the host back the forward it had."""
+        """Restore the forward that the host had before `attach`."""
         if self.host.__dict__.get("forward") != self.forward:
-            raise Refused(f"another adapter was put on {self.name} after this one; restore that one first")
+            raise Refused(f"another adapter was attached to {self.name} later; restore that adapter first")
         if self._before is None:
             del self.host.forward
         else:
             self.host.forward = self._before
         del self._chained
 
-    # ------------------------------------------------------------------ state, under the names of files
+    # ------------------------------------------------------------------ state dict, with keys of files
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         for role, value in self.tensors().items():
             destination[prefix + keys.KOHYA.get(role, role)] = value
 
     def _load_from_state_dict(self, state, prefix, _metadata, _strict, missing, unexpected, errors) -> None:
-        found = {}
+        values = {}
         for key in [key for key in state if key.startswith(prefix)]:
             role = keys.role_of(key)
-            found[role[1] if role else key[len(prefix) :]] = state[key]
+            values[role[1] if role else key[len(prefix) :]] = state[key]
         expected = {*self._parameters, *self._buffers}
-        missing += [prefix + keys.KOHYA.get(role, role) for role in expected - found.keys()]
-        unknown = found.keys() - expected - set(self.factor.record)
+        missing += [prefix + keys.KOHYA.get(role, role) for role in expected - values.keys()]
+        unknown = values.keys() - expected - set(self.factor.record)
         unexpected += [prefix + keys.KOHYA.get(role, role) for role in unknown]
         try:
-            self.load({role: value for role, value in found.items() if role not in unknown})
+            self.load({role: value for role, value in values.items() if role not in unknown})
         except Refused as refused:
             errors.append(str(refused))
 
 
 def _without_ones(shape: torch.Size) -> tuple[int, ...]:
-    """A shape without trailing ones: 1×1 convolutions and linear layers share files."""
+    """Return a shape without trailing ones, which linear layers and 1×1 convolutions do not differ in."""
     sizes = list(shape)
     while sizes and sizes[-1] == 1:
         sizes.pop()
@@ -361,15 +367,13 @@ def _without_ones(shape: torch.Size) -> tuple[int, ...]:
 
 
 def _along_rank(mask: Tensor, h: Tensor, conv: bool) -> Tensor:
-    """Mask (B, R) shaped to multiply h (B, …, R) or (B, R, h, w)."""
-    mask = mask.to(h)
-    return (
-        mask[:, :, None, None] if conv else mask.reshape(mask.shape[0], *(1,) * (h.dim() - 2), mask.shape[1])
-    )
+    """Return a mask (B, R) in a shape that multiplies h (B, …, R) or (B, R, h, w)."""
+    B, R = mask.shape
+    return mask.to(h).reshape((B, R, 1, 1) if conv else (B, *(1,) * (h.dim() - 2), R))
 
 
 def _strength(multiplier: float | Tensor, d: Tensor) -> float | Tensor:
-    """A scalar, or one multiplier per sample (n,) repeated over a batch of n·k."""
+    """Return a scalar, or the multipliers (n,) of n samples repeated over a batch of n·k."""
     if not isinstance(multiplier, Tensor) or multiplier.dim() == 0:
         return multiplier
     rows = multiplier.to(d).repeat_interleave(d.shape[0] // multiplier.shape[0])

@@ -1,10 +1,10 @@
-"""A method is a record of seven slots; `a | b` fills the empty ones.
+"""A method of adaptation: a record of seven slots, each None or empty if the method does not use it.
 
     y = g ⊙ ( W x + s·U·C(t,x)·D x − s·U₀·C₀(t)·D₀ x ) + b
 
-factor: who are D, C, U, which are frozen, is the initial copy (index 0) subtracted · gate: which ranks are
-open at t · experts: does U depend on x · magnitude: is g free · penalty: what pulls during training · rates:
-which role learns how fast · warm-up: what happens before step 0. A slot left None is neutral.
+factor: the tensors D, C, U, which of them are frozen, and whether an initial copy (index 0) is subtracted ·
+gate: the ranks that are open at t · experts: U depends on x · magnitude: g is trained · penalty: terms of the
+loss · rates: learning rates by role · warm-up: stages before step 0. `a | b` is both methods at once.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from lowrank.adapters.factor import kaiming
 from lowrank.errors import Refused
 from lowrank.naming.keys import ROUTER
 
-# values by layer and role, facts for the file's metadata
+# values by layer and role, and metadata for the file
 Start = tuple[dict[str, dict[str, Tensor]], dict[str, str]]
 
 
 def structural(default: Any, words: tuple[str, ...] | None = None) -> Any:
-    """A field of a method's options that decides which tensors there are or what they do; read from files.
+    """Return a field for an option that determines the tensors or their use; it is also read from files.
 
-    `words` are all that a file may say there, for an option that can also be a path: what a stranger's file
-    names is not opened.
+    `words` are the only values accepted from a file's metadata, for an option that can also be a path: paths
+    from metadata are not opened.
     """
     return field(default=default, metadata={"structural": True, "words": words})
 
 
 class Chain(NamedTuple):
-    """A product of roles, from the output's side to the input's; `up` and `down` meet in the rank.
+    """A product of roles, from outputs to inputs; the rank is between `up` and `down`.
 
-    The first role of `up` is O×R, the last of `down` R×I, those between R×R, or R where diagonal.
+    The first role of `up` is O×R, the last of `down` R×I, the others are R×R, or R if diagonal.
     """
 
     up: tuple[str, ...] = ("up",)
@@ -46,27 +46,27 @@ class Chain(NamedTuple):
 
 @dataclass(frozen=True)
 class Factor:
-    """Who are U, C and D; the names in the chains are roles, which are also the names in files.
+    """The tensors U, C and D. The names in the chains are roles, which are also the names in files.
 
-    `start(weights, ranks, scales)` gives the values at step 0: `weights` maps a layer's name to its dense
-    weight (O, I·kh·kw) and is read lazily, `ranks` and `scales` map it to R and s. Several chains are added
-    and share the rank evenly. A role in `record` is written to files but takes no part in the forward.
+    `start(weights, ranks, scales)` returns the values at step 0: `weights` maps a layer's name to its dense
+    weight (O, I·kh·kw) and is read lazily, `ranks` and `scales` map it to R and s. Several chains are added;
+    each has an equal part of the rank. A role in `record` is written to files but not used in the forward.
     """
 
     start: Callable[[Mapping[str, Tensor], Mapping[str, int], Mapping[str, float]], Start]
     trained: tuple[str, ...]
     chains: tuple[Chain, ...] = (Chain(),)
     copy: Chain | None = None  # the initial copy, subtracted
-    diagonal: tuple[str, ...] = ()  # roles that hold only a diagonal
+    diagonal: tuple[str, ...] = ()  # roles that are diagonal matrices, stored as (R,)
     record: tuple[str, ...] = ()
-    precise: tuple[str, ...] = ()  # frozen roles that stay in fp32 whatever the forward computes in
-    plus: tuple[str, ...] = ("up",)  # roles that LoRA+ speeds up, where they are trained
-    # role -> projection in forward
+    precise: tuple[str, ...] = ()  # frozen roles that stay in fp32 in any precision of the forward
+    plus: tuple[str, ...] = ("up",)  # roles with LoRA+'s higher learning rate, if trained
+    # role -> projection of its rows, applied in the forward
     constrain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     # (weights, ranks) -> the ranks that the layers can have
     fit: Callable[[Mapping[str, Tensor], Mapping[str, int]], Mapping[str, int]] | None = None
-    unique: str = ""  # why frozen roles cannot be found again, so that no file may leave them out
-    # (part, path, input shape (I[, k, k])) -> layers of one answer have the last down role in common
+    unique: str = ""  # why frozen roles cannot be computed again; files must have them then
+    # (part, path, input shape (I[, k, k])) -> key; layers of equal keys share the last down role
     share: Callable[[str, str, tuple[int, ...]], Hashable] | None = None
 
     @property
@@ -76,15 +76,15 @@ class Factor:
 
     @property
     def frozen(self) -> frozenset[str]:
-        """The roles of the forward that are not trained."""
+        """The roles of the forward that are not trainable."""
         roles = {role for chain in self.chains for role in (*chain.up, *chain.down)}
         return frozenset(roles.union(self.copies)) - set(self.trained)
 
     def sides(self) -> dict[str, tuple[str, ...]]:
-        """The sizes that each role has, in the order of its tensor: "outputs", "rank", "inputs".
+        """Return the dimensions of each role's tensor as words: "outputs", "rank", "inputs".
 
-        A convolution's kernel belongs to the inputs, a record has the shape of a D, and experts' ups one
-        dimension more in front.
+        The kernel of a convolution counts as inputs, a record has the shape of D, and the ups of experts have
+        one more dimension in front.
         """
         shapes: dict[str, tuple[str, ...]] = {}
         for chain in (*((self.copy,) if self.copy else ()), *self.chains):
@@ -95,28 +95,28 @@ class Factor:
 
     @property
     def shared(self) -> str | None:
-        """The role that layers have in common."""
+        """The role that layers share, or None."""
         return self.chains[0].down[-1] if self.share else None
 
     def rank_in(self, role: str, shape: Sequence[int]) -> int | None:
-        """The layer's rank, from the shape of one of its tensors; None for a role that does not tell."""
+        """Return a layer's rank from the shape of one tensor, or None if the role does not determine it."""
         for chain in self.chains:
             if role in self.diagonal and role in (*chain.up, *chain.down):
                 return shape[-1] * len(self.chains)  # (R,), and (1, R) in LyCORIS' files
             if role in chain.down:
                 return shape[0] * len(self.chains)
             if role in chain.up:
-                plain = shape[:-2] if len(shape) > 3 else shape  # of a convolution it ends in 1, 1
+                plain = shape[:-2] if len(shape) > 3 else shape  # a convolution's ends in 1, 1
                 return plain[-1] * len(self.chains)
         return None
 
 
 @dataclass(frozen=True)
 class Gate:
-    """`open(timestep (B,), rank) -> (B,)`: how many leading ranks are open.
+    """A rank gate: `open(timestep (B,), rank) -> (B,)` is the number of leading ranks that are open.
 
-    `metadata(rank, or None where layers differ)`: its entries in a file. `of(rank)`: the gate of a network of
-    this rank, where layers of other ranks have their share of it.
+    `metadata(rank)` are its entries in a file; rank is None if layers differ. `of(rank)` is the gate for a
+    network of this rank, in which layers of another rank open the same share.
     """
 
     open: Callable[[Tensor, int], Tensor]
@@ -126,18 +126,18 @@ class Gate:
 
 @dataclass(frozen=True)
 class Experts:
-    """`count` of one role of the up side, (E, …); `route(x or h (…, K), router (E, K)) -> (…, E)`."""
+    """Experts: `count` tensors (E, …) of one up role; `route(x or h (…, K), router (E, K)) -> (…, E)`."""
 
     count: int
     route: Callable[[Tensor, Tensor], Tensor]
     role: str = "up"
-    on: str = "h"  # what the router reads: "h" (the R-wide projection) or "x"
-    scope: str = "token"  # each token or pixel has its own weights, or a "sample" those of its mean
+    on: str = "h"  # input of the router: "h" (the projection D x) or "x"
+    scope: str = "token"  # weights of each token or pixel, or of each "sample", from its mean
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """g = m/‖W+ΔW‖ per output row, m trained; `detach`: no gradient through the norm (the paper's §4.3)."""
+    """g = m/‖W+ΔW‖ per output row, m trained; `detach`: no gradient through the norm (DoRA, §4.3)."""
 
     detach: bool = True
 
@@ -146,7 +146,7 @@ class Magnitude:
 class Penalty:
     """A term added to the loss and logged by name: `value(network) -> scalar`.
 
-    Instead of `value`, `prepare(network)` gives it once the network's layers are known.
+    Instead of `value`, `prepare(network)` may be given; it returns `value` when the layers are attached.
     """
 
     name: str
@@ -156,9 +156,9 @@ class Penalty:
 
 @dataclass(frozen=True)
 class WarmupBatches:
-    """What a trainer gives a warm-up stage: its own batches, with the objective and precision of the run."""
+    """The batches of a run for a warm-up stage, with the objective and precision of the run."""
 
-    # endless; each item gives the weighted losses (B,) of one batch with gradient, the same at every call
+    # endless; each item returns the weighted losses (B,) of one batch with gradient, equal at every call
     batches: Callable[[], Iterator[Callable[[], Tensor]]]
     total: Callable[[Tensor], Tensor]  # the sum over processes
     processes: int
@@ -169,7 +169,7 @@ class WarmupBatches:
 
 @dataclass(frozen=True)
 class Warmup:
-    """A stage before step 0 that needs data: `run(network, samples)` changes values of the adapter alone."""
+    """A stage before step 0 that needs data: `run(network, samples)` changes only values of the adapter."""
 
     name: str
     run: Callable[[Any, WarmupBatches], None]
@@ -177,11 +177,11 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Updates:
-    """Which layers learn in a step, no slot of the equation: the forward stays as it is.
+    """The choice of layers that are updated in a step; the forward is unchanged.
 
-    In each step `share` of the layers are drawn by importance, and `role` stands still in the others. Every
-    `every` steps a probe leaves of the output of `probed` layers only the share `faint`: what a fixed loss
-    rises by makes them important.
+    In each step a `share` of the layers is drawn by importance; `role` is not updated in the others. Every
+    `every` steps the outputs of `probed` layers are scaled by `faint`: the increase of a fixed loss is their
+    importance.
     """
 
     role: str
@@ -191,7 +191,7 @@ class Updates:
     faint: float = 0.01
 
 
-# Slots that cannot be filled together, and why: printed at start, rendered into the documentation.
+# Pairs of slots that exclude each other, and the reason, which also is in the documentation.
 CONFLICTS: Mapping[tuple[str, str], str] = {
     ("gate", "magnitude"): "the row norm of W+ΔW would change with every timestep of a batch",
 }
@@ -199,7 +199,7 @@ CONFLICTS: Mapping[tuple[str, str], str] = {
 
 @dataclass(frozen=True)
 class Method:
-    """Seven slots and a name. `options` is what the method was asked for, as written into files."""
+    """A name and the slots of a method. `options` are the method's options, as written into files."""
 
     name: str
     factor: Factor | None = None
@@ -208,26 +208,26 @@ class Method:
     magnitude: Magnitude | None = None
     penalty: tuple[Penalty, ...] = ()
     rates: Mapping[str, float] = field(default_factory=dict)  # role -> multiple of the part's learning rate
-    warmup: tuple[Warmup, ...] = ()  # in this order
+    warmup: tuple[Warmup, ...] = ()  # in the order of execution
     updates: Updates | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()  # what a user should know of this combination; logged at the start
+    notes: tuple[str, ...] = ()  # warnings about this combination, logged at the start
 
     def require_factor(self) -> Factor:
-        """The factor, without which nothing can be built. Raises `Refused` when the slot is empty."""
+        """Return the factor. Raises `Refused` if the slot is empty."""
         if self.factor is None:
             raise Refused(f"{self.name} has no factor; join it with a method that has one, as in `a | b`")
         return self.factor
 
     def file_roles(self) -> tuple[str, ...]:
-        """The tensors that a file of this method has for each layer, besides alpha and a magnitude."""
+        """Return the roles of a layer's tensors in files, without alpha and magnitude."""
         factor = self.require_factor()
         chains = (*factor.chains, *((factor.copy,) if factor.copy else ()))
         roles = [role for chain in chains for role in (*chain.up, *chain.down)]
         return (*dict.fromkeys(roles), *factor.record, *((ROUTER,) if self.experts else ()))
 
     def of(self, rank: int | None) -> Method:
-        """The method for a network of this rank, which a gate may count by; None where nobody knows it."""
+        """Return this method with its gate set for a network of rank `rank` (None: unknown)."""
         if self.gate is None or self.gate.of is None or rank is None:
             return self
         return dataclasses.replace(self, gate=self.gate.of(rank))
@@ -245,10 +245,7 @@ class Method:
                 )
 
     def __or__(self, other: Method) -> Method:
-        """Both methods at once.
-
-        Raises `Refused` when both fill one slot, set one rate or one option differently.
-        """
+        """Return the method that does both. Raises `Refused` if a slot, rate or option of both differs."""
         merged: dict[str, Any] = {
             "name": f"{self.name}+{other.name}",
             "penalty": self.penalty + other.penalty,
@@ -273,7 +270,7 @@ class Method:
 
 
 def check_made_by(source: str, metadata: Mapping[str, str], method: Method) -> None:
-    """Raise `Refused` for a file of another method, and for an export whose ranks open in pairs."""
+    """Raise `Refused` for a file of another method, and for a plain LoRA whose ranks open in pairs."""
     made_by = metadata.get("lowrank.method", method.name)
     if made_by != method.name:
         raise Refused(f"{source} was made by {made_by}, not {method.name}; use --network_module {made_by}")
@@ -284,7 +281,7 @@ def check_made_by(source: str, metadata: Mapping[str, str], method: Method) -> N
 
 
 def lora_start(weights, ranks, scales) -> Start:
-    """D ~ U(−1/√I, 1/√I), U = 0."""
+    """Start LoRA: D ~ U(−1/√I, 1/√I), U = 0."""
     values = {}
     for name, weight in weights.items():
         outs, ins = weight.shape

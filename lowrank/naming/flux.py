@@ -63,37 +63,37 @@ class Piece(NamedTuple):
 
 def joined_rows(path: str) -> Piece | None:
     """Return BFL's name and rows of a module of diffusers' FLUX; None if it is not a module of FLUX."""
-    found = _OURS.match(path)
-    if not found:
+    match = _OURS.match(path)
+    if not match:
         if path == "norm_out.linear":
             return Piece(SWAPPED, 0, 1, 1)
         return Piece(TOP[path], 0, 1, 1) if path in TOP else None
-    kind = "single" if found[1] else "double"
-    prefix = f"{kind}_blocks.{found[2]}"
+    kind = "single" if match[1] else "double"
+    prefix = f"{kind}_blocks.{match[2]}"
     for module, parts in JOINED.items():
         at, total = 0, sum(share for _, share in parts)
         for ours, share in parts if (module == "linear1") == (kind == "single") else ():
-            if ours == found[3]:
+            if ours == match[3]:
                 return Piece(f"{prefix}.{module}", at, at + share, total)
             at += share
-    theirs = (SINGLE if kind == "single" else DOUBLE).get(found[3])
+    theirs = (SINGLE if kind == "single" else DOUBLE).get(match[3])
     # modules that BFL does not join
     return Piece(f"{prefix}.{theirs}", 0, 1, 1) if theirs else None
 
 
 def modules(module: str) -> list[tuple[str, Piece]]:
     """Return diffusers' modules of a BFL module, in the order of their rows; empty if not of FLUX."""
-    found = _THEIRS.match(module)
-    if not found:
+    match = _THEIRS.match(module)
+    if not match:
         ours = ["norm_out.linear"] if module == SWAPPED else [o for o, t in TOP.items() if t == module]
         return [(path, Piece(module, 0, 1, 1)) for path in ours]
-    kind, number, rest = found.groups()
+    kind, number, name = match.groups()
     prefix = f"{'single_' if kind == 'single' else ''}transformer_blocks.{number}"
-    if rest in JOINED and (rest == "linear1") == (kind == "single"):
-        at, total, held = 0, sum(share for _, share in JOINED[rest]), []
-        for ours, share in JOINED[rest]:
-            held.append((f"{prefix}.{ours}", Piece(module, at, at + share, total)))
+    if name in JOINED and (name == "linear1") == (kind == "single"):
+        at, total, pieces = 0, sum(share for _, share in JOINED[name]), []
+        for ours, share in JOINED[name]:
+            pieces.append((f"{prefix}.{ours}", Piece(module, at, at + share, total)))
             at += share
-        return held
+        return pieces
     table = DOUBLE if kind == "double" else SINGLE
-    return [(f"{prefix}.{o}", Piece(module, 0, 1, 1)) for o, theirs in table.items() if theirs == rest]
+    return [(f"{prefix}.{o}", Piece(module, 0, 1, 1)) for o, theirs in table.items() if theirs == name]

@@ -22,13 +22,13 @@ MIDDLE = "mid"  # LyCORIS' third factor of a convolution
 ROUTER = "router"  # of experts
 LORA, DORA = "lora", "dora"  # the methods of a plain pair of factors, without and with a magnitude
 QR_BASIS = ("q", "base_r")  # Q and R of W: a ΔR layer's basis, a QR-LoRA layer's start
-# Which method computes a layer with this role, where the file does not name its method; the first one counts
+# The method of a layer with this role, if the file does not name its method; the first match applies
 METHOD_OF = {
     "delta_r": "delta_r",
     **dict.fromkeys(("q_layer", "p_layer", "lambda_layer", "base_q", "base_p", "base_lambda"), "tlora"),
     **dict.fromkeys(("q", "base_r"), "qrlora"),
 }
-IMPORTED = ("lora", "dora", "delta_r", "delta_r_triu", "qrlora")  # methods that other programs' files become
+IMPORTED = ("lora", "dora", "delta_r", "delta_r_triu", "qrlora")  # methods of imported files
 # What QR-LoRA's analysis calls the matrices of a file
 MATRICES = {"Q": "q", "deltaR": "delta_r", "baseR": "base_r", "A": "down", "B": "up"}
 OLD_UP = "lora.up.weight"  # official QR-LoRA, and diffusers before PEFT
@@ -50,7 +50,7 @@ _READ = {suffix: role for table in (KOHYA, PEFT) for role, suffix in table.items
 _SUFFIX = re.compile(
     r"^(.*)\.(" + "|".join(re.escape(s) for s in sorted(_READ, key=len, reverse=True)) + ")$"
 )
-# PEFT's own files have its prefix alone, in front of the model's paths
+# files of PEFT have only its prefix in front of the paths of the model
 _PREFIX = re.compile(r"^(?:base_model\.model\.)?(?:(?:transformer|unet|diffusion_model)\.)?")
 _FLAT = re.compile(r"^(?:lora_(unet|transformer|te(\d?))|lycoris)_(.*)$")
 # diffusers before 0.21: attn1.processor.to_out_lora.down.weight, self_attn.to_q_lora.up.weight
@@ -63,35 +63,35 @@ _AUTHORS = re.compile(r"\.processor\.to_(?:(out)|([qkv])|([qkv]_proj))_lora\.(?:
 _REPEATED = re.compile(r"\.(to_out\.0)\.\1$")
 
 
-def _without_processor(found: re.Match) -> str:
-    out, plain, added, pair, rest = found.groups()
+def _without_processor(match: re.Match) -> str:
+    out, plain, added, pair, suffix = match.groups()
     layer = "to_out.0" if out else f"to_{plain}" if plain else f"add_{added}"
-    return f".{layer}.lora.{pair}" if pair else f".{layer}.{rest}"
+    return f".{layer}.lora.{pair}" if pair else f".{layer}.{suffix}"
 
 
 def role_of(key: str) -> tuple[str, str] | None:
-    """(module, role) of a key in any dialect, `module` with its prefix; None for keys of no adapter."""
+    """Return (module, role) of a key in any dialect, or None if it is not one; `module` keeps its prefix."""
     if old := _PROCESSOR.match(key):
         part = _CLIP[old[2]] if old[1].endswith("self_attn") else old[2].replace("to_out", "to_out.0")
         return f"{old[1]}.{part}", old[3]
-    found = _SUFFIX.match(_AUTHORS.sub(_without_processor, key))
-    return (_REPEATED.sub(r".\1", found[1]), _READ[found[2]]) if found else None
+    match = _SUFFIX.match(_AUTHORS.sub(_without_processor, key))
+    return (_REPEATED.sub(r".\1", match[1]), _READ[match[2]]) if match else None
 
 
 def module_path(module: str) -> str:
-    """The dotted module without a model's prefix: `transformer.a.b` → `a.b`; flat kohya names stay."""
+    """Return a module without the prefix of its model: `transformer.a.b` → `a.b`; kohya's names stay."""
     return _PREFIX.sub("", module)
 
 
 def is_text_encoder(module: str) -> bool:
-    """Whether a file's module name belongs to a text encoder."""
+    """Return whether a file's module name belongs to a text encoder."""
     return bool(_TEXT.match(module)) or module.startswith("lora_te")
 
 
 def flat(module: str) -> str:
-    """One spelling for every dialect: `transformer.a.b.0` and `lora_unet_a_b_0` both give `a_b_0`.
+    """Return the spelling that all dialects share: `a_b_0` for `transformer.a.b.0` and `lora_unet_a_b_0`.
 
-    Text encoders keep a mark (`te1|…`), so that equal paths of two models stay apart.
+    Text encoders keep a mark (`te1|…`), because two models may have equal paths.
     """
     text = _TEXT.match(module)
     if text:
@@ -104,5 +104,5 @@ def flat(module: str) -> str:
 
 
 def is_flat_text(name: str) -> bool:
-    """Whether a name that `flat` made is a text encoder's."""
+    """Return whether a name from `flat` belongs to a text encoder."""
     return bool(re.match(r"te\d\|", name))

@@ -58,14 +58,14 @@ def dotted(name: str) -> str:
 
 def part_and_path(module: str) -> tuple[str, str]:
     """Split a module name of any dialect into component and dotted path, the path in the file's own words."""
-    if found := _FLAT_TEXT.match(module):
-        return f"te{found[1] or 1}", dotted(module[found.end() :])
-    if found := _TEXT.match(module):
-        return f"te{found[1] or 1}", module[found.end() :]
-    if found := _COMFY_TEXT.match(module):
-        return _COMFY[found[1]], module[found.end() :]
-    if found := _FLAT.match(module):
-        return "unet", dotted(module[found.end() :])
+    if match := _FLAT_TEXT.match(module):
+        return f"te{match[1] or 1}", dotted(module[match.end() :])
+    if match := _TEXT.match(module):
+        return f"te{match[1] or 1}", module[match.end() :]
+    if match := _COMFY_TEXT.match(module):
+        return _COMFY[match[1]], module[match.end() :]
+    if match := _FLAT.match(module):
+        return "unet", dotted(module[match.end() :])
     return "unet", keys.module_path(module)
 
 
@@ -75,8 +75,8 @@ def places(module: str) -> list[tuple[LayerPath, flux_names.Piece | None]]:
     The second item is the rows of the joined layer, or None if the module is a single layer.
     """
     part, path = part_and_path(module)
-    if part == "unet" and (held := flux_names.modules(path)):
-        return [(LayerPath(part, ours), one if one.total > 1 else None) for ours, one in held]
+    if part == "unet" and (pieces := flux_names.modules(path)):
+        return [(LayerPath(part, ours), piece if piece.total > 1 else None) for ours, piece in pieces]
     if part == "unet":
         path = unet_names.diffusers_name(path)
         if path.startswith("text_model."):  # a PEFT file of a text encoder
@@ -94,41 +94,40 @@ def adapter_family(modules: Iterable[str], metadata: Mapping[str, str], source: 
     Raises `Refused` if the modules are of two families or of none, or if names and metadata leave it open.
     """
     modules = list(modules)
-    told = [part_and_path(module) for module in modules]
-    found = [place for module in modules for place, _ in places(module)]
-    denoiser = [place.path for place in found if place.part == "unet"]
+    layers = [place for module in modules for place, _ in places(module)]
+    parts = {place.part for place in layers}
+    denoiser = [place.path for place in layers if place.part == "unet"]
     flux = next((path for path in denoiser if _FLUX.match(path)), None)
     unet = next((path for path in denoiser if _UNET.match(path)), None)
     if flux and unet:
         raise Refused(
-            f"{source} holds layers of two models at once, {flux} of FLUX and {unet} of a U-Net; take one "
-            f"apart"
+            f"{source} holds layers of two models at once, {flux} of FLUX and {unet} of a U-Net; use a "
+            "file of one model"
         )
-    strange = [p for p in denoiser if not _FLUX.match(p) and not _UNET.match(p) and p != "proj_out"]
-    if strange and not flux and not unet:
+    unknown = [path for path in denoiser if path != "proj_out"]
+    if unknown and not flux and not unet:
         raise Refused(
-            f"{source} has no layer of SD, SDXL or FLUX: its layers are named like {', '.join(strange[:3])}; "
+            f"{source} has no layer of SD, SDXL or FLUX: its layers are named like {', '.join(unknown[:3])}; "
             "only adapters of these models can be converted"
         )
     named = (
         f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
     )
-    if flux or ("flux" in named and not unet) or any(place.part == "te3" for place in found):
+    if flux or ("flux" in named and not unet) or "te3" in parts:
         return "flux"
-    original = any(path.startswith(("input_blocks", "middle_block", "output_blocks")) for _, path in told)
-    if any(place.part == "te2" for place in found) or any(map(_SDXL_ALONE.search, denoiser)):
+    original = ("input_blocks", "middle_block", "output_blocks")
+    if "te2" in parts or any(map(_SDXL_ALONE.search, denoiser)):
         return "sdxl"
     if any(map(_SD_ALONE.match, denoiser)) or any(m.startswith("lora_te_") for m in modules):
         return "sd15"
-    if "xl" in named or original:
+    if "xl" in named or any(part_and_path(module)[1].startswith(original) for module in modules):
         return "sdxl"
     if named.strip() or any(m.startswith("lora_unet_") for m in modules):
         return "sd15"
     if not unet:
         return "flux"  # a text encoder with dotted names: a native file of FLUX
     raise Refused(
-        f"{source} fits SD 1.x and SDXL alike and does not say which it is for; say so with --base sd15 or "
-        "--base sdxl"
+        f"{source} fits both SD 1.x and SDXL, and its metadata name neither; give --base sd15 or --base sdxl"
     )
 
 
@@ -141,7 +140,7 @@ def check_family(modules: Iterable[str], family: str, source: str) -> None:
     }[family]
     for module in modules:
         for place, _ in places(module):
-            if place.part == "unet" and any(one.search(place.path) for one in other):
+            if place.part == "unet" and any(pattern.search(place.path) for pattern in other):
                 raise Refused(f"{source} has {place.path}, which is not in {family}; leave --base out")
 
 

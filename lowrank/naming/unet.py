@@ -60,13 +60,13 @@ def unet_name(path: str, blocks: Blocks) -> str:
     `down_blocks.1.attentions.0.norm` is `input_blocks.4.1.norm` if blocks have two layers. Names inside an
     attention block are equal in both.
     """
-    if found := _IN_MIDDLE.match(path):
-        kind, rest = found.groups()
-        return f"middle_block.{_MIDDLE[kind]}{_inside(kind, rest)}"
-    if found := _IN_BLOCK.match(path):
-        side, i, kind, j, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+    if match := _IN_MIDDLE.match(path):
+        kind, suffix = match.groups()
+        return f"middle_block.{_MIDDLE[kind]}{_inside(kind, suffix)}"
+    if match := _IN_BLOCK.match(path):
+        side, i, kind, j, suffix = match[1], int(match[2]), match[3], int(match[4]), match[5]
         first = (blocks.layers + 1) * i
-        inner = _inside(kind, rest)
+        inner = _inside(kind, suffix)
         if side == "down":
             if kind == "downsamplers":
                 return f"input_blocks.{first + blocks.layers + 1}.0.op{inner.removeprefix('.conv')}"
@@ -82,7 +82,7 @@ def unet_name(path: str, blocks: Blocks) -> str:
 
 _FLAT = re.compile(
     r"(?:(?P<side>down|up)_blocks_(?P<i>\d+)|mid_block)_(?P<kind>resnets|attentions|downsamplers|upsamplers)"
-    r"_(?P<j>\d+)(?P<rest>_.*)$"
+    r"_(?P<j>\d+)(?P<suffix>_.*)$"
 )
 
 
@@ -91,9 +91,9 @@ def flat_sdxl_name(flat: str) -> str:
 
     `down_blocks_1_attentions_0_norm` is `input_blocks_4_1_norm`; original names are returned unchanged.
     """
-    if found := _FLAT.match(flat):
-        block = f"{found['side']}_blocks.{found['i']}" if found["side"] else "mid_block"
-        path = f"{block}.{found['kind']}.{found['j']}.{found['rest'][1:]}"
+    if match := _FLAT.match(flat):
+        block = f"{match['side']}_blocks.{match['i']}" if match["side"] else "mid_block"
+        path = f"{block}.{match['kind']}.{match['j']}.{match['suffix'][1:]}"
         return unet_name(path, SDXL).replace(".", "_")
     return {ours.replace(".", "_"): theirs.replace(".", "_") for ours, theirs in _TOP.items()}.get(flat, flat)
 
@@ -103,7 +103,7 @@ _DOWN = re.compile(r"input_blocks\.(\d+)\.0\.op\.")
 
 def layers_of(names: Iterable[str]) -> int:
     """Return the resnets per block of an original U-Net, from its first downsampler; 2 without one."""
-    return min((int(found[1]) for name in names if (found := _DOWN.search(name))), default=3) - 1
+    return min((int(match[1]) for name in names if (match := _DOWN.search(name))), default=3) - 1
 
 
 _NUMBERED = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)(?:\.(.+))?$")
@@ -115,35 +115,35 @@ def diffusers_name(path: str, layers: int = 2) -> str:
 
     `input_blocks.4.1.norm` is `down_blocks.1.attentions.0.norm`.
     """
-    if found := _MIDDLE_NUMBERED.match(path):
-        kind = next((ours for ours, theirs in _MIDDLE.items() if theirs == found[1]), None)
-        return path if kind is None else f"mid_block.{kind}{_outside(kind, found[2])}"
-    if (found := _NUMBERED.match(path)) and path != "input_blocks.0.0":
-        side, number, place, rest = found[1], int(found[2]), int(found[3]), found[4] or ""
+    if match := _MIDDLE_NUMBERED.match(path):
+        kind = next((ours for ours, theirs in _MIDDLE.items() if theirs == match[1]), None)
+        return path if kind is None else f"mid_block.{kind}{_outside(kind, match[2])}"
+    if (match := _NUMBERED.match(path)) and path != "input_blocks.0.0":
+        side, number, place, suffix = match[1], int(match[2]), int(match[3]), match[4] or ""
         if side == "input":
             i, j = divmod(number - 1, layers + 1)
-            if rest == "op":
+            if suffix == "op":
                 return f"down_blocks.{i}.downsamplers.0.conv"
             block = f"down_blocks.{i}"
         else:
             i, j = divmod(number, layers + 1)
-            if place and rest == "conv":
+            if place and suffix == "conv":
                 return f"up_blocks.{i}.upsamplers.0.conv"
             block = f"up_blocks.{i}"
         kind = f"attentions.{j}" if place else f"resnets.{j}"
-        return f"{block}.{kind}{_outside(kind, rest)}"
+        return f"{block}.{kind}{_outside(kind, suffix)}"
     return next((ours for ours, theirs in _TOP.items() if theirs == path), path)
 
 
-def _outside(kind: str, rest: str | None) -> str:
-    if not rest:
+def _outside(kind: str, suffix: str | None) -> str:
+    if not suffix:
         return ""
     known = {theirs: ours for ours, theirs in _RESNET.items()} if kind.startswith("resnets") else {}
-    return f".{known.get(rest, rest)}"
+    return f".{known.get(suffix, suffix)}"
 
 
-def _inside(kind: str, rest: str) -> str:
+def _inside(kind: str, suffix: str) -> str:
     if not kind.startswith("resnets"):
-        return rest
-    part, dot, tail = rest.removeprefix(".").partition(".")
-    return f".{_RESNET.get(part, part)}{dot}{tail}" if part else rest
+        return suffix
+    part, dot, tail = suffix.removeprefix(".").partition(".")
+    return f".{_RESNET.get(part, part)}{dot}{tail}" if part else suffix

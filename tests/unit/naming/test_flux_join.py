@@ -96,7 +96,7 @@ def test_files_of_one_dialect_are_read_in_the_other_and_back(name, way, pair, ca
     made.apply_to([], here, False, True)
     shake(made).save_weights(str(tmp_path / "a.safetensors"), None, {})
     if (name, way) == ("delta_r_triu", "apart"):
-        with pytest.raises(Refused, match="the shape of delta_r is another; write it as a plain LoRA"):
+        with pytest.raises(Refused, match="delta_r would have another shape; export the file as"):
             network.create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, [], there, **more)
         return
     moved, _ = network.create_network_from_weights(
@@ -157,7 +157,7 @@ def test_every_slot_is_parted_exactly_or_joined_or_refused(name, pair, tmp_path)
     shake(parted, seed=1).save_weights(str(tmp_path / "moved.safetensors"), None, {})
     wider = on(theirs, r"img_attn\.qkv", 12)
     if method.gate or method.experts:
-        with pytest.raises(Refused, match="holds them in one layer, where"):
+        with pytest.raises(Refused, match=r"joins them, so (other ranks|experts) would"):
             wider.load_weights(str(tmp_path / "moved.safetensors"))
     else:
         wider.load_weights(str(tmp_path / "moved.safetensors"))

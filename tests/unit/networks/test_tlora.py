@@ -435,5 +435,5 @@ def test_text_encoders_have_all_ranks_open(tiny_sd):
 def test_an_unknown_denoiser_needs_to_be_told():
     model = base("linear")
     network("tlora", model)
-    with pytest.raises(Refused, match="nobody told it"):
+    with pytest.raises(Refused, match="timestep, which is not set"):
         model(HOSTS["linear"].example())
