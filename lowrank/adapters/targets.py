@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -23,26 +23,18 @@ from lowrank.naming import keys
 from lowrank.naming import unet as unet_names
 
 FLUX_TARGETS = (
-    "attn.to_k",
-    "attn.to_q",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_k_proj",
-    "attn.add_q_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
+    *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+)
+# FLUX targets in Black Forest Labs' model, which joins q, k, v (in single blocks also the MLP's first layer)
+BFL_TARGETS = (
+    *("img_attn.qkv", "img_attn.proj", "txt_attn.qkv", "txt_attn.proj"),
+    *("img_mlp.0", "img_mlp.2", "txt_mlp.0", "txt_mlp.2", "linear1"),
 )
 CLIP_TARGETS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.out_proj",
-    "mlp.fc1",
-    "mlp.fc2",
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+    *("mlp.fc1", "mlp.fc2"),
 )
 
 
@@ -61,19 +53,6 @@ class Host:
     level: str = ""  # leading path level that files have, but not every version of the model
     part: str = ""  # component name in keys, if not from the position among the text encoders
 
-
-# FLUX targets in Black Forest Labs' model, which joins q, k, v (in single blocks also the MLP's first layer)
-BFL_TARGETS = (
-    "img_attn.qkv",
-    "img_attn.proj",
-    "txt_attn.qkv",
-    "txt_attn.proj",
-    "img_mlp.0",
-    "img_mlp.2",
-    "txt_mlp.0",
-    "txt_mlp.2",
-    "linear1",
-)
 
 HOSTS = (
     Host(("FluxTransformer2DModel",), FLUX_TARGETS, native="transformer."),
@@ -125,9 +104,8 @@ class Target(NamedTuple):
     native: str  # name in native files: transformer.transformer_blocks.0.attn.to_q; "" if equal to `name`
     module: Layer
     path: str = ""  # dotted path in the model
-    inside: tuple[
-        str, ...
-    ] = ()  # the layer's class and the classes around it, innermost first, with synonyms
+    # the layer's class and the classes around it, innermost first, with synonyms
+    inside: tuple[str, ...] = ()
     flux: bool = True  # False where no file has Black Forest Labs' names: text encoders and U-Nets
 
     @property
@@ -338,16 +316,14 @@ def host_shape(host: Layer) -> tuple[int, int]:
 def dense_weight(host: Layer) -> Tensor:
     """Return the host's weight as (O, I·k·k), dequantised if needed, without a copy if possible."""
     weight = host.weight.detach()
-    kind = type(host.weight).__name__
-    if kind in ("Params4bit", "Int8Params"):
-        packed: Any = host  # attributes of bitsandbytes' classes
-        if kind == "Params4bit":
-            from bitsandbytes.functional import dequantize_4bit  # imported only for a quantised base
+    kind, packed = type(host.weight).__name__, cast(Any, host)  # attributes of bitsandbytes' classes
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit  # imported only for a quantised base
 
-            weight = dequantize_4bit(weight.data, packed.weight.quant_state)
-        else:
-            scale = packed.state.SCB if packed.weight.SCB is None else packed.weight.SCB  # a forward moves it
-            weight = weight.float() * scale.float()[:, None] / 127
+        weight = dequantize_4bit(weight.data, packed.weight.quant_state)
+    elif kind == "Int8Params":
+        scale = packed.state.SCB if packed.weight.SCB is None else packed.weight.SCB  # a forward moves it
+        weight = weight.float() * scale.float()[:, None] / 127
     elif weight.dtype.itemsize == 1:  # float8 has no arithmetic
         weight = weight.float()
     return weight.reshape(weight.shape[0], -1)

@@ -187,7 +187,7 @@ def test_a_plain_lora_is_no_qr_lora(dim_from_weights, cache, tmp_path, caplog):
         )  # fmt: skip
 
     save_file({**whole(A), **whole(B)}, path)
-    with pytest.raises(Refused, match=r"pairs of a plain LoRA .* use --network_module lora"):
+    with pytest.raises(Refused, match=r"is a plain LoRA without .* use --network_module lora"):
         into_qr()
     own = create(
         qrlora, files.denoiser("sd15"), (), rank=2, alpha=2.0, dropout=None, arguments=arguments,
