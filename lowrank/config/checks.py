@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lowrank.config.command_line import Parsed, pairs
+from lowrank.config.command_line import Parsed
+from lowrank.config.flag import pairs
 from lowrank.config.flags_training import Network
 from lowrank.config.optimizers import check_optimizer_installed, check_rates
 from lowrank.config.train import TrainOptions

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lowrank.config.command_line import CommandLine, Parsed, option
-from lowrank.config.flag import SEEDS, path, resolution
+from lowrank.config.command_line import CommandLine, Parsed
+from lowrank.config.flag import SEEDS, option, path, resolution
 from lowrank.config.flags_data import Buckets
 from lowrank.config.flags_training import PRECISIONS
 from lowrank.config.sd import token_length
@@ -17,8 +17,8 @@ from lowrank.errors import Refused
 class BaseModelFlags:
     """Base model"""
 
-    pretrained_model_name_or_path: str | None = path(
-        None, "folder of a diffusers FLUX, SD or SDXL, its hub id, or a checkpoint file", required=True
+    pretrained_model_name_or_path: str = path(
+        "", "folder of a diffusers FLUX, SD or SDXL, its hub id, or a checkpoint file", required=True
     )
     tokenizer_cache_dir: str | None = path(None, "folder of tokenizers for a model in a single file")
     vae: str | None = path(None, "VAE in place of the model's own: a folder or a file")
@@ -39,8 +39,8 @@ class Sources:
     )
     source_prompts: str | None = path(
         None,
-        "file of prompts (.txt, .toml, .json) that the base itself draws, into --source_data_dir, or into "
-        "<output_path without its ending>_source",
+        "file of prompts (.txt, .toml, .json) that the base itself draws, into --source_data_dir, or "
+        "into <output_path without its ending>_source",
     )
     images_per_prompt: int = option(1, "pictures of each prompt", low=1, high=10_000)
     train_data_dir: str | None = path(
@@ -66,7 +66,7 @@ class Sources:
 class Measure:
     """What is measured"""
 
-    output_path: str | None = path(None, "context file to write, .safetensors", required=True)
+    output_path: str = path("", "context file to write, .safetensors", required=True)
     curvature: str = option(
         "kfac_lr",
         "kfac: S and G in full; kfac_lr: their largest eigenpairs and a diagonal; diag: diagonals; "
@@ -78,8 +78,8 @@ class Measure:
     max_steps: int = option(100, "most batches that are measured", low=1)
     num_samples: int | None = option(
         None,
-        "pictures with their own noise and timestep (unset: --max_steps × --batch_size); where there are "
-        "fewer pictures, they are taken again with new noise",
+        "pictures with their own noise and timestep (unset: --max_steps × --batch_size); where there "
+        "are fewer pictures, they are taken again with new noise",
         low=1,
     )
     seed: int = option(0, "seed of captions, noise and timesteps", low=0, high=SEEDS)
@@ -94,14 +94,20 @@ class Measure:
     v_parameterization: bool = option(False, "the base predicts velocities")
     min_snr_gamma: float | None = option(None, "min-SNR weighting, if training has it", low=0)
     clip_skip: int | None = option(
-        None, "text encoder layer, counted from the last, as in training; for SD 1.x and 2.x", low=1, high=12
+        None,
+        "text encoder layer, counted from the last, as in training; for SD 1.x and 2.x",
+        low=1,
+        high=12,
     )
     max_token_length: int | None = option(
-        None, "most tokens of a caption: 75 (unset), 150 or 225; not for FLUX", convert=token_length
+        None,
+        "most tokens of a caption: 75 (unset), 150 or 225; not for FLUX",
+        convert=token_length,
     )
     multiplier: float = option(1.0, "without effect: no adapter takes part")
     basis_path: str | None = path(
-        None, "opened and checked, and without effect: the curvature is that of the weights, for any basis"
+        None,
+        "opened and checked, and without effect: the curvature is that of the weights, for any basis",
     )
 
 

@@ -31,7 +31,7 @@ SCHEDULERS = (
     "piecewise_constant",
 )
 SEEDS = 2**63 - 2**32  # largest seed: torch's limit, with room for one per image
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 
 
@@ -300,21 +300,10 @@ def fields_of(
     return found
 
 
-def specs(groups: Mapping[str, type], defaults: Mapping[str, object]) -> dict[str, FlagSpec]:
-    """The flags of `groups` by name, in order; `defaults` replace the fields'. Two of one name are a bug."""
-    found: dict[str, FlagSpec] = {}
-    for section, group in groups.items():
-        added = fields_of(group, section, defaults)
-        assert not (twice := added.keys() & found.keys()), f"{twice} of {group.__name__} are declared twice"
-        found |= added
-    assert defaults.keys() <= found.keys(), f"defaults of no flag: {defaults.keys() - found.keys()}"
-    return found
-
-
 def parse_text(kind: type, text: str) -> Any:
     """A bool, a number or a text from one word of a command line; None where the word is not of that kind."""
     if kind is bool:
-        return _TRUTH.get(text.strip().lower())
+        return TRUTH.get(text.strip().lower())
     return text if kind is str else _number(kind, text)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lowrank.config.command_line import CommandLine, Parsed, option
-from lowrank.config.flag import comma_floats, comma_words, path
+from lowrank.config.command_line import CommandLine, Parsed
+from lowrank.config.flag import comma_floats, comma_words, option, path
 from lowrank.config.sd import SAMPLERS
 from lowrank.errors import Refused
 from lowrank.naming.keys import IMPORTED
@@ -17,8 +17,8 @@ from lowrank.naming.places import FAMILIES
 class Residual:
     """Residual file"""
 
-    model_path: str | None = path(None, "folder of a diffusers FLUX, or its hub id", required=True)
-    output_dir: str | None = path(None, "folder of flux_residual_weights.safetensors", required=True)
+    model_path: str = path("", "folder of a diffusers FLUX, or its hub id", required=True)
+    output_dir: str = path("", "folder of flux_residual_weights.safetensors", required=True)
     rank: int = option(64, "rank of the adapters that the residual file is for", low=1)
     dtype: str = option("fp16", "precision of the residual", choices=("fp32", "fp16", "bf16"))
     device: str | None = option(None, "where bases are computed (unset: the GPU if there is one)")
@@ -29,15 +29,15 @@ class Residual:
 class Merge:
     """Merging and sampling"""
 
-    model_path: str | None = path(
-        None,
+    model_path: str = path(
+        "",
         "folder of a diffusers FLUX, SD or SDXL, its hub id, or an SD or SDXL checkpoint file",
         required=True,
     )
-    style_lora_path: str | None = path(None, "adapter of the style", required=True)
-    content_lora_path: str | None = path(None, "adapter of the content", required=True)
+    style_lora_path: str = path("", "adapter of the style", required=True)
+    content_lora_path: str = path("", "adapter of the content", required=True)
     residual_path: str | None = path(None, "residual file; not needed, but checked when given")
-    output_dir: str | None = path(None, "folder for images and merged adapters", required=True)
+    output_dir: str = path("", "folder for images and merged adapters", required=True)
     prompt: str | None = option(None, "what to draw; needed unless --skip_images")
     style_weights: tuple[float, ...] = option(
         (1.0,), "comma list of style strengths", convert=comma_floats, low=-1e6, high=1e6
@@ -67,7 +67,10 @@ class Merge:
     )
     sample_sampler: str | None = option(None, "sampler (unset: ddim); not for FLUX", choices=SAMPLERS)
     clip_skip: int | None = option(
-        None, "text encoder layer, counted from the last, as in training; for SD 1.x and 2.x", low=1, high=12
+        None,
+        "text encoder layer, counted from the last, as in training; for SD 1.x and 2.x",
+        low=1,
+        high=12,
     )
     tokenizer_cache_dir: str | None = path(
         None, "folder of tokenizers for a model in a single file, each in <folder>/<hub id with / as _>"
@@ -87,7 +90,10 @@ class Merge:
     content_reference: str | None = path(None, "picture the content was learned from, shown on the sheet")
     save_merged: bool = option(False, "write the merged adapter of each pair too")
     at_timestep: float | None = option(
-        None, "bake T-LoRAs at this timestep, 0 (picture) to 1000; needed to merge them", low=0, high=1000
+        None,
+        "bake T-LoRAs at this timestep, 0 (picture) to 1000; needed to merge them",
+        low=0,
+        high=1000,
     )
     skip_images: bool = option(False, "draw nothing, for --save_merged alone")
 
@@ -96,8 +102,8 @@ class Merge:
 class Similarity:
     """Adapters to compare"""
 
-    lora1_path: str | None = path(None, "first adapter file", required=True)
-    lora2_path: str | None = path(None, "second adapter file", required=True)
+    lora1_path: str = path("", "first adapter file", required=True)
+    lora2_path: str = path("", "second adapter file", required=True)
     lora1_name: str = option("style", "name of the first adapter in plots and summary")
     lora2_name: str = option("content", "name of the second adapter in plots and summary")
     output_dir: str = path("deltaR_similarity_analysis", "folder for plots, JSON and summary")
@@ -113,16 +119,21 @@ class UniversalBasis:
     lora_dir: tuple[str, ...] = path(
         (), "folders of LoRA files, read with everything below them, or single files", required=True
     )
-    output: str | None = path(None, "the .safetensors file to write", required=True)
+    output: str = path("", "the .safetensors file to write", required=True)
     report: str | None = path(None, "JSON file for the table and everything counted")
     rank: int = option(16, "most directions for each layer", low=1)
     tau: float = option(
-        0.9, "share of each side's energy that is enough; fewer directions are then kept", above=0, high=1
+        0.9,
+        "share of each side's energy that is enough; fewer directions are then kept",
+        above=0,
+        high=1,
     )
     center: bool = option(False, "subtract the mean LoRA first, so that it is not one of the directions")
     normalize: bool = option(False, "let every LoRA count alike, whatever its strength")
     sketch: int | None = option(
-        None, "columns kept for each layer and side once there are twice as many (unset: 4 × --rank)", low=1
+        None,
+        "columns kept for each layer and side once there are twice as many (unset: 4 × --rank)",
+        low=1,
     )
 
 
@@ -154,12 +165,14 @@ class Export:
         choices=("merged", "base"),
     )
     at_timestep: float | None = option(
-        None, "bake a T-LoRA at this timestep, 0 to 1000", aliases=("--at-timestep",)
+        None,
+        "bake a T-LoRA at this timestep, 0 to 1000",
+        aliases=("--at-timestep",),
     )
     calibrate: str | None = path(
         None,
-        "file of prompts (.txt, .toml, .json) that --model draws with an adapter of several experts; the "
-        "LoRA nearest to it over all steps is exported, and its error is printed",
+        "file of prompts (.txt, .toml, .json) that --model draws with an adapter of several experts; "
+        "the LoRA nearest to it over all steps is exported, and its error is printed",
     )
     strength: float = option(1.0, "share of the change that --to merged adds")
     verify: str = option(
@@ -180,7 +193,11 @@ class ImportAdapter:
         required=True,
     )
     target: str = path("", "native .safetensors file to write", required=True)
-    method: str = option("auto", "method of the file", choices=("auto", *IMPORTED, "tlora"))
+    method: str = option(
+        "auto",
+        "method of the file",
+        choices=("auto", *IMPORTED, "tlora"),
+    )
     tlora_min_rank: int | None = option(
         None, "ranks that a T-LoRA has open at pure noise, where the file does not state it", low=1
     )
@@ -211,9 +228,9 @@ class Inspect:
     metadata: bool = option(False, "the file's metadata, word for word")
 
 
-def check_basis(parsed: Parsed) -> Iterator[str]:
+def check_basis(parsed: Parsed[UniversalBasis]) -> Iterator[str]:
     """A file name that the networks can open, and a sketch that has room for the rank."""
-    basis = parsed.universal_basis
+    basis = parsed.options
     if basis.output and not basis.output.endswith(".safetensors"):
         raise Refused(f"--output {basis.output} does not end in .safetensors; name such a file")
     if basis.sketch and basis.sketch < basis.rank:
@@ -223,9 +240,9 @@ def check_basis(parsed: Parsed) -> Iterator[str]:
     yield from ()
 
 
-def check_merge(parsed: Parsed) -> Iterator[str]:
+def check_merge(parsed: Parsed[Merge]) -> Iterator[str]:
     """A prompt unless no image is drawn; nothing to do is an error too."""
-    merge = parsed.merge
+    merge = parsed.options
     if merge.skip_images and not merge.save_merged:
         raise Refused("--skip_images without --save_merged leaves nothing to do; give --save_merged")
     if not merge.prompt and not merge.skip_images:
@@ -234,47 +251,47 @@ def check_merge(parsed: Parsed) -> Iterator[str]:
 
 
 SAVE_RESIDUAL = CommandLine(
-    "save_flux_residual.py", "Write W − QR of every adapted layer, for tools that want it.", (Residual,)
+    "save_flux_residual.py", "Write W − QR of every adapted layer, for tools that want it.", Residual
 )
 
 INFERENCE_MERGE = CommandLine(
     "inference_merge.py",
     "Draw a style and a content adapter together, in every pair of strengths.",
-    (Merge,),
+    Merge,
     check=check_merge,
 )
 
 VISUALIZE_SIMILARITY = CommandLine(
     "visualize_similarity.py",
     "Compare two adapters layer by layer: plots, JSON and a text summary.",
-    (Similarity,),
+    Similarity,
 )
 
 EXTRACT_BASIS = CommandLine(
     "tools/extract_universal_basis.py",
     "Find the directions that a collection of LoRAs shares, for networks that train inside a basis.",
-    (UniversalBasis,),
+    UniversalBasis,
     ignored=("device", "vram_fraction", "num_workers", "chunk_size"),
     check=check_basis,
 )
 
-CONVERT_WORDS, INSPECT_WORDS = ("source", "target"), ("files",)  # the flags of words without a flag
-
 EXPORT = CommandLine(
     "tools/export_lora.py",
-    "tools/export_lora.py SOURCE TARGET [--flag value …]: write an adapter as a file of another program, and "
-    "read it back.",
-    (Export,),
+    "Write an adapter as a file of another program, and read it back.",
+    Export,
+    positional=("source", "target"),
 )
 
 IMPORT = CommandLine(
     "tools/import_lora.py",
-    "tools/import_lora.py SOURCE TARGET [--flag value …]: write another program's adapter as a native file.",
-    (ImportAdapter,),
+    "Write another program's adapter as a native file.",
+    ImportAdapter,
+    positional=("source", "target"),
 )
 
 INSPECT = CommandLine(
     "tools/inspect_lora.py",
-    "tools/inspect_lora.py FILE … [--flag value …]: print what adapter files are; of two, what differs.",
-    (Inspect,),
+    "Print what adapter files contain, and what differs between two files.",
+    Inspect,
+    positional=("files",),
 )

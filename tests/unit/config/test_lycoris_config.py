@@ -248,20 +248,20 @@ def test_flags_that_agree_and_arguments_beside():
     told = parsed(
         "--network_module", "tlora", "--rank", "64", "--network_args", "sig_type=principal", "exclude=ff"
     )
-    assert (told.network.network_module, told.network.network_dim) == ("networks.tlora", 64)
-    assert {"exclude=ff", "sig_type=principal"} < set(told.network.network_args)
-    assert told.network.network_train_unet_only
+    assert (told.options.network.network_module, told.options.network.network_dim) == ("networks.tlora", 64)
+    assert {"exclude=ff", "sig_type=principal"} < set(told.options.network.network_args)
+    assert told.options.network.network_train_unet_only
     told = parsed(surface=SD_TRAIN)
-    assert told.network.network_train_unet_only and "--train_text_encoder adapts" in told.notes[-1]
+    assert told.options.network.network_train_unet_only and "--train_text_encoder adapts" in told.notes[-1]
     told = parsed("--train_text_encoder", surface=SD_TRAIN)
-    assert not told.network.network_train_unet_only
+    assert not told.options.network.network_train_unet_only
 
 
 def test_a_saved_configuration_is_read_back(tmp_path):
     first = parsed(surface=SD_TRAIN)
     (tmp_path / "run.toml").write_text(first.toml())
     again = with_network(SD_TRAIN.parse(["--config_file", str(tmp_path / "run.toml")]), "networks.lora")
-    assert again.network == first.network
+    assert again.options.network == first.options.network
 
 
 @pytest.mark.parametrize(
