@@ -34,11 +34,11 @@ class ConfigFile:
     """Configuration file"""
 
     config_file: str | None = option(
-        None, "TOML file whose keys are flags; sections are for the eye, '.toml' may be left out", saved=False
+        None, "TOML file whose keys are flags, in any sections; the ending .toml may be left out", saved=False
     )
     output_config: bool = option(False, "write the given flags to --config_file and exit", saved=False)
     allow_unknown_config_keys: bool = option(
-        False, "warn about unknown keys of --config_file, as GUIs write them", saved=False
+        False, "warn about unknown keys of --config_file instead of stopping, for files of GUIs", saved=False
     )
 
 

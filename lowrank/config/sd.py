@@ -34,7 +34,7 @@ class Generation:
     v2: bool = option(False, "the base model is SD 2.x")
     clip_skip: int | None = option(
         None,
-        "take the text encoder's n-th last layer (unset: 1, the last; SD 2.x has its own)",
+        "condition on the text encoder's n-th last layer (unset: 1, the last; SD 2.x has another default)",
         low=1,
         high=12,
         metadata=True,
@@ -50,13 +50,17 @@ class SdModel:
         None, "folder of tokenizers for a model in a single file, each in <folder>/<hub id with / as _>"
     )
     max_token_length: int | None = option(
-        None, "most tokens of a caption: 75 (unset), 150 or 225", convert=token_length, metadata=True
+        None,
+        "largest number of tokens of a caption: 75 (unset), 150 or 225",
+        convert=token_length,
+        metadata=True,
     )
     weighted_captions: bool = option(False, "read (word:1.3), (word) and [word] in captions as weights")
-    xformers: bool = option(False, "attention by xformers, where it is installed; else by torch")
-    sdpa: bool = option(False, "attention by torch's own kernels, which is also the default")
+    xformers: bool = option(False, "compute attention with xformers if it is installed, else with torch")
+    sdpa: bool = option(False, "compute attention with torch's own kernels; this is also the default")
     mem_eff_attn: bool = option(
-        False, "attention by torch's own kernels, memory-efficient ones among them; also the default"
+        False,
+        "compute attention with torch's own kernels, some of them memory-efficient; this is also the default",
     )
     sample_sampler: str = option("ddim", "sampler of the pictures drawn while training", choices=SAMPLERS)
 

@@ -269,7 +269,7 @@ def test_warmup(text, expected):
         ("--output_name my style", "unexpected 'style' belongs to no flag"),
         ("--model_type chroma", "'chroma' is not one of flux"),
         ("--dataset_name lambdalabs/x", "--dataset_name is not supported: pictures come from a folder"),
-        ("--torch_compile", "--torch_compile is not supported: nothing is compiled here"),
+        ("--torch_compile", "--torch_compile is not supported: no model is compiled here"),
         ("--in_json", "expected one argument"),
     ],
 )
@@ -458,7 +458,7 @@ def test_config_file_is_flat_typed_and_weaker_than_the_command_line(tmp_path):
         ("rank = 4\nnetwork_dim = 8", "name one setting and differ"),
         ("[a]\nrank = 4\n[b]\nnetwork_dim = 8", "name one setting and differ"),
         ("rank = 0", "run.toml 0 is below 1"),
-        ("cache_info = true", "is not supported: image sizes are read from file heads"),
+        ("cache_info = true", "is not supported: image sizes are read from the heads of the files"),
         ("config_file = 'x'", "unknown key 'config_file'"),
         ("rank = ", "is not TOML"),
     ],
