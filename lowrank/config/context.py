@@ -32,7 +32,7 @@ class BaseModelFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Source pictures: what must not be forgotten"""
+    """Source pictures: what the model must not forget"""
 
     source_data_dir: str | None = path(
         None, "folder of pictures, or parent of folders named <repeats>_<class>; captions beside the images"
@@ -133,11 +133,11 @@ def check_context(parsed: Parsed[ContextOptions]) -> Iterator[str]:
     sources, measure = parsed.options.sources, parsed.options.measure
     if not sources.source_data_dir and not sources.source_prompts:
         raise Refused(
-            "no source; give --source_data_dir FOLDER with pictures of what must not be forgotten, or "
-            "--source_prompts FILE, and the base draws them itself"
+            "no source pictures; give --source_data_dir FOLDER with pictures of what the model must not "
+            "forget, or --source_prompts FILE, from which the base model draws them"
         )
     if not str(measure.output_path).endswith(".safetensors"):
-        raise Refused(f"--output_path {measure.output_path} does not end in .safetensors; name it so")
+        raise Refused(f"--output_path {measure.output_path} does not end in .safetensors; give such a name")
     if sources.images_per_prompt > 1 and not sources.source_prompts:
         yield "--images_per_prompt has no effect without --source_prompts"
     for name, given in (("multiplier", measure.multiplier != 1), ("basis_path", measure.basis_path)):
@@ -147,8 +147,8 @@ def check_context(parsed: Parsed[ContextOptions]) -> Iterator[str]:
             )
     if not sources.train_data_dir:
         yield (
-            "without --train_data_dir it is not checked that the source is not what will be trained on; a "
-            "context of the training pictures would hold back what they teach"
+            "without --train_data_dir it is not checked whether the source contains training pictures; a "
+            "context of training pictures penalises what they teach"
         )
 
 

@@ -13,7 +13,7 @@ _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 class GivenValue(NamedTuple):
-    """A value that was given: `label` is the flag as written."""
+    """A value from argv or a config file; `label` is the flag as the user wrote it."""
 
     spec: FlagSpec
     label: str
@@ -21,7 +21,7 @@ class GivenValue(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse of specs; its errors come without the usage text, which for a trainer hides the one line."""
+    """argparse of specs, whose errors are one line without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")

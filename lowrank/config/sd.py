@@ -21,7 +21,7 @@ SAMPLERS = (
 
 
 def token_length(text: str) -> int | None:
-    """75 (also None), 150 or 225 tokens of a caption; 75 is what an encoder takes at once."""
+    """The number of tokens of a caption, 150 or 225; None for 75, which an encoder reads at once."""
     if text not in LENGTHS and text.lower() != "none":
         raise Refused(f"{text!r} is not one of 75, 150, 225; a caption is read in pieces of 75 tokens")
     return LENGTHS.get(text)
@@ -105,7 +105,7 @@ def check_sd(parsed: Parsed[SdxlTrainOptions]) -> Iterator[str]:
     yield from check_training(parsed)
     options = parsed.options
     if not options.saving.output_dir:
-        raise Refused("no folder for what is trained; give --output_dir FOLDER")
+        raise Refused("no output folder; give --output_dir FOLDER")
     to_disk = options.data.cache_text_encoder_outputs_to_disk
     if (to_disk or options.data.cache_text_encoder_outputs) and options.trains_text:
         raise Refused(
@@ -114,8 +114,8 @@ def check_sd(parsed: Parsed[SdxlTrainOptions]) -> Iterator[str]:
         )
     if options.objective.zero_terminal_snr and not options.objective.v_parameterization:
         yield (
-            "--zero_terminal_snr without --v_parameterization: the last step shows the model pure noise, and "
-            "predicting the noise from it teaches nothing"
+            "--zero_terminal_snr without --v_parameterization: the last timestep is pure noise, so a "
+            "prediction of the noise learns nothing there"
         )
     if options.sd_model.mem_eff_attn:
         yield "--mem_eff_attn: torch's own attention chooses a memory-efficient kernel where there is one"

@@ -240,10 +240,10 @@ class Inspect:
 
 
 def check_basis(parsed: Parsed[UniversalBasis]) -> Iterator[str]:
-    """A file name that the networks can open, and a sketch that has room for the rank."""
+    """Refuse a file name that networks cannot open, and a sketch smaller than the rank."""
     basis = parsed.options
     if basis.output and not basis.output.endswith(".safetensors"):
-        raise Refused(f"--output {basis.output} does not end in .safetensors; name such a file")
+        raise Refused(f"--output {basis.output} does not end in .safetensors; give such a name")
     if basis.sketch and basis.sketch < basis.rank:
         raise Refused(
             f"--sketch {basis.sketch} is below --rank {basis.rank}; give {4 * basis.rank} or leave it out"
@@ -252,7 +252,7 @@ def check_basis(parsed: Parsed[UniversalBasis]) -> Iterator[str]:
 
 
 def check_merge(parsed: Parsed[Merge]) -> Iterator[str]:
-    """A prompt unless no image is drawn; nothing to do is an error too."""
+    """Refuse a call without a prompt if images are drawn, and a call that writes nothing."""
     merge = parsed.options
     if merge.skip_images and not merge.save_merged:
         raise Refused("--skip_images without --save_merged leaves nothing to do; give --save_merged")
@@ -262,7 +262,9 @@ def check_merge(parsed: Parsed[Merge]) -> Iterator[str]:
 
 
 SAVE_RESIDUAL = CommandLine(
-    "save_flux_residual.py", "Write W − QR of every adapted layer, for tools that want it.", Residual
+    "save_flux_residual.py",
+    "Write W − QR of every adapted layer of FLUX, for programs based on the published QR-LoRA code.",
+    Residual,
 )
 
 INFERENCE_MERGE = CommandLine(

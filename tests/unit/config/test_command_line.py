@@ -250,7 +250,7 @@ def test_warmup(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         ("--netwrk_dim 4", "unknown flag --netwrk_dim (did you mean '--network_dim'?)"),
         ("--lora_rank=4", "unknown flag --lora_rank"),
@@ -273,8 +273,8 @@ def test_warmup(text, expected):
         ("--in_json", "expected one argument"),
     ],
 )
-def test_usage_errors(capsys, argv, said):
-    assert said in exits(capsys, *argv.split())
+def test_usage_errors(capsys, argv, expected):
+    assert expected in exits(capsys, *argv.split())
 
 
 def test_small_scripts_name_what_is_missing(capsys):
@@ -289,7 +289,7 @@ def test_small_scripts_name_what_is_missing(capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         ("--output_dir=", "the text is empty"),
         ("--resume=", "the text is empty"),
@@ -303,8 +303,8 @@ def test_small_scripts_name_what_is_missing(capsys):
         (f"--output_name {'ä' * 101}", "is 202 bytes long"),
     ],
 )
-def test_texts_that_name_nothing_are_refused(capsys, argv, said):
-    assert said in exits(capsys, *shlex.split(argv))
+def test_texts_that_name_nothing_are_refused(capsys, argv, expected):
+    assert expected in exits(capsys, *shlex.split(argv))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_help_lists_every_name(capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         ("--rank 0", "--rank 0 is below 1; give 1 or more"),
         ("--max_train_steps 0", "--max_train_steps 0 is below 1"),
@@ -347,7 +347,7 @@ def test_help_lists_every_name(capsys):
         ("--resolution 512,0", "--resolution 0 is below 1 pixels"),
         ("--lr_warmup_steps 100", "--lr_warmup_steps 100 has no effect with --lr_scheduler constant"),
         ("--train_data_dir x", "not --train_data_dir and --instance_data_dir"),
-        ("--center_crop --random_crop", "--center_crop and --random_crop are both given"),
+        ("--center_crop --random_crop", "--center_crop and --random_crop exclude each other"),
         ("--cache_latents --color_aug", "--color_aug changes images every epoch"),
         ("--min_bucket_reso 2048", "--min_bucket_reso 2048 exceeds --max_bucket_reso 1024"),
         ("--with_prior_preservation --class_prompt x", "--with_prior_preservation needs --class_data_dir"),
@@ -359,7 +359,7 @@ def test_help_lists_every_name(capsys):
         ("--masked_loss", "--masked_loss has no masks; give --conditioning_data_dir FOLDER or --alpha_mask"),
         ("--upcast_before_saving --save_precision bf16", "exclude each other"),
         ("--save_model_as ckpt", "would be a pickle"),
-        ("--num_train_epochs 2 --max_train_steps 10", "scripts disagree which wins"),
+        ("--num_train_epochs 2 --max_train_steps 10", "scripts differ in which has precedence"),
         ("--sample_every_n_steps 5", "has nothing to draw; give --sample_prompts"),
         ("--async_upload", "--async_upload needs --huggingface_repo_id"),
         ("--network_args rank", "--network_args 'rank' is not of the form key=value; write e.g. rank=1"),
@@ -368,8 +368,8 @@ def test_help_lists_every_name(capsys):
         ("--output_config", "--output_config needs the file to write"),
     ],
 )
-def test_rules_between_flags(argv, said):
-    assert said in refused(*argv.split())
+def test_rules_between_flags(argv, expected):
+    assert expected in refused(*argv.split())
 
 
 def test_something_to_train_on_is_needed():
@@ -443,7 +443,7 @@ def test_config_file_is_flat_typed_and_weaker_than_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("learning_rat = 1", "unknown key 'learning_rat' (did you mean 'learning_rate'?) in"),
         ("epoch = 1\nnoise = 2", "unknown key 'epoch' and 1 more in"),
@@ -463,10 +463,10 @@ def test_config_file_is_flat_typed_and_weaker_than_the_command_line(tmp_path):
         ("rank = ", "is not TOML"),
     ],
 )
-def test_config_file_mistakes(tmp_path, text, said):
+def test_config_file_mistakes(tmp_path, text, expected):
     path = config(tmp_path, text)
     message = refused("--config_file", path)
-    assert said in message and "run.toml" in message
+    assert expected in message and "run.toml" in message
 
 
 def test_unknown_config_keys_can_be_allowed(tmp_path):

@@ -182,11 +182,11 @@ def test_rules_between_flags(argv, said):
     [
         (
             "--dataset_config d.toml --reg_data_dir r",
-            "--train_data_dir, --reg_data_dir without effect beside",
+            "--train_data_dir, --reg_data_dir: no effect with",
         ),
-        ("--dataset_config d.toml --in_json j.json", "--in_json, --train_data_dir without effect beside"),
-        ("--in_json j.json --reg_data_dir r", "--reg_data_dir without effect beside --in_json"),
-        ("--dataset_repeats 3", "--dataset_repeats without effect beside --train_data_dir"),
+        ("--dataset_config d.toml --in_json j.json", "--in_json, --train_data_dir: no effect with"),
+        ("--in_json j.json --reg_data_dir r", "--reg_data_dir: no effect with --in_json"),
+        ("--dataset_repeats 3", "--dataset_repeats: no effect with --train_data_dir"),
         ("--log_prefix cat", "--log_prefix has no effect without --logging_dir"),
     ],
 )
