@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# The whole road of docs and README on this machine's CPU, with a small trained model that is in this repository: a style
-# and a content adapter are trained from one picture each, merged over a 3×3 grid of strengths and compared, and a scorer
-# says what it sees in every picture.
+# Run the documented steps on the CPU, with a small trained model of this repository: train a style and a content adapter from
+# one picture each, merge them over a 3×3 grid of strengths, score every picture with a classifier, and compare the adapters.
 #     bash run_demo.sh                  # FLUX
-#     bash run_demo.sh --family NAME    # the same on another model of assets/demo
-# Needs python3 (3.10 or newer) and git's clone of this repository; the first run makes .venv and installs into it.
-# Everything is written under demo_output/FAMILY, and a second run replaces it. The models draw only the small world that
+#     bash run_demo.sh --family NAME    # another model of assets/demo
+# Needs python3 (3.10 or newer) and a git clone of this repository; the first run creates .venv and installs into it.
+# All output is in demo_output/FAMILY, and a second run replaces it. The models draw only the small world that
 # assets/demo/README.md describes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -27,7 +26,7 @@ fi
 bash tools/setup_env.sh
 source tools/find_python.sh
 PYTHON="$PWD/$(venv_python .venv)"
-# The model is small: more threads gain little, and beside other programs they mostly wait for each other.
+# One thread: the model is small, so more threads would mostly wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHON HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg TRANSFORMERS_VERBOSITY=error
 
@@ -37,9 +36,9 @@ RANK_USED=32
 STYLE=$OUT/style CONTENT=$OUT/content ONE=$OUT/one-subject RESIDUAL=$OUT/residual
 IMAGES=$OUT/images SIMILARITY=$OUT/similarity
 STEPS_STYLE=250 STEPS_CONTENT=150
-RATE_STYLE=1e-3 RATE_CONTENT=2e-3  # of ΔR-triu; what benchmarks/demo_merge.py found best on FLUX and SD 1.5
+RATE_STYLE=1e-3 RATE_CONTENT=2e-3  # of ΔR-triu; the best rates in benchmarks/demo_merge.py on FLUX and SD 1.5
 GRID_STYLE=0.7,1.0,1.3 GRID_CONTENT=0.7,1.0,1.3
-GUIDANCE=2  # with adapters, less than for words alone
+GUIDANCE=2  # lower than without adapters
 PROMPT="a <c> dog in <s> style"
 
 step=0 steps=4
@@ -81,7 +80,7 @@ train() {
 }
 
 mkdir -p "$OUT"
-# What the documented values are for one GPU and FLUX.1-dev is here what one small picture needs.
+# Values for the small model and one picture, in place of the launchers' values for FLUX.1-dev.
 export MODEL_NAME="$MODEL" MODEL_PATH="$MODEL"
 export RESOLUTION=64 TRAIN_BATCH_SIZE=4 CHECKPOINTING_STEPS=100 GRADIENT_ACCUMULATION_STEPS=1 LR_SCHEDULER=cosine
 export VALIDATION_EPOCHS=100 NUM_VALIDATION_IMAGES=1
@@ -106,7 +105,7 @@ begin "$IMAGES" "merge style and content over a grid of strengths"
 OUTPUT_DIR=$IMAGES PROMPT=$PROMPT STYLE_WEIGHTS=$GRID_STYLE CONTENT_WEIGHTS=$GRID_CONTENT NUM_STEPS=20 \
   bash flux_dir/inference_merge.sh cpu --guidance_scale $GUIDANCE \
   --style_reference assets/sty/cat/sty_cat.png --content_reference assets/cnt/dog/cnt_dog.png
-echo "what the scorer sees:"
+echo "scores of the pictures:"
 "$PYTHON" tools/score_pictures.py "$IMAGES" --content poodle --style "stained glass"
 
 begin "$SIMILARITY" "compare the two adapters"
@@ -117,7 +116,7 @@ cat <<END
 
 == done in $((SECONDS - started)) s. To look at:
   $IMAGES/sheet.png        what both adapters draw together, labelled, beside the pictures they learned from
-  $SIMILARITY/             plots, JSON and summary_statistics.txt: how alike the two adapters are
+  $SIMILARITY/             plots, JSON and summary_statistics.txt: similarity of the two adapters
   $STYLE/, $CONTENT/       the adapters (pytorch_lora_weights.safetensors), checkpoints, loss, validation pictures
   $(venv_python .venv) -m tensorboard.main --logdir $OUT   loss curves and pictures in the browser
 $NEXT

@@ -14,9 +14,9 @@ done
 bash tools/setup_env.sh dev
 source tools/find_python.sh
 
-# The tests' matrices are tiny: more threads only make them wait for each other.
+# One thread: the matrices of the tests are tiny, so more threads would wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export MPLBACKEND=Agg TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# Each process takes a contiguous half, so that a file's tests share its fixtures, and who is done first takes over
-# tests of the other.
+# Each process starts with contiguous tests, so that tests of one file share its fixtures. A process without tests takes
+# over tests of another.
 exec "$(venv_python .venv)" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist worksteal ${options[@]+"${options[@]}"}

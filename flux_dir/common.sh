@@ -1,10 +1,10 @@
-# Sourced by the launchers of this folder: their arguments, which python runs, and how a script is started on
-# one GPU, on several, or on the CPU. Each launcher's own file holds nothing but its values.
+# Functions for the launchers of this folder, which source this file: read the arguments, find Python, and start a
+# script on one GPU, on several, or on the CPU. A launcher itself contains only its values.
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 ROOT="$(dirname "$HERE")"
 source "$ROOT/tools/find_python.sh"
-# Defaults print as the short paths of the documentation when the caller stands in the repository root.
+# In the repository root, default paths are relative, as in the documentation.
 if [[ $PWD -ef $ROOT ]]; then ROOT=. ASSETS=assets LAUNCHERS=flux_dir
 else ASSETS="$ROOT/assets" LAUNCHERS="$ROOT/flux_dir"; fi
 
@@ -13,8 +13,8 @@ refuse() {
   exit 1
 }
 
-# arguments "<GPU_ID> <RANK>" "0 64" "$@": sets GPU_ID, RANK when the first text names it, and the array MORE of
-# everything after them, which goes to the Python script unchanged.
+# arguments "<GPU_ID> <RANK>" "0 64" "$@": set GPU_ID, RANK if the first text contains it, and the array MORE of the
+# remaining arguments, which are passed to the Python script unchanged.
 arguments() {
   local names="$1" example="$2" missing=""
   shift 2
@@ -62,7 +62,7 @@ on_cpu() {
   if [[ $GPU_ID == cpu ]]; then echo "$1"; else echo "$2"; fi
 }
 
-# newest_adapter NAME TRIGGER LAUNCHER: the newest finished run of that trigger under ./exps_flux, said on stderr.
+# newest_adapter NAME TRIGGER LAUNCHER: print the adapter of the newest finished run with TRIGGER in ./exps_flux.
 newest_adapter() {
   local file newest=""
   for file in ./exps_flux/*-"$2"-*/pytorch_lora_weights.safetensors; do
@@ -74,7 +74,7 @@ newest_adapter() {
   echo "$newest"
 }
 
-# keep_copy NAME: this launcher, and the call that started it, as OUTPUT_DIR/NAME.
+# keep_copy NAME: write this launcher and its command to OUTPUT_DIR/NAME.
 keep_copy() {
   mkdir -p "$OUTPUT_DIR"
   {
@@ -94,11 +94,11 @@ visible() {
   else
     export CUDA_VISIBLE_DEVICES="$GPU_ID"
   fi
-  # torch.distributed reads RANK as the number of this process, so the adapter's rank must not be exported.
+  # torch.distributed reads RANK as the process number, so the rank of the adapter must not be exported.
   export -n RANK
 }
 
-# run COMMAND …: show the command, keep the copy named by COPY_AS (none if empty), start it.
+# run COMMAND …: print the command, write the copy COPY_AS unless it is empty, and run the command.
 run() {
   CALL=("$@")
   [[ -z ${COPY_AS:-} ]] || keep_copy "$COPY_AS"
@@ -108,24 +108,24 @@ run() {
   exec "$@"
 }
 
-# script NAME FLAGS…: one process, for the scripts that do not train.
+# script NAME FLAGS…: run a script that does not train, in one process.
 script() {
   visible
   run "$PYTHON_BIN" "$ROOT/$1" "${@:2}" ${MORE[@]+"${MORE[@]}"}
 }
 
-# launch NAME FLAGS…: one process per GPU through accelerate.
+# launch NAME FLAGS…: run a training script through accelerate, one process per GPU.
 launch() {
   visible
-  # --quiet: a refusal of one sentence is not followed by accelerate's own traceback.
+  # --quiet: accelerate prints no traceback after the one-sentence error of the script.
   local how=(--num_machines 1 --dynamo_backend no --num_cpu_threads_per_process "${OMP_NUM_THREADS:-$(nproc)}") ids
   IFS=, read -r -a ids <<< "$GPU_ID"
   if [[ $GPU_ID == cpu ]]; then
     how+=(--cpu --num_processes 1 --quiet)
   elif ((${#ids[@]} > 1)); then
-    # Port 0: accelerate takes a free one, so that two trainings on one machine do not collide.
+    # Port 0: accelerate chooses a free port, so that two runs on one machine do not collide.
     how+=(--multi_gpu --num_processes "${#ids[@]}" --gpu_ids all --main_process_port "${MAIN_PROCESS_PORT:-0}")
-    # Consumer cards have neither, and NCCL hangs when it tries; set either to 0 where they exist.
+    # Consumer GPUs lack P2P and InfiniBand, and NCCL hangs if it tries to use them; set 0 to use them.
     export NCCL_P2P_DISABLE="${NCCL_P2P_DISABLE:-1}" NCCL_IB_DISABLE="${NCCL_IB_DISABLE:-1}"
   else
     how+=(--num_processes 1 --gpu_ids all --quiet)
@@ -134,8 +134,8 @@ launch() {
     "$ROOT/$1" "${@:2}" ${MORE[@]+"${MORE[@]}"}
 }
 
-# train: flux_train_qrlora.py with the values that the three training launchers share. The launcher has set
-# TRIGGER_NAME, INSTANCE_DIR, INSTANCE_PROMPT, VALID_PROMPT, LORA_INIT_METHOD, and ZERO_INIT (the flag, or empty).
+# train: run flux_train_qrlora.py with the values that the three training launchers share. It needs TRIGGER_NAME,
+# INSTANCE_DIR, INSTANCE_PROMPT, VALID_PROMPT, LORA_INIT_METHOD, and ZERO_INIT (a flag, or empty).
 train() {
   whole_number RANK "$RANK"
   MODEL_NAME="${MODEL_NAME:-black-forest-labs/FLUX.1-dev}"
@@ -152,11 +152,11 @@ train() {
     --mixed_precision "$MIXED_PRECISION"
     --resolution "${RESOLUTION:-512}"
     --train_batch_size "${TRAIN_BATCH_SIZE:-1}"
-    # The published launchers say 4, which with one picture their trainer runs as 1: it steps at the end of every pass
-    # over the data. Here 4 would be 4, four passes for a step; 1 is the training that was published.
+    # The published launchers have 4, but their trainer also steps at the end of every epoch, so with one picture it
+    # accumulates 1. This trainer would accumulate 4; 1 repeats the published training.
     --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS:-1}"
     --guidance_scale "${GUIDANCE_SCALE:-1}"
-    # The published code draws sigma uniformly and does not shift it; kohya's own default would be 3.0.
+    # The published code draws sigma uniformly without a shift; kohya's default is 3.0.
     --discrete_flow_shift "${DISCRETE_FLOW_SHIFT:-1.0}"
     --learning_rate "${LEARNING_RATE:-1e-4}"
     --adam_weight_decay "${ADAM_WEIGHT_DECAY:-1e-4}"

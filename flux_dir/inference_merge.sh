@@ -20,7 +20,7 @@ CONTENT_WEIGHTS="${CONTENT_WEIGHTS:-0.9,1.0}"
 DTYPE="${DTYPE:-$(on_cpu fp32 fp16)}"
 OUTPUT_DIR="${OUTPUT_DIR:-./outputs_infer_flux/$(date +%Y%m%d_%H%M%S)}"
 
-RESIDUAL_PATH="${RESIDUAL_PATH:-}"  # not needed; a file named here is checked against base, rank and basis
+RESIDUAL_PATH="${RESIDUAL_PATH:-}"  # optional: the file is only compared with base, rank and basis
 
 COPY_AS=script.sh
 script inference_merge.py --model_path "$MODEL_PATH" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Write the residual W - QR of every adapted layer of the base model. Nothing here needs it: adapters leave the
-# base untouched. It is for tools that were built around the published code.
+# Write the residual W - QR of every adapted layer of the base model, for programs based on the published code. This
+# project does not need the file, because adapters never change the base.
 #     bash flux_dir/save_flux_residual.sh <GPU_ID> [flags of save_flux_residual.py]
 #     bash flux_dir/save_flux_residual.sh 0
 # Output: OUTPUT_DIR/flux_residual_weights.safetensors. RANK must be the rank of the adapters.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train one subject with Q and R both free: quicker to converge than ΔR, but not made for merging.
+# Train one subject, Q and R both trainable: it converges faster than ΔR, but is not meant for merging.
 #     bash flux_dir/train_QR.sh <GPU_ID> <RANK> [flags of flux_train_qrlora.py]
 #     bash flux_dir/train_QR.sh 0 64
 # Output: ./exps_flux/MMDD-HHMMSS-[sks]-64/pytorch_lora_weights.safetensors, checkpoint-N/, logs/, train_script.sh.

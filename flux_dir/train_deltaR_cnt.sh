@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a content: Q and R stay frozen, an upper-trapezoidal ΔR learns who is in the pictures.
+# Train a content: Q and R stay frozen, an upper-trapezoidal ΔR learns the subject of the pictures.
 #     bash flux_dir/train_deltaR_cnt.sh <GPU_ID> <RANK> [flags of flux_train_qrlora.py]
 #     bash flux_dir/train_deltaR_cnt.sh 0 64
 # Output: ./exps_flux/MMDD-HHMMSS-<c>-64/pytorch_lora_weights.safetensors, checkpoint-N/, logs/, train_script.sh.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a style: Q and R stay frozen, an upper-trapezoidal ΔR learns what the pictures look like.
+# Train a style: Q and R stay frozen, an upper-trapezoidal ΔR learns the look of the pictures.
 #     bash flux_dir/train_deltaR_sty.sh <GPU_ID> <RANK> [flags of flux_train_qrlora.py]
 #     bash flux_dir/train_deltaR_sty.sh 0 64
 # Output: ./exps_flux/MMDD-HHMMSS-<s>-64/pytorch_lora_weights.safetensors, checkpoint-N/, logs/, train_script.sh.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The documented path of flux_dir/visualize_qrlora_similarity.sh. Values may be written here, as the documents say, or
-# given in the environment; left empty, the newest style and content adapters under ./exps_flux are compared.
+# Run flux_dir/visualize_qrlora_similarity.sh under its documented path. Set the values here or in the environment; if they
+# are empty, the newest style and content adapters in ./exps_flux are compared.
 #     bash test/visualize_qrlora_similarity.sh <GPU_ID>
 LORA1_PATH="${LORA1_PATH:-}"
 LORA2_PATH="${LORA2_PATH:-}"

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         parsed = EXTRACT_BASIS.parse(argv)
         for note in parsed.notes:
             print(f"note: {note}")
-        return run(parsed.universal_basis)
+        return run(parsed.options)
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-# Sourced by run_demo.sh, run_tests.sh, tools/setup_env.sh and flux_dir/common.sh: which python is meant.
+# Functions that find a Python interpreter, for run_demo.sh, run_tests.sh, tools/setup_env.sh and flux_dir/common.sh.
 
 # venv_python DIR: the interpreter of the virtual environment DIR (bin/, on Windows Scripts/); fails when there is none.
 venv_python() {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Make .venv in the repository root and install the tested versions into it; do nothing when that is already done.
+# Create .venv in the repository root and install the tested versions into it, unless that is already done.
 #     bash tools/setup_env.sh        what the toolkit needs
-#     bash tools/setup_env.sh dev    also what its tests and checks need
-# PYTHON=/path/to/python3.12 chooses the interpreter that makes .venv.
+#     bash tools/setup_env.sh dev    also what the tests and checks need
+# PYTHON=/path/to/python3.12 chooses the interpreter that creates .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/find_python.sh
@@ -24,13 +24,13 @@ make_environment() {
   base="$(system_python)" || fail "no Python 3.10 or newer found (python3 is $(python3 -V 2>&1 || echo absent));" \
     "install one, or name it: PYTHON=/path/to/python3.12 bash run_demo.sh"
   echo "setup: making .venv with $("$base" -V 2>&1) ($base)"
-  trap 'rm -rf .venv' EXIT  # half an environment would look like a whole one to the next run
+  trap 'rm -rf .venv' EXIT  # the next run would take an incomplete .venv for a complete one
   "$base" -m venv .venv || fail "'$base -m venv .venv' failed (see above); on Debian or Ubuntu install the package" \
     "python3-venv, then run this command again"
   trap - EXIT
 }
 
-# fingerprint PYTHON: changes with the interpreter or any requirement file.
+# fingerprint PYTHON: a hash of the interpreter's version and of the requirement files.
 fingerprint() {
   "$1" -c '
 import hashlib, sys
@@ -44,7 +44,7 @@ install() {
   local pip=("$1" -m pip install --disable-pip-version-check -c constraints.txt) torch
   [[ -t 1 ]] || pip+=(-q)
   torch="$(grep '^torch==' constraints.txt)"
-  # torch first and by its exact version: a range would let another package pull in a newer, untested build.
+  # torch first and with its exact version: otherwise another package could install a newer, untested build.
   echo "setup: installing $torch (with CUDA it is a download of several GB, once)"
   "${pip[@]}" "$torch" || return 1
   echo "setup: installing $requirements"

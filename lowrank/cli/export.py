@@ -18,8 +18,7 @@ from lowrank.cli.base_model import base as base_source
 from lowrank.cli.base_model import model_family
 from lowrank.cli.calibrate import attached, nearest_lora
 from lowrank.config.command_line import Parsed
-from lowrank.config.positional import parse_words
-from lowrank.config.tools import CONVERT_WORDS, EXPORT, Export
+from lowrank.config.tools import EXPORT, Export
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, verify
 from lowrank.formats.delta import LORA
@@ -37,8 +36,8 @@ MERGED, MASKED = "merged", "lycoris-tlora"
 
 def main(argv: list[str] | None = None) -> int:
     """Export one file and say how exact it is. Raises `Refused`."""
-    parsed = parse_words(EXPORT, argv, CONVERT_WORDS)
-    args = parsed.export
+    parsed = EXPORT.parse(argv)
+    args = parsed.options
     if args.to == MERGED and not args.model:
         raise Refused("--to merged needs the base model; give it with --model")
     if Path(args.target).resolve() == Path(args.source).resolve():
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.to == MASKED:
         _refuse_unmasked(parsed)
         return _export_lycoris(args)
-    if args.calibrate:
+    if args.calibrate and args.model:
         raw, told = nearest_lora(args.source, args.model, args.calibrate)
         print(told)
         return _export(args, read(raw, args.base), raw)
@@ -75,9 +74,9 @@ def _export_lycoris(args: Export) -> int:
     return 0
 
 
-def _refuse_unmasked(parsed: Parsed) -> None:
+def _refuse_unmasked(parsed: Parsed[Export]) -> None:
     """Raise `Refused` for flags that a T-LoRA, written tensor by tensor for LyCORIS, would go without."""
-    args = parsed.export
+    args = parsed.options
     if Path(args.target).suffix != ".safetensors":
         raise Refused(
             f"{args.target} is no .safetensors name, and --to {MASKED} writes one such file; give one"

@@ -11,8 +11,7 @@ from torch import Tensor
 from lowrank import __version__
 from lowrank.adapter_file import open_adapter_file
 from lowrank.cli.adapter import read
-from lowrank.config.positional import parse_words
-from lowrank.config.tools import CONVERT_WORDS, IMPORT, ImportAdapter
+from lowrank.config.tools import IMPORT, ImportAdapter
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, tlora
 from lowrank.formats.native import TIMES, Native, largest_difference, method_of, to_native, to_native_tlora
@@ -25,7 +24,7 @@ from lowrank.tensors import read_names, write_tensors
 
 def main(argv: list[str] | None = None) -> int:
     """Import one file and say what is lost. Raises `Refused`."""
-    args = parse_words(IMPORT, argv, CONVERT_WORDS).import_adapter
+    args = IMPORT.parse(argv).options
     if Path(args.target).suffix != ".safetensors":
         raise Refused(f"{args.target} is no .safetensors name, and a native file is one; give one")
     if Path(args.target).resolve() == Path(args.source).resolve():

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank.adapters.network_module import method_made_by
-from lowrank.config.positional import parse_words
-from lowrank.config.tools import INSPECT, INSPECT_WORDS
+from lowrank.config.tools import INSPECT
 from lowrank.errors import Refused
 from lowrank.formats import inspect
 from lowrank.formats.read import read_adapter
@@ -24,7 +23,7 @@ _FEW = 8
 
 def main(argv: list[str] | None = None) -> int:
     """Show the files. Raises `Refused` for what is no file of tensors."""
-    args = parse_words(INSPECT, argv, INSPECT_WORDS).inspect
+    args = INSPECT.parse(argv).options
     told = [inspect.report(file, _method(file)) for file in args.files]
     apart = _apart(args.files, told) if len(told) == 2 else None
     if args.json:

@@ -17,7 +17,7 @@ from lowrank.cli.base_model import base, model_family, own_side
 from lowrank.cli.contact_sheet import sheet
 from lowrank.combine.mixture import Entry, Mixture, read_mixture, shares
 from lowrank.config.command_line import Parsed
-from lowrank.config.tools import INFERENCE_MERGE
+from lowrank.config.tools import INFERENCE_MERGE, Merge
 from lowrank.data import images
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
@@ -41,7 +41,7 @@ _ONLY_FLUX = ("max_sequence_length", "residual_path")
 def main(argv: list[str] | None = None) -> int:
     """Draw every (α, β), write the sheet, save what was asked for. Raises `Refused`."""
     parsed = INFERENCE_MERGE.parse(argv)
-    options = parsed.merge
+    options = parsed.options
     logging.basicConfig(level="INFO", format="%(message)s")
     names = _names(options)
     source = base(options.model_path, options.dtype, options.device, options.tokenizer_cache_dir)
@@ -141,16 +141,18 @@ def _check_residual(path: str, mixture: Mixture, family: Family, models: Models)
     print("\n".join(dict.fromkeys(checked)))
 
 
-def _switches(parsed: Parsed, family: Family) -> Any:
+def _switches(parsed: Parsed[Merge], family: Family) -> Any:
     """The family's options; a flag that is another family's is refused."""
-    options = parsed.merge
+    options = parsed.options
     foreign = _ONLY_SD if family is FLUX else _ONLY_FLUX
     for name in foreign:
         if parsed.value(name) is not None:
             raise Refused(f"{parsed.flag(name)} is not for {family.name}; leave it out")
     if family is not FLUX:
         return SdOptions(clip_skip=options.clip_skip)
-    strength = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
+    strength: dict[str, Any] = (
+        {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
+    )
     return FluxOptions(t5xxl_max_token_length=options.max_sequence_length, **strength)
 
 

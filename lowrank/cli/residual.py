@@ -20,7 +20,7 @@ FILE = "flux_residual_weights.safetensors"
 
 def main(argv: list[str] | None = None) -> int:
     """Write `flux_residual_weights.safetensors`; only the transformer is loaded. Raises `Refused`."""
-    options = SAVE_RESIDUAL.parse(argv).residual
+    options = SAVE_RESIDUAL.parse(argv).options
     logging.basicConfig(level="INFO", format="%(message)s")
     check_folder(options.model_path)
     path = writable_folder(options.output_dir) / FILE

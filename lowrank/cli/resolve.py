@@ -8,7 +8,8 @@ from typing import TypeVar
 from lowrank.adapters.targets import ends_with
 from lowrank.cli.lycoris_config import translate
 from lowrank.config.checks import adapter_module
-from lowrank.config.command_line import Parsed, pairs
+from lowrank.config.command_line import Parsed
+from lowrank.config.flag import pairs
 from lowrank.config.flags_training import Network
 from lowrank.config.train import TrainOptions
 from lowrank.errors import Refused

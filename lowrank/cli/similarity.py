@@ -58,7 +58,7 @@ Found = Mapping[str, list[LayerSimilarity]]  # matrix -> its layers
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare two adapters; 0, or `Refused` before any file is written."""
-    told = VISUALIZE_SIMILARITY.parse(argv).similarity
+    told = VISUALIZE_SIMILARITY.parse(argv).options
     names = (told.lora1_name, told.lora2_name)
     folder = writable_folder(told.output_dir)
     first, second = (read_adapter(path, strict=False) for path in (told.lora1_path, told.lora2_path))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lowrank.config.command_line import Parsed, pairs
+from lowrank.config.command_line import Parsed
+from lowrank.config.flag import pairs
 from lowrank.config.flags_training import Network
 from lowrank.config.optimizers import check_optimizer_installed, check_rates
 from lowrank.config.train import TrainOptions
@@ -17,7 +18,7 @@ LORA_INIT_METHODS = {"triu_deltaR": "delta_r_triu", "deltaR": "delta_r", "qr": "
 
 
 def adapter_module(network: Network, unnamed: str = "networks.delta_r_triu") -> str:
-    """The module that --network_module and --lora_init_method ask for; without either `unnamed`."""
+    """The module that --network_module or --lora_init_method names; `unnamed` without either."""
     if network.network_module:
         return network.network_module
     if network.lora_init_method:
@@ -43,7 +44,8 @@ def check_training(parsed: Parsed[TrainOptions]) -> Iterator[str]:
     yield from _check_abm(parsed)
     if saving.upcast_before_saving and saving.save_precision in ("fp16", "bf16"):
         raise Refused(
-            f"--upcast_before_saving and --save_precision {saving.save_precision} exclude each other"
+            f"--upcast_before_saving and --save_precision {saving.save_precision} exclude each other; "
+            "give one of them"
         )
     _check_schedule(parsed)
     check_rates(parsed.options)
@@ -91,7 +93,7 @@ def _check_data(parsed: Parsed[TrainOptions]) -> Iterator[str]:
     if data.dataset_repeats != 1 and sources[0] == "train_data_dir":
         unread.append("dataset_repeats")
     if unread:
-        yield f"{', '.join(map(parsed.flag, unread))} without effect beside {parsed.flag(sources[0])}"
+        yield f"{', '.join(map(parsed.flag, unread))}: no effect with {parsed.flag(sources[0])}"
     if data.instance_prompt and "instance_data_dir" not in sources:
         raise Refused("--instance_prompt belongs to --instance_data_dir; captions come from files here")
     if prior.with_prior_preservation:
@@ -103,10 +105,12 @@ def _check_data(parsed: Parsed[TrainOptions]) -> Iterator[str]:
     elif prior.class_data_dir or prior.class_prompt:
         yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
     if data.center_crop and augmentation.random_crop:
-        raise Refused("--center_crop and --random_crop are both given; give one")
+        raise Refused("--center_crop and --random_crop exclude each other; give one")
     for name, given in (("color_aug", augmentation.color_aug), ("random_crop", augmentation.random_crop)):
         if parsed.options.caches_latents and given:
-            raise Refused(f"--{name} changes images every epoch, but cached latents stay; drop one of both")
+            raise Refused(
+                f"--{name} changes images every epoch, but cached latents do not change; drop one of them"
+            )
     buckets = parsed.options.buckets
     if buckets.min_bucket_reso > buckets.max_bucket_reso:
         raise Refused(
@@ -144,7 +148,9 @@ def _check_network(parsed: Parsed[TrainOptions]) -> None:
     if network.dim_from_weights and not network.network_weights:
         raise Refused("--dim_from_weights needs --network_weights FILE")
     if network.network_train_unet_only and network.network_train_text_encoder_only:
-        raise Refused("--network_train_unet_only and --network_train_text_encoder_only exclude each other")
+        raise Refused(
+            "--network_train_unet_only and --network_train_text_encoder_only exclude each other; give one"
+        )
     if len(network.base_weights_multiplier) > len(network.base_weights):
         raise Refused(
             f"--base_weights_multiplier has {len(network.base_weights_multiplier)} numbers for "
@@ -158,7 +164,7 @@ def _check_abm(parsed: Parsed[TrainOptions]) -> Iterator[str]:
         known = [name for name in parsed.given if name.startswith("abm_")]
         given = [name for name in known if parsed.value(name) != parsed.specs[name].default]
         if given:  # a run's own config.toml has all of them
-            yield f"{', '.join(map(parsed.flag, given))} without effect, since --abm_enabled is not given"
+            yield f"{', '.join(map(parsed.flag, given))}: no effect without --abm_enabled"
         return
     if abm.abm_teacher != "base":
         existing_file(abm.abm_teacher, f"give {parsed.flag('abm_teacher')} an adapter file, or the word base")
@@ -169,7 +175,7 @@ def _check_schedule(parsed: Parsed[TrainOptions]) -> None:
     if "max_train_steps" in parsed.given and parsed.flag("max_train_epochs") == "--num_train_epochs":
         raise Refused(
             f"--num_train_epochs {train.max_train_epochs} and --max_train_steps {train.max_train_steps} both "
-            "say how long to train, and scripts disagree which wins; give one"
+            "set the length of training, and scripts differ in which has precedence; give one"
         )
     if optimizer.lr_scheduler == "constant" and not optimizer.lr_scheduler_type and optimizer.lr_warmup_steps:
         raise Refused(

@@ -1,13 +1,11 @@
 """argv and TOML to frozen dataclasses, checked once.
 
 A group of flags is a frozen dataclass whose fields are the flags: `rank: int = option(4, "what it does")`.
-The options of a script are a frozen dataclass whose fields are groups, or one group. A `CommandLine` parses
-them: it adds the script's own defaults, and ignores or refuses flags that other trainers have and this
-script has not. Values come from the fields' defaults, then the command line's `defaults`, then
-`--config_file`, then argv.
+The options of a script are one group, or a frozen dataclass whose fields are groups. The value of a flag
+comes from argv, else from `--config_file`, else from `CommandLine.defaults`, else from the field's default.
 
-What argparse itself would complain about (an unknown flag, a word where a number belongs) ends with one line
-and exit code 2, like argparse; everything else that a user can put right is `Refused`.
+An unknown flag, or a word where a number belongs, ends with one line and exit code 2, as in argparse. Every
+other mistake that a user can correct raises `Refused`.
 """
 
 from __future__ import annotations
@@ -21,12 +19,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 
-from lowrank.config.flag import FlagSpec, fields_of, option, pairs, specs
-from lowrank.config.parser import GivenValue, Parser, off
+from lowrank.config.flag import FlagSpec, fields_of, option
+from lowrank.config.parser import GivenValue, Parser, name_positional, off
 from lowrank.errors import Refused, nearest
 from lowrank.files import atomic, parse_toml
-
-__all__ = ["CommandLine", "ConfigFile", "Parsed", "option", "pairs", "parse"]
 
 T = TypeVar("T")
 Options = TypeVar("Options", covariant=True)
@@ -38,11 +34,11 @@ class ConfigFile:
     """Configuration file"""
 
     config_file: str | None = option(
-        None, "TOML file whose keys are flags; sections are for the eye, '.toml' may be left out", saved=False
+        None, "TOML file whose keys are flags, in any sections; the ending .toml may be left out", saved=False
     )
     output_config: bool = option(False, "write the given flags to --config_file and exit", saved=False)
     allow_unknown_config_keys: bool = option(
-        False, "warn about unknown keys of --config_file, as GUIs write them", saved=False
+        False, "warn about unknown keys of --config_file instead of stopping, for files of GUIs", saved=False
     )
 
 
@@ -61,11 +57,6 @@ class Parsed(Generic[Options]):
     options: Options
     given: Mapping[str, str]
     notes: tuple[str, ...] = ()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "options" or not hasattr(self.options, name):
-            raise AttributeError(f"no group of options {name!r}")
-        return getattr(self.options, name)
 
     def flag(self, name: str) -> str:
         """The flag as the user wrote it, for messages."""
@@ -103,15 +94,16 @@ class Parsed(Generic[Options]):
 class CommandLine(Generic[T]):
     """The command line of one script.
 
-    `options` is the record that `parse` fills (a tuple of groups stands for a record
-    with them as fields). `defaults` differ from those of the fields; `ignored` names flags that are accepted
-    without effect and listed in one note; `refused` maps others to the way out. `check` sees the parsed
-    options, raises `Refused` and returns notes.
+    `options` is the record that `parse` fills, and `defaults` replace the defaults of its fields. Words
+    without a flag are values of the flags `positional`, in order. Flags in `ignored` are accepted without
+    effect and listed in one note. `refused` maps flags of other trainers to what to do instead. `check`
+    receives the parsed options, raises `Refused` and yields notes.
     """
 
     prog: str
     description: str
-    options: type[T] | tuple[type, ...]
+    options: type[T]
+    positional: tuple[str, ...] = ()
     defaults: Mapping[str, object] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     ignored_by: str = "this script"
@@ -120,40 +112,49 @@ class CommandLine(Generic[T]):
     check: Callable[[Parsed[T]], Iterable[str]] | None = None
 
     @property
-    def record(self) -> type[T]:
-        """The dataclass of the options."""
-        if not isinstance(self.options, tuple):
-            return self.options
-        fields = [(_attribute(group), group) for group in self.options]
-        return cast("type[T]", dataclasses.make_dataclass("Options", fields, frozen=True))
-
-    @property
     def groups(self) -> dict[str, type]:
         """The groups of flags by their field in the record of options; "" is the record itself."""
-        fields: Any = dataclasses.fields(cast(Any, self.record))
+        fields = dataclasses.fields(cast(Any, self.options))
         if any("flag" in field.metadata for field in fields):
-            return {"": self.record}
-        hints = get_type_hints(self.record)
+            return {"": self.options}
+        hints = get_type_hints(self.options)
         return {field.name: hints[field.name] for field in fields}
 
     @property
     def specs(self) -> dict[str, FlagSpec]:
-        """Every flag by name."""
-        return specs(self.groups, self.defaults)
+        """Every flag by name. Two flags of one name are a bug, and so is a default of no flag."""
+        specs: dict[str, FlagSpec] = {}
+        for section, group in self.groups.items():
+            added = fields_of(group, section, self.defaults)
+            assert not (twice := added.keys() & specs.keys()), (
+                f"{twice} of {group.__name__} are declared twice"
+            )
+            specs |= added
+        assert self.defaults.keys() <= specs.keys(), f"no flags: {self.defaults.keys() - specs.keys()}"
+        return specs
 
     def parser(self) -> argparse.ArgumentParser:
         """argparse's parser; its namespace gets the lists `given` and `ignored`."""
-        parser = Parser(prog=self.prog, description=self.description, usage="%(prog)s [--flag value …]")
+        words = "".join(f" {self._shown(name)}" for name in self.positional)
+        parser = Parser(
+            prog=self.prog, description=self.description, usage=f"%(prog)s{words} [--flag value …]"
+        )
         parser.add(self.specs)
         parser.add_others(self.ignored, self.refused)
         return parser
 
+    def _shown(self, name: str) -> str:
+        """The flag `name` as a user writes it; one of `positional` is a word without a flag."""
+        word = f"{name.upper()} …" if self.specs[name].many else name.upper()
+        return word if name in self.positional else f"--{name}"
+
     def parse(self, argv: Sequence[str] | None = None) -> Parsed[T]:
-        """The options of `argv` (None: `sys.argv[1:]`). Raises `Refused` or SystemExit, see the module."""
+        """The options of `argv` (None: `sys.argv[1:]`). Raises `Refused` or `SystemExit`."""
         argv = list(sys.argv[1:] if argv is None else argv)
         known, parser, notes = self.specs, self.parser(), []
-        # A leading blank keeps argparse from taking "-0.5,1" for a flag.
-        words = [f" {word}" if _NUMBERS.fullmatch(word) else word for word in argv]
+        words = name_positional(argv, known, self.positional) if self.positional else argv
+        # A leading blank keeps argparse from reading "-0.5,1" as a flag.
+        words = [f" {word}" if _NUMBERS.fullmatch(word) else word for word in words]
         space, extra = parser.parse_known_args(words, argparse.Namespace(given=[], ignored=[]))
         if extra:
             _stray(parser, extra, known)
@@ -161,7 +162,8 @@ class CommandLine(Generic[T]):
         writing = "output_config" in of_argv and of_argv["output_config"].value
         if "config_file" in of_argv and not writing:
             given = self._config(of_argv, space.ignored, notes) | of_argv
-        missing = [f"--{name}" for name, spec in known.items() if spec.flag.required and name not in given]
+        needed = [name for name, spec in known.items() if spec.flag.required]
+        missing = [self._shown(name) for name in needed if name not in given]
         if missing:
             parser.error(f"missing {', '.join(missing)}")
         if space.ignored:
@@ -185,7 +187,7 @@ class CommandLine(Generic[T]):
             section: group(**{name: values[name] for name in fields_of(group)})
             for section, group in self.groups.items()
         }
-        options = cast(T, filled[""]) if "" in filled else self.record(**filled)
+        options = cast(T, filled[""]) if "" in filled else self.options(**filled)
         parsed = Parsed(self.prog, command, known, options, labels, tuple(notes))
         return dataclasses.replace(parsed, notes=(*notes, *self.check(parsed))) if self.check else parsed
 
@@ -220,13 +222,6 @@ class CommandLine(Generic[T]):
         if unknown:
             notes.append(f"unknown keys of {path} without effect: {', '.join(unknown)}")
         return _settled(values, notes)
-
-
-def parse(
-    argv: Sequence[str] | None, groups: Sequence[type], *, prog: str, description: str = "", **details: Any
-) -> Parsed[Any]:
-    """`CommandLine(prog, description, groups, **details).parse(argv)`."""
-    return CommandLine(prog, description, tuple(groups), **details).parse(argv)
 
 
 def _settled(values: Iterable[GivenValue], notes: list[str]) -> dict[str, GivenValue]:
@@ -295,10 +290,6 @@ def _command(prog: str, argv: Iterable[str], given: Iterable[GivenValue]) -> str
         name, equals, value = word.partition("=")
         words.append("***" if word in hidden else f"{name}=***" if equals and value in hidden else word)
     return shlex.join([prog, *words])
-
-
-def _attribute(group: type) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", group.__name__).lower()
 
 
 def _brief(value: object) -> str:

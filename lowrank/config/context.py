@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lowrank.config.command_line import CommandLine, Parsed, option
-from lowrank.config.flag import SEEDS, path, resolution
+from lowrank.config.command_line import CommandLine, Parsed
+from lowrank.config.flag import SEEDS, option, path, resolution
 from lowrank.config.flags_data import Buckets
 from lowrank.config.flags_training import PRECISIONS
 from lowrank.config.sd import token_length
@@ -17,8 +17,8 @@ from lowrank.errors import Refused
 class BaseModelFlags:
     """Base model"""
 
-    pretrained_model_name_or_path: str | None = path(
-        None, "folder of a diffusers FLUX, SD or SDXL, its hub id, or a checkpoint file", required=True
+    pretrained_model_name_or_path: str = path(
+        "", "folder of a diffusers FLUX, SD or SDXL, its hub id, or a checkpoint file", required=True
     )
     tokenizer_cache_dir: str | None = path(None, "folder of tokenizers for a model in a single file")
     vae: str | None = path(None, "VAE in place of the model's own: a folder or a file")
@@ -26,27 +26,29 @@ class BaseModelFlags:
     mixed_precision: str = option("fp16", "precision of the model", choices=PRECISIONS)
     fp8_base: bool = option(False, "base weights in fp8; needs --mixed_precision fp16 or bf16")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    xformers: bool = option(False, "attention by xformers, where it is installed; else by torch")
-    device: str | None = option(None, "where to compute (unset: the GPU if there is one)")
+    xformers: bool = option(False, "compute attention with xformers if it is installed, else with torch")
+    device: str | None = option(None, "device for the computation (unset: the GPU if there is one)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Source pictures: what must not be forgotten"""
+    """Source pictures: what the model must not forget"""
 
     source_data_dir: str | None = path(
         None, "folder of pictures, or parent of folders named <repeats>_<class>; captions beside the images"
     )
     source_prompts: str | None = path(
         None,
-        "file of prompts (.txt, .toml, .json) that the base itself draws, into --source_data_dir, or into "
-        "<output_path without its ending>_source",
+        "file of prompts (.txt, .toml, .json) that the base model draws into --source_data_dir, or if "
+        "that is unset into <output_path without its ending>_source",
     )
-    images_per_prompt: int = option(1, "pictures of each prompt", low=1, high=10_000)
+    images_per_prompt: int = option(
+        1, "number of pictures that are drawn of each prompt in --source_prompts", low=1, high=10_000
+    )
     train_data_dir: str | None = path(
-        None, "folder that will be trained on; a source that holds its pictures is refused"
+        None, "folder of the later training pictures; a source that contains them is refused"
     )
-    force: bool = option(False, "take the source although it is what will be trained on")
+    force: bool = option(False, "accept a source that contains the pictures of --train_data_dir")
     resolution: tuple[int, int] | None = option(
         None,
         "size of the pictures, '512' or 'width,height' (unset: the model's own)",
@@ -66,7 +68,7 @@ class Sources:
 class Measure:
     """What is measured"""
 
-    output_path: str | None = path(None, "context file to write, .safetensors", required=True)
+    output_path: str = path("", "context file to write; it ends in .safetensors", required=True)
     curvature: str = option(
         "kfac_lr",
         "kfac: S and G in full; kfac_lr: their largest eigenpairs and a diagonal; diag: diagonals; "
@@ -74,16 +76,18 @@ class Measure:
         choices=("kfac", "kfac_lr", "diag", "lora_diag"),
     )
     kfac_rank: int = option(16, "number of eigenpairs kept of each of S and G", low=1, high=4096)
-    batch_size: int = option(4, "pictures at once; changes nothing but speed and memory", low=1)
-    max_steps: int = option(100, "most batches that are measured", low=1)
+    batch_size: int = option(4, "pictures per batch; it affects only speed and memory", low=1)
+    max_steps: int = option(100, "largest number of batches that are measured", low=1)
     num_samples: int | None = option(
         None,
-        "pictures with their own noise and timestep (unset: --max_steps × --batch_size); where there are "
-        "fewer pictures, they are taken again with new noise",
+        "number of pictures, each with its own noise and timestep (unset: --max_steps × --batch_size); "
+        "if there are fewer pictures, they are repeated with new noise",
         low=1,
     )
     seed: int = option(0, "seed of captions, noise and timesteps", low=0, high=SEEDS)
-    network_train_unet_only: bool = option(False, "leave out the text encoders that adapters can train")
+    network_train_unet_only: bool = option(
+        False, "measure the U-Net or transformer alone, without text encoders"
+    )
     target: str | None = option(
         None, "regular expression over paths of layers to measure, like --network_args target=…"
     )
@@ -91,17 +95,26 @@ class Measure:
         None, "regular expression over paths of layers to leave out, like --network_args exclude=…"
     )
     conv: bool = option(False, "measure a U-Net's convolutional blocks too, like --network_args conv_dim=…")
-    v_parameterization: bool = option(False, "the base predicts velocities")
-    min_snr_gamma: float | None = option(None, "min-SNR weighting, if training has it", low=0)
+    v_parameterization: bool = option(False, "the base model predicts velocity instead of noise")
+    min_snr_gamma: float | None = option(
+        None, "γ of min-SNR weighting of the loss; give the value of the training", low=0
+    )
     clip_skip: int | None = option(
-        None, "text encoder layer, counted from the last, as in training; for SD 1.x and 2.x", low=1, high=12
+        None,
+        "condition on the text encoder's n-th last layer, as in training; for SD 1.x and 2.x",
+        low=1,
+        high=12,
     )
     max_token_length: int | None = option(
-        None, "most tokens of a caption: 75 (unset), 150 or 225; not for FLUX", convert=token_length
+        None,
+        "largest number of tokens of a caption: 75 (unset), 150 or 225; not for FLUX",
+        convert=token_length,
     )
-    multiplier: float = option(1.0, "without effect: no adapter takes part")
+    multiplier: float = option(1.0, "no effect: no adapter takes part in the measurement")
     basis_path: str | None = path(
-        None, "opened and checked, and without effect: the curvature is that of the weights, for any basis"
+        None,
+        "no effect on the result, but the file is checked: the curvature is that of the weights, for "
+        "any basis",
     )
 
 
@@ -120,11 +133,11 @@ def check_context(parsed: Parsed[ContextOptions]) -> Iterator[str]:
     sources, measure = parsed.options.sources, parsed.options.measure
     if not sources.source_data_dir and not sources.source_prompts:
         raise Refused(
-            "no source; give --source_data_dir FOLDER with pictures of what must not be forgotten, or "
-            "--source_prompts FILE, and the base draws them itself"
+            "no source pictures; give --source_data_dir FOLDER with pictures of what the model must not "
+            "forget, or --source_prompts FILE, from which the base model draws them"
         )
     if not str(measure.output_path).endswith(".safetensors"):
-        raise Refused(f"--output_path {measure.output_path} does not end in .safetensors; name it so")
+        raise Refused(f"--output_path {measure.output_path} does not end in .safetensors; give such a name")
     if sources.images_per_prompt > 1 and not sources.source_prompts:
         yield "--images_per_prompt has no effect without --source_prompts"
     for name, given in (("multiplier", measure.multiplier != 1), ("basis_path", measure.basis_path)):
@@ -134,8 +147,8 @@ def check_context(parsed: Parsed[ContextOptions]) -> Iterator[str]:
             )
     if not sources.train_data_dir:
         yield (
-            "without --train_data_dir it is not checked that the source is not what will be trained on; a "
-            "context of the training pictures would hold back what they teach"
+            "without --train_data_dir it is not checked whether the source contains training pictures; a "
+            "context of training pictures penalises what they teach"
         )
 
 

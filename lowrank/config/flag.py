@@ -31,7 +31,7 @@ SCHEDULERS = (
     "piecewise_constant",
 )
 SEEDS = 2**63 - 2**32  # largest seed: torch's limit, with room for one per image
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 
 
@@ -74,7 +74,7 @@ def option(default: object, help: str, **details: Any) -> Any:
 
 
 def path(default: object, help: str, **details: Any) -> Any:
-    """An option that names a file, a folder or a module: an empty text, as of an unset variable, is none."""
+    """An option that names a file, a folder or a module; an empty text (an unset variable) is refused."""
     return option(default, help, blank=False, **details)
 
 
@@ -83,30 +83,30 @@ def pairs(name: str, items: Iterable[str]) -> dict[str, str]:
 
     Raises `Refused` where `=` or the key is missing, and for a key given twice.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for item in items:
         key, equals, value = item.partition("=")
         key = key.strip()
         if not equals or not key:
             raise Refused(f"{name} {item!r} is not of the form key=value; write e.g. {key or 'key'}=1")
-        if key in found:
-            raise Refused(f"{name} has {key} twice ({found[key]} and {value}); give it once")
-        found[key] = value
-    return found
+        if key in values:
+            raise Refused(f"{name} has {key} twice ({values[key]} and {value}); give it once")
+        values[key] = value
+    return values
 
 
 def literals(name: str, items: Iterable[str]) -> dict[str, Any]:
     """`key=value` texts of the flag `name`, values as Python literals (`betas=0.9,0.99` is a tuple)."""
-    found = {}
+    values = {}
     for key, text in pairs(name, items).items():
         try:
-            found[key] = ast.literal_eval(text.strip())
+            values[key] = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise Refused(
                 f"{name} {key}={text}: the value is not a Python literal; write True, 0.1, (0.9,0.99), "
                 f"or a text with its own quotes: \"{key}='{text}'\""
             ) from error
-    return found
+    return values
 
 
 def resolution(text: str) -> tuple[int, int]:
@@ -145,16 +145,16 @@ def comma_words(text: str) -> tuple[str, ...]:
 
 
 def file_name(text: str) -> str:
-    """A name for files, to which endings and step numbers are added."""
+    """A file name without folder, to which endings and step numbers are added."""
     if not text or any(mark in text for mark in "/\\\0") or text in (".", ".."):
-        raise Refused(f"{text!r} is not a plain file name; say the folder with --output_dir")
+        raise Refused(f"{text!r} is not a plain file name; give the folder with --output_dir")
     if (length := len(os.fsencode(text))) > 200:  # file systems take 255, and step numbers are added
         raise Refused(f"{text[:20]!r}… is {length} bytes long; give a name of 200 or less")
     return text
 
 
 def scheduler(text: str) -> str:
-    """The name of a learning-rate schedule, or `adafactor:RATE` (alone, as interfaces send it: the run's)."""
+    """The name of a learning-rate schedule, or `adafactor:RATE`; `adafactor` alone means the run's rate."""
     text = "adafactor:" if text.lower() == "adafactor" else text
     if text.lower() not in SCHEDULERS and not text.startswith("adafactor:"):
         raise Refused(f"{text!r} is not one of {', '.join(SCHEDULERS)}{nearest(text, SCHEDULERS)}")
@@ -162,7 +162,7 @@ def scheduler(text: str) -> str:
 
 
 class FlagSpec(NamedTuple):
-    """One flag: its field, and the field's annotation taken apart into the type of one value and `many`."""
+    """One flag: its field, the type of one value, and whether it takes `many`."""
 
     name: str
     section: str  # the group's field in the record of options, and its table in a config file
@@ -180,23 +180,17 @@ class FlagSpec(NamedTuple):
         """The value of one word of the command line; raises `Refused` where it does not fit."""
         if self.flag.convert:
             return self.flag.convert(text.strip())
-        if self.kind is str:
-            return self._chosen(text)
         value = parse_text(self.kind, text)
         if value is None:
             raise Refused(f"{text.strip()!r} is not {WORDS[self.kind]}")
+        if self.kind is str and not self.flag.blank and not text.strip():
+            raise Refused("the text is empty; give a value, or leave the flag out")
+        if (choices := self.flag.choices) and text not in choices:
+            raise Refused(f"{text!r} is not one of {', '.join(choices)}{nearest(text, choices)}")
         return value
 
-    def _chosen(self, text: str) -> str:
-        choices = self.flag.choices
-        if not self.flag.blank and not text.strip():
-            raise Refused("the text is empty; give a value, or leave the flag out")
-        if choices and text not in choices:
-            raise Refused(f"{text!r} is not one of {', '.join(choices)}{nearest(text, choices)}")
-        return text
-
     def from_toml(self, value: object) -> object:
-        """The value of a TOML key, held to the same rules; a text is read as on the command line."""
+        """The value of a TOML key by the rules of `from_text`; raises `Refused` where it does not fit."""
         if self.kind is bool:  # GUIs write 0 and 1
             if isinstance(value, int) and value in (0, 1):
                 return bool(value)
@@ -249,11 +243,11 @@ class FlagSpec(NamedTuple):
     def read(self, label: str, value: object, where: str = "") -> Any:
         """The checked value of a key in a TOML or JSON file, named by `label` and `where` in messages."""
         try:
-            found = self.from_toml(value)
+            checked = self.from_toml(value)
         except Refused as error:
             raise Refused(f"{label}{where}: {error}") from error
-        self.check_range(label, found, where)
-        return found
+        self.check_range(label, checked, where)
+        return checked
 
 
 def _short(number: float) -> str:
@@ -288,33 +282,20 @@ def fields_of(
 ) -> dict[str, FlagSpec]:
     """The flags of one dataclass by name, in order; fields without a flag are left out."""
     hints, values = typing.get_type_hints(group), defaults or {}
-    found: dict[str, FlagSpec] = {}
+    specs: dict[str, FlagSpec] = {}
     for field in dataclasses.fields(group):
-        flag: Flag | None = field.metadata.get("flag")
+        name, flag = field.name, field.metadata.get("flag")
         if flag is not None:
-            kind, many = _taken_apart(hints[field.name])
-            default = values.get(field.name, field.default)
-            found[field.name] = FlagSpec(
-                field.name, section, group, kind, many and not flag.convert, default, flag
-            )
-    return found
-
-
-def specs(groups: Mapping[str, type], defaults: Mapping[str, object]) -> dict[str, FlagSpec]:
-    """The flags of `groups` by name, in order; `defaults` replace the fields'. Two of one name are a bug."""
-    found: dict[str, FlagSpec] = {}
-    for section, group in groups.items():
-        added = fields_of(group, section, defaults)
-        assert not (twice := added.keys() & found.keys()), f"{twice} of {group.__name__} are declared twice"
-        found |= added
-    assert defaults.keys() <= found.keys(), f"defaults of no flag: {defaults.keys() - found.keys()}"
-    return found
+            kind, many = _value_type(hints[name])
+            default = values.get(name, field.default)
+            specs[name] = FlagSpec(name, section, group, kind, many and not flag.convert, default, flag)
+    return specs
 
 
 def parse_text(kind: type, text: str) -> Any:
-    """A bool, a number or a text from one word of a command line; None where the word is not of that kind."""
+    """A bool, a number or a text from one word of a command line; None if the word is not a `kind`."""
     if kind is bool:
-        return _TRUTH.get(text.strip().lower())
+        return TRUTH.get(text.strip().lower())
     return text if kind is str else _number(kind, text)
 
 
@@ -326,7 +307,7 @@ def _number(kind: type, text: str) -> int | float | None:
         return None
 
 
-def _taken_apart(hint: Any) -> tuple[type, bool]:
+def _value_type(hint: Any) -> tuple[type, bool]:
     """(type of one value, whether it is a list) of `int`, `float | None`, `tuple[str, ...]` …"""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))

@@ -125,7 +125,7 @@ class Buckets:
         per_folder=True,
     )
     min_bucket_reso: int = option(
-        256, "least side of a bucket", unit="pixels", low=1, metadata=True, per_folder=True
+        256, "smallest side of a bucket", unit="pixels", low=1, metadata=True, per_folder=True
     )
     max_bucket_reso: int = option(
         1024, "largest side of a bucket", unit="pixels", low=1, metadata=True, per_folder=True
@@ -160,8 +160,8 @@ class Captions:
     enable_wildcard: bool = option(
         False, "choose one of {a|b} in a caption, and one line of a caption file with several lines"
     )
-    caption_prefix: str | None = option(None, "text put before every caption, with a blank")
-    caption_suffix: str | None = option(None, "text put after every caption, with a blank")
+    caption_prefix: str | None = option(None, "text put before every caption, followed by a space")
+    caption_suffix: str | None = option(None, "text put after every caption, preceded by a space")
     caption_dropout_rate: float = option(
         0.0, "share of captions that are emptied", low=0, high=1, metadata=True
     )
@@ -171,9 +171,11 @@ class Captions:
     caption_tag_dropout_rate: float = option(
         0.0, "share of a caption's tags that are dropped", low=0, high=1, metadata=True
     )
-    token_warmup_min: int = option(1, "tags used at the first step, with --token_warmup_step", low=0)
+    token_warmup_min: int = option(
+        1, "number of leading tags used at the first step, with --token_warmup_step", low=0
+    )
     token_warmup_step: float = option(
-        0.0, "step from which all tags of a caption are used; below 1 a share of all steps", low=0
+        0.0, "step from which all tags of a caption are used; a number below 1 is a share of all steps", low=0
     )
 
 
@@ -184,7 +186,7 @@ class Masks:
     conditioning_data_dir: str | None = path(
         None, "folder of mask images, each named as its training image; their red channel is the mask"
     )
-    alpha_mask: bool = option(False, "take the images' alpha channel as a mask of the loss")
+    alpha_mask: bool = option(False, "use the alpha channel of each image as the mask of its loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +223,7 @@ class Prior:
     num_class_images: int = option(100, "number of class images to train on", low=1)
     prior_generation_precision: str | None = option(
         None,
-        "precision in which class images are generated (unset: that of training)",
+        "precision in which class images are generated (unset: the precision of training)",
         choices=("no", "fp32", "fp16", "bf16"),
     )
     prior_loss_weight: float = option(

@@ -12,13 +12,21 @@ from lowrank.config.flags_data import HoldOut
 class Saving:
     """Saving"""
 
-    output_dir: str | None = path(None, "folder for everything that is written")
+    output_dir: str | None = path(
+        None, "folder for adapter files, states, pictures, the log of losses and config.toml"
+    )
     output_name: str | None = option(
         None, "name of the adapter files, without ending", convert=file_name, metadata=True
     )
-    save_model_as: str = option("safetensors", "file format", choices=("safetensors", "ckpt", "pt"))
+    save_model_as: str = option(
+        "safetensors",
+        "format of adapter files; ckpt and pt are refused, since such files can run code",
+        choices=("safetensors", "ckpt", "pt"),
+    )
     save_precision: str | None = option(
-        None, "precision of adapter files (unset: that of training)", choices=("float", "fp16", "bf16")
+        None,
+        "precision of adapter files (unset: the precision of training)",
+        choices=("float", "fp16", "bf16"),
     )
     upcast_before_saving: bool = option(False, "save adapter files in fp32, as --save_precision float does")
     checkpointing_steps: int | None = option(
@@ -58,22 +66,22 @@ class Saving:
     )
     save_state: bool = option(False, "write a state folder for --resume beside every adapter file")
     save_state_on_train_end: bool = option(False, "write a state folder for --resume at the end of training")
-    no_metadata: bool = option(False, "keep only the metadata that reading the file needs")
-    training_comment: str | None = option(None, "comment in the metadata", metadata=True)
-    metadata_title: str | None = option(None, "title in the metadata (unset: --output_name)")
-    metadata_author: str | None = option(None, "author in the metadata")
-    metadata_description: str | None = option(None, "description in the metadata")
-    metadata_license: str | None = option(None, "licence in the metadata")
-    metadata_tags: str | None = option(None, "tags in the metadata")
-    metadata_usage_hint: str | None = option(None, "usage hint in the metadata")
-    metadata_thumbnail: str | None = path(None, "picture that is put into the metadata")
+    no_metadata: bool = option(False, "write only the metadata that is needed to read the adapter file")
+    training_comment: str | None = option(None, "comment in the metadata of adapter files", metadata=True)
+    metadata_title: str | None = option(None, "title in the metadata of adapter files (unset: --output_name)")
+    metadata_author: str | None = option(None, "author in the metadata of adapter files")
+    metadata_description: str | None = option(None, "description in the metadata of adapter files")
+    metadata_license: str | None = option(None, "licence in the metadata of adapter files")
+    metadata_tags: str | None = option(None, "tags in the metadata of adapter files")
+    metadata_usage_hint: str | None = option(None, "usage hint in the metadata of adapter files")
+    metadata_thumbnail: str | None = path(None, "picture that is put into the metadata of adapter files")
     metadata_merged_from: str | None = option(
-        None, "models that the adapter was merged from, in the metadata"
+        None, "models that the adapter was merged from, in the metadata of adapter files"
     )
-    metadata_trigger_phrase: str | None = option(None, "trigger phrase in the metadata")
-    metadata_preprocessor: str | None = option(None, "preprocessor in the metadata")
+    metadata_trigger_phrase: str | None = option(None, "trigger phrase in the metadata of adapter files")
+    metadata_preprocessor: str | None = option(None, "preprocessor in the metadata of adapter files")
     metadata_is_negative_embedding: str | None = option(
-        None, "'true' for a negative embedding, in the metadata"
+        None, "'true' for a negative embedding, in the metadata of adapter files"
     )
 
 
@@ -96,7 +104,7 @@ class Hub:
     )
     huggingface_repo_visibility: str | None = option(
         None,
-        "visibility of the repository --huggingface_repo_id where it is new",
+        "visibility of the repository --huggingface_repo_id, if the run creates it",
         choices=("private", "public"),
     )
     async_upload: bool = option(False, "upload files in the background while training goes on")
@@ -120,7 +128,7 @@ class Sampling:
     )
     sample_every_n_epochs: int | None = option(
         None,
-        "draw pictures of --sample_prompts every n epochs; wins over --sample_every_n_steps",
+        "draw pictures of --sample_prompts every n epochs; has precedence over --sample_every_n_steps",
         low=1,
         off_at_zero=True,
     )
@@ -143,7 +151,7 @@ class Validation(HoldOut):
     )
     max_validation_steps: int | None = option(
         None,
-        "most batches of a measurement of the validation loss (unset: all)",
+        "largest number of batches in each measurement of the validation loss (unset: all)",
         low=1,
         metadata=True,
         off_at_zero=True,
@@ -166,6 +174,8 @@ class Logging:
     wandb_run_name: str | None = option(None, "name of the run in wandb")
     wandb_api_key: str | None = option(None, "API key of wandb; never logged or saved", secret=True)
     console_log_level: str = option(
-        "INFO", "least level of the log", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+        "INFO",
+        "lowest level of messages that are logged",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     )
     console_log_file: str | None = path(None, "write the log to this file instead of stderr")

@@ -26,12 +26,15 @@ class Network:
     """Adapter"""
 
     network_module: str | None = path(
-        None, "networks.delta_r, bare delta_r, or any module that makes a kohya network", metadata=True
+        None,
+        "module of the adapter: networks.delta_r, short delta_r, or any module with kohya's create_network",
+        metadata=True,
     )
     lora_init_method: str | None = option(
         None,
-        "start of the adapter by the names of the published code: triu_deltaR is networks.delta_r_triu, "
-        "deltaR is networks.delta_r, qr is networks.qrlora (unset, without --network_module: triu_deltaR)",
+        "adapter by its name in the published QR-LoRA code: triu_deltaR is networks.delta_r_triu, "
+        "deltaR is networks.delta_r, qr is networks.qrlora (unset, without --network_module: "
+        "triu_deltaR)",
         choices=("triu_deltaR", "deltaR", "qr"),
     )
     network_dim: int | None = option(
@@ -44,21 +47,27 @@ class Network:
     )
     network_alpha: float | None = option(
         None,
-        "alpha of the adapter, scale × rank (unset: the rank for delta_r, delta_r_triu and qrlora, 1 for "
-        "others, as kohya; 0: the "
-        "rank)",
+        "alpha of the adapter, whose update is multiplied by alpha / rank (unset: the rank for delta_r, "
+        "delta_r_triu, qrlora and tlora, 1 for others, as kohya; 0: the rank)",
         low=0,
         metadata=True,
         resume=True,
     )
     network_dropout: float | None = option(
-        None, "dropout in the adapter", low=0, below=1, metadata=True, resume=True
+        None,
+        "probability of dropping each element of the rank-wide projection D x in the adapter",
+        low=0,
+        below=1,
+        metadata=True,
+        resume=True,
     )
-    network_args: tuple[str, ...] = option((), "arguments of the network module, as key=value")
+    network_args: tuple[str, ...] = option(
+        (), "arguments of the network module, as key=value: rank_dropout=0.1 target=attn"
+    )
     lycoris_config: str | None = path(
         None,
-        "LyCORIS' JSON file, or SimpleTuner's config.json that names one: method, rank, alpha, arguments and "
-        "layers",
+        "JSON file of LyCORIS, or SimpleTuner's config.json that names one; it sets method, rank, "
+        "alpha, arguments and layers",
     )
     network_weights: str | None = path(None, "adapter file whose weights training starts from")
     dim_from_weights: bool = option(False, "take rank and alpha from --network_weights")
@@ -66,14 +75,15 @@ class Network:
         None, "comma list of module names to adapt instead of the usual ones", convert=comma_words
     )
     use_zero_init: bool | None = option(
-        None, "start ΔR at zero, the base model (unset: yes); --no-use_zero_init starts at random"
+        None,
+        "start ΔR at zero, which is the base model (unset: yes); --no-use_zero_init starts with a random ΔR",
     )
     delta_scale: float | None = option(None, "standard deviation of a random ΔR (unset: 0.01)", low=0)
-    basis_cache_dir: str | None = path(None, "folder where the bases of the base model's layers are kept")
+    basis_cache_dir: str | None = path(None, "folder that caches the QR bases of the base model's layers")
     save_basis: str | None = option(
         None,
-        "frozen factors in the adapter file (unset: full): full has Q and the base's R, q has Q alone, none "
-        "leaves them out, and reading the file then needs the base model",
+        "frozen factors to save in the adapter file (unset: full): full saves Q and the base's R, q "
+        "saves Q alone, none saves neither, and reading the file then needs the base model",
         choices=("full", "q", "none"),
     )
     train_text_encoder: bool = option(False, "adapt the text encoders too", resume=True)
@@ -88,7 +98,7 @@ class Network:
     )
     base_weights: tuple[str, ...] = path((), "adapter files that are merged into the base before training")
     base_weights_multiplier: tuple[float, ...] = option(
-        (), "strengths of the --base_weights files, in their order; 1 where missing"
+        (), "strengths of the --base_weights files, in order; 1 for files beyond the end of the list"
     )
 
 
@@ -101,7 +111,9 @@ class Abm:
     )
     abm_steps: int = option(500, "optimizer steps of the ABM stage", low=1, high=STEPS)
     abm_lr: float = option(1e-4, "learning rate of the ABM stage", above=0)
-    abm_margin: float = option(0.5, "ABM: how far beyond zero a pre-activation shall be", low=0)
+    abm_margin: float = option(
+        0.5, "ABM: how far beyond zero a pre-activation should be, in the unit of --abm_margin_mode", low=0
+    )
     abm_weight_strategy: str = option(
         "uniform",
         "ABM: weight of layer l of L: uniform is 1, linear is (l+1)/L, quadratic is the square of linear, "
@@ -115,7 +127,8 @@ class Abm:
         off_at_zero=True,
     )
     abm_teacher: str = path(
-        "base", "ABM's teacher: an adapter file, or base, from which a fresh adapter cannot learn anything"
+        "base",
+        "teacher of ABM: an adapter file, or the word base, from which a fresh adapter cannot learn anything",
     )
     abm_margin_mode: str = option(
         "relative",
@@ -127,8 +140,8 @@ class Abm:
     )
     abm_guard: bool = option(
         True,
-        "skip ABM where the base has nothing to teach; undo ABM where it raises the loss on fixed noise by "
-        "over 0.5 % or lowers the share of equal signs",
+        "skip ABM if the base as teacher has nothing to teach; undo ABM if it raises the loss on fixed "
+        "noise by over 0.5 % or lowers the share of equal signs",
     )
 
 
@@ -140,7 +153,7 @@ class Train:
     max_train_steps: int = option(1600, "optimizer steps to train", low=1, high=STEPS, metadata=True)
     max_train_epochs: int | None = option(
         None,
-        "passes over the data; wins over --max_train_steps",
+        "epochs to train; has precedence over --max_train_steps",
         aliases=("--num_train_epochs",),
         low=1,
         high=STEPS,
@@ -158,7 +171,7 @@ class Train:
     )
     mixed_precision: str | None = option(
         None,
-        "precision of computation (unset: that of accelerate's configuration, else no)",
+        "precision of computation (unset: the precision in accelerate's configuration, else no)",
         choices=PRECISIONS,
         metadata=True,
     )
@@ -185,8 +198,8 @@ class Train:
     allow_tf32: bool = option(False, "let matrix products on the GPU use TF32")
     ema_decay: float = option(
         0.0,
-        "decay per step of an exponential moving average (EMA) of the adapter; the average is what is "
-        "saved; 0 is off",
+        "decay per step of an exponential moving average (EMA) of the adapter, which is saved in place "
+        "of the adapter; 0 is off",
         low=0,
         below=1,
         resume=True,
@@ -205,7 +218,8 @@ class Optimizer:
 
     optimizer_type: str = option(
         "",
-        "optimizer: a known name in any case, a class of torch.optim, or a dotted class (unset: AdamW)",
+        "optimizer: a name such as AdamW8bit, Lion or Prodigy in any case, a class of torch.optim, or a "
+        "dotted class (unset: AdamW)",
         aliases=("--optimizer",),
         resume=True,
     )
@@ -224,22 +238,29 @@ class Optimizer:
     )
     adam_weight_decay: float | None = option(
         None,
-        "weight_decay of the optimizer (unset: the optimizer's default, 0.01 for AdamW; diffusers' script "
-        "has 1e-4)",
+        "weight decay of the optimizer (unset: the optimizer's default, 0.01 for AdamW; diffusers' "
+        "script has 1e-4)",
         low=0,
     )
-    adam_epsilon: float | None = option(None, "eps of the optimizer (unset: the optimizer's default)", low=0)
+    adam_epsilon: float | None = option(
+        None, "epsilon of the optimizer (unset: the optimizer's default)", low=0
+    )
     prodigy_beta3: float | None = option(None, "beta3 of Prodigy", low=0, below=1)
-    prodigy_decouple: bool | None = option(None, "decouple of Prodigy (unset: Prodigy's default, True)")
+    prodigy_decouple: bool | None = option(
+        None, "argument decouple of Prodigy (unset: Prodigy's default, True)"
+    )
     prodigy_use_bias_correction: bool | None = option(
-        None, "use_bias_correction of Prodigy (unset: Prodigy's default, False; diffusers' script has True)"
+        None,
+        "argument use_bias_correction of Prodigy (unset: Prodigy's default, False; diffusers' script "
+        "has True)",
     )
     prodigy_safeguard_warmup: bool | None = option(
-        None, "safeguard_warmup of Prodigy (unset: Prodigy's default, False; diffusers' script has True)"
+        None,
+        "argument safeguard_warmup of Prodigy (unset: Prodigy's default, False; diffusers' script has True)",
     )
     learning_rate: float = option(
         2e-6,
-        "learning rate of every part that has no rate of its own; kohya's default is 2e-6",
+        "learning rate of every part without --unet_lr or --text_encoder_lr; kohya's default is 2e-6",
         low=0,
         metadata=True,
         resume=True,
@@ -271,14 +292,15 @@ class Optimizer:
     )
     lr_warmup_steps: float = option(
         0,
-        "steps of learning-rate warm-up; below 1 or with % a share of all steps",
+        "steps of learning-rate warm-up; a number below 1 or with % is a share of all steps",
         low=0,
         convert=steps_or_share,
         metadata=True,
     )
     lr_decay_steps: float = option(
         0,
-        "steps of decay of the schedule warmup_stable_decay; below 1 or with % a share of all steps",
+        "steps of decay in the schedule warmup_stable_decay; a number below 1 or with % is a share of "
+        "all steps",
         low=0,
         convert=steps_or_share,
     )
@@ -293,13 +315,15 @@ class Optimizer:
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         None,
-        "lowest learning rate of the schedules cosine_with_min_lr and warmup_stable_decay, as a share of "
-        "the rate",
+        "lowest learning rate in the schedules cosine_with_min_lr and warmup_stable_decay, as a share "
+        "of --learning_rate",
         low=0,
         high=1,
     )
     lr_scheduler_type: str = option(
-        "", "schedule: a class of torch.optim.lr_scheduler, or a dotted class; wins over --lr_scheduler"
+        "",
+        "schedule: a class of torch.optim.lr_scheduler, or a dotted class; has precedence over "
+        "--lr_scheduler",
     )
     lr_scheduler_args: tuple[str, ...] = option(
         (), "arguments of --lr_scheduler_type as key=value with Python literals: T_max=100"

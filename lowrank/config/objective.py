@@ -24,10 +24,10 @@ class LossOptions:
     huber_schedule: str = option(
         "snr", "how the Huber threshold follows the timestep", choices=HUBER_SCHEDULES, metadata=True
     )
-    huber_c: float = option(0.1, "Huber threshold", above=0, metadata=True)
-    huber_scale: float = option(1.0, "factor of the Huber threshold", above=0, metadata=True)
+    huber_c: float = option(0.1, "threshold of the Huber loss", above=0, metadata=True)
+    huber_scale: float = option(1.0, "factor of the threshold of the Huber loss", above=0, metadata=True)
     ip_noise_gamma: float = option(
-        0.0, "input perturbation: strength of noise on the noise; 0 is off", low=0, metadata=True
+        0.0, "strength of input perturbation, which adds noise to the noise; 0 is off", low=0, metadata=True
     )
     ip_noise_gamma_random_strength: bool = option(
         False, "draw the strength of input perturbation between 0 and --ip_noise_gamma", metadata=True
@@ -51,7 +51,7 @@ class FlowOptions(LossOptions):
         metadata=True,
     )
     timestep_sampling: str = option(
-        "sigma", "how the noise level sigma is drawn", choices=SAMPLINGS, metadata=True
+        "sigma", "distribution of the noise level sigma", choices=SAMPLINGS, metadata=True
     )
     sigmoid_scale: float = option(
         1.0,
@@ -69,9 +69,8 @@ class FlowOptions(LossOptions):
     )
     model_prediction_type: str = option(
         "raw",
-        "form of the prediction that is compared with the target; kohya's default is sigma_scaled, which "
-        "does "
-        "not match the target",
+        "form in which the prediction is compared with the target; kohya's default is sigma_scaled, "
+        "which does not match the target",
         choices=PREDICTIONS,
         metadata=True,
     )
@@ -104,16 +103,21 @@ class DiffusionOptions(LossOptions):
     an option off, as None does.
     """
 
-    v_parameterization: bool = option(False, "the base model predicts velocities")
+    v_parameterization: bool = option(False, "the base model predicts velocity instead of noise")
     zero_terminal_snr: bool = option(
         False, "rescale the noise schedule so that its last step is pure noise", metadata=True
     )
-    min_timestep: int | None = option(None, "least timestep that is drawn (unset: 0)", low=0, high=TIMESTEPS)
+    min_timestep: int | None = option(
+        None, "smallest timestep that is drawn (unset: 0)", low=0, high=TIMESTEPS
+    )
     max_timestep: int | None = option(
-        None, "timesteps that are drawn are below this number (unset: 1000)", low=0, high=TIMESTEPS
+        None, "exclusive upper limit of the timesteps that are drawn (unset: 1000)", low=0, high=TIMESTEPS
     )
     noise_offset: float | None = option(
-        None, "strength of noise that moves mean colours", low=0, metadata=True
+        None,
+        "strength of noise that is constant over a channel of an image, so that mean colours can change",
+        low=0,
+        metadata=True,
     )
     noise_offset_random_strength: bool = option(
         False, "draw the strength of the noise offset between 0 and --noise_offset", metadata=True
@@ -122,11 +126,11 @@ class DiffusionOptions(LossOptions):
         None, "add this × the mean of the latents to --noise_offset; may be negative", metadata=True
     )
     multires_noise_iterations: int | None = option(
-        None, "levels of noise of lower resolution; 6 to 10 are usual", low=0, metadata=True
+        None, "number of levels of noise of lower resolution; 6 to 10 are usual", low=0, metadata=True
     )
     multires_noise_discount: float = option(
         0.3,
-        "strength of a level of --multires_noise_iterations relative to the level before",
+        "strength of each level of --multires_noise_iterations relative to the previous level",
         low=0,
         metadata=True,
     )
@@ -134,13 +138,17 @@ class DiffusionOptions(LossOptions):
         None, "γ of min-SNR weighting of the loss; 5 is usual", low=0, metadata=True
     )
     scale_v_pred_loss_like_noise_pred: bool = option(
-        False, "weigh the loss of velocities as the loss of noise, with --v_parameterization"
+        False, "weight the loss of a velocity like the loss of a noise; needs --v_parameterization"
     )
     v_pred_like_loss: float | None = option(
-        None, "add this × the loss of the velocity, without --v_parameterization", low=0
+        None,
+        "add this × the loss of the velocity to the loss of the noise; not with --v_parameterization",
+        low=0,
     )
     debiased_estimation_loss: bool = option(
-        False, "weigh the loss by 1/√SNR, or by 1/(SNR + 1) for velocities", metadata="debiased_estimation"
+        False,
+        "weight the loss by 1/√SNR, or by 1/(SNR + 1) with --v_parameterization",
+        metadata="debiased_estimation",
     )
 
     def __post_init__(self) -> None:

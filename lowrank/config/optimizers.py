@@ -1,4 +1,4 @@
-"""Optimizers by kohya's names, and what the flags alone decide about optimizer and schedule."""
+"""Optimizers by kohya's names, and the checks of optimizer and schedule that need only the flags."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KNOWN = {
     "AdamWScheduleFree": "schedulefree.AdamWScheduleFree",
     "SGDScheduleFree": "schedulefree.SGDScheduleFree",
 }
-ONE_RATE = ("prodigyopt", "dadaptation")  # they find the step size themselves, one for all parameters
+ONE_RATE = ("prodigyopt", "dadaptation")  # their optimizers find one step size for all parameters
 _PACKAGES = {"prodigyplus": "prodigy-plus-schedule-free"}  # where the name is more than "_" for "-"
 
 
@@ -91,7 +91,7 @@ def check_rates(options: TrainOptions) -> None:
 
 
 def check_optimizer_installed(options: Optimizer) -> None:
-    """Refuse an optimizer whose package is missing, and a bare name that torch has no optimizer of."""
+    """Refuse an optimizer whose package is missing, and an unknown name without a dot."""
     name = optimizer_name(options)
     dotted = KNOWN.get(name, name)
     if "." in dotted:
@@ -99,7 +99,7 @@ def check_optimizer_installed(options: Optimizer) -> None:
         if importlib.util.find_spec(root) is None:
             raise missing_package("--optimizer_type", dotted.rpartition(".")[2], root)
         return
-    spec = importlib.util.find_spec("torch")  # found, not imported
+    spec = importlib.util.find_spec("torch")  # does not import torch
     folder = Path(spec.origin).parent / "optim" if spec and spec.origin else None
     if folder is None or not folder.is_dir():
         return

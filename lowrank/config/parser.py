@@ -1,19 +1,19 @@
-"""argparse of flags: a section of the help for each group, one line for each error."""
+"""argparse of flags: a section of the help for each group, one line for each error, words without a flag."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from lowrank.config.flag import FlagSpec, shown
+from lowrank.config.flag import TRUTH, FlagSpec, shown
 from lowrank.errors import Refused
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 class GivenValue(NamedTuple):
-    """A value that was given: `label` is the flag as written."""
+    """A value from argv or a config file; `label` is the flag as the user wrote it."""
 
     spec: FlagSpec
     label: str
@@ -21,7 +21,7 @@ class GivenValue(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse of specs; its errors come without the usage text, which for a trainer hides the one line."""
+    """argparse of specs, whose errors are one line without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
@@ -92,3 +92,33 @@ def _add(section: Any, spec: FlagSpec) -> None:
         section.add_argument(
             *spec.names, nargs=nargs, const=(spec, None), type=read, metavar=metavar, **common
         )
+
+
+def name_positional(
+    argv: Sequence[str], specs: Mapping[str, FlagSpec], positional: Sequence[str]
+) -> list[str]:
+    """`argv` with the flags `positional` put before the words that belong to no flag, in order.
+
+    The words before the change are `A B --to peft`, after it `--source A --target B --to peft`. A flag of
+    several values takes all words that are left; words beyond the last flag stay as they are.
+    """
+    by_name = {name: spec for spec in specs.values() for name in spec.names}
+    words: list[str] = []
+    loose: list[str] = []
+    flag: FlagSpec | None = None  # the flag that the next word belongs to
+    for word in argv:
+        if word.startswith("--"):
+            flag = None if "=" in word else by_name.get(word)
+            words.append(word)
+        elif flag and (flag.kind is not bool or word.lower() in TRUTH):
+            flag = flag if flag.many else None
+            words.append(word)
+        else:
+            flag = None
+            loose.append(word)
+    named: list[str] = []
+    for name in positional:
+        count = len(loose) if specs[name].many else 1
+        named += [f"--{name}", *loose[:count]] if loose else []
+        loose = loose[count:]
+    return [*loose, *named, *words]

@@ -21,7 +21,7 @@ SAMPLERS = (
 
 
 def token_length(text: str) -> int | None:
-    """75 (also None), 150 or 225 tokens of a caption; 75 is what an encoder takes at once."""
+    """The number of tokens of a caption, 150 or 225; None for 75, which an encoder reads at once."""
     if text not in LENGTHS and text.lower() != "none":
         raise Refused(f"{text!r} is not one of 75, 150, 225; a caption is read in pieces of 75 tokens")
     return LENGTHS.get(text)
@@ -34,7 +34,7 @@ class Generation:
     v2: bool = option(False, "the base model is SD 2.x")
     clip_skip: int | None = option(
         None,
-        "take the text encoder's n-th last layer (unset: 1, the last; SD 2.x has its own)",
+        "condition on the text encoder's n-th last layer (unset: 1, the last; SD 2.x has another default)",
         low=1,
         high=12,
         metadata=True,
@@ -50,13 +50,17 @@ class SdModel:
         None, "folder of tokenizers for a model in a single file, each in <folder>/<hub id with / as _>"
     )
     max_token_length: int | None = option(
-        None, "most tokens of a caption: 75 (unset), 150 or 225", convert=token_length, metadata=True
+        None,
+        "largest number of tokens of a caption: 75 (unset), 150 or 225",
+        convert=token_length,
+        metadata=True,
     )
     weighted_captions: bool = option(False, "read (word:1.3), (word) and [word] in captions as weights")
-    xformers: bool = option(False, "attention by xformers, where it is installed; else by torch")
-    sdpa: bool = option(False, "attention by torch's own kernels, which is also the default")
+    xformers: bool = option(False, "compute attention with xformers if it is installed, else with torch")
+    sdpa: bool = option(False, "compute attention with torch's own kernels; this is also the default")
     mem_eff_attn: bool = option(
-        False, "attention by torch's own kernels, memory-efficient ones among them; also the default"
+        False,
+        "compute attention with torch's own kernels, some of them memory-efficient; this is also the default",
     )
     sample_sampler: str = option("ddim", "sampler of the pictures drawn while training", choices=SAMPLERS)
 
@@ -101,7 +105,7 @@ def check_sd(parsed: Parsed[SdxlTrainOptions]) -> Iterator[str]:
     yield from check_training(parsed)
     options = parsed.options
     if not options.saving.output_dir:
-        raise Refused("no folder for what is trained; give --output_dir FOLDER")
+        raise Refused("no output folder; give --output_dir FOLDER")
     to_disk = options.data.cache_text_encoder_outputs_to_disk
     if (to_disk or options.data.cache_text_encoder_outputs) and options.trains_text:
         raise Refused(
@@ -110,8 +114,8 @@ def check_sd(parsed: Parsed[SdxlTrainOptions]) -> Iterator[str]:
         )
     if options.objective.zero_terminal_snr and not options.objective.v_parameterization:
         yield (
-            "--zero_terminal_snr without --v_parameterization: the last step shows the model pure noise, and "
-            "predicting the noise from it teaches nothing"
+            "--zero_terminal_snr without --v_parameterization: the last timestep is pure noise, so a "
+            "prediction of the noise learns nothing there"
         )
     if options.sd_model.mem_eff_attn:
         yield "--mem_eff_attn: torch's own attention chooses a memory-efficient kernel where there is one"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lowrank.config.command_line import CommandLine, Parsed, option
-from lowrank.config.flag import comma_floats, comma_words, path
+from lowrank.config.command_line import CommandLine, Parsed
+from lowrank.config.flag import comma_floats, comma_words, option, path
 from lowrank.config.sd import SAMPLERS
 from lowrank.errors import Refused
 from lowrank.naming.keys import IMPORTED
@@ -17,28 +17,28 @@ from lowrank.naming.places import FAMILIES
 class Residual:
     """Residual file"""
 
-    model_path: str | None = path(None, "folder of a diffusers FLUX, or its hub id", required=True)
-    output_dir: str | None = path(None, "folder of flux_residual_weights.safetensors", required=True)
+    model_path: str = path("", "folder of a diffusers FLUX, or its hub id", required=True)
+    output_dir: str = path("", "folder of flux_residual_weights.safetensors", required=True)
     rank: int = option(64, "rank of the adapters that the residual file is for", low=1)
     dtype: str = option("fp16", "precision of the residual", choices=("fp32", "fp16", "bf16"))
-    device: str | None = option(None, "where bases are computed (unset: the GPU if there is one)")
-    basis_cache_dir: str | None = path(None, "folder where bases are kept")
+    device: str | None = option(None, "device for computing the bases (unset: the GPU if there is one)")
+    basis_cache_dir: str | None = path(None, "folder that caches the QR bases")
 
 
 @dataclass(frozen=True)
 class Merge:
     """Merging and sampling"""
 
-    model_path: str | None = path(
-        None,
+    model_path: str = path(
+        "",
         "folder of a diffusers FLUX, SD or SDXL, its hub id, or an SD or SDXL checkpoint file",
         required=True,
     )
-    style_lora_path: str | None = path(None, "adapter of the style", required=True)
-    content_lora_path: str | None = path(None, "adapter of the content", required=True)
-    residual_path: str | None = path(None, "residual file; not needed, but checked when given")
-    output_dir: str | None = path(None, "folder for images and merged adapters", required=True)
-    prompt: str | None = option(None, "what to draw; needed unless --skip_images")
+    style_lora_path: str = path("", "adapter of the style", required=True)
+    content_lora_path: str = path("", "adapter of the content", required=True)
+    residual_path: str | None = path(None, "residual file; not needed, but checked if given")
+    output_dir: str = path("", "folder for images and merged adapters", required=True)
+    prompt: str | None = option(None, "prompt of the pictures; needed unless --skip_images")
     style_weights: tuple[float, ...] = option(
         (1.0,), "comma list of style strengths", convert=comma_floats, low=-1e6, high=1e6
     )
@@ -58,16 +58,21 @@ class Merge:
     more_loras: tuple[str, ...] = option(
         (), "comma list of further adapters at fixed strengths: a.safetensors=0.7", convert=comma_words
     )
-    negative_prompt: str | None = option(None, "what not to draw; not for FLUX")
+    negative_prompt: str | None = option(None, "prompt of what the pictures should not show; not for FLUX")
     num_inference_steps: int = option(50, "denoising steps", low=1, high=1000)
     guidance_scale: float | None = option(
         None,
         "strength of the prompt: distilled guidance for FLUX (unset: 3.5), CFG for SD (unset: 7.5)",
         low=0,
     )
-    sample_sampler: str | None = option(None, "sampler (unset: ddim); not for FLUX", choices=SAMPLERS)
+    sample_sampler: str | None = option(
+        None, "sampler of the pictures (unset: ddim); not for FLUX", choices=SAMPLERS
+    )
     clip_skip: int | None = option(
-        None, "text encoder layer, counted from the last, as in training; for SD 1.x and 2.x", low=1, high=12
+        None,
+        "condition on the text encoder's n-th last layer, as in training; for SD 1.x and 2.x",
+        low=1,
+        high=12,
     )
     tokenizer_cache_dir: str | None = path(
         None, "folder of tokenizers for a model in a single file, each in <folder>/<hub id with / as _>"
@@ -78,32 +83,35 @@ class Merge:
     max_sequence_length: int | None = option(
         None, "length of T5 prompts (unset: 512, schnell 256); for FLUX", low=1, high=512
     )
-    seed: int = option(
-        0, "seed of the first image, the same for every pair of strengths", low=0, high=2**63 - 1
-    )
+    seed: int = option(0, "seed of the first image of every pair of strengths", low=0, high=2**63 - 1)
     dtype: str = option("fp32", "precision of the model", choices=("fp32", "fp16", "bf16"))
-    device: str | None = option(None, "where to draw (unset: the GPU if there is one)")
-    style_reference: str | None = path(None, "picture the style was learned from, shown on the sheet")
-    content_reference: str | None = path(None, "picture the content was learned from, shown on the sheet")
+    device: str | None = option(None, "device for drawing (unset: the GPU if there is one)")
+    style_reference: str | None = path(
+        None, "picture that the style was learned from, shown on the contact sheet"
+    )
+    content_reference: str | None = path(
+        None, "picture that the content was learned from, shown on the contact sheet"
+    )
     save_merged: bool = option(False, "write the merged adapter of each pair too")
     at_timestep: float | None = option(
-        None, "bake T-LoRAs at this timestep, 0 (picture) to 1000; needed to merge them", low=0, high=1000
+        None,
+        "timestep at which T-LoRAs become plain LoRAs, 0 (picture) to 1000 (noise); needed to merge T-LoRAs",
+        low=0,
+        high=1000,
     )
-    skip_images: bool = option(False, "draw nothing, for --save_merged alone")
+    skip_images: bool = option(False, "draw no pictures, only write the adapters of --save_merged")
 
 
 @dataclass(frozen=True)
 class Similarity:
     """Adapters to compare"""
 
-    lora1_path: str | None = path(None, "first adapter file", required=True)
-    lora2_path: str | None = path(None, "second adapter file", required=True)
+    lora1_path: str = path("", "first adapter file", required=True)
+    lora2_path: str = path("", "second adapter file", required=True)
     lora1_name: str = option("style", "name of the first adapter in plots and summary")
     lora2_name: str = option("content", "name of the second adapter in plots and summary")
     output_dir: str = path("deltaR_similarity_analysis", "folder for plots, JSON and summary")
-    fixed_scale: bool = option(
-        False, "without effect: plots of fixed and of automatic scale are both written"
-    )
+    fixed_scale: bool = option(False, "no effect: plots of fixed and of automatic scale are both written")
 
 
 @dataclass(frozen=True)
@@ -113,16 +121,21 @@ class UniversalBasis:
     lora_dir: tuple[str, ...] = path(
         (), "folders of LoRA files, read with everything below them, or single files", required=True
     )
-    output: str | None = path(None, "the .safetensors file to write", required=True)
-    report: str | None = path(None, "JSON file for the table and everything counted")
-    rank: int = option(16, "most directions for each layer", low=1)
+    output: str = path("", "basis file to write; it ends in .safetensors", required=True)
+    report: str | None = path(None, "JSON file for the printed table and all counts")
+    rank: int = option(16, "largest number of directions for each layer", low=1)
     tau: float = option(
-        0.9, "share of each side's energy that is enough; fewer directions are then kept", above=0, high=1
+        0.9,
+        "share of each side's energy that is enough; the fewest directions that reach it are kept",
+        above=0,
+        high=1,
     )
     center: bool = option(False, "subtract the mean LoRA first, so that it is not one of the directions")
-    normalize: bool = option(False, "let every LoRA count alike, whatever its strength")
+    normalize: bool = option(False, "give every LoRA equal weight, whatever its strength")
     sketch: int | None = option(
-        None, "columns kept for each layer and side once there are twice as many (unset: 4 × --rank)", low=1
+        None,
+        "columns kept for each layer and side when twice as many have been collected (unset: 4 × --rank)",
+        low=1,
     )
 
 
@@ -134,7 +147,7 @@ FORMATS = ("kohya", "diffusers", "peft", "lycoris", "qrlora", "lycoris-tlora", "
 class Export:
     """Adapter to export"""
 
-    source: str = path("", "adapter file of any method or dialect", required=True)
+    source: str = path("", "adapter file of any method and of any program", required=True)
     target: str = path(
         "",
         "file to write; a folder for --to peft, and for --to merged where the base is a folder",
@@ -142,26 +155,33 @@ class Export:
     )
     to: str = option("kohya", "format of the file that is written", choices=FORMATS)
     model: str | None = path(None, "base model: folder of a diffusers model, or one checkpoint file")
-    dtype: str | None = option(None, "precision written (unset: as in the file)", choices=_PRECISIONS)
-    rank: int | None = option(None, "largest rank of a layer, by SVD; the loss is printed", low=1)
+    dtype: str | None = option(
+        None, "precision of the written file (unset: as in the source)", choices=_PRECISIONS
+    )
+    rank: int | None = option(
+        None, "reduce every layer to at most this rank by SVD, and print what is lost", low=1
+    )
     parts: str = option("all", "layers to export", choices=("all", "unet", "text"))
     base: str | None = option(
-        None, "kind of model the file is for, where the file does not state it", choices=FAMILIES
+        None, "kind of model that the adapter is for, if the file does not state it", choices=FAMILIES
     )
     dora_norm: str = option(
         "merged",
-        "rows that a DoRA's readers divide by: W + ΔW (merged: LyCORIS), or W (base: ComfyUI; needs --model)",
+        "rows whose lengths a DoRA's reader divides by: of W + ΔW (merged: LyCORIS), or of W (base: "
+        "ComfyUI; needs --model)",
         choices=("merged", "base"),
     )
     at_timestep: float | None = option(
-        None, "bake a T-LoRA at this timestep, 0 to 1000", aliases=("--at-timestep",)
+        None,
+        "timestep at which a T-LoRA becomes a plain LoRA, 0 (picture) to 1000 (noise)",
+        aliases=("--at-timestep",),
     )
     calibrate: str | None = path(
         None,
-        "file of prompts (.txt, .toml, .json) that --model draws with an adapter of several experts; the "
-        "LoRA nearest to it over all steps is exported, and its error is printed",
+        "file of prompts (.txt, .toml, .json) for an adapter with several experts: --model draws them, "
+        "the LoRA nearest to the adapter over all steps is exported, and its error is printed",
     )
-    strength: float = option(1.0, "share of the change that --to merged adds")
+    strength: float = option(1.0, "factor of the ΔW that --to merged adds to the weights")
     verify: str = option(
         "auto",
         "read the file back by the program it is for: layer by layer, or one forward of the model (auto: "
@@ -180,24 +200,32 @@ class ImportAdapter:
         required=True,
     )
     target: str = path("", "native .safetensors file to write", required=True)
-    method: str = option("auto", "method of the file", choices=("auto", *IMPORTED, "tlora"))
+    method: str = option(
+        "auto",
+        "method of the native file (auto: the method that the tensors of the source show)",
+        choices=("auto", *IMPORTED, "tlora"),
+    )
     tlora_min_rank: int | None = option(
-        None, "ranks that a T-LoRA has open at pure noise, where the file does not state it", low=1
+        None, "number of ranks that a T-LoRA opens at pure noise, if the file does not state it", low=1
     )
     tlora_alpha: float | None = option(
         None, "exponent of the schedule of --tlora_min_rank (unset: 1)", above=0
     )
-    model: str | None = path(None, "base model: what a basis, an official QR file or missing lengths need")
-    rank: int | None = option(None, "rank of the basis (unset: that of the adapter)", low=1)
+    model: str | None = path(
+        None, "base model; needed for a basis, an official QR-LoRA file, and a DoRA without row lengths"
+    )
+    rank: int | None = option(None, "rank of the basis (unset: the rank of the adapter)", low=1)
     basis_dtype: str | None = option(
         None,
         "precision the base is trained in, which a basis depends on (unset: as it is stored)",
         choices=_PRECISIONS,
     )
-    basis_cache_dir: str | None = path(None, "folder where bases are kept")
-    dtype: str | None = option(None, "precision written (unset: as in the file)", choices=_PRECISIONS)
+    basis_cache_dir: str | None = path(None, "folder that caches the QR bases")
+    dtype: str | None = option(
+        None, "precision of the written file (unset: as in the source)", choices=_PRECISIONS
+    )
     base: str | None = option(
-        None, "kind of model the file is for, where the file does not state it", choices=FAMILIES
+        None, "kind of model that the adapter is for, if the file does not state it", choices=FAMILIES
     )
 
 
@@ -206,16 +234,16 @@ class Inspect:
     """Files to inspect"""
 
     files: tuple[str, ...] = path((), "adapter files of any program", required=True)
-    json: bool = option(False, "everything as JSON, on one page")
-    layers: bool = option(False, "a line for every layer, not for every block")
-    metadata: bool = option(False, "the file's metadata, word for word")
+    json: bool = option(False, "print everything as one JSON document")
+    layers: bool = option(False, "print a line for each layer instead of each block")
+    metadata: bool = option(False, "print the file's metadata verbatim")
 
 
-def check_basis(parsed: Parsed) -> Iterator[str]:
-    """A file name that the networks can open, and a sketch that has room for the rank."""
-    basis = parsed.universal_basis
+def check_basis(parsed: Parsed[UniversalBasis]) -> Iterator[str]:
+    """Refuse a file name that networks cannot open, and a sketch smaller than the rank."""
+    basis = parsed.options
     if basis.output and not basis.output.endswith(".safetensors"):
-        raise Refused(f"--output {basis.output} does not end in .safetensors; name such a file")
+        raise Refused(f"--output {basis.output} does not end in .safetensors; give such a name")
     if basis.sketch and basis.sketch < basis.rank:
         raise Refused(
             f"--sketch {basis.sketch} is below --rank {basis.rank}; give {4 * basis.rank} or leave it out"
@@ -223,9 +251,9 @@ def check_basis(parsed: Parsed) -> Iterator[str]:
     yield from ()
 
 
-def check_merge(parsed: Parsed) -> Iterator[str]:
-    """A prompt unless no image is drawn; nothing to do is an error too."""
-    merge = parsed.merge
+def check_merge(parsed: Parsed[Merge]) -> Iterator[str]:
+    """Refuse a call without a prompt if images are drawn, and a call that writes nothing."""
+    merge = parsed.options
     if merge.skip_images and not merge.save_merged:
         raise Refused("--skip_images without --save_merged leaves nothing to do; give --save_merged")
     if not merge.prompt and not merge.skip_images:
@@ -234,47 +262,49 @@ def check_merge(parsed: Parsed) -> Iterator[str]:
 
 
 SAVE_RESIDUAL = CommandLine(
-    "save_flux_residual.py", "Write W − QR of every adapted layer, for tools that want it.", (Residual,)
+    "save_flux_residual.py",
+    "Write W − QR of every adapted layer of FLUX, for programs based on the published QR-LoRA code.",
+    Residual,
 )
 
 INFERENCE_MERGE = CommandLine(
     "inference_merge.py",
     "Draw a style and a content adapter together, in every pair of strengths.",
-    (Merge,),
+    Merge,
     check=check_merge,
 )
 
 VISUALIZE_SIMILARITY = CommandLine(
     "visualize_similarity.py",
     "Compare two adapters layer by layer: plots, JSON and a text summary.",
-    (Similarity,),
+    Similarity,
 )
 
 EXTRACT_BASIS = CommandLine(
     "tools/extract_universal_basis.py",
     "Find the directions that a collection of LoRAs shares, for networks that train inside a basis.",
-    (UniversalBasis,),
+    UniversalBasis,
     ignored=("device", "vram_fraction", "num_workers", "chunk_size"),
     check=check_basis,
 )
 
-CONVERT_WORDS, INSPECT_WORDS = ("source", "target"), ("files",)  # the flags of words without a flag
-
 EXPORT = CommandLine(
     "tools/export_lora.py",
-    "tools/export_lora.py SOURCE TARGET [--flag value …]: write an adapter as a file of another program, and "
-    "read it back.",
-    (Export,),
+    "Write an adapter as a file of another program, and read it back.",
+    Export,
+    positional=("source", "target"),
 )
 
 IMPORT = CommandLine(
     "tools/import_lora.py",
-    "tools/import_lora.py SOURCE TARGET [--flag value …]: write another program's adapter as a native file.",
-    (ImportAdapter,),
+    "Write another program's adapter as a native file.",
+    ImportAdapter,
+    positional=("source", "target"),
 )
 
 INSPECT = CommandLine(
     "tools/inspect_lora.py",
-    "tools/inspect_lora.py FILE … [--flag value …]: print what adapter files are; of two, what differs.",
-    (Inspect,),
+    "Print what adapter files contain, and what differs between two files.",
+    Inspect,
+    positional=("files",),
 )

@@ -15,7 +15,7 @@ from lowrank.config.objective import LossOptions
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """The options that every training script has; what a family lacks has a neutral property here."""
+    """The options of every training script; properties of options that a family lacks are neutral here."""
 
     config_file: ConfigFile
     model: Model

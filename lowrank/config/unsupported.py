@@ -1,16 +1,16 @@
-"""Flags of kohya's and diffusers' scripts that are not here: without effect, or refused with a way out."""
+"""Flags of kohya's and diffusers' trainers that this project lacks: ignored, or refused with a way out."""
 
 from __future__ import annotations
 
 import re
 
-# They change nothing here: what they ask for is so already, or another tool's business.
+# Ignored: they have no effect on what is trained here.
 IGNORED = """
     diffusers_xformers sample_batch_size local_rank persistent_data_loader_workers lowram highvram
     dynamo_backend console_log_simple
 """
 
-# They change nothing in FLUX training, there as here.
+# Ignored by FLUX training, in kohya's script too.
 IGNORED_BY_FLUX = """
     v2 v_parameterization vae clip_skip max_token_length weighted_captions sample_sampler
     xformers sdpa mem_eff_attn
@@ -19,51 +19,52 @@ IGNORED_BY_FLUX = """
     scale_v_pred_loss_like_noise_pred v_pred_like_loss debiased_estimation_loss
 """
 
-# They would change something, and are not here.
+# Refused: they would change the result. Each line has flags, a colon, and what to do instead.
 REFUSED = """
     dataset_name dataset_config_name image_column caption_column dataset_class: pictures come from a folder;
         give --instance_data_dir, --train_data_dir or --dataset_config
-    cache_info: image sizes are read from file heads, which is quick; drop it
-    skip_cache_check: caches are found by content and need no check; drop it
+    cache_info: image sizes are read from the heads of the files, which is fast; drop it
+    skip_cache_check: caches are found by their content and need no check; drop it
     debug_dataset: use --dry_run
     face_crop_aug_range: use --random_crop, or crop the pictures beforehand
     disable_mmap_load_safetensors: drop it
-    controlnet_model_name_or_path: no ControlNet is trained here
-    torch_compile: nothing is compiled here; --mixed_precision bf16 is what makes steps short
-    fused_backward_pass blockwise_fused_optimizers fused_optimizer_groups: it is for training whole models
-    initial_epoch initial_step skip_until_initial_step: --resume goes on at the right step and image by itself
+    controlnet_model_name_or_path: no ControlNet is trained here; drop it
+    torch_compile: no model is compiled here; drop it, and use --mixed_precision bf16 for faster steps
+    fused_backward_pass blockwise_fused_optimizers fused_optimizer_groups: it is for training whole models;
+        drop it
+    initial_epoch initial_step skip_until_initial_step: --resume continues at the right step and image; drop
+        it
     ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph: `accelerate launch` sets up processes; drop it
     deepspeed zero_stage zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients
-        offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path: it
-        shares out what an adapter has little of; use `accelerate launch --num_processes N`, and --fp8_base
-        for memory
-    abm_optimizer_type abm_optimizer_args: ABM has an AdamW of its own, with --abm_lr; drop it
+        offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path:
+        adapters have little optimizer state to shard; use `accelerate launch --num_processes N`, and
+        --fp8_base to save memory
+    abm_optimizer_type abm_optimizer_args: the ABM stage always uses AdamW with --abm_lr; drop it
     block_lr learning_rate_te learning_rate_te1 learning_rate_te2: use --text_encoder_lr and --unet_lr
     stop_text_encoder_training: use --network_train_unet_only, or two runs with --network_weights
-    adam_weight_decay_text_encoder: --adam_weight_decay is for every part
+    adam_weight_decay_text_encoder: --adam_weight_decay applies to every part; drop it
     push_to_hub: give --huggingface_repo_id OWNER/NAME
     save_state_to_huggingface: upload the state folder with the Hugging Face command line
     resume_from_huggingface: download the state folder and give --resume FOLDER
-    log_config: the options are always written to the run's folder; drop it
+    log_config: every option is always written to config.toml in --output_dir; drop it
     log_tracker_config: use --log_tracker_name, --wandb_run_name and the tracker's environment variables
+    cpu_offload_checkpointing: use --gradient_checkpointing, and --fp8_base if that is not enough
 """
 
 REFUSED_BY_FLUX = """
-    blocks_to_swap split_mode: use --fp8_base with --gradient_checkpointing, which halves the base's memory
-    cpu_offload_checkpointing: use --gradient_checkpointing, then --fp8_base if that is too little
+    blocks_to_swap split_mode: use --fp8_base with --gradient_checkpointing; fp8 halves the base's memory
 """
 
 REFUSED_BY_SD = """
-    train_inpainting: no inpainting model is trained here
-    cpu_offload_checkpointing: use --gradient_checkpointing, then --fp8_base if that is too little
+    train_inpainting: no inpainting model is trained here; drop it
 """
 
 
 def ways_out(*tables: str) -> dict[str, str]:
-    """The way out by flag, from lines `flag flag: way out` whose continuation is indented further."""
-    found = {}
+    """What to do instead, by flag, from lines `flag flag: text` whose continuation is indented further."""
+    advice: dict[str, str] = {}
     for table in tables:
         for entry in re.sub(r"\n {5,}", " ", table).strip().splitlines():
-            names, _, way_out = entry.partition(": ")
-            found |= dict.fromkeys(names.split(), way_out)
-    return found
+            names, _, text = entry.partition(": ")
+            advice |= dict.fromkeys(names.split(), text)
+    return advice

@@ -30,7 +30,7 @@ def test_a_flux_config_parses_and_names_a_method(path, monkeypatch):
     parsed = with_network(FLUX_TRAIN.parse(["--config_file", str(path), *more]), "networks.delta_r_triu")
     assert parsed.notes == ()
     assert facade_of(find_module(parsed.value("network_module"))) is not None
-    chosen(parsed.optimizer)
+    chosen(parsed.options.optimizer)
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.name.startswith("sd")], ids=lambda p: p.stem)

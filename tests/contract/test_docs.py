@@ -14,9 +14,8 @@ import torch
 from repository import ROOT
 
 from lowrank.cli.resolve import with_network
-from lowrank.config.command_line import pairs
-from lowrank.config.positional import parse_words
-from lowrank.config.tools import CONVERT_WORDS, EXPORT, IMPORT, INSPECT, INSPECT_WORDS
+from lowrank.config.flag import pairs
+from lowrank.config.tools import EXPORT, IMPORT, INSPECT
 from lowrank.train.network_module import facade_of, find_module
 from tools import draw_qr_method
 from tools.make_flags import SURFACES, TRAINERS, list_flags
@@ -24,9 +23,9 @@ from tools.make_flags import SURFACES, TRAINERS, list_flags
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "assets").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 PARSERS = {
-    "tools/export_lora.py": (EXPORT, CONVERT_WORDS),
-    "tools/import_lora.py": (IMPORT, CONVERT_WORDS),
-    "tools/inspect_lora.py": (INSPECT, INSPECT_WORDS),
+    "tools/export_lora.py": EXPORT,
+    "tools/import_lora.py": IMPORT,
+    "tools/inspect_lora.py": INSPECT,
 }
 # flags of other programs, and of the lines of a prompt file, that pages speak of
 FOREIGN = {"--check", "--ss", "--network_merge", "--network_pre_calc", "--fp16"}
@@ -37,8 +36,6 @@ RIDDLES = re.compile(
     r"\b(told|said|says|minds|likewise|nobody|of itself)\b|\bof that(?=\s*(?:[.,;:)]|$))",
     re.IGNORECASE | re.MULTILINE,
 )
-# its text is the help texts of the flags, which have a test of their own
-FROM_HELP = {"docs/flags.md"}
 WORDS, COLUMNS = 35, 150  # of a sentence, and of a line outside tables and code
 
 # files of the reader that a command needs while it is read
@@ -105,9 +102,7 @@ def test_every_module_that_is_named_exists(page):
 @pytest.fixture(scope="module")
 def flags():
     """Every flag of every script, and those that the small scripts name in their text."""
-    parsers = [surface.parser() for surface in SURFACES] + [
-        command.parser() for command, _ in PARSERS.values()
-    ]
+    parsers = [command.parser() for command in (*SURFACES, *PARSERS.values())]
     known = FOREIGN.union(*(parser._option_string_actions for parser in parsers))
     for file in [*ROOT.glob("*.sh"), *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         known.update(FLAG.findall(file.read_text(encoding="utf-8")))
@@ -125,13 +120,13 @@ def test_every_command_is_understood(page, monkeypatch):
     surfaces = {surface.prog: surface for surface in SURFACES}
     for script, words in commands(page.read_text(encoding="utf-8")):
         if script in PARSERS:
-            parse_words(PARSERS[script][0], words, PARSERS[script][1])
+            PARSERS[script].parse(words)
         if script not in surfaces or "…" in words:  # … stands for the reader's own flags
             continue
         parsed = surfaces[script].parse([EXAMPLES.get(word, word) for word in words])
         assert not [note for note in parsed.notes if "ignored" in note], words
         if "network_module" in parsed.specs:
-            network = with_network(parsed, "networks.lora").network
+            network = with_network(parsed, "networks.lora").options.network
             facade = facade_of(find_module(network.network_module))
             given = pairs("--network_args", network.network_args)
             assert facade is None or set(given) <= set(facade.known), words
@@ -189,7 +184,7 @@ def long_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if len(line) > COLUMNS and not line.startswith(("|", "!["))]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if name(page) not in FROM_HELP], ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_prose_has_no_riddle_words(page):
     assert [match[0] for match in RIDDLES.finditer(prose(page.read_text(encoding="utf-8")))] == []
 

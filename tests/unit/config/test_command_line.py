@@ -16,8 +16,8 @@ from recorder import call, tree
 from repository import ROOT
 
 from lowrank.config.checks import adapter_module
-from lowrank.config.command_line import CommandLine, ConfigFile, option, parse
-from lowrank.config.flag import literals, pairs
+from lowrank.config.command_line import CommandLine, ConfigFile
+from lowrank.config.flag import literals, option, pairs
 from lowrank.config.flags_training import Optimizer
 from lowrank.config.flux import FLUX_TRAIN
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
@@ -96,28 +96,33 @@ def test_training_launchers_parse(tree, script, module):
     arguments, _ = call(tree, f"flux_dir/{script}", "0", "64")
     parsed = FLUX_TRAIN.parse(arguments[arguments.index("./flux_train_qrlora.py") + 1 :])
     assert parsed.notes == ()
-    assert adapter_module(parsed.network) == module
-    assert parsed.network.network_dim == 64
-    assert parsed.network.use_zero_init is (True if "deltaR" in script else None)
-    assert (parsed.train.max_train_steps, parsed.optimizer.learning_rate) == (1000, 1e-4)
-    assert (parsed.train.gradient_accumulation_steps, parsed.train.seed) == (1, 0)
-    assert parsed.flux_model.guidance_scale == 1.0 and parsed.objective.discrete_flow_shift == 1.0
-    assert parsed.sampling.validation_epochs == 100 and parsed.saving.checkpointing_steps == 250
-    assert parsed.logging.log_with == "tensorboard" and parsed.sizes.resolution == (512, 512)
+    assert adapter_module(parsed.options.network) == module
+    assert parsed.options.network.network_dim == 64
+    assert parsed.options.network.use_zero_init is (True if "deltaR" in script else None)
+    assert (parsed.options.train.max_train_steps, parsed.options.optimizer.learning_rate) == (1000, 1e-4)
+    assert (parsed.options.train.gradient_accumulation_steps, parsed.options.train.seed) == (1, 0)
+    assert (
+        parsed.options.flux_model.guidance_scale == 1.0
+        and parsed.options.objective.discrete_flow_shift == 1.0
+    )
+    assert (
+        parsed.options.sampling.validation_epochs == 100 and parsed.options.saving.checkpointing_steps == 250
+    )
+    assert parsed.options.logging.log_with == "tensorboard" and parsed.options.sizes.resolution == (512, 512)
 
 
 def test_the_other_launchers_parse(tree):
     arguments, _ = call(tree, "flux_dir/save_flux_residual.sh", "0")
-    residual = SAVE_RESIDUAL.parse(arguments[1:]).residual
+    residual = SAVE_RESIDUAL.parse(arguments[1:]).options
     assert (residual.rank, residual.dtype) == (64, "fp16")
     paths = {"STYLE_LORA_PATH": "s.safetensors", "CONTENT_LORA_PATH": "c.safetensors"}
     arguments, _ = call(tree, "flux_dir/inference_merge.sh", "0", **paths)
-    merge = INFERENCE_MERGE.parse(arguments[1:]).merge
+    merge = INFERENCE_MERGE.parse(arguments[1:]).options
     assert merge.style_weights == merge.content_weights == (0.9, 1.0)
     assert (merge.prompt, merge.num_inference_steps, merge.seed) == ("a <c> dog in <s> style", 28, 42)
     paths = {"LORA1_PATH": "s.safetensors", "LORA2_PATH": "c.safetensors"}
     arguments, _ = call(tree, "test/visualize_qrlora_similarity.sh", "0", **paths)
-    similarity = VISUALIZE_SIMILARITY.parse(arguments[1:]).similarity
+    similarity = VISUALIZE_SIMILARITY.parse(arguments[1:]).options
     assert (similarity.lora1_name, similarity.lora2_name, similarity.fixed_scale) == ("sty", "cnt", True)
 
 
@@ -132,26 +137,31 @@ def test_a_kohya_launcher_parses_with_one_warning():
     assert parsed.notes == (
         "ignored for FLUX: clip_skip, lowram, max_token_length, min_snr_gamma, noise_offset, sdpa, xformers",
     )
-    assert pairs("--network_args", parsed.network.network_args) == {
+    assert pairs("--network_args", parsed.options.network.network_args) == {
         "loraplus_lr_ratio": "16",
         "target": "a=b",
     }
-    assert parsed.sizes.resolution == (768, 512) and parsed.captions.caption_extension == ".txt"
-    assert parsed.optimizer.lr_warmup_steps == 0.1
-    assert parsed.optimizer.text_encoder_lr == (5e-5, 1e-5)
+    assert (
+        parsed.options.sizes.resolution == (768, 512) and parsed.options.captions.caption_extension == ".txt"
+    )
+    assert parsed.options.optimizer.lr_warmup_steps == 0.1
+    assert parsed.options.optimizer.text_encoder_lr == (5e-5, 1e-5)
     assert "SECRET" not in parsed.command and "SECRET" not in parsed.toml() and "***" in parsed.command
 
 
 def test_defaults_are_kohyas_where_no_reason_speaks_against():
     parsed = flux()
-    assert parsed.train.max_train_steps == 1600 and parsed.train.train_batch_size == 1
+    assert parsed.options.train.max_train_steps == 1600 and parsed.options.train.train_batch_size == 1
     assert (
-        parsed.objective.model_prediction_type == "raw"
+        parsed.options.objective.model_prediction_type == "raw"
     )  # kohya: sigma_scaled, which does not match the target
-    assert parsed.objective.timestep_sampling == "sigma" and parsed.objective.discrete_flow_shift == 3.0
-    assert parsed.optimizer.learning_rate == 1e-4 and Optimizer().learning_rate == 2e-6
-    assert parsed.network.network_alpha is None and parsed.network.network_dim is None
-    assert adapter_module(parsed.network) == "networks.delta_r_triu"
+    assert (
+        parsed.options.objective.timestep_sampling == "sigma"
+        and parsed.options.objective.discrete_flow_shift == 3.0
+    )
+    assert parsed.options.optimizer.learning_rate == 1e-4 and Optimizer().learning_rate == 2e-6
+    assert parsed.options.network.network_alpha is None and parsed.options.network.network_dim is None
+    assert adapter_module(parsed.options.network) == "networks.delta_r_triu"
 
 
 def test_objective_is_its_options():
@@ -194,50 +204,53 @@ def test_two_names_that_differ_are_refused_and_one_name_twice_is_not():
         "--rank (4) and --network_dim (8) name one setting and differ; give one of them"
     )
     assert refused("--flip_aug", "--no-random_flip").startswith("--flip_aug (True) and --random_flip (False)")
-    assert flux("--rank", "4", "--rank", "8").network.network_dim == 8
-    assert flux("--cache_latents", "--no-cache_latents").data.cache_latents is False
+    assert flux("--rank", "4", "--rank", "8").options.network.network_dim == 8
+    assert flux("--cache_latents", "--no-cache_latents").options.data.cache_latents is False
     notes = flux("--network_args", "a=1", "b=2", "--network_args", "c=3").notes
     assert notes == ("--network_args is given twice and only the last counts: c=3",)
 
 
 def test_use_zero_init_has_three_states():
-    assert flux().network.use_zero_init is None
-    assert flux("--use_zero_init").network.use_zero_init is True
-    assert flux("--no-use_zero_init").network.use_zero_init is False
-    assert flux("--use_zero_init", "False").network.use_zero_init is False
+    assert flux().options.network.use_zero_init is None
+    assert flux("--use_zero_init").options.network.use_zero_init is True
+    assert flux("--no-use_zero_init").options.network.use_zero_init is False
+    assert flux("--use_zero_init", "False").options.network.use_zero_init is False
 
 
 def test_negative_numbers_are_values():
     weights = INFERENCE_MERGE.parse(
         [*MERGE, "--prompt", "p", "--style_weights", "-0.5,1e-1", "--content_weights", "-1"]
     )
-    assert weights.merge.style_weights == (-0.5, 0.1) and weights.merge.content_weights == (-1.0,)
+    assert weights.options.style_weights == (-0.5, 0.1) and weights.options.content_weights == (-1.0,)
     assert "--seed -1 is below 0" in refused("--seed", "-1")
 
 
 def test_texts_keep_their_blanks():
-    assert flux("--caption_separator", " ; ").captions.caption_separator == " ; "
+    assert flux("--caption_separator", " ; ").options.captions.caption_separator == " ; "
 
 
 @pytest.mark.parametrize(
     ("text", "expected"), [("512", (512, 512)), ("768,512", (768, 512)), ("768, 512", (768, 512))]
 )
 def test_resolution(text, expected):
-    assert flux("--resolution", text).sizes.resolution == expected
+    assert flux("--resolution", text).options.sizes.resolution == expected
 
 
 @pytest.mark.parametrize(
     ("text", "expected"), [("100", 100), ("0.1", 0.1), ("10%", 0.1), ("0", 0), ("5.0", 5)]
 )
 def test_warmup(text, expected):
-    assert flux("--lr_scheduler", "linear", "--lr_warmup_steps", text).optimizer.lr_warmup_steps == expected
+    assert (
+        flux("--lr_scheduler", "linear", "--lr_warmup_steps", text).options.optimizer.lr_warmup_steps
+        == expected
+    )
 
 
 # ---------- exit code 2: what argparse would complain about
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         ("--netwrk_dim 4", "unknown flag --netwrk_dim (did you mean '--network_dim'?)"),
         ("--lora_rank=4", "unknown flag --lora_rank"),
@@ -256,12 +269,12 @@ def test_warmup(text, expected):
         ("--output_name my style", "unexpected 'style' belongs to no flag"),
         ("--model_type chroma", "'chroma' is not one of flux"),
         ("--dataset_name lambdalabs/x", "--dataset_name is not supported: pictures come from a folder"),
-        ("--torch_compile", "--torch_compile is not supported: nothing is compiled here"),
+        ("--torch_compile", "--torch_compile is not supported: no model is compiled here"),
         ("--in_json", "expected one argument"),
     ],
 )
-def test_usage_errors(capsys, argv, said):
-    assert said in exits(capsys, *argv.split())
+def test_usage_errors(capsys, argv, expected):
+    assert expected in exits(capsys, *argv.split())
 
 
 def test_small_scripts_name_what_is_missing(capsys):
@@ -276,7 +289,7 @@ def test_small_scripts_name_what_is_missing(capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         ("--output_dir=", "the text is empty"),
         ("--resume=", "the text is empty"),
@@ -290,8 +303,8 @@ def test_small_scripts_name_what_is_missing(capsys):
         (f"--output_name {'ä' * 101}", "is 202 bytes long"),
     ],
 )
-def test_texts_that_name_nothing_are_refused(capsys, argv, said):
-    assert said in exits(capsys, *shlex.split(argv))
+def test_texts_that_name_nothing_are_refused(capsys, argv, expected):
+    assert expected in exits(capsys, *shlex.split(argv))
 
 
 @pytest.mark.parametrize(
@@ -321,7 +334,7 @@ def test_help_lists_every_name(capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         ("--rank 0", "--rank 0 is below 1; give 1 or more"),
         ("--max_train_steps 0", "--max_train_steps 0 is below 1"),
@@ -334,7 +347,7 @@ def test_help_lists_every_name(capsys):
         ("--resolution 512,0", "--resolution 0 is below 1 pixels"),
         ("--lr_warmup_steps 100", "--lr_warmup_steps 100 has no effect with --lr_scheduler constant"),
         ("--train_data_dir x", "not --train_data_dir and --instance_data_dir"),
-        ("--center_crop --random_crop", "--center_crop and --random_crop are both given"),
+        ("--center_crop --random_crop", "--center_crop and --random_crop exclude each other"),
         ("--cache_latents --color_aug", "--color_aug changes images every epoch"),
         ("--min_bucket_reso 2048", "--min_bucket_reso 2048 exceeds --max_bucket_reso 1024"),
         ("--with_prior_preservation --class_prompt x", "--with_prior_preservation needs --class_data_dir"),
@@ -346,7 +359,7 @@ def test_help_lists_every_name(capsys):
         ("--masked_loss", "--masked_loss has no masks; give --conditioning_data_dir FOLDER or --alpha_mask"),
         ("--upcast_before_saving --save_precision bf16", "exclude each other"),
         ("--save_model_as ckpt", "would be a pickle"),
-        ("--num_train_epochs 2 --max_train_steps 10", "scripts disagree which wins"),
+        ("--num_train_epochs 2 --max_train_steps 10", "scripts differ in which has precedence"),
         ("--sample_every_n_steps 5", "has nothing to draw; give --sample_prompts"),
         ("--async_upload", "--async_upload needs --huggingface_repo_id"),
         ("--network_args rank", "--network_args 'rank' is not of the form key=value; write e.g. rank=1"),
@@ -355,8 +368,8 @@ def test_help_lists_every_name(capsys):
         ("--output_config", "--output_config needs the file to write"),
     ],
 )
-def test_rules_between_flags(argv, said):
-    assert said in refused(*argv.split())
+def test_rules_between_flags(argv, expected):
+    assert expected in refused(*argv.split())
 
 
 def test_something_to_train_on_is_needed():
@@ -368,7 +381,7 @@ def test_something_to_train_on_is_needed():
 
 def test_kohyas_epochs_win_over_steps_without_a_word():
     parsed = flux("--max_train_epochs", "2", "--max_train_steps", "10")
-    assert parsed.train.max_train_epochs == 2 and parsed.notes == ()
+    assert parsed.options.train.max_train_epochs == 2 and parsed.notes == ()
 
 
 def test_literals():
@@ -412,11 +425,16 @@ def test_config_file_is_flat_typed_and_weaker_than_the_command_line(tmp_path):
     parsed = FLUX_TRAIN.parse(
         ["--config_file", path.removesuffix(".toml"), "--rank", "8", "--no-cache_latents"]
     )
-    assert parsed.network.network_dim == 8
-    assert parsed.optimizer.learning_rate == 2e-4 and parsed.optimizer.text_encoder_lr == (1e-5,)
-    assert parsed.sizes.resolution == (640, 640) and parsed.network.network_args == ("a=1", "b=2")
-    assert parsed.train.gradient_checkpointing and not parsed.data.cache_latents
-    assert parsed.optimizer.lr_warmup_steps == 0.1
+    assert parsed.options.network.network_dim == 8
+    assert parsed.options.optimizer.learning_rate == 2e-4 and parsed.options.optimizer.text_encoder_lr == (
+        1e-5,
+    )
+    assert parsed.options.sizes.resolution == (640, 640) and parsed.options.network.network_args == (
+        "a=1",
+        "b=2",
+    )
+    assert parsed.options.train.gradient_checkpointing and not parsed.options.data.cache_latents
+    assert parsed.options.optimizer.lr_warmup_steps == 0.1
     assert parsed.notes == ("ignored for FLUX: xformers",)
     assert (
         parsed.given["learning_rate"] == f"learning_rate in {path}"
@@ -425,7 +443,7 @@ def test_config_file_is_flat_typed_and_weaker_than_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("learning_rat = 1", "unknown key 'learning_rat' (did you mean 'learning_rate'?) in"),
         ("epoch = 1\nnoise = 2", "unknown key 'epoch' and 1 more in"),
@@ -440,21 +458,21 @@ def test_config_file_is_flat_typed_and_weaker_than_the_command_line(tmp_path):
         ("rank = 4\nnetwork_dim = 8", "name one setting and differ"),
         ("[a]\nrank = 4\n[b]\nnetwork_dim = 8", "name one setting and differ"),
         ("rank = 0", "run.toml 0 is below 1"),
-        ("cache_info = true", "is not supported: image sizes are read from file heads"),
+        ("cache_info = true", "is not supported: image sizes are read from the heads of the files"),
         ("config_file = 'x'", "unknown key 'config_file'"),
         ("rank = ", "is not TOML"),
     ],
 )
-def test_config_file_mistakes(tmp_path, text, said):
+def test_config_file_mistakes(tmp_path, text, expected):
     path = config(tmp_path, text)
     message = refused("--config_file", path)
-    assert said in message and "run.toml" in message
+    assert expected in message and "run.toml" in message
 
 
 def test_unknown_config_keys_can_be_allowed(tmp_path):
     path = config(tmp_path, "epoch = 1\nrank = 4")
     parsed = flux("--config_file", path, "--allow_unknown_config_keys")
-    assert parsed.network.network_dim == 4
+    assert parsed.options.network.network_dim == 4
     assert parsed.notes == (f"unknown keys of {path} without effect: epoch",)
     assert "unknown key 'epoch'" in refused("--config_file", path, "--no-allow_unknown_config_keys")
 
@@ -484,7 +502,7 @@ def test_the_resolved_options_come_back(tmp_path):
     assert "hf_secret" not in text and "dry_run = " not in text
     again = FLUX_TRAIN.parse(["--config_file", config(tmp_path, text)])
     assert again.values() == parsed.values() and again.notes == parsed.notes == ()
-    assert again.hub.huggingface_token is None and not again.train.dry_run
+    assert again.options.hub.huggingface_token is None and not again.options.train.dry_run
     assert again.toml().splitlines()[2:] == text.splitlines()[2:]
 
 
@@ -506,7 +524,7 @@ def test_output_config_writes_what_was_given_and_exits(tmp_path, capsys):
     assert caught.value.code == 0 and str(path) in capsys.readouterr().out
     text = path.read_text()
     assert "network_dim = 8" in text and "max_train_steps" not in text
-    assert FLUX_TRAIN.parse(["--config_file", str(path)]).network.network_dim == 8
+    assert FLUX_TRAIN.parse(["--config_file", str(path)]).options.network.network_dim == 8
     assert "does not write over" in refused("--rank", "4", "--output_config", "--config_file", str(path))
     assert path.read_text() == text
 
@@ -530,35 +548,69 @@ class OtherToys:
     size: int = option(1, "how large")
 
 
+@dataclasses.dataclass(frozen=True)
+class Toys:
+    """The options of a script with two groups"""
+
+    config_file: ConfigFile
+    toy_group: ToyGroup
+
+
+@dataclasses.dataclass(frozen=True)
+class DoubledToys:
+    """The options of a script that has a flag twice"""
+
+    toy_group: ToyGroup
+    other: OtherToys
+
+
 def test_a_group_is_its_flags():
-    parsed = parse(
-        ["--labels", "a b", "c", "--ratio", "5"],
-        [ToyGroup],
-        prog="toy.py",
-        defaults={"size": 9},
-        ignored=("old",),
-    )
-    assert parsed.toy_group == ToyGroup(9, ("a b", "c"), 5.0)
+    line = CommandLine("toy.py", "", ToyGroup, defaults={"size": 9}, ignored=("old",))
+    parsed = line.parse(["--labels", "a b", "c", "--ratio", "5"])
+    assert parsed.options == ToyGroup(9, ("a b", "c"), 5.0)
     assert parsed.command == "toy.py --labels 'a b' c --ratio 5"
     assert parsed.flag("names") == "--labels" and parsed.flag("size") == "--size"
-    with pytest.raises(AttributeError, match="no group of options 'network'"):
-        _ = parsed.network
+    with pytest.raises(AttributeError, match="network"):
+        _ = parsed.options.network
     with pytest.raises(dataclasses.FrozenInstanceError):
-        parsed.toy_group.size = 4
+        parsed.options.size = 4
 
 
 def test_defaults_of_no_flag_and_doubled_flags_are_bugs():
     with pytest.raises(AssertionError, match="colour"):
-        parse([], [ToyGroup], prog="toy.py", defaults={"colour": 1})
+        CommandLine("toy.py", "", ToyGroup, defaults={"colour": 1}).parse([])
     with pytest.raises(AssertionError, match=r"'size'.* of OtherToys are declared twice"):
-        parse([], [ToyGroup, OtherToys], prog="toy.py")
+        CommandLine("toy.py", "", DoubledToys).parse([])
 
 
 def test_without_the_group_there_is_no_config_file(capsys):
     with pytest.raises(SystemExit):
-        parse(["--config_file", "x"], [ToyGroup], prog="toy.py")
+        CommandLine("toy.py", "", ToyGroup).parse(["--config_file", "x"])
     assert "unknown flag --config_file" in capsys.readouterr().err
-    assert parse([], [ConfigFile, ToyGroup], prog="toy.py").config_file.config_file is None
+    assert CommandLine("toy.py", "", Toys).parse([]).options.config_file.config_file is None
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "5 a b",
+        "5 a b --ratio 1",
+        "--ratio 1 5 a b",
+        "--ratio=1 5 a b",
+        "--size 5 --names a b",
+        "5 --names a b",
+    ],
+)
+def test_words_without_a_flag_are_values_of_positional_flags(argv):
+    line = CommandLine("toy.py", "", ToyGroup, positional=("size", "names"))
+    options = line.parse(argv.split()).options
+    assert (options.size, options.names) == (5, ("a", "b"))
+
+
+def test_words_beyond_the_positional_flags_are_an_error(capsys):
+    with pytest.raises(SystemExit):
+        CommandLine("toy.py", "", ToyGroup, positional=("size",)).parse(["5", "a"])
+    assert "'a' belongs to no flag" in capsys.readouterr().err
 
 
 # ---------- the frozen surface
@@ -585,9 +637,9 @@ def test_nothing_is_both_a_flag_and_not(surface):
 
 def test_what_is_off_is_accepted(tmp_path):
     parsed = flux("--blocks_to_swap", "0", "--debug_dataset", "false", "--save_every_n_steps", "0")
-    assert parsed.saving.save_every_n_steps is None
+    assert parsed.options.saving.save_every_n_steps is None
     assert parsed.notes == ("ignored for FLUX: blocks_to_swap, debug_dataset",)
     text = "split_mode = false\ncache_info = ''\nscale_weight_norms = 0\nmax_train_epochs = 0"
     parsed = flux("--config_file", config(tmp_path, text))
-    assert parsed.network.scale_weight_norms is None and parsed.train.max_train_epochs is None
+    assert parsed.options.network.scale_weight_norms is None and parsed.options.train.max_train_epochs is None
     assert refused("--rank", "0")

@@ -9,11 +9,19 @@ import pytest
 from lowrank.config.context import CALC_CONTEXT
 from lowrank.config.flux import FLUX_TRAIN
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
-from lowrank.config.tools import EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY
+from lowrank.config.tools import (
+    EXPORT,
+    EXTRACT_BASIS,
+    IMPORT,
+    INFERENCE_MERGE,
+    INSPECT,
+    SAVE_RESIDUAL,
+    VISUALIZE_SIMILARITY,
+)
 
 COMMAND_LINES = (
     *(SD_TRAIN, SDXL_TRAIN, FLUX_TRAIN, CALC_CONTEXT),
-    *(EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY),
+    *(EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY, EXPORT, IMPORT, INSPECT),
 )
 # Beginnings that need another text to be understood, and words that this project does not use for programs.
 DEPENDENT = re.compile(

@@ -39,9 +39,9 @@ def written(tmp_path):
     """A function that writes a LyCORIS file, the guide's with other keys, and returns its path."""
 
     def write(**keys) -> Path:
-        told = {"algo": "lora", "linear_dim": 64, "linear_alpha": 32} | keys
+        settings = {"algo": "lora", "linear_dim": 64, "linear_alpha": 32} | keys
         path = tmp_path / "lycoris.json"
-        path.write_text(json.dumps({key: value for key, value in told.items() if value != "absent"}))
+        path.write_text(json.dumps({key: value for key, value in settings.items() if value != "absent"}))
         return path
 
     return write
@@ -61,10 +61,10 @@ def full():
 
 def network(path: Path, denoiser: torch.nn.Module):
     """What a file makes of a denoiser."""
-    told = translate(path)
-    module = find_module(told.module)
-    facade_of(module).check(told.arguments)
-    return module.create_network(1.0, told.rank, told.alpha, None, [], denoiser, **told.arguments)
+    settings = translate(path)
+    module = find_module(settings.module)
+    facade_of(module).check(settings.arguments)
+    return module.create_network(1.0, settings.rank, settings.alpha, None, [], denoiser, **settings.arguments)
 
 
 # ---------- the user's files
@@ -75,17 +75,22 @@ def test_the_guides_files_as_they_stand(monkeypatch, tmp_path):
         **{"tlora_min_rank": "1", "tlora_alpha": "1.0", "orthogonal": "True", "sig_type": "principal"},
         **{"use_data_init": "True", "target_module": "Attention,FeedForward"},
     }
-    told = translate(FILES / "lycoris_tlora.json")
-    assert (told.module, told.rank, told.alpha, told.notes) == ("networks.tlora", 64, 32.0, ())
-    assert told.arguments == expected
+    settings = translate(FILES / "lycoris_tlora.json")
+    assert (settings.module, settings.rank, settings.alpha, settings.notes) == (
+        "networks.tlora",
+        64,
+        32.0,
+        (),
+    )
+    assert settings.arguments == expected
     # config.json names config/lycoris_tlora.json, as seen from the folder above
     (tmp_path / "config").mkdir()
     for name in ("config.json", "lycoris_tlora.json"):
         shutil.copy(FILES / name, tmp_path / "config" / name)
     for place in (tmp_path, tmp_path / "config", FILES):
         monkeypatch.chdir(place)
-        found = translate(tmp_path / "config" / "config.json")
-        assert replace(found, path=told.path, notes=()) == told and "names" in found.notes[0]
+        again = translate(tmp_path / "config" / "config.json")
+        assert replace(again, path=settings.path, notes=()) == settings and "names" in again.notes[0]
     assert translate(FILES / "config.json").path == FILES / "lycoris_tlora.json"  # side by side
 
 
@@ -118,9 +123,9 @@ def test_flux_2_by_its_own_names_and_by_the_general_ones(full):
 @pytest.mark.slow
 def test_the_guides_files_train_stable_diffusion(kind, request, arguments, tmp_path):
     """Unchanged but for the rank, which the tiny model's narrowest layers do not have."""
-    told = json.loads((FILES / "lycoris_tlora.json").read_text()) | {"linear_dim": 8, "linear_alpha": 0.5}
+    settings = json.loads((FILES / "lycoris_tlora.json").read_text()) | {"linear_dim": 8, "linear_alpha": 0.5}
     (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "lycoris_tlora.json").write_text(json.dumps(told))
+    (tmp_path / "config" / "lycoris_tlora.json").write_text(json.dumps(settings))
     shutil.copy(FILES / "config.json", tmp_path / "config")
     model, main = request.getfixturevalue(f"tiny_{kind}"), {"sd": sd, "sdxl": sdxl}[kind]
     line = arguments("run", "--lycoris_config", str(tmp_path / "config" / "config.json"), model=model)
@@ -135,8 +140,8 @@ def test_the_guides_files_train_stable_diffusion(kind, request, arguments, tmp_p
 
 
 def test_the_guides_files_train_flux(flux_arguments, tmp_path):
-    told = json.loads((FILES / "lycoris_tlora.json").read_text()) | {"linear_dim": 8}
-    (tmp_path / "lycoris.json").write_text(json.dumps(told))
+    settings = json.loads((FILES / "lycoris_tlora.json").read_text()) | {"linear_dim": 8}
+    (tmp_path / "lycoris.json").write_text(json.dumps(settings))
     line = without(flux_arguments("run"), "--lora_init_method", "--rank", "--basis_cache_dir")
     assert flux([*line, "--lycoris_config", str(tmp_path / "lycoris.json"), "--max_train_steps", "1"]) == 0
     (adapter,) = (tmp_path / "run").glob("*.safetensors")
@@ -215,24 +220,24 @@ def test_nothing_is_cut(keys, scales, written, full):
 
 
 def test_other_methods_and_options(written):
-    told = translate(written(algo="lora", dora_wd=True, dropout=0.1, module_dropout=0.2))
-    assert (told.module, told.arguments["dropout"], told.arguments["module_dropout"]) == (
+    settings = translate(written(algo="lora", dora_wd=True, dropout=0.1, module_dropout=0.2))
+    assert (settings.module, settings.arguments["dropout"], settings.arguments["module_dropout"]) == (
         *("networks.dora", "0.1"),
         "0.2",
     )
-    told = translate(
+    settings = translate(
         written(algo="tlora", tlora_min_rank=32, tlora_alpha=2, sig_type="last", use_data_init=False)
     )
-    assert told.arguments["sig_type"] == "last" and told.arguments["use_data_init"] == "False"
-    assert (told.arguments["tlora_min_rank"], told.arguments["tlora_alpha"]) == ("32", "2.0")
-    facade_of(find_module("networks.tlora")).check(told.arguments)
+    assert settings.arguments["sig_type"] == "last" and settings.arguments["use_data_init"] == "False"
+    assert (settings.arguments["tlora_min_rank"], settings.arguments["tlora_alpha"]) == ("32", "2.0")
+    facade_of(find_module("networks.tlora")).check(settings.arguments)
     # LyCORIS hears of the start in its maps alone
     entry = {"sig_type": "last", "use_data_init": False}
     preset = {"target_module": ["Attention"], "module_algo_map": {"Attention": entry}}
-    told = translate(written(algo="tlora", apply_preset=preset))
-    assert (told.arguments["sig_type"], told.arguments["use_data_init"]) == ("last", "False")
-    told = translate(written(bypass_mode=True, mask_group_id=1, use_tucker=False))
-    assert len(told.notes) == 2 and all("has no effect" in note for note in told.notes)
+    settings = translate(written(algo="tlora", apply_preset=preset))
+    assert (settings.arguments["sig_type"], settings.arguments["use_data_init"]) == ("last", "False")
+    settings = translate(written(bypass_mode=True, mask_group_id=1, use_tucker=False))
+    assert len(settings.notes) == 2 and all("has no effect" in note for note in settings.notes)
 
 
 # ---------- beside other flags
@@ -245,23 +250,29 @@ def parsed(*flags: str, surface=FLUX_TRAIN):
 
 
 def test_flags_that_agree_and_arguments_beside():
-    told = parsed(
+    settings = parsed(
         "--network_module", "tlora", "--rank", "64", "--network_args", "sig_type=principal", "exclude=ff"
     )
-    assert (told.network.network_module, told.network.network_dim) == ("networks.tlora", 64)
-    assert {"exclude=ff", "sig_type=principal"} < set(told.network.network_args)
-    assert told.network.network_train_unet_only
-    told = parsed(surface=SD_TRAIN)
-    assert told.network.network_train_unet_only and "--train_text_encoder adapts" in told.notes[-1]
-    told = parsed("--train_text_encoder", surface=SD_TRAIN)
-    assert not told.network.network_train_unet_only
+    assert (settings.options.network.network_module, settings.options.network.network_dim) == (
+        "networks.tlora",
+        64,
+    )
+    assert {"exclude=ff", "sig_type=principal"} < set(settings.options.network.network_args)
+    assert settings.options.network.network_train_unet_only
+    settings = parsed(surface=SD_TRAIN)
+    assert (
+        settings.options.network.network_train_unet_only
+        and "--train_text_encoder adapts" in settings.notes[-1]
+    )
+    settings = parsed("--train_text_encoder", surface=SD_TRAIN)
+    assert not settings.options.network.network_train_unet_only
 
 
 def test_a_saved_configuration_is_read_back(tmp_path):
     first = parsed(surface=SD_TRAIN)
     (tmp_path / "run.toml").write_text(first.toml())
     again = with_network(SD_TRAIN.parse(["--config_file", str(tmp_path / "run.toml")]), "networks.lora")
-    assert again.network == first.network
+    assert again.options.network == first.options.network
 
 
 @pytest.mark.parametrize(
@@ -323,9 +334,9 @@ def test_flags_that_disagree_are_refused(flags, words):
     ids=str,
 )
 def test_mistakes_in_a_file(keys, words, written):
-    with pytest.raises(Refused, match=words) as told:
+    with pytest.raises(Refused, match=words) as settings:
         translate(written(**keys))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(settings.value)
 
 
 @pytest.mark.parametrize(

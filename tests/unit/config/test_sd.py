@@ -110,8 +110,8 @@ def test_a_launchers_command_parses(surface):
         {"clip_skip"} if surface is SDXL_TRAIN else set()
     )
     assert parsed.notes == (f"ignored for {surface.ignored_by}: {', '.join(sorted(ignored))}",)
-    assert parsed.value("max_token_length") == 225 and parsed.captions.caption_extension == ".txt"
-    assert parsed.optimizer.text_encoder_lr == (1e-5, 2e-5) and "SECRET" not in parsed.toml()
+    assert parsed.value("max_token_length") == 225 and parsed.options.captions.caption_extension == ".txt"
+    assert parsed.options.optimizer.text_encoder_lr == (1e-5, 2e-5) and "SECRET" not in parsed.toml()
     objective = Diffusion(**vars(parsed.options.objective))
     assert objective.min_snr_gamma == 5 and objective.noise_offset == 0.0357
     assert sd_switches(parsed.options).chunks == 3
@@ -182,11 +182,11 @@ def test_rules_between_flags(argv, said):
     [
         (
             "--dataset_config d.toml --reg_data_dir r",
-            "--train_data_dir, --reg_data_dir without effect beside",
+            "--train_data_dir, --reg_data_dir: no effect with",
         ),
-        ("--dataset_config d.toml --in_json j.json", "--in_json, --train_data_dir without effect beside"),
-        ("--in_json j.json --reg_data_dir r", "--reg_data_dir without effect beside --in_json"),
-        ("--dataset_repeats 3", "--dataset_repeats without effect beside --train_data_dir"),
+        ("--dataset_config d.toml --in_json j.json", "--in_json, --train_data_dir: no effect with"),
+        ("--in_json j.json --reg_data_dir r", "--reg_data_dir: no effect with --in_json"),
+        ("--dataset_repeats 3", "--dataset_repeats: no effect with --train_data_dir"),
         ("--log_prefix cat", "--log_prefix has no effect without --logging_dir"),
     ],
 )
@@ -196,7 +196,7 @@ def test_what_changes_nothing_is_said(argv, said):
 
 
 def test_an_alpha_of_zero_is_the_rank():
-    assert sd("--network_alpha", "0").network.network_alpha == 0
+    assert sd("--network_alpha", "0").options.network.network_alpha == 0
 
 
 def test_an_output_folder_is_needed():

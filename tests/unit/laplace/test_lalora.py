@@ -621,7 +621,7 @@ def test_the_base_draws_its_own_source(line, tiny_sd, tmp_path):
     assert len(drawn) == 4 and drawn[0].with_suffix(".txt").read_text() == "a cat\n"
     models = SD15.load(Source(str(tiny_sd)), ())
     default = Prompt("", width=64, height=64, sample_steps=30, scale=7.5, guidance_scale=None)
-    options = CALC_CONTEXT.parse(words).sources
+    options = CALC_CONTEXT.parse(words).options.sources
     pictures.draw_source(SD15, models, SdOptions(), options, 0, folder, default)  # everything is there
     assert models.denoiser is None and sorted(folder.glob("*.png")) == drawn
 
