@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.data import plan
 from lowrank.data.cache import Cache
+from lowrank.data.dataset import from_folders
 from lowrank.data.loader import Batch, Loader
-from lowrank.data.scan import from_folders
 
 TARGET = 0.02  # largest cost, as a fraction of the model's step
 BUCKETS = {"enable_bucket": True, "resolution": 512, "caption_extension": ".txt"}

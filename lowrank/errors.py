@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class Refused(ValueError):
-    """Something the user can put right; shown as one sentence without a traceback; the exit code is 1."""
+    """An error that the user can correct; shown as one sentence without a traceback; the exit code is 1."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -39,15 +39,15 @@ def _replacing(path: Path, part: Path, remove: Callable[[Path], object]) -> Iter
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+        with contextlib.suppress(OSError):  # the error may be that of the folder itself
             remove(part)
         # safetensors and torch.save wrap a full disk in errors of their own
         wrapped = type(error).__name__ == "SafetensorError" or "inline_container" in str(error)
         if isinstance(error, OSError) or wrapped:
             # copying a folder collects (from, to, why) of every file
-            told = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
             raise Refused(
-                f"could not write {path}: {told}; nothing was changed there, free space or "
+                f"could not write {path}: {reason}; nothing was changed there, free space or "
                 "permissions and run again, or choose another folder"
             ) from error
         raise
@@ -60,12 +60,12 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     Raises `Refused` when the disk is full or the folder is not writable; an older `path` is then untouched.
     """
     path = Path(path)
-    own = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with _replacing(path, own, lambda part: part.unlink(missing_ok=True)) as part:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _replacing(path, temporary, lambda part: part.unlink(missing_ok=True)) as part:
         part.touch()
         mode = part.stat().st_mode
         yield part
-        part.chmod(mode)  # safetensors 0.8 lets nobody else read its files
+        part.chmod(mode)  # safetensors 0.8 writes files that only their owner can read
         _sync(part)
         os.replace(part, path)
         _sync(path.parent)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.errors import Refused
 from lowrank.files import atomic_folder
-from lowrank.models.family import reading
+from lowrank.models.components import reading
 from lowrank.models.single import CONFIGS
 from lowrank.naming import unet as unet_names
 

@@ -9,7 +9,8 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from lowrank.errors import Refused
-from lowrank.models.family import DTYPES, Family, Models, Source, latent_scale, local_folder, reading
+from lowrank.models.components import local_folder, reading
+from lowrank.models.family import DTYPES, Family, Models, Source, latent_scale
 from lowrank.models.flux import FLUX
 from lowrank.models.sd import SD15
 from lowrank.models.sd_single import kind_of

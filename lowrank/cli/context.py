@@ -31,7 +31,8 @@ from lowrank.models.family import Family, FamilyOptions, Models, Source, align, 
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
 from lowrank.objective.diffusion import Diffusion
-from lowrank.objective.flow import Draw, Flow, Objective
+from lowrank.objective.flow import Flow
+from lowrank.objective.objective import Draw, Objective
 from lowrank.tensors import read_tensors
 from lowrank.train import setup
 from lowrank.train.attach import choose_attention

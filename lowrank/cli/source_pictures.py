@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.dataset import Dataset
+from lowrank.data.dataset import Dataset, from_folders, from_instance
 from lowrank.data.images import suffixes
-from lowrank.data.sources import from_folders, from_instance
 from lowrank.errors import Refused
 from lowrank.files import atomic, existing_folder, writable_folder
 from lowrank.models.family import Family, Models

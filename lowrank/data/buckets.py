@@ -11,7 +11,6 @@ import math
 import random
 from typing import NamedTuple
 
-from lowrank.data.dataset import Dataset
 from lowrank.errors import Refused
 
 Size = tuple[int, int]  # (w, h)
@@ -90,47 +89,8 @@ def _error(width: int, height: int, aspect: float) -> float:
     return abs(width / height - aspect) if height else math.inf
 
 
-def place_image(size: Size, dataset: Dataset) -> Placement:
-    """The one place of an image of that size in that dataset.
-
-    Without bucketing the only bucket is the resolution itself. Unlike sd-scripts, which then leaves an image
-    that is not cached unscaled, and fails on a small one, the image is always scaled to cover it.
-    """
-    width, height = dataset.resolution
-    if not dataset.enable_bucket:
-        bucket = dataset.resolution
-    elif dataset.bucket_no_upscale:
-        return own_place(size, width * height, dataset.bucket_reso_steps)
-    else:
-        bucket = choose(
-            size,
-            bucket_sizes(
-                dataset.resolution,
-                dataset.min_bucket_reso,
-                dataset.max_bucket_reso,
-                dataset.bucket_reso_steps,
-            ),
-        )
-    return Placement(bucket, cover(size, bucket))
-
-
 def crop_box(where: Placement, draw: random.Random | None = None) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of the bucket in the resized image: its centre, or anywhere with `draw`."""
     gaps = where.resized[0] - where.bucket[0], where.resized[1] - where.bucket[1]
     left, top = (draw.randint(0, gap) if draw else gap // 2 for gap in gaps)
     return left, top, left + where.bucket[0], top + where.bucket[1]
-
-
-def crop_top_left(size: Size, bucket: Size, *, flipped: bool = False) -> tuple[int, int]:
-    """SDXL's crop conditioning (top, left), as sd-scripts computes it.
-
-    It is half the gap between the bucket and the image *contained* in it, so never negative and not the true
-    crop offset; a flipped image has the mirrored left side.
-    """
-    aspect = size[0] / size[1]
-    if bucket[0] / bucket[1] > aspect:
-        inner = bucket[1] * aspect, float(bucket[1])
-    else:
-        inner = float(bucket[0]), bucket[0] / aspect
-    left, top = (bucket[0] - inner[0]) // 2, (bucket[1] - inner[1]) // 2
-    return int(top), int(bucket[0] - inner[0] - left if flipped else left)

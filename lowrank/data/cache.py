@@ -1,8 +1,8 @@
 """A small cache of tensors: in memory, or one safetensors file per entry.
 
-An entry's name covers all that made it (`key`): content of the image or caption, size, flip, model,
-version of this format. So a changed picture, caption or model is another entry. A file is never trusted by
-its name: it holds its own key and a checksum, and one that does not match is made again.
+The name of an entry (`key`) is a hash of everything that it depends on: the content of the image or caption,
+size, flip, model, and the version of this format. So a changed image, caption or model has another entry. A
+file has its key and a checksum inside; a file where one of them does not match is made again.
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ class Cache:
         self._memory: dict[str, dict[str, Tensor]] = {}
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """One entry, not to be changed in place. Raises `Refused` when it is not there (any more)."""
+        """One entry, not to be changed in place. Raises `Refused` when it is missing or damaged."""
         entry = self._find(key)
         if entry is None:
             raise Refused(
-                f"cache entry {key} in {self.folder or 'memory'} is not there, or was damaged meanwhile; "
-                "start again, it is then made anew"
+                f"cache entry {key} in {self.folder or 'memory'} is missing or damaged; "
+                "run again, which makes it again"
             )
         return entry
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys without a sound entry; a damaged or foreign file is logged and counts as missing."""
+        """The keys without a sound entry; a damaged file or a file of another key is logged."""
         return [key for key in keys if self._find(key) is None]
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store an entry. Raises `Refused` when the disk is full or not writable."""
-        if self.folder is None:  # a copy: a row of a batch would keep the whole batch alive
+        if self.folder is None:  # a copy: a row of a batch would keep the whole batch in memory
             self._memory[key] = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
             return
         entry = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        own = self.folder / f".{key}.{uuid.uuid4().hex}"  # two runs may make one entry at the same time
-        with atomic(own) as part:
+        unique = self.folder / f".{key}.{uuid.uuid4().hex}"  # two runs may make one entry at the same time
+        with atomic(unique) as part:
             save_file(entry, part, metadata={"key": key, "checksum": _checksum(entry)})
-        os.replace(own, _path(self.folder, key))
+        os.replace(unique, _path(self.folder, key))
 
     def fill(
         self,
@@ -82,13 +82,14 @@ class Cache:
         progress: bool = False,
     ) -> int:
         """Make what is missing of `items` (key to source), `batch_size` at a time; returns how many."""
-        absent = self.missing(items)
-        for start in tqdm(range(0, len(absent), batch_size), desc=title, disable=not progress or not absent):
-            keys = absent[start : start + batch_size]
-            for one, tensors in zip(keys, compute([items[one] for one in keys]), strict=True):
-                self.put(one, tensors)
-        log.info("%s: %d made, %d found in the cache", title, len(absent), len(items) - len(absent))
-        return len(absent)
+        missing = self.missing(items)
+        quiet = not progress or not missing
+        for start in tqdm(range(0, len(missing), batch_size), desc=title, disable=quiet):
+            keys = missing[start : start + batch_size]
+            for key, tensors in zip(keys, compute([items[key] for key in keys]), strict=True):
+                self.put(key, tensors)
+        log.info("%s: %d made, %d found in the cache", title, len(missing), len(items) - len(missing))
+        return len(missing)
 
     def _find(self, key: str) -> dict[str, Tensor] | None:
         return self._memory.get(key) if self.folder is None else _read(_path(self.folder, key), key)
@@ -99,7 +100,7 @@ def _path(folder: Path, key: str) -> Path:
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The entry in a file if it is there, whole, and the one of that key."""
+    """The entry in a file, or None where the file is missing, damaged or of another key."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

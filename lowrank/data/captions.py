@@ -1,7 +1,7 @@
-"""Captions: what one image is called, this time.
+"""The caption of an image for one occurrence in an epoch.
 
-Pure: the same example, subset, random stream, epoch and step give the same text. The order of the stages is
-that of kohya sd-scripts: prefix and suffix, whole-caption dropout, wildcard, then (only if tags are shuffled,
+Pure: equal example, options, random stream, epoch and step give an equal text. The stages have the order of
+kohya sd-scripts: prefix and suffix, dropout of the whole caption, wildcard, then (only if tags are shuffled,
 dropped or warmed up) the tags, at last the secondary separator.
 """
 
@@ -11,16 +11,22 @@ import math
 import random
 import re
 
-from lowrank.data.dataset import Example, Subset
+from lowrank.config.flags_data import Captions
+from lowrank.data.dataset import Example
 from lowrank.errors import Refused
 
 _CHOICE = re.compile(r"\{([^{}]+)\}")
-_OPEN, _CLOSE = "\x00", "\x01"  # stand for {{ and }} while the choices are made
+_OPEN, _CLOSE = "\x00", "\x01"  # replace {{ and }} while the choices are made
+
+
+def varies_tags(options: Captions) -> bool:
+    """True when tags are shuffled, dropped or warmed up; otherwise a caption is not split into tags."""
+    return options.shuffle_caption or options.caption_tag_dropout_rate > 0 or options.token_warmup_step > 0
 
 
 def draw_caption(
     example: Example,
-    subset: Subset,
+    options: Captions,
     rng: random.Random,
     *,
     epoch: int,
@@ -33,83 +39,84 @@ def draw_caption(
     (`enable_wildcard`) prefix and suffix go around the line that is drawn. Raises `Refused` when
     `token_warmup_step` is a share and `max_train_steps` is unknown.
     """
-    if _emptied(subset, rng, epoch):
+    every = options.caption_dropout_every_n_epochs
+    dropped = options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate
+    if dropped or (every > 0 and (epoch + 1) % every == 0):
         return ""
-    line = rng.choice(example.captions) if subset.enable_wildcard else example.captions[0]
-    text = _dressed(line, subset)
-    if subset.enable_wildcard:
-        text = _chosen(text, rng)
-    if subset.varies_tags:
-        text = _varied(text, subset, rng, step, max_train_steps)
-    return _joined_again(text, subset)
+    line = rng.choice(example.captions) if options.enable_wildcard else example.captions[0]
+    text = _with_affixes(line, options)
+    if options.enable_wildcard:
+        text = _choose(text, rng)
+    if varies_tags(options):
+        text = _vary_tags(text, options, rng, step, max_train_steps)
+    return _with_secondary(text, options)
 
 
-def possible_captions(example: Example, subset: Subset) -> tuple[str, ...] | None:
+def possible_captions(example: Example, options: Captions) -> tuple[str, ...] | None:
     """Every caption the example can get, or None when that is open-ended (varied tags, `{a|b}` choices).
 
-    What can be listed can be encoded once and cached.
+    A list of all captions can be encoded once and cached.
     """
-    lines = example.captions if subset.enable_wildcard else example.captions[:1]
-    texts = [_dressed(line, subset) for line in lines]
-    if subset.varies_tags or (subset.enable_wildcard and any("{" in text or "}" in text for text in texts)):
+    lines = example.captions if options.enable_wildcard else example.captions[:1]
+    texts = [_with_affixes(line, options) for line in lines]
+    has_choices = options.enable_wildcard and any("{" in text or "}" in text for text in texts)
+    if has_choices or varies_tags(options):
         return None
-    every = subset.caption_dropout_every_n_epochs
-    kept = (
-        []
-        if subset.caption_dropout_rate >= 1 or every == 1
-        else [_joined_again(text, subset) for text in texts]
-    )
-    emptied = [""] if subset.caption_dropout_rate > 0 or every > 0 else []
+    rate, every = options.caption_dropout_rate, options.caption_dropout_every_n_epochs
+    kept = [] if rate >= 1 or every == 1 else [_with_secondary(text, options) for text in texts]
+    emptied = [""] if rate > 0 or every > 0 else []
     return tuple(dict.fromkeys(kept + emptied))
 
 
-def _emptied(subset: Subset, rng: random.Random, epoch: int) -> bool:
-    every = subset.caption_dropout_every_n_epochs
-    by_chance = subset.caption_dropout_rate > 0 and rng.random() < subset.caption_dropout_rate
-    return by_chance or (every > 0 and (epoch + 1) % every == 0)
-
-
-def _dressed(line: str, subset: Subset) -> str:
-    before = f"{subset.caption_prefix} " if subset.caption_prefix else ""
-    after = f" {subset.caption_suffix}" if subset.caption_suffix else ""
+def _with_affixes(line: str, options: Captions) -> str:
+    before = f"{options.caption_prefix} " if options.caption_prefix else ""
+    after = f" {options.caption_suffix}" if options.caption_suffix else ""
     return before + line + after
 
 
-def _chosen(text: str, rng: random.Random) -> str:
+def _with_secondary(text: str, options: Captions) -> str:
+    if not options.secondary_separator:
+        return text
+    return text.replace(options.secondary_separator, options.caption_separator)
+
+
+def _choose(text: str, rng: random.Random) -> str:
+    """The text with one part of each `{a|b}`; `{{` and `}}` are braces."""
     hidden = text.replace("{{", _OPEN).replace("}}", _CLOSE)
-    made = _CHOICE.sub(lambda match: rng.choice(match.group(1).split("|")), hidden)
-    return made.replace(_OPEN, "{").replace(_CLOSE, "}")
+    chosen = _CHOICE.sub(lambda match: rng.choice(match.group(1).split("|")), hidden)
+    return chosen.replace(_OPEN, "{").replace(_CLOSE, "}")
 
 
-def _tags(text: str, subset: Subset) -> list[str]:
-    return [tag.strip() for tag in text.split(subset.caption_separator) if tag.strip()]
-
-
-def _parts(text: str, subset: Subset) -> tuple[list[str], list[str], list[str]]:
+def _split_tags(text: str, options: Captions) -> tuple[list[str], list[str], list[str]]:
     """The tags as (fixed head, those that vary, fixed tail)."""
-    mark = subset.keep_tokens_separator
+
+    def tags(part: str) -> list[str]:
+        return [tag.strip() for tag in part.split(options.caption_separator) if tag.strip()]
+
+    mark = options.keep_tokens_separator
     if mark and mark in text:
-        head, _, rest = text.partition(mark)
-        middle, _, tail = rest.partition(mark)
-        return _tags(head, subset), _tags(middle, subset), _tags(tail, subset)
-    tags = _tags(text, subset)
-    return tags[: subset.keep_tokens], tags[subset.keep_tokens :], []
+        head, _, after = text.partition(mark)
+        middle, _, tail = after.partition(mark)
+        return tags(head), tags(middle), tags(tail)
+    return tags(text)[: options.keep_tokens], tags(text)[options.keep_tokens :], []
 
 
-def _varied(text: str, subset: Subset, rng: random.Random, step: int, max_train_steps: int | None) -> str:
-    head, middle, tail = _parts(text, subset)
-    middle = middle[: _warm(len(middle), subset, step, max_train_steps)]
-    if subset.shuffle_caption:
+def _vary_tags(
+    text: str, options: Captions, rng: random.Random, step: int, max_train_steps: int | None
+) -> str:
+    head, middle, tail = _split_tags(text, options)
+    middle = middle[: _warm_count(len(middle), options, step, max_train_steps)]
+    if options.shuffle_caption:
         rng.shuffle(middle)
-    if subset.caption_tag_dropout_rate > 0:
-        middle = [tag for tag in middle if rng.random() >= subset.caption_tag_dropout_rate]
-    # joined by the subset's own separator, as sd-scripts does since its PR 2390 (before: always ", ")
-    return f"{subset.caption_separator} ".join(head + middle + tail)
+    if options.caption_tag_dropout_rate > 0:
+        middle = [tag for tag in middle if rng.random() >= options.caption_tag_dropout_rate]
+    # joined by the folder's own separator, as sd-scripts does since its PR 2390 (before: always ", ")
+    return f"{options.caption_separator} ".join(head + middle + tail)
 
 
-def _warm(count: int, subset: Subset, step: int, max_train_steps: int | None) -> int:
+def _warm_count(count: int, options: Captions, step: int, max_train_steps: int | None) -> int:
     """How many of `count` tags are in use: `token_warmup_min` at first, all after `token_warmup_step`."""
-    until = subset.token_warmup_step
+    until = options.token_warmup_step
     if 0 < until < 1:
         if max_train_steps is None:
             raise Refused(
@@ -119,12 +126,4 @@ def _warm(count: int, subset: Subset, step: int, max_train_steps: int | None) ->
         until = math.floor(until * max_train_steps)
     if not until or step >= until:
         return count
-    return max(0, math.floor(step * (count - subset.token_warmup_min) / until) + subset.token_warmup_min)
-
-
-def _joined_again(text: str, subset: Subset) -> str:
-    return (
-        text.replace(subset.secondary_separator, subset.caption_separator)
-        if subset.secondary_separator
-        else text
-    )
+    return max(0, math.floor(step * (count - options.token_warmup_min) / until) + options.token_warmup_min)

@@ -1,19 +1,20 @@
 """`--dataset_config`: TOML or JSON with `[general]`, `[[datasets]]`, `[[datasets.subsets]]`, read strictly.
 
-Key names, levels and the order of lookup (subset, dataset, general, command line, built-in) are kohya
-sd-scripts'.
+Key names, levels and the order of lookup (subset, dataset, general, command line, built-in) are those of
+kohya sd-scripts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.dataset import DATASET_FIELDS, SUBSET_FIELDS, Dataset, Subset, split_values
+from lowrank.data.dataset import DATASET_FIELDS, SUBSET_FIELDS, Dataset, Subset, make_subset, split_values
 from lowrank.errors import Refused, nearest
 from lowrank.files import parse_toml
 
@@ -21,13 +22,13 @@ log = logging.getLogger(__name__)
 
 _KEYS = DATASET_FIELDS | SUBSET_FIELDS
 _ONLY_IN_SUBSETS = ("image_dir", "is_reg", "metadata_file", "conditioning_data_dir")
-_OF_FOLDERS = ("is_reg", "class_tokens", "caption_extension")  # keys that a metadata file answers itself
+_NOT_WITH_METADATA = ("is_reg", "class_tokens", "caption_extension")  # a metadata file has the captions
 _WITHOUT_EFFECT = {  # keys of sd-scripts that change nothing here
     "network_multiplier": "it has no effect in sd-scripts either",
-    "cache_info": "scanning reads only the heads of files",
-    "custom_attributes": "nothing here reads them",
+    "cache_info": "scanning reads only the heads of files and needs no cache",
+    "custom_attributes": "this trainer does not read them",
 }
-_NOT_HERE = {  # keys of sd-scripts that would change the training
+_UNSUPPORTED = {  # keys of sd-scripts that would change the training
     "face_crop_aug_range": "crop the images beforehand, or set random_crop",
 }
 
@@ -39,8 +40,8 @@ def from_config(
 
     Raises `Refused` with file, table and key for a file that cannot be parsed, an unknown key (a warning with
     `allow_unknown`), a value of another type, a missing `image_dir`, and a folder that does not exist.
-    Relative folders start at the current folder. `image_dir` is a plain folder: `N_class` names mean nothing
-    here.
+    Relative folders start at the current folder. `image_dir` is a plain folder: the number in a name like
+    `10_cat` is not read.
     """
     path = Path(path)
     reader = _Reader(path, allow_unknown)
@@ -66,7 +67,9 @@ def _parsed(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise Refused(f"dataset_config {path} is not JSON: {error}; correct the file") from error
     if not isinstance(tree, dict):
-        raise Refused(f"dataset_config {path} is a {type(tree).__name__} at the top; it must hold 'datasets'")
+        raise Refused(
+            f"dataset_config {path} is a {type(tree).__name__} at the top; write an object with 'datasets'"
+        )
     return tree
 
 
@@ -80,7 +83,7 @@ class _Reader:
         return Refused(f"{self._path}, {table or 'top level'}: {problem}")
 
     def check_table(self, where: str, table: object, known: tuple[str, ...]) -> dict[str, Any]:
-        """The table without keys that have no effect. Raises `Refused` at the first key that is not known."""
+        """The table without keys that have no effect. Raises `Refused` for the first unknown key."""
         if not isinstance(table, dict):
             raise self._refused(where, f"is {_shown(table)}, not a table")
         kept = {}
@@ -89,8 +92,8 @@ class _Reader:
                 kept[key] = value
             elif key in _WITHOUT_EFFECT:
                 log.warning("%s, %s: %s is ignored: %s", self._path, where, key, _WITHOUT_EFFECT[key])
-            elif key in _NOT_HERE:
-                raise self._refused(where, f"key {key!r} of sd-scripts is not supported; {_NOT_HERE[key]}")
+            elif key in _UNSUPPORTED:
+                raise self._refused(where, f"key {key!r} of sd-scripts is not supported; {_UNSUPPORTED[key]}")
             elif self._allow_unknown:
                 log.warning(
                     "%s, %s: unknown key %r is ignored%s", self._path, where, key, nearest(key, known)
@@ -112,7 +115,7 @@ class _Reader:
         return value
 
     def values(self, where: str, table: object, known: tuple[str, ...]) -> dict[str, Any]:
-        """The checked values of a table that may hold anything but what belongs to one folder."""
+        """The checked values of a table above the subsets, which has no keys of a single folder."""
         known = tuple(key for key in known if key not in _ONLY_IN_SUBSETS)
         kept = self.check_table(where, table, known)
         return {key: self._value(where, key, value) for key, value in kept.items() if key != "subsets"}
@@ -121,7 +124,7 @@ class _Reader:
         return _KEYS[key].read(f"{self._path}, {where}: {key}", value)
 
     def dataset(self, where: str, table: object, given: Mapping[str, Any]) -> Dataset:
-        """One `[[datasets]]` table with its subsets; what it leaves out comes from `given`."""
+        """One `[[datasets]]` table with its subsets; missing values come from `given`."""
         if not isinstance(table, dict):
             raise self._refused(where, f"is {_shown(table)}, not a table")
         given = dict(given) | self.values(where, table, (*_KEYS, "subsets"))
@@ -131,29 +134,36 @@ class _Reader:
             raise self._refused(
                 where, "has subsets with and without metadata_file; give each kind a [[datasets]] of its own"
             )
-        return self._made(where, lambda: Dataset(subsets, **split_values(given)[0]))
+        with self._named(where):
+            return Dataset(subsets, **split_values(given)[0])
 
     def _subset(self, where: str, table: object, given: Mapping[str, Any]) -> Subset:
-        known = self.check_table(where, table, tuple(SUBSET_FIELDS))
-        own = {key: self._value(where, key, value) for key, value in known.items()}
-        listed = own.get("metadata_file")
-        if listed and (odd := [key for key in _OF_FOLDERS if key in own]):
-            raise self._refused(where, f"{odd[0]} has no meaning beside metadata_file {listed}; remove one")
-        if not listed and "image_dir" not in own:
+        kept = self.check_table(where, table, tuple(SUBSET_FIELDS))
+        values = {key: self._value(where, key, value) for key, value in kept.items()}
+        listed = values.get("metadata_file")
+        if listed and (excluded := [key for key in _NOT_WITH_METADATA if key in values]):
+            raise self._refused(
+                where, f"{excluded[0]} has no meaning beside metadata_file {listed}; remove one"
+            )
+        if not listed and "image_dir" not in values:
             raise self._refused(where, "image_dir is missing; give the folder of this subset's images")
-        folder = Path(own.pop("image_dir", Path(listed or "").parent))
+        folder = Path(values.get("image_dir", Path(listed or "").parent))
         if not folder.is_dir():
             raise self._refused(
-                where, f"image_dir {folder} is not a folder (seen from {Path.cwd()}); correct the path"
+                where,
+                f"image_dir {folder} is not a folder (seen from {Path.cwd()}); correct the path",
             )
-        values = split_values(given)[1] | own
-        if own.get("is_reg") and "conditioning_data_dir" not in own:
-            values.pop("conditioning_data_dir", None)  # the command line's is for training images
-        return self._made(where, lambda: Subset(folder, **values))
+        inherited = split_values(given)[1]
+        if values.get("is_reg"):
+            inherited.pop("conditioning_data_dir", None)  # that of the command line is for training images
+        with self._named(where):
+            return make_subset(folder, inherited | values)
 
-    def _made(self, where: str, make):
+    @contextlib.contextmanager
+    def _named(self, where: str) -> Iterator[None]:
+        """Put file and table before the message of a `Refused`."""
         try:
-            return make()
+            yield
         except Refused as error:
             raise self._refused(where, str(error)) from error
 

@@ -1,12 +1,11 @@
-"""Every image of a plan through the VAE once: what is not yet in the cache is decoded, encoded and stored."""
+"""Encode every image of a plan once with the VAE, and keep the latents in a cache."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,34 +26,7 @@ log = logging.getLogger(__name__)
 Item = tuple[Placed, bool]  # an image and whether it is flipped
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Where the encoded images are: `digests` is path, of image or mask, to SHA-256 of the file's bytes."""
-
-    cache: Cache
-    model_hash: str
-    digests: Mapping[Path, str]
-
-    def key(self, item: Item) -> str:
-        """The cache key of an image: all that its encoding depends on."""
-        placed, flip = item
-        mask = placed.example.mask
-        return key(
-            "latents",
-            self.model_hash,
-            self.digests[placed.example.path],
-            placed.where,
-            flip,
-            placed.interpolation,
-            self.digests[mask] if mask else placed.subset.alpha_mask,
-        )
-
-    def get(self, item: Item) -> dict[str, Tensor]:
-        """`latents`, and `mask` (1, h, w) of the latents' size where the image has one."""
-        return self.cache.get(self.key(item))
-
-
-def encode_all(
+def encode_images(
     placed: Sequence[Placed],
     encode: Callable[[Tensor], Tensor],
     *,
@@ -65,32 +37,62 @@ def encode_all(
     progress: bool,
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] | None = None,
-) -> tuple[Encoded, dict[Path, str]]:
-    """Encode what the cache lacks; returns where it is, and why some images cannot be decoded.
+) -> tuple[dict[Item, str], dict[Path, str]]:
+    """Encode the images that the cache lacks.
 
-    `encode`: pixels (B, 3, H, W) in [-1, 1] to (B, …). With `share` (p, n) and a disk cache, process p of n
-    first makes every n-th entry, calls `wait`, and then finds the others'. Raises `Refused` when an encoding
+    `encode`: pixels (B, 3, H, W) in [-1, 1] to (B, …). Returns the cache key of each item, and for each image
+    that cannot be decoded the reason. A cache entry has `latents`, and `mask` (1, h, w) of the latents' size
+    where the image has one. With `share` (p, n) and a disk cache, process p of n first makes every n-th
+    entry, calls `wait`, and then finds the entries of the other processes. Raises `Refused` when an encoding
     is not finite.
     """
-    paths = sorted({path for one in placed for path in _files(one)})
+    paths = sorted({path for image in placed for path in _files(image)})
     digests: dict[Path, str] = {}
-    gone: dict[Path, str] = {}
+    unreadable: dict[Path, str] = {}
     for path, (digest, problem) in zip(paths, ahead(_digest, paths, workers=workers), strict=True):
-        (gone if problem else digests)[path] = problem or digest
-    bad = {one.example.path: gone[path] for one in placed for path in _files(one) if path in gone}
-    encoded = Encoded(cache, model_hash, digests)
-    readable = sorted((one for one in placed if one.example.path not in bad), key=lambda one: one.where)
-    items = {encoded.key(item): item for one in readable for item in _variants(one)}
+        (unreadable if problem else digests)[path] = problem or digest
+    bad = {
+        image.example.path: unreadable[path]
+        for image in placed
+        for path in _files(image)
+        if path in unreadable
+    }
+    readable = sorted(
+        (image for image in placed if image.example.path not in bad), key=lambda image: image.where
+    )
+    keys = {item: _key(item, model_hash, digests) for image in readable for item in _variants(image)}
+    items = {name: item for item, name in keys.items()}
     fill = functools.partial(_fill, encode=encode, cache=cache, batch_size=batch_size, workers=workers)
     rank, world = share
     if wait is not None and cache.folder is not None and world > 1:
         fill(dict(itertools.islice(items.items(), rank, None, world)), progress=progress)
-        wait()  # what cannot be decoded is found again below, by every process
-    return encoded, bad | fill(items, progress=progress)
+        wait()  # every process finds the images that cannot be decoded again below
+    return keys, bad | fill(items, progress=progress)
 
 
-def _files(one: Placed) -> list[Path]:
-    return [one.example.path, *filter(None, [one.example.mask])]
+def undecodable(files: Iterable[tuple[Path, Path | None]], *, workers: int = 2) -> dict[Path, str]:
+    """Every image whose pixels, or those of its mask, cannot be decoded to the end, with the reason.
+
+    `files` are pairs of image and mask; all are decoded.
+    """
+
+    def problem(pair: tuple[Path, Path | None]) -> tuple[Path, str | None]:
+        try:
+            for path in filter(None, pair):
+                images.read_image(path)
+        except Refused as error:
+            return pair[0], str(error)
+        return pair[0], None
+
+    return {path: reason for path, reason in ahead(problem, files, workers=workers) if reason}
+
+
+def _files(image: Placed) -> list[Path]:
+    return [image.example.path, *filter(None, [image.example.mask])]
+
+
+def _variants(image: Placed) -> list[Item]:
+    return [(image, False), (image, True)] if image.subset.augmentation.flip_aug else [(image, False)]
 
 
 def _digest(path: Path) -> tuple[str, str | None]:
@@ -100,8 +102,19 @@ def _digest(path: Path) -> tuple[str, str | None]:
         return "", f"image {path} cannot be read ({error.strerror}); restore it, or give --skip_bad_images"
 
 
-def _variants(one: Placed) -> list[Item]:
-    return [(one, False), (one, True)] if one.subset.flip_aug else [(one, False)]
+def _key(item: Item, model_hash: str, digests: Mapping[Path, str]) -> str:
+    """The cache key of an image: everything that its encoding depends on."""
+    image, flip = item
+    mask = image.example.mask
+    return key(
+        "latents",
+        model_hash,
+        digests[image.example.path],
+        image.where,
+        flip,
+        image.interpolation,
+        digests[mask] if mask else image.subset.masks.alpha_mask,
+    )
 
 
 def _fill(
@@ -113,13 +126,14 @@ def _fill(
     workers: int,
     progress: bool,
 ) -> dict[Path, str]:
-    absent = cache.missing(items)
-    runs = list(_runs(absent, items, batch_size))
-    decoded = ahead(lambda names: [_decoded(items[name]) for name in names], runs, workers=workers)
+    """Store the missing entries; returns the images that cannot be decoded, with the reason."""
+    missing = cache.missing(items)
+    batches = list(_batches(missing, items, batch_size))
+    decoded = ahead(lambda names: [_decode(items[name]) for name in names], batches, workers=workers)
     bad: dict[Path, str] = {}
-    made = 0
-    bar = tqdm(decoded, "caching latents", len(runs), disable=not progress or not runs)
-    for names, results in zip(runs, bar, strict=True):
+    count = 0
+    bar = tqdm(decoded, "caching latents", len(batches), disable=not progress or not batches)
+    for names, results in zip(batches, bar, strict=True):
         sound = {}
         for name, result in zip(names, results, strict=True):
             if isinstance(result, Refused):
@@ -128,33 +142,34 @@ def _fill(
                 sound[name] = result
         if sound:
             _store(sound, items, encode, cache)
-        made += len(sound)
-    log.info("latents: %d made, %d found in the cache", made, len(items) - len(absent))
+        count += len(sound)
+    log.info("latents: %d encoded, %d found in the cache", count, len(items) - len(missing))
     return bad
 
 
-def _runs(absent: Sequence[str], items: Mapping[str, Item], batch_size: int) -> Iterator[list[str]]:
-    """The absent keys, in batches of one bucket."""
-    for _, group in itertools.groupby(absent, lambda name: items[name][0].where.bucket):
+def _batches(missing: Sequence[str], items: Mapping[str, Item], batch_size: int) -> Iterator[list[str]]:
+    """The missing keys, in batches of one bucket."""
+    for _, group in itertools.groupby(missing, lambda name: items[name][0].where.bucket):
         names = list(group)
         for start in range(0, len(names), batch_size):
             yield names[start : start + batch_size]
 
 
-def _decoded(item: Item) -> tuple[Tensor, Tensor | None] | Refused:
-    one, flip = item
+def _decode(item: Item) -> tuple[Tensor, Tensor | None] | Refused:
+    """The pixels and the mask, or the error, which must not stop the images around this one."""
+    image, flip = item
     try:
         return images.load_image(
-            one.example.path,
-            one.where,
-            crop_box(one.where),
+            image.example.path,
+            image.where,
+            crop_box(image.where),
             flip=flip,
-            alpha=one.subset.alpha_mask,
-            mask_file=one.example.mask,
-            interpolation=one.interpolation,
+            alpha=image.subset.masks.alpha_mask,
+            mask_file=image.example.mask,
+            interpolation=image.interpolation,
         )
-    except Refused as refused:
-        return refused
+    except Refused as error:
+        return error
 
 
 @torch.no_grad()

@@ -1,9 +1,8 @@
 """Image files to pixels: header, upright RGB, scaled crop, tensor. Only Pillow reads files.
 
-What comes out is always 8-bit RGB, upright (the EXIF orientation is applied before anything else sees the
-image): CMYK, grey, palette and 16-bit files are converted, 16-bit grey by value/257; of several frames the
-first counts; colour profiles are not applied. Alpha is dropped, as in sd-scripts, so transparent pixels show
-the colour stored under them.
+The result is always 8-bit RGB, upright (the EXIF orientation is applied first): CMYK, grey, palette and
+16-bit files are converted, 16-bit grey by value/257; of several frames the first is used; colour profiles are
+not applied. Alpha is dropped, as in sd-scripts, so transparent pixels show the colour stored under them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from lowrank.data.buckets import Placement
-from lowrank.data.prefetch import ahead
 from lowrank.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -40,8 +37,8 @@ _BROKEN = (  # what Pillow raises on damaged files of these formats (RuntimeErro
     Image.DecompressionBombError,
 )
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "AVIF", "JXL")
-_ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
-_UPRIGHT = {
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {  # the transposition that undoes each of its values
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -70,7 +67,7 @@ class Header(NamedTuple):
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """The lower-case file endings taken for images; .avif and .jxl only where this Pillow can read them."""
+    """The lower-case file endings of images; .avif and .jxl only where this Pillow can read them."""
     return frozenset(
         {".png", ".jpg", ".jpeg", ".webp", ".bmp"} | ({".avif", ".jxl"} & set(Image.registered_extensions()))
     )
@@ -91,7 +88,7 @@ def _refused(path: str | os.PathLike, error: BaseException, way_out: str = _WAY_
 
 
 def header(path: str | os.PathLike) -> Header:
-    """Size and mode from the file's head alone, no pixel is decoded. Raises `Refused` naming the file."""
+    """Size and mode from the head of the file; no pixel is decoded. Raises `Refused` naming the file."""
     try:
         with Image.open(path, formats=_known_formats()) as image:
             size = image.size if _orientation(image, path) < 5 else image.size[::-1]
@@ -103,10 +100,10 @@ def header(path: str | os.PathLike) -> Header:
 def _orientation(image: Image.Image, path: str | os.PathLike) -> int:
     if not any(name in image.info for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")):
         return 1
-    try:  # the base class' method: PNG's own would decode the whole image to look for a late EXIF chunk
+    try:  # the method of the base class: PNG's decodes the whole image to look for a late EXIF chunk
         return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
     except (*_BROKEN, TypeError, KeyError, IndexError) as error:
-        log.warning("the EXIF data of %s is damaged (%s); the image is taken as upright", path, error)
+        log.warning("the EXIF data of %s is damaged (%s); the image is read without rotation", path, error)
         return 1
 
 
@@ -136,10 +133,10 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 def render(
     image: Image.Image, where: Placement, box: tuple[int, int, int, int], interpolation: str | None
 ) -> Image.Image:
-    """The part `box` of the image scaled to `where.resized`, without ever making the whole scaled image.
+    """The part `box` of the image scaled to `where.resized`; the whole scaled image is never made.
 
     `interpolation` None is area averaging when shrinking and Lanczos when enlarging. Pillow's filters average
-    when shrinking, so e.g. bilinear differs there from OpenCV's, which sd-scripts uses.
+    when shrinking, so e.g. bilinear differs from that of OpenCV, which sd-scripts uses.
     """
     if where.resized == image.size:
         return image.crop(box)
@@ -157,9 +154,9 @@ def jitter(image: Image.Image, rng: random.Random) -> Image.Image:
         return image
     if rng.random() > 0.5:
         turn = round(rng.uniform(-8, 8) / 180 * 256)
-        hue, *rest = image.convert("HSV").split()
+        hue, *others = image.convert("HSV").split()
         turned = hue.point([(value + turn) % 256 for value in range(256)])
-        return Image.merge("HSV", (turned, *rest)).convert("RGB")
+        return Image.merge("HSV", (turned, *others)).convert("RGB")
     gamma = rng.uniform(0.95, 1.05)
     return image.point([round((value / 255) ** gamma * 255) for value in range(256)] * 3)
 
@@ -183,12 +180,12 @@ def load_image(
 ) -> tuple[Tensor, Tensor | None]:
     """One placed image as pixels (3, H, W) in [-1, 1], and with `alpha` its mask (1, H, W) in [0, 1].
 
-    `color` switches the colour jitter on; an image without alpha has a mask of ones. A `mask_file` comes
-    before the alpha channel: its red channel, laid over the whole image whatever its size. Raises `Refused`
-    naming the file.
+    `color` switches the colour jitter on; an image without alpha has a mask of ones. The mask is the red
+    channel of `mask_file`, scaled to the image, where that is given, and the alpha channel otherwise. Raises
+    `Refused` naming the file.
     """
     whole = read_image(path, alpha=alpha and mask_file is None)
-    # colour and alpha are scaled apart: Pillow would blacken what is transparent
+    # colour and alpha are scaled apart: Pillow would blacken transparent pixels
     channel = read_image(mask_file).getchannel("R") if mask_file else whole.getchannel("A") if alpha else None
     mask = None if channel is None else to_tensor(render(channel, where, box, interpolation))
     image = render(whole.convert("RGB"), where, box, interpolation)
@@ -196,20 +193,3 @@ def load_image(
     if flip:
         pixels, mask = pixels.flip(-1), None if mask is None else mask.flip(-1)
     return pixels, mask
-
-
-def undecodable(files: Iterable[tuple[Path, Path | None]], *, workers: int = 2) -> dict[Path, str]:
-    """Every image whose pixels, or those of its mask, cannot be decoded to the end, with the reason.
-
-    `files` are pairs of image and mask; all are decoded.
-    """
-
-    def problem(pair: tuple[Path, Path | None]) -> tuple[Path, str | None]:
-        try:
-            for path in filter(None, pair):
-                read_image(path)
-        except Refused as error:
-            return pair[0], str(error)
-        return pair[0], None
-
-    return {path: reason for path, reason in ahead(problem, files, workers=workers) if reason}

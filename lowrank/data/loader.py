@@ -1,7 +1,7 @@
-"""Batches of an epoch, in an order and with choices that depend on nothing but (seed, epoch, position).
+"""Batches of an epoch, in an order and with random choices that depend on (seed, epoch, position) only.
 
-Nothing is drawn from a global random stream and no worker has state: a run resumed at (epoch, position)
-yields what the uninterrupted one would have, with any number of threads.
+No global random stream is used and no worker has state: a run resumed at (epoch, position) yields the batches
+of an uninterrupted run, with any number of threads.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank.data import captions, images, plan
-from lowrank.data.buckets import crop_box, crop_top_left
+from lowrank.data import images, plan
+from lowrank.data.buckets import crop_box
 from lowrank.data.cache import Cache
+from lowrank.data.captions import draw_caption, possible_captions
 from lowrank.data.dataset import Dataset, Example
-from lowrank.data.encode import Encoded, encode_all
+from lowrank.data.encode import Item, encode_images, undecodable
 from lowrank.data.plan import Placed
 from lowrank.data.prefetch import ahead
-from lowrank.data.scan import scan
+from lowrank.data.scan import report_bad, scan
 from lowrank.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -31,12 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B images of one bucket (W, H). Either `pixels` or `encoded` is there, the other is None.
+    """B images of one bucket (W, H), with either `pixels` or `encoded`; the other is None.
 
     `position` is the batch's index in its epoch over all processes: noise seeded with (seed, epoch, position)
-    is the same however the batches are shared out. `masks` is None unless a subset in the batch has
-    `alpha_mask` or `conditioning_data_dir`; it has the size of the pixels, or in the cached case of the
-    latents.
+    does not depend on the number of processes. `masks` is None unless a subset in the batch has `alpha_mask`
+    or `conditioning_data_dir`; it has the size of the pixels, or with `encoded` that of the latents.
     """
 
     epoch: int
@@ -44,10 +45,10 @@ class Batch:
     examples: tuple[Example, ...]
     captions: tuple[str, ...]
     pixels: Tensor | None  # (B, 3, H, W) in [-1, 1]
-    encoded: Tensor | None  # (B, …) as `encode` gave it
+    encoded: Tensor | None  # (B, …), results of `encode`
     loss_weights: Tensor  # (B,) 1, or prior_loss_weight for regularisation images
     original_sizes: Tensor  # (B, 2) height, width of the upright image
-    crop_top_lefts: Tensor  # (B, 2) top, left as SDXL is conditioned on it
+    crop_top_lefts: Tensor  # (B, 2) top, left: SDXL's crop condition
     target_sizes: Tensor  # (B, 2) H, W
     masks: Tensor | None  # (B, 1, H or h, W or w) in [0, 1]
 
@@ -55,9 +56,9 @@ class Batch:
 class Loader:
     """All batches of several datasets; immutable, so `shard` and `encode_all` return another loader.
 
-    What `validation_split` holds out is not in it but in `held_out()`. Raises `Refused` for what `scan`
-    refuses, and for a bucket side that is not a multiple of `multiple` (what one latent, or one patch of
-    latents, covers). `examples` are the datasets' own where they have been scanned before.
+    Images that `validation_split` holds out are in the loader `held_out()` instead. Raises `Refused` for
+    every reason of `scan`, and for a bucket side that is not a multiple of `multiple` (the pixels of one
+    latent, or of one patch of latents). `examples` are those of the datasets where they are scanned already.
     """
 
     def __init__(
@@ -74,44 +75,39 @@ class Loader:
         self.datasets = tuple(datasets)
         self.seed, self.prior_loss_weight, self.skip_bad_images = seed, prior_loss_weight, skip_bad_images
         self.workers, self.rank, self.world = min(workers, os.cpu_count() or 1), 0, 1
-        self._encoded: Encoded | None = None
-        found = examples or [scan(dataset, skip_bad_images=skip_bad_images) for dataset in self.datasets]
-        found, self._held = plan.split_holdout(self.datasets, found, seed)
-        self._plan(found)
-        for dataset, all_of_it, placed in zip(self.datasets, self.examples, self.groups, strict=True):
-            plan.log_plan(dataset, all_of_it, placed)
-        self._check_sides(multiple)
+        self._cache: Cache | None = None
+        self._keys: dict[Item, str] = {}
+        scanned = examples or [scan(dataset, skip_bad_images=skip_bad_images) for dataset in self.datasets]
+        trained, self._held_out = plan.split_holdout(self.datasets, scanned, seed)
+        self._plan(trained)
+        for dataset, members, placed in zip(self.datasets, self.examples, self.groups, strict=True):
+            plan.log_plan(dataset, members, placed)
+            plan.check_sides(dataset, placed, multiple)
 
     def held_out(self) -> Loader | None:
-        """What `validation_split` keeps from training, as an unshared loader; None where that is nothing.
+        """The images that `validation_split` keeps from training, as an unshared loader; None without any.
 
-        Each image comes once, as it is, with the caption that the seed draws: epoch 0 is always the same.
+        Each image comes once, without augmentation, with the caption that the seed draws: epoch 0 never
+        changes.
         """
-        plain = [plan.unvaried(dataset) for dataset in self.datasets]
-        once = [[replace(one, repeats=1) for one in held] for held in self._held]
-        how = {"seed": self.seed, "skip_bad_images": self.skip_bad_images, "workers": self.workers}
-        return Loader(plain, examples=once, **how) if any(once) else None
+        if not any(self._held_out):
+            return None
+        return Loader(
+            [plan.without_variation(dataset) for dataset in self.datasets],
+            examples=[[replace(example, repeats=1) for example in part] for part in self._held_out],
+            seed=self.seed,
+            skip_bad_images=self.skip_bad_images,
+            workers=self.workers,
+        )
 
     def _plan(self, examples: Sequence[Sequence[Example]]) -> None:
         self.examples: tuple[tuple[Example, ...], ...] = tuple(map(tuple, examples))
-        self.groups = tuple(
-            plan.place_examples(*pair) for pair in zip(self.datasets, self.examples, strict=True)
-        )
+        self.groups = tuple(map(plan.place_examples, self.datasets, self.examples))
         self._count = plan.batch_count(self.groups)
         if not self._count:
             raise Refused(
                 "no training image is left to make a batch of; give a folder with images that can be read"
             )
-
-    def _check_sides(self, multiple: int) -> None:
-        for dataset, placed in zip(self.datasets, self.groups, strict=True):
-            for bucket in plan.by_bucket(placed):
-                if bucket[0] % multiple or bucket[1] % multiple:
-                    option = "bucket_reso_steps" if dataset.enable_bucket else "resolution"
-                    raise Refused(
-                        f"pictures of {bucket[0]}x{bucket[1]} do not fit this model, whose sides are "
-                        f"multiples of {multiple}; give a --{option} that is a multiple of {multiple}"
-                    )
 
     def __len__(self) -> int:
         """Batches per epoch of one process."""
@@ -120,28 +116,28 @@ class Loader:
     @property
     def placed(self) -> tuple[Placed, ...]:
         """The images in use, over all datasets."""
-        return tuple(one for group in self.groups for one in group)
+        return tuple(image for group in self.groups for image in group)
 
     @property
     def encoded(self) -> bool:
         """Whether batches hold encodings in place of pixels."""
-        return self._encoded is not None
+        return self._cache is not None
 
     def captions(self) -> tuple[str, ...] | None:
         """Every caption that can occur, sorted; None when open-ended, so that none can be cached."""
-        found: set[str] = set()
-        for one in self.placed:
-            texts = captions.possible_captions(one.example, one.subset)
+        captions: set[str] = set()
+        for image in self.placed:
+            texts = possible_captions(image.example, image.subset.captions)
             if texts is None:
                 return None
-            found.update(texts)
-        return tuple(sorted(found))
+            captions.update(texts)
+        return tuple(sorted(captions))
 
     def shard(self, rank: int, world: int) -> Loader:
         """The part of process `rank` of `world`: batches rank, rank + world, … of every epoch's list.
 
-        Where the list is no multiple of `world`, the last ones wrap around to its start, so that every
-        process has equally many batches.
+        Where the length of the list is no multiple of `world`, the last batches are repeated from its start,
+        so that every process has equally many batches.
         """
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not one of {world} processes")
@@ -150,23 +146,19 @@ class Loader:
         return other
 
     def decodable(self) -> Loader:
-        """This loader after decoding every image once: broken ones are refused, or left out and listed.
+        """This loader after decoding every image once: broken images are refused, or left out and logged.
 
-        For runs without cached latents; `encode_all` does the same on its way.
+        For runs without cached latents; `encode_all` checks this too.
         """
-        files = dict.fromkeys((one.example.path, one.example.mask) for one in self.placed)
-        return self._without(images.undecodable(files, workers=self.workers))
+        files = dict.fromkeys((image.example.path, image.example.mask) for image in self.placed)
+        return self._without(undecodable(files, workers=self.workers))
 
     def _without(self, bad: dict[Path, str]) -> Loader:
         if not bad:
             return self
-        if not self.skip_bad_images:
-            more = f" ({len(bad) - 1} more images have a problem)" if len(bad) > 1 else ""
-            raise Refused(next(iter(bad.values())) + more)
-        for reason in bad.values():
-            log.warning("skipped: %s", reason)
+        report_bad(list(bad.values()), skip=self.skip_bad_images)
         other = copy.copy(self)
-        other._plan([[one for one in examples if one.path not in bad] for examples in self.examples])
+        other._plan([[item for item in examples if item.path not in bad] for examples in self.examples])
         return other
 
     def encode_all(
@@ -181,21 +173,21 @@ class Loader:
     ) -> Loader:
         """A loader that yields `encoded` instead of pixels; `encode` maps (B, 3, H, W) in [-1, 1] to (B, …).
 
-        Everything the cache lacks is encoded now, also the mirror image where `flip_aug` is on. Images that
+        Every image that the cache lacks is encoded now, also mirrored where `flip_aug` is on. Images that
         cannot be decoded are refused, or left out with `skip_bad_images`. With a disk cache, several
         processes (`shard`) share the work when `wait` is a barrier of all of them. Raises `Refused` with
         `color_aug` or `random_crop`.
         """
-        for one in self.placed:
+        for image in self.placed:
             for option in ("color_aug", "random_crop"):
-                if getattr(one.subset, option):
+                if getattr(image.subset.augmentation, option):
                     raise Refused(
-                        f"{option} of {one.subset.image_dir} changes the picture each time, so its latents "
+                        f"{option} of {image.subset.image_dir} changes the image each time, so its latents "
                         f"cannot be cached; remove --{option} or --cache_latents"
                     )
         loader = self
-        while True:  # again after leaving images out: regularisation images may have taken their place
-            encoded, bad = encode_all(
+        while True:  # again after leaving images out: regularisation images may have replaced them
+            keys, bad = encode_images(
                 loader.placed,
                 encode,
                 model_hash=model_hash,
@@ -210,7 +202,7 @@ class Loader:
                 break
             loader = loader._without(bad)
         loader = copy.copy(loader)
-        loader._encoded = encoded
+        loader._cache, loader._keys = cache, keys
         return loader
 
     def epoch(
@@ -227,77 +219,81 @@ class Loader:
         def make(turn: int) -> Batch:
             position = turn * self.world + self.rank
             step = (before + position) // batches_per_step
-            return self._batch(
-                batches[position % self._count], epoch, position % self._count, step, max_train_steps
-            )
+            position %= self._count
+            return self._batch(batches[position], epoch, position, step, max_train_steps)
 
-        in_memory = self._encoded is not None and self._encoded.cache.folder is None
-        return ahead(make, range(start, len(self)), workers=0 if in_memory else self.workers)
+        turns = range(start, len(self))
+        if self._cache is not None and self._cache.folder is None:
+            return map(make, turns)  # from memory: threads would only cost time
+        return ahead(make, turns, workers=self.workers)
 
     def _batch(
         self, members: tuple[Placed, ...], epoch: int, position: int, step: int, max_train_steps: int | None
     ) -> Batch:
-        def streams(purpose: str):
-            return [
-                plan.random_stream(self.seed, epoch, position, row, purpose) for row in range(len(members))
-            ]
+        flips: list[bool] = []
+        captions: list[str] = []
+        rows: list[tuple[Tensor, Tensor | None]] = []  # pixels or latents, and the mask
+        for row, image in enumerate(members):
 
-        flips = [
-            one.subset.flip_aug and draw.random() < 0.5
-            for one, draw in zip(members, streams("flip"), strict=True)
-        ]
-        texts = [
-            captions.draw_caption(
-                one.example, one.subset, rng, epoch=epoch, step=step, max_train_steps=max_train_steps
+            def stream(purpose: str, row: int = row) -> random.Random:
+                return plan.random_stream(self.seed, epoch, position, row, purpose)
+
+            flip = image.subset.augmentation.flip_aug and stream("flip").random() < 0.5
+            flips.append(flip)
+            captions.append(
+                draw_caption(
+                    image.example,
+                    image.subset.captions,
+                    stream("caption"),
+                    epoch=epoch,
+                    step=step,
+                    max_train_steps=max_train_steps,
+                )
             )
-            for one, rng in zip(members, streams("caption"), strict=True)
-        ]
-        if self._encoded is None:
-            rows = [
-                _pixels(*row) for row in zip(members, flips, streams("crop"), streams("color"), strict=True)
-            ]
-        else:
-            entries = [self._encoded.get(item) for item in zip(members, flips, strict=True)]
-            rows = [(entry["latents"], entry.get("mask")) for entry in entries]
+            if self._cache is None:
+                rows.append(_load_pixels(image, flip, stream("crop"), stream("color")))
+            else:
+                entry = self._cache.get(self._keys[image, flip])
+                rows.append((entry["latents"], entry.get("mask")))
         stacked = torch.stack([tensor for tensor, _ in rows])
         bucket = members[0].where.bucket
+        weights = [self.prior_loss_weight if image.example.is_reg else 1.0 for image in members]
+        corners = [
+            plan.crop_top_left(image.example.size, bucket, flipped=flip)
+            for image, flip in zip(members, flips, strict=True)
+        ]
         return Batch(
             epoch,
             position,
-            tuple(one.example for one in members),
-            tuple(texts),
-            pixels=stacked if self._encoded is None else None,
-            encoded=None if self._encoded is None else stacked,
-            loss_weights=torch.tensor(
-                [self.prior_loss_weight if one.example.is_reg else 1.0 for one in members]
-            ),
-            original_sizes=torch.tensor([one.example.size[::-1] for one in members]),
-            crop_top_lefts=torch.tensor(
-                [
-                    crop_top_left(one.example.size, bucket, flipped=flip)
-                    for one, flip in zip(members, flips, strict=True)
-                ]
-            ),
+            tuple(image.example for image in members),
+            tuple(captions),
+            pixels=None if self.encoded else stacked,
+            encoded=stacked if self.encoded else None,
+            loss_weights=torch.tensor(weights),
+            original_sizes=torch.tensor([image.example.size[::-1] for image in members]),
+            crop_top_lefts=torch.tensor(corners),
             target_sizes=torch.tensor([bucket[::-1]] * len(members)),
-            masks=_masks([mask for _, mask in rows], stacked.shape[-2:]),
+            masks=_stack_masks([mask for _, mask in rows], stacked.shape[-2:]),
         )
 
 
-def _pixels(one: Placed, flip: bool, crop, color) -> tuple[Tensor, Tensor | None]:
-    box = crop_box(one.where, crop if one.subset.random_crop else None)
+def _load_pixels(
+    image: Placed, flip: bool, crop: random.Random, color: random.Random
+) -> tuple[Tensor, Tensor | None]:
+    augmentation = image.subset.augmentation
     return images.load_image(
-        one.example.path,
-        one.where,
-        box,
-        interpolation=one.interpolation,
+        image.example.path,
+        image.where,
+        crop_box(image.where, crop if augmentation.random_crop else None),
+        interpolation=image.interpolation,
         flip=flip,
-        color=color if one.subset.color_aug else None,
-        alpha=one.subset.alpha_mask,
-        mask_file=one.example.mask,
+        color=color if augmentation.color_aug else None,
+        alpha=image.subset.masks.alpha_mask,
+        mask_file=image.example.mask,
     )
 
 
-def _masks(masks: list[Tensor | None], size: torch.Size) -> Tensor | None:
+def _stack_masks(masks: list[Tensor | None], size: torch.Size) -> Tensor | None:
     if all(mask is None for mask in masks):
         return None
     return torch.stack([torch.ones(1, *size) if mask is None else mask for mask in masks])  # (B, 1, h, w)

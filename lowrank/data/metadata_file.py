@@ -1,8 +1,8 @@
 """A metadata file (`--in_json`, `metadata_file`): image names to captions and tags, as JSON or JSON lines.
 
 The two forms are kohya sd-scripts': one object `{image: {"caption": …, "tags": …}}`, or in a `.jsonl` file a
-line `{"image_path": image, "caption": …, "tags": …}` for each image. Sizes that stand there are not trusted:
-they come from the images' heads.
+line `{"image_path": image, "caption": …, "tags": …}` for each image. Sizes in the file are ignored: they are
+read from the images.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ from lowrank.data import images
 from lowrank.data.dataset import Subset
 from lowrank.errors import Refused
 
-Named = tuple[Path, tuple[str, ...]]  # an image and its captions
+Entry = tuple[Path, tuple[str, ...]]  # an image and its captions
 
 
-def entries(subset: Subset) -> list[Named]:
+def entries(subset: Subset) -> list[Entry]:
     """Every image of the subset's `metadata_file` with its captions, in sorted order.
 
-    A relative name starts at `image_dir`; a name without an image's ending is a stem there. Raises `Refused`
-    with file and entry for what is not of the form.
+    A relative name starts at `image_dir`; a name without the ending of an image is a stem there. Raises
+    `Refused` with file and entry for an entry of another form.
     """
     assert subset.metadata_file is not None
     file = Path(subset.metadata_file)
     read = _lines if file.suffix.lower() == ".jsonl" else _object
     stems: dict[str, str] = {}
-    found: dict[Path, tuple[str, ...]] = {}
+    captions: dict[Path, tuple[str, ...]] = {}
     for name, entry in read(file, _text(file)):
         if not isinstance(entry, dict):
             raise Refused(
-                f"metadata_file {file}: entry {name!r} is {entry!r}, not an object with a 'caption'"
+                f"metadata_file {file}: entry {name!r} is {entry!r}, not an object with a 'caption'; "
+                "write an object"
             )
         if os.path.splitext(name)[1].lower() not in images.suffixes():
             stems = stems or _stems(subset.image_dir)
             name = stems.get(name, name)
-        found[subset.image_dir / name] = _captions(file, name, entry, subset)
-    if not found:
-        raise Refused(f"metadata_file {file} names no image; fill it, or leave it out")
-    return sorted(found.items())
+        captions[subset.image_dir / name] = _captions(file, name, entry, subset)
+    if not captions:
+        raise Refused(f"metadata_file {file} names no image; add entries, or leave the option out")
+    return sorted(captions.items())
 
 
 def _text(file: Path) -> str:
@@ -102,7 +103,7 @@ def _captions(file: Path, name: str, entry: dict[str, Any], subset: Subset) -> t
                 f"metadata_file {file}: {key} of {name!r} is {text!r}, not a text; put it in quotes"
             )
     lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
-    tags = tags.replace("\n", subset.caption_separator).strip()
+    tags = tags.replace("\n", subset.captions.caption_separator).strip()
     if tags:
-        lines = [f"{line}{subset.caption_separator}{tags}" if line else tags for line in lines]
-    return tuple(lines) if subset.enable_wildcard else (lines[0],)
+        lines = [f"{line}{subset.captions.caption_separator}{tags}" if line else tags for line in lines]
+    return tuple(lines) if subset.captions.enable_wildcard else (lines[0],)

@@ -1,4 +1,4 @@
-"""Work done a little ahead of its use, in threads, in order."""
+"""Compute items in threads a little ahead of their use, in order."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ R = TypeVar("R")
 def ahead(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
     """`map(function, items)`, computed by `workers` threads at most 2·workers items ahead.
 
-    Same results in the same order for every `workers`; an error is raised where its item would have come. 0
-    workers: no thread. Leaving the loop early cancels what has not begun.
+    The results and their order do not depend on `workers`; an error is raised in place of its item. Without
+    workers no thread is started. Leaving the loop early cancels items that have not begun.
     """
     if workers < 1:
         yield from map(function, items)

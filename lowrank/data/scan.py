@@ -1,70 +1,55 @@
-"""A dataset to examples: which images there are, how large they are and what they are called.
+"""The images of a dataset, with their sizes, captions and masks.
 
-`scan` reads each image's head and caption once, in sorted order; no pixel is decoded.
+`scan` reads the head and the caption of each image once, in sorted order; no pixel is decoded.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank.data import buckets, images, metadata_file
-from lowrank.data.dataset import Dataset, Example, Subset, parse_resolution
-from lowrank.data.dataset_config import from_config
-from lowrank.data.metadata_file import Named
-from lowrank.data.sources import contents, from_folders, from_instance, from_metadata
+from lowrank.data import images, metadata_file
+from lowrank.data.captions import varies_tags
+from lowrank.data.dataset import Dataset, Example, Subset, describe_content
+from lowrank.data.plan import place_image
 from lowrank.errors import Refused
 from lowrank.files import existing_folder
 
-__all__ = [
-    "Dataset",
-    "Example",
-    "Subset",
-    "from_config",
-    "from_folders",
-    "from_instance",
-    "from_metadata",
-    "parse_resolution",
-    "scan",
-]
-
 log = logging.getLogger(__name__)
 _SKIP = "or give --skip_bad_images"
-_ENDINGS = (".txt", ".caption")  # of caption files: most people's, and kohya's default
+_ENDINGS = (".txt", ".caption")  # of caption files: the usual one, and the default of kohya sd-scripts
 
 
 def _is_file(entry: os.DirEntry) -> bool:
-    """True for a broken link too (it may be a loop), so that it is named when it is opened."""
+    """True for a file, and for a broken link: opening the link later gives an error with its name."""
     return (entry.is_symlink() and not os.path.exists(entry)) or entry.is_file()
 
 
 def scan(dataset: Dataset, *, skip_bad_images: bool = False) -> list[Example]:
-    """Every image of every subset, in sorted order, with size, captions and mask; only heads of files are
-    read.
+    """Every image of every subset, in sorted order, with size, captions and mask.
 
     Sizes are those after the EXIF orientation. Other files are ignored, and images of at most the area of
-    `skip_image_resolution` are left out. Raises `Refused` for a missing or empty folder and when nothing is
-    left; and for two images of one stem, an image whose head cannot be read or that fits no bucket, a caption
-    that is empty or not UTF-8, a mask that is missing or of another shape, unless with `skip_bad_images`:
-    then these images are left out and listed.
+    `skip_image_resolution` are left out. Raises `Refused` for a missing or empty folder and when no training
+    image is left. A bad image is refused, or with `skip_bad_images` left out with a warning: two images of
+    one stem, a head that cannot be read, a size that fits no bucket, a caption that is empty or not UTF-8, a
+    mask that is missing or of another shape.
     """
-    examples, bad, seen = [], [], set()
+    examples: list[Example] = []
+    bad: list[str] = []
+    scanned: set[str] = set()
     for index, subset in enumerate(dataset.subsets):
         place = os.path.realpath(subset.metadata_file or subset.image_dir)
-        if place in seen:
+        if place in scanned:
             key = "metadata_file" if subset.metadata_file else "image_dir"
             log.warning("%s %s is given twice in one dataset; the second is ignored", key, place)
             continue
-        seen.add(place)
+        scanned.add(place)
         examples += _scan_subset(dataset, index, bad)
-    if bad and not skip_bad_images:
-        more = f" ({len(bad) - 1} more images have a problem)" if len(bad) > 1 else ""
-        raise Refused(bad[0] + more)
-    for reason in bad:
-        log.warning("skipped: %s", reason)
-    _tell_unused_masks(dataset, examples)
-    if not any(not example.is_reg for example in examples):
+    report_bad(bad, skip=skip_bad_images)
+    _warn_of_unused_masks(dataset, examples)
+    if all(example.is_reg for example in examples):
         folders = ", ".join(str(subset.image_dir) for subset in dataset.subsets if not subset.is_reg)
         raise Refused(
             f"no training image is left in {folders or 'a dataset of regularisation folders only'}; "
@@ -73,58 +58,63 @@ def scan(dataset: Dataset, *, skip_bad_images: bool = False) -> list[Example]:
     return examples
 
 
+def report_bad(reasons: Sequence[str], *, skip: bool) -> None:
+    """Refuse with the first reason and the number of the others; with `skip`, log them all as warnings."""
+    if reasons and not skip:
+        more = f" ({len(reasons) - 1} more images have a problem)" if len(reasons) > 1 else ""
+        raise Refused(reasons[0] + more)
+    for reason in reasons:
+        log.warning("skipped: %s", reason)
+
+
 def _scan_subset(dataset: Dataset, index: int, bad: list[str]) -> list[Example]:
-    subset = dataset.subsets[index]
-    named = metadata_file.entries(subset) if subset.metadata_file else _listed(subset, bad)
-    masks = _masks(subset)
+    subset, smallest = dataset.subsets[index], dataset.skip_image_resolution
+    masks = _mask_files(subset)
     modes: dict[str, list[str]] = {}
-    unnamed, examples = [], []
-    smallest = dataset.skip_image_resolution
-    for path, known in named:
+    examples: list[Example] = []
+    for path, known in metadata_file.entries(subset) if subset.metadata_file else _list_images(subset, bad):
         try:
             head = images.header(path)
             if smallest and head.size[0] * head.size[1] <= smallest[0] * smallest[1]:
                 continue
             _check_place(path, head.size, dataset)
-            captions = known or _captions(path, subset)
-            mask = None if masks is None else _mask(path, head.size, masks, subset)
+            captions = known or _read_captions(path, subset)
+            mask = None if masks is None else _find_mask(path, head.size, masks, subset)
         except Refused as error:
             bad.append(str(error))
             continue
         modes.setdefault(head.mode, []).append(path.name)
-        if captions == ("",):
-            unnamed.append(path.name)
         examples.append(Example(path, captions, head.size, subset.num_repeats, subset.is_reg, index, mask))
-    _tell(subset, modes, unnamed, examples)
+    _log_surprises(subset, modes, examples)
     return examples
 
 
-def _listed(subset: Subset, bad: list[str]) -> list[Named]:
-    """The images of a folder, sorted; those without a caption file of their own with their caption.
+def _list_images(subset: Subset, bad: list[str]) -> list[metadata_file.Entry]:
+    """The images of a folder, sorted; an image with a caption file has no captions yet.
 
-    Hidden files (macOS' `._x.png`) are no images.
+    Hidden files (macOS' `._x.png`) are ignored.
     """
-    folder = subset.image_dir
-    entries = {entry.name for entry in os.scandir(existing_folder(folder, "image_dir")) if _is_file(entry)}
-    found = _images(entries)
-    if not found:
+    folder, extension = subset.image_dir, subset.captions.caption_extension
+    names = {entry.name for entry in os.scandir(existing_folder(folder, "image_dir")) if _is_file(entry)}
+    image_names = _images(names)
+    if not image_names:
         raise Refused(
-            f"image_dir {folder} holds no image ({' '.join(sorted(images.suffixes()))}): {contents(folder)}; "
-            "put images there or give another folder"
+            f"image_dir {folder} holds no image ({' '.join(sorted(images.suffixes()))}): "
+            f"{describe_content(folder)}; put images there or give another folder"
         )
-    foreign = sorted(name for name in entries if name.endswith(".npz"))
+    foreign = sorted(name for name in names if name.endswith(".npz"))
     if foreign:
         log.info(
-            "%s: %d .npz caches (first: %s) are not read, as they do not tell the picture and the model they "
-            "are of; caches are made anew",
+            "%s: %d .npz caches (first: %s) are not read, as they do not name their image and model; latents "
+            "are encoded again",
             folder,
             len(foreign),
             foreign[0],
         )
-    named: list[Named] = []
+    entries: list[metadata_file.Entry] = []
     unread: list[str] = []
     first: dict[str, str] = {}
-    for name in found:
+    for name in image_names:
         stem = os.path.splitext(name)[0]
         if stem in first:
             bad.append(
@@ -133,10 +123,10 @@ def _listed(subset: Subset, bad: list[str]) -> list[Named]:
             )
             continue
         first[stem] = name
-        has_file = subset.caption_extension is not None and stem + subset.caption_extension in entries
-        named.append((folder / name, () if has_file else (subset.class_tokens or "",)))
-        if subset.caption_extension is not None and not has_file:
-            unread += [stem + ending for ending in _ENDINGS if stem + ending in entries]
+        has_file = extension is not None and stem + extension in names
+        entries.append((folder / name, () if has_file else (subset.class_tokens or "",)))
+        if extension is not None and not has_file:
+            unread += [stem + ending for ending in _ENDINGS if stem + ending in names]
     if unread:
         log.warning(
             "%s: %d images have a caption file that is not read (first: %s), as caption_extension is %s; "
@@ -144,10 +134,10 @@ def _listed(subset: Subset, bad: list[str]) -> list[Named]:
             folder,
             len(unread),
             unread[0],
-            subset.caption_extension,
+            extension,
             os.path.splitext(unread[0])[1],
         )
-    return named
+    return entries
 
 
 def _images(names: set[str]) -> list[str]:
@@ -159,18 +149,19 @@ def _images(names: set[str]) -> list[str]:
 
 def _check_place(path: Path, size: tuple[int, int], dataset: Dataset) -> None:
     try:
-        buckets.place_image(size, dataset)
+        place_image(size, dataset)
     except Refused as error:
         raise Refused(f"image {path}: {error}, {_SKIP}") from error
 
 
-def _captions(path: Path, subset: Subset) -> tuple[str, ...]:
-    file = path.with_name(path.stem + (subset.caption_extension or ""))
+def _read_captions(path: Path, subset: Subset) -> tuple[str, ...]:
+    file = path.with_name(path.stem + (subset.captions.caption_extension or ""))
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused(
-            f"caption file {file} is not UTF-8 (byte {error.start}: {error.reason}); save it so, {_SKIP}"
+            f"caption file {file} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8, "
+            f"{_SKIP}"
         ) from error
     except OSError as error:
         raise Refused(
@@ -182,28 +173,28 @@ def _captions(path: Path, subset: Subset) -> tuple[str, ...]:
             f"caption file {file} is empty; write a caption, or remove the file to use the class tokens, "
             f"{_SKIP}"
         )
-    return lines if subset.enable_wildcard else lines[:1]
+    return lines if subset.captions.enable_wildcard else lines[:1]
 
 
-def _masks(subset: Subset) -> dict[str, Path] | None:
+def _mask_files(subset: Subset) -> dict[str, Path] | None:
     """Mask files by stem, or None where the subset has no `conditioning_data_dir`.
 
-    Where that holds a folder of the image folder's name, the masks are in it: so one `conditioning_data_dir`
-    serves several folders.
+    Where `conditioning_data_dir` has a subfolder of the image folder's name, the masks are in the subfolder,
+    so that several image folders can share one `conditioning_data_dir`.
     """
-    if subset.conditioning_data_dir is None:
+    if subset.masks.conditioning_data_dir is None:
         return None
-    folder = existing_folder(subset.conditioning_data_dir, "conditioning_data_dir")
+    folder = existing_folder(subset.masks.conditioning_data_dir, "conditioning_data_dir")
     if (folder / subset.image_dir.name).is_dir():
         folder /= subset.image_dir.name
     return {os.path.splitext(name)[0]: folder / name for name in reversed(_images(set(os.listdir(folder))))}
 
 
-def _mask(path: Path, size: tuple[int, int], masks: dict[str, Path], subset: Subset) -> Path:
+def _find_mask(path: Path, size: tuple[int, int], masks: dict[str, Path], subset: Subset) -> Path:
     mask = masks.get(path.stem)
     if mask is None:
         raise Refused(
-            f"image {path} has no mask in conditioning_data_dir {subset.conditioning_data_dir}; put "
+            f"image {path} has no mask in conditioning_data_dir {subset.masks.conditioning_data_dir}; put "
             f"{path.stem}.png there, {_SKIP}"
         )
     width, height = images.header(mask).size
@@ -215,34 +206,32 @@ def _mask(path: Path, size: tuple[int, int], masks: dict[str, Path], subset: Sub
     return mask
 
 
-def _tell_unused_masks(dataset: Dataset, examples: list[Example]) -> None:
-    there = {path for subset in dataset.subsets for path in (_masks(subset) or {}).values()}
-    unused = sorted(there - {example.mask for example in examples})
+def _warn_of_unused_masks(dataset: Dataset, examples: list[Example]) -> None:
+    files = {path for subset in dataset.subsets for path in (_mask_files(subset) or {}).values()}
+    unused = sorted(files - {example.mask for example in examples})
     if unused:
         log.warning("%d masks belong to no image; the first is %s", len(unused), unused[0])
 
 
-def _tell(subset: Subset, modes: dict[str, list[str]], unnamed: list[str], examples: list[Example]) -> None:
-    """One line for each thing about a subset that a user may not expect."""
-    folder, mark = subset.image_dir, subset.keep_tokens_separator
+def _log_surprises(subset: Subset, modes: dict[str, list[str]], examples: list[Example]) -> None:
+    """Log what a user may not expect: converted pixels, empty captions, a separator without effect."""
+    folder, mark = subset.image_dir, subset.captions.keep_tokens_separator
     for mode, names in modes.items():
         if mode == "CMYK" or mode == "I" or mode.startswith("I;16"):
             log.info(
                 "%s: %d images are %s and become 8-bit RGB (first: %s)", folder, len(names), mode, names[0]
             )
+    unnamed = [example.path.name for example in examples if example.captions == ("",)]
     if unnamed:
         log.warning(
             "%s: %d images have neither a %s file nor class_tokens; their caption is empty (first: %s)",
             folder,
             len(unnamed),
-            subset.caption_extension,
+            subset.captions.caption_extension,
             unnamed[0],
         )
-    if (
-        mark
-        and not subset.varies_tags
-        and any(mark in line for example in examples for line in example.captions)
-    ):
+    marked = mark and any(mark in line for example in examples for line in example.captions)
+    if marked and not varies_tags(subset.captions):
         log.warning(
             "%s: keep_tokens_separator %r has no effect without shuffle_caption, caption_tag_dropout_rate or "
             "token_warmup_step, and stays in the captions",

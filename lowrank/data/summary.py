@@ -1,17 +1,18 @@
-"""What a loader holds, as plain data: for logs, `--dry_run` and kohya's `ss_*` metadata."""
+"""The content of a loader as plain data: for logs, `--dry_run` and kohya's `ss_*` metadata."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from lowrank.data import plan
-from lowrank.data.dataset import Dataset
+from lowrank.data.dataset import Dataset, Example, Subset
 from lowrank.data.loader import Loader
 from lowrank.data.plan import Placed
 
-_OF_SUBSET = (
+_SUBSET_OPTIONS = (
     "num_repeats",
     "color_aug",
     "flip_aug",
@@ -25,11 +26,11 @@ _OF_SUBSET = (
     "caption_suffix",
     "resize_interpolation",
 )
-_OF_DATASET = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "resize_interpolation")
+_DATASET_OPTIONS = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "resize_interpolation")
 
 
 def dataset_summary(loader: Loader) -> dict[str, Any]:
-    """Counts for one look: per dataset the folders, images, images x repeats, and what each bucket holds."""
+    """Counts of a loader: per dataset the folders, images, repeats, and the content of each bucket."""
     return {
         "batches_per_epoch": len(loader),
         "num_train_images": sum(_total(group, reg=False) for group in loader.groups),
@@ -43,12 +44,12 @@ def dataset_summary(loader: Loader) -> dict[str, Any]:
                         "image_dir": str(subset.image_dir),
                         "is_reg": subset.is_reg,
                         "repeats": subset.num_repeats,
-                        "images": sum(one.subset == index for one in examples),
+                        "images": _count(examples, index),
                     }
                     for index, subset in enumerate(dataset.subsets)
                 ],
                 "buckets": {
-                    f"{w}x{h}": sum(one.repeats for one in members)
+                    f"{w}x{h}": sum(image.repeats for image in members)
                     for (w, h), members in plan.by_bucket(group).items()
                 },
             }
@@ -60,17 +61,18 @@ def dataset_summary(loader: Loader) -> dict[str, Any]:
 def tag_frequency(loader: Loader, index: int | None = None) -> dict[str, dict[str, int]]:
     """`ss_tag_frequency` of one dataset or all: folder name to lower-case tag to number of images.
 
-    A folder that several datasets have counts once, in the first of them.
+    A folder of several datasets is counted in the first of them.
     """
-    counts: dict[str, dict[str, int]] = {}
-    for dataset, examples in _chosen(loader, index):
-        own: dict[str, Counter[str]] = {}
-        for one in examples:
-            own.setdefault(dataset.subsets[one.subset].label, Counter()).update(
-                tag.strip().lower() for line in one.captions for tag in line.split(",") if tag.strip()
+    frequency: dict[str, dict[str, int]] = {}
+    pairs = list(zip(loader.datasets, loader.examples, strict=True))
+    for dataset, examples in pairs if index is None else [pairs[index]]:
+        counts: dict[str, Counter[str]] = {}
+        for example in examples:
+            counts.setdefault(dataset.subsets[example.subset].label, Counter()).update(
+                tag.strip().lower() for line in example.captions for tag in line.split(",") if tag.strip()
             )
-        counts = {folder: dict(tags) for folder, tags in own.items()} | counts
-    return counts
+        frequency = {folder: dict(tags) for folder, tags in counts.items()} | frequency
+    return frequency
 
 
 def dataset_dirs(loader: Loader, *, reg: bool = False) -> dict[str, dict[str, int]]:
@@ -78,16 +80,16 @@ def dataset_dirs(loader: Loader, *, reg: bool = False) -> dict[str, dict[str, in
 
     The second folder of one name is `name (2)`, as in sd-scripts.
     """
-    found: dict[str, dict[str, int]] = {}
-    for dataset, examples in _chosen(loader, None):
+    folders: dict[str, dict[str, int]] = {}
+    for dataset, examples in zip(loader.datasets, loader.examples, strict=True):
         for number, subset in enumerate(dataset.subsets):
             if subset.is_reg == reg:
                 names = itertools.chain([subset.label], (f"{subset.label} ({i})" for i in itertools.count(2)))
-                found[next(name for name in names if name not in found)] = {
+                folders[next(name for name in names if name not in folders)] = {
                     "n_repeats": subset.num_repeats,
-                    "img_count": sum(one.subset == number for one in examples),
+                    "img_count": _count(examples, number),
                 }
-    return found
+    return folders
 
 
 def bucket_info(loader: Loader, index: int = 0) -> dict[str, Any] | None:
@@ -97,7 +99,7 @@ def bucket_info(loader: Loader, index: int = 0) -> dict[str, Any] | None:
         return None
     return {
         "buckets": {
-            str(number): {"resolution": list(bucket), "count": sum(one.repeats for one in members)}
+            str(number): {"resolution": list(bucket), "count": sum(image.repeats for image in members)}
             for number, (bucket, members) in enumerate(plan.by_bucket(placed).items())
         },
         "mean_img_ar_error": sum(map(_aspect_error, placed)) / len(placed),
@@ -105,11 +107,11 @@ def bucket_info(loader: Loader, index: int = 0) -> dict[str, Any] | None:
 
 
 def metadata_datasets(loader: Loader) -> list[dict[str, Any]]:
-    """`ss_datasets`: one dict per dataset with its subsets, kohya's keys; to be written as JSON."""
-    return [_described(loader, index, dataset) for index, dataset in enumerate(loader.datasets)]
+    """`ss_datasets`: one dict per dataset with its subsets, by kohya's keys; to be written as JSON."""
+    return [_dataset_facts(loader, index, dataset) for index, dataset in enumerate(loader.datasets)]
 
 
-def _described(loader: Loader, index: int, dataset: Dataset) -> dict[str, Any]:
+def _dataset_facts(loader: Loader, index: int, dataset: Dataset) -> dict[str, Any]:
     group, examples = loader.groups[index], loader.examples[index]
     return {
         "is_dreambooth": all(subset.metadata_file is None for subset in dataset.subsets),
@@ -117,34 +119,31 @@ def _described(loader: Loader, index: int, dataset: Dataset) -> dict[str, Any]:
         "num_train_images": _total(group, reg=False),
         "num_reg_images": _total(group, reg=True),
         "resolution": list(dataset.resolution),
-        **{name: getattr(dataset, name) for name in _OF_DATASET},
+        **{name: getattr(dataset, name) for name in _DATASET_OPTIONS},
         "tag_frequency": tag_frequency(loader, index),
         "bucket_info": bucket_info(loader, index),
         "subsets": [
-            {
-                "img_count": sum(one.subset == number for one in examples),
-                **{name: getattr(subset, name) for name in _OF_SUBSET},
-                "image_dir": subset.image_dir.name,
-                **(
-                    {"metadata_file": subset.label}
-                    if subset.metadata_file
-                    else {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
-                ),
-            }
+            {"img_count": _count(examples, number), **_subset_facts(subset)}
             for number, subset in enumerate(dataset.subsets)
         ],
     }
 
 
-def _chosen(loader: Loader, index: int | None):
-    pairs = list(zip(loader.datasets, loader.examples, strict=True))
-    return pairs if index is None else [pairs[index]]
+def _subset_facts(subset: Subset) -> dict[str, Any]:
+    facts = {name: subset.value(name) for name in _SUBSET_OPTIONS} | {"image_dir": subset.image_dir.name}
+    if subset.metadata_file:
+        return facts | {"metadata_file": subset.label}
+    return facts | {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
 
 
-def _total(group: tuple[Placed, ...], *, reg: bool) -> int:
-    return sum(one.repeats for one in group if one.example.is_reg == reg)
+def _count(examples: Sequence[Example], subset: int) -> int:
+    return sum(example.subset == subset for example in examples)
 
 
-def _aspect_error(one: Placed) -> float:
-    (width, height), bucket = one.example.size, one.where.bucket
+def _total(group: Sequence[Placed], *, reg: bool) -> int:
+    return sum(image.repeats for image in group if image.example.is_reg == reg)
+
+
+def _aspect_error(image: Placed) -> float:
+    (width, height), bucket = image.example.size, image.where.bucket
     return abs(bucket[0] / bucket[1] - width / height)

@@ -1,7 +1,7 @@
 """Captions through CLIP as kohya's trainers encode them: chunks of 75 tokens, skipped layers, weights.
 
-A caption of up to 75·n tokens is cut into n chunks; each goes through CLIP between BOS and EOS, and what
-comes out is joined again as BOS, the chunks' insides, EOS. Facts: kohya sd-scripts' text encoding.
+A caption of up to 75·n tokens is cut into n chunks; each goes through CLIP between BOS and EOS, and the
+states are joined again as BOS, the insides of the chunks, EOS. Facts: kohya sd-scripts' text encoding.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def tokenize(tokenizer: Any, caption: str, chunks: int, weights: bool) -> Tokens
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     ids, scales = [], []
     for text, weight in weighted(caption) if weights else [(caption, 1.0)]:
-        found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ids += found
-        scales += [weight] * len(found)
+        pieces = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids += pieces
+        scales += [weight] * len(pieces)
     if len(ids) > room:
         log.warning("caption cut to %d of %d CLIP tokens: %s…", room, len(ids), caption[:80])
     ids, scales = ids[:room], scales[:room]
@@ -48,20 +48,20 @@ def tokenize(tokenizer: Any, caption: str, chunks: int, weights: bool) -> Tokens
         if pad != eos and row[0] == pad:  # a chunk of padding alone begins with EOS
             row = [eos, *row[1:]]
         rows.append([bos, *row, last])
-    own = torch.ones(room + 2)
-    own[1 : 1 + len(scales)] = torch.tensor(scales)
-    return Tokens(torch.tensor(rows), own)
+    factors = torch.ones(room + 2)
+    factors[1 : 1 + len(scales)] = torch.tensor(scales)
+    return Tokens(torch.tensor(rows), factors)
 
 
 def hidden(encoder: Any, tokens: list[Tokens], skip: int | None, final_norm: bool) -> tuple[Tensor, Tensor]:
-    """Of B captions the hidden states (B, n·75 + 2, D) and what CLIP pools from their first chunks (B, P).
+    """Hidden states (B, n·75 + 2, D) of B captions, and the pooled vectors of their first chunks (B, P).
 
     `skip` n takes the n-th hidden state from the end, None the last; `final_norm` puts it through the
     encoder's last normalisation (SD), or leaves it as it is (SDXL). Differentiable in the encoder.
     Raises `Refused` where there are fewer layers than `skip`.
     """
     B, n = len(tokens), len(tokens[0].chunks)
-    ids = torch.cat([one.chunks for one in tokens]).to(encoder.device)  # (B·n, L)
+    ids = torch.cat([caption.chunks for caption in tokens]).to(encoder.device)  # (B·n, L)
     out = encoder(ids, output_hidden_states=True)
     # a projecting encoder (SDXL's second) holds the model, the other is the model in transformers 5
     inner = getattr(encoder, "text_model", encoder)
@@ -75,7 +75,7 @@ def hidden(encoder: Any, tokens: list[Tokens], skip: int | None, final_norm: boo
     pooled = getattr(out, "text_embeds", None)
     pooled = out.pooler_output if pooled is None else pooled
     joined = torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)
-    weights = torch.stack([one.weights for one in tokens])
+    weights = torch.stack([caption.weights for caption in tokens])
     if (weights != 1).any():
         joined = joined * weights.to(joined)[..., None]
     return joined, pooled.unflatten(0, (B, n))[:, 0]

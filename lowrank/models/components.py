@@ -1,28 +1,27 @@
-"""Parts of a diffusers folder, loaded so that what is broken is refused by name."""
+"""Find, read, check and hash the parts of a diffusers model; a broken part is refused by name."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging
 
 from lowrank.errors import Refused
-from lowrank.models.family import (
-    ROLES,
-    Models,
-    Source,
-    complete,
-    component_folder,
-    fingerprint,
-    finite,
-    reading,
-)
+from lowrank.models.family import ROLES, Models, Source
 
+_WHOLE = 64 << 20  # files up to this size are hashed byte for byte
+_PIECE = 4096  # bytes
+_VERSIONS = ("transformers_version", "torch_dtype", "dtype")  # keys of JSON that are not hashed
 _HASHED = (".json", ".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".model", ".txt")
 
 
@@ -35,10 +34,10 @@ def add_components(
     vae: Callable[[Models], Any],
     denoiser: Callable[[Models], Any],
 ) -> None:
-    """Load the named parts that are not there, each with its family's own function."""
+    """Load the named parts that are not loaded, each with the function of its family."""
     for role in roles:
         if role == "text" and not models.text_encoders:
-            models.tokenizers = tuple(speaking(one) for one in tokenizers(models))
+            models.tokenizers = tuple(with_vocabulary(tokenizer) for tokenizer in tokenizers(models))
             models.text_encoders = encoders(models)
         elif role == "vae" and models.vae is None:
             models.vae = vae(models)
@@ -48,7 +47,7 @@ def add_components(
             raise ValueError(f"{role!r} is not one of {ROLES}")
 
 
-_OTHERS = {  # folder of the denoiser: that of other models, and how those are trained
+_OTHERS = {  # folder of the denoiser: that of other families, and how those are trained
     "transformer": (
         "unet",
         "SD 1 and SD 2 are trained with train_network_ABM.py, SDXL with sdxl_train_network_ABM.py",
@@ -58,21 +57,19 @@ _OTHERS = {  # folder of the denoiser: that of other models, and how those are t
 
 
 def check_denoiser(models: Models, name: str) -> None:
-    """Refuse a model whose denoiser is of another family, told by the folder that it is in."""
+    """Refuse a model whose denoiser is in the folder of another family."""
     other, way_out = _OTHERS[name]
     if (models.root / other).is_dir() and not (models.root / name).is_dir():
         raise Refused(f"{models.source.path} holds a {other} and no {name}: {way_out}")
 
 
 def config(kind: Any, root: Path, name: str, needed: str) -> Mapping[str, Any]:
-    """The configuration of a component; `Refused` when it lacks `needed`, which tells whose it is."""
+    """The configuration of a component; `Refused` when it lacks `needed`, a key of this kind of model."""
     folder = component_folder(root, name, kind.__name__)
     with reading(f"configuration of {name}", folder):
         facts = dict(kind.load_config(folder, local_files_only=True))
     if needed not in facts:
-        raise Refused(
-            f"the configuration in {folder} has no {needed}, so it is of another model; fetch the model again"
-        )
+        raise Refused(f"the configuration in {folder} has no {needed}: another model's; download it again")
     return facts
 
 
@@ -113,12 +110,12 @@ def folder_tokenizer(kind: Any, root: Path, name: str) -> Any:
         return kind.from_pretrained(folder, local_files_only=True)
 
 
-def speaking(tokenizer: Any) -> Any:
-    """The tokenizer, after it told words apart: transformers makes an empty one where files are missing."""
+def with_vocabulary(tokenizer: Any) -> Any:
+    """The tokenizer. Raises `Refused` without a vocabulary: transformers makes an empty one without files."""
     ids = tokenizer("a cat on the beach", add_special_tokens=False).input_ids
     if len(set(ids)) < 2:
         raise Refused(
-            f"the {type(tokenizer).__name__} of {tokenizer.name_or_path} knows no words (vocabulary of "
+            f"the {type(tokenizer).__name__} of {tokenizer.name_or_path} has no words (vocabulary of "
             f"{len(tokenizer)}): its files are missing; give a whole model folder, or --tokenizer_cache_dir"
         )
     return tokenizer
@@ -138,3 +135,137 @@ def hash_of(places: Iterable[Path]) -> str:
     """The fingerprint of files, and of the files in folders, that make up one role."""
     files = (sorted(place.iterdir()) if place.is_dir() else [place] for place in places)
     return fingerprint(file for group in files for file in group if file.suffix in _HASHED)
+
+
+# ---------- finding and reading
+
+
+def local_folder(source: Source, download: Callable[..., str | os.PathLike]) -> Path:
+    """The local folder of a diffusers model: `source.path`, or the snapshot of a hub id from `download`.
+
+    An existing folder is never looked up on the hub. Raises `Refused` for a path that is neither.
+    """
+    path = Path(source.path)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) or source.path.startswith("."):
+        raise Refused(
+            f"the base model {source.path!r} is neither a folder nor a hub id like "
+            "'black-forest-labs/FLUX.1-dev'; check the path"
+        )
+    try:
+        return Path(
+            download(
+                source.path, revision=source.revision, variant=source.variant, cache_dir=source.cache_dir
+            )
+        )
+    except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
+        raise Refused(
+            f"there is no folder {source.path!r}, and the hub gave no model of this name: "
+            f"{_first_line(error)}; check the name, the network or your login"
+        ) from error
+
+
+def component_folder(root: Path, name: str, what: str) -> Path:
+    """The folder `name` of a diffusers model; `Refused`, naming both, when it is missing or empty."""
+    folder = root / name
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise Refused(
+            f"{root} has no {name!r} ({what}); a diffusers model keeps it in {folder}, download it again or "
+            "give another folder"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def reading(what: str, where: str | Path) -> Iterator[None]:
+    """Turn a library's error for an unreadable file into a `Refused`, except out-of-memory errors."""
+    try:
+        yield
+    except (Refused, torch.OutOfMemoryError):
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,  # this and the next: JSON that is a list where an object belongs
+        AttributeError,
+        SafetensorError,
+    ) as error:
+        raise Refused(
+            f"the {what} in {where} cannot be read: {_first_line(error)}; the file may be incomplete or of "
+            "another model, download it again"
+        ) from error
+
+
+def complete(what: str, where: str | Path, info: Mapping[str, Any]) -> None:
+    """Refuse weights with tensors missing or of another shape: libraries fill those with random numbers."""
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(problem) or ())
+        if found:
+            raise Refused(
+                f"the {what} in {where} does not fit its configuration: {len(found)} × "
+                f"{problem.split('_')[0]}, the first is {found[0]}; download the model again"
+            )
+
+
+def finite(module: nn.Module, what: str, where: str | Path) -> None:
+    """Refuse a module with a NaN or an infinity, naming the tensor. One pass over the memory."""
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not value.is_meta:
+            if value.dtype.itemsize == 1:
+                value = value.to(torch.float16)  # float8 has no sum
+            # the sum is not finite if one element is not
+            if not torch.isfinite(value.sum(dtype=torch.float32)):
+                if torch.isfinite(value).all():
+                    continue  # …but a sum may overflow where no element does
+                raise Refused(
+                    f"{name} of the {what} in {where} holds NaN or infinite values; download the file again"
+                )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+# ---------- hashes
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """One SHA-256 over files in the given order: names and bytes, of large ones a sample of each tensor.
+
+    A safetensors file above 64 MiB counts with its size, header and three 4 KiB pieces of every tensor, so
+    that 24 GB take a moment and a change of any tensor by training or merging still changes the hash. JSON is
+    hashed without its layout and without the versions that wrote it.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        for piece in _pieces(path):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    if path.suffix == ".json":
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(facts, dict):  # the program and version that saved it do not matter
+            facts = {k: v for k, v in facts.items() if not k.startswith("_") and k not in _VERSIONS}
+        yield json.dumps(facts, sort_keys=True).encode()
+        return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE or path.suffix not in (".safetensors", ".sft"):
+            while block := file.read(1 << 20):
+                yield block
+            return
+        yield size.to_bytes(8, "little")
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        yield header
+        for _, tensor in sorted((k, v) for k, v in json.loads(header).items() if k != "__metadata__"):
+            start, end = tensor["data_offsets"]
+            for at in (start, (start + end - _PIECE) // 2, end - _PIECE):
+                file.seek(8 + length + max(at, start))
+                yield file.read(min(_PIECE, end - start))

@@ -8,14 +8,16 @@ kohya sd-scripts' FLUX trainer, diffusers' FluxPipeline.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL.Image import Image
 from torch import Tensor, nn
 
+from lowrank.config.flux import FluxModel
 from lowrank.errors import Refused
 from lowrank.models.family import Family, FamilyOptions, Models, bare, latent_scale
 from lowrank.models.flux_load import add_flux_components, load_flux, model_hash
@@ -26,25 +28,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FluxOptions(FamilyOptions):
-    """Switches of text and denoiser; the fields are command-line options of the same names."""
+    """Options of text and denoiser; each is the command-line option of its name."""
 
-    guidance_scale: float = 3.5  # input of models with a guidance embedder; others ignore it
-    t5xxl_max_token_length: int | None = None  # None: 512 with a guidance embedder (dev), else 256 (schnell)
-    apply_t5_attn_mask: bool = False  # hide T5's padding in T5 and in the denoiser
+    guidance_scale: float = FluxModel.guidance_scale  # only models with a guidance embedder use it
+    t5xxl_max_token_length: int | None = FluxModel.t5xxl_max_token_length  # None: see `text_length`
+    apply_t5_attn_mask: bool = FluxModel.apply_t5_attn_mask  # hide T5's padding in T5 and in the denoiser
 
 
 # ---------- text
 
 
 def text_length(models: Models, options: FluxOptions) -> int:
-    """Tokens of T5: as asked, else 512 (guidance embedder) or 256; at most what its tokenizer allows."""
-    asked = options.t5xxl_max_token_length or (512 if models.configs["denoiser"]["guidance_embeds"] else 256)
-    return min(asked, models.tokenizers[1].model_max_length)
+    """Tokens of T5: the option, else 512 with a guidance embedder (dev) or 256; at most the tokenizer's."""
+    length = options.t5xxl_max_token_length or (512 if models.configs["denoiser"]["guidance_embeds"] else 256)
+    return min(length, models.tokenizers[1].model_max_length)
 
 
 @torch.no_grad()
 def encode_text(
-    models: Models, captions: list[str], options: FluxOptions = FluxOptions()
+    models: Models, captions: Sequence[str], options: FluxOptions = FluxOptions()
 ) -> list[dict[str, Tensor]]:
     """One CPU dictionary per caption: `pooled` (D,), `t5` (L, D₂) in the encoders' dtype, `t5_mask` (L,)
     bool.
@@ -71,9 +73,9 @@ def encode_text(
     return encoded
 
 
-def _pooled(clip: Any, tokenizer, captions: list[str]) -> Tensor:
+def _pooled(clip: Any, tokenizer: Any, captions: Sequence[str]) -> Tensor:
     ids = tokenizer(
-        captions,
+        list(captions),
         padding="max_length",
         max_length=min(77, tokenizer.model_max_length),
         truncation=True,
@@ -83,13 +85,13 @@ def _pooled(clip: Any, tokenizer, captions: list[str]) -> Tensor:
 
 
 def keep_trained_text(models: Models) -> list[nn.Module]:
-    """Let go of all text encoders but those that adapters can train here, and return these: CLIP-L."""
+    """Drop all text encoders but CLIP-L, which adapters can train, and return it."""
     models.text_encoders, models.tokenizers = models.text_encoders[:1], models.tokenizers[:1]
     return list(models.text_encoders)
 
 
 def trained_text(
-    models: Models, captions: list[str], options: FluxOptions = FluxOptions()
+    models: Models, captions: Sequence[str], options: FluxOptions = FluxOptions()
 ) -> dict[str, Tensor]:
     """The conditions that come from the trained encoders, with gradient: `pooled` (B, D)."""
     return {"pooled": _pooled(models.text_encoders[0], models.tokenizers[0], captions)}
@@ -98,8 +100,8 @@ def trained_text(
 def empty(models: Models) -> FluxTransformer2DModel:
     """The denoiser on the meta device: shapes and names without weights."""
     with torch.device("meta"):
-        made: Any = FluxTransformer2DModel.from_config(dict(models.configs["denoiser"]))
-        return made
+        transformer: Any = FluxTransformer2DModel.from_config(dict(models.configs["denoiser"]))
+        return transformer
 
 
 # ---------- denoising
@@ -198,7 +200,7 @@ def sample(
     scale: float = 1.0,
     guidance: float | None = None,
     sampler: str | None = None,
-) -> list:
+) -> list[Image]:
     """One PIL image per caption of `text`, through the stock pipeline.
 
     `guidance` replaces the options' distilled guidance; `scale` above 1 with a `negative` text is CFG besides
@@ -245,7 +247,7 @@ def bucket_step(models: Models) -> int:
     return 2 * latent_scale(models)
 
 
-FLUX = Family(
+FLUX: Family[FluxOptions] = Family(
     name="flux",
     implementation="https://github.com/black-forest-labs/flux",
     options=FluxOptions,

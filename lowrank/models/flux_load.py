@@ -1,6 +1,4 @@
-"""Loading FLUX: parts of a diffusers folder or hub snapshot, single files in their place, and the hash that
-names them.
-"""
+"""Load FLUX from a diffusers folder, a hub snapshot or single files, and hash its weights."""
 
 from __future__ import annotations
 
@@ -19,13 +17,8 @@ from transformers import (
 
 from lowrank.errors import Refused
 from lowrank.models import components, flux_single, single
-from lowrank.models.family import (
-    ROLES,
-    Models,
-    Source,
-    component_folder,
-    local_folder,
-)
+from lowrank.models.components import component_folder, local_folder
+from lowrank.models.family import ROLES, Models, Source
 
 FOLDERS = {
     "denoiser": ("transformer",),
@@ -56,7 +49,7 @@ def load_flux(source: Source, roles: Iterable[str] = ROLES) -> Models:
     if packed != 4 * channels:
         raise Refused(
             f"the transformer of {source.path} takes {packed // 4} latent channels and the VAE makes "
-            f"{channels}: one is another model's; give the VAE that belongs to it"
+            f"{channels}: they belong to different models; give the VAE of this model"
         )
     add_flux_components(models, roles)
     return models
@@ -101,21 +94,21 @@ def _denoiser(models: Models) -> nn.Module:
 def _text_encoders(models: Models) -> tuple[nn.Module, nn.Module]:
     source = models.source
 
-    def one(kind: type, name: str, given: str | None) -> nn.Module:
+    def load(kind: type, name: str, given: str | None) -> nn.Module:
         if given is None:
             return components.load_component(kind, source, models.root, name, dtype=source.dtype)
         return components.ready(
             flux_single.text_encoder(kind, Path(given), source.dtype), name, given, source
         )
 
-    return one(CLIPTextModel, "text_encoder", source.clip_l), one(
+    return load(CLIPTextModel, "text_encoder", source.clip_l), load(
         T5EncoderModel, "text_encoder_2", source.t5xxl
     )
 
 
 def _tokenizers(models: Models) -> tuple[Any, ...]:
     if single.is_file(models.root):
-        return tuple(single.hub_tokenizer(*one, models.source) for one in flux_single.TOKENIZERS.items())
+        return tuple(single.hub_tokenizer(*names, models.source) for names in flux_single.TOKENIZERS.items())
     folders = ((CLIPTokenizer, "tokenizer"), (T5TokenizerFast, "tokenizer_2"))
     return tuple(components.folder_tokenizer(kind, models.root, name) for kind, name in folders)
 
@@ -123,14 +116,14 @@ def _tokenizers(models: Models) -> tuple[Any, ...]:
 def model_hash(model: Models | Source | str, role: str) -> str:
     """Hex SHA-256 that names the weights of one role: key of caches, and of files made for a base.
 
-    Large weights are sampled (see `fingerprint`), so it is quick enough to ask at every start.
+    Large weights are sampled (see `fingerprint`), so that it is fast enough for every start.
     """
     if isinstance(model, Models):
         source, root = model.source, model.root
     else:
         source = Source(model) if isinstance(model, str) else model
-        one = single.is_file(source.path)
-        root = Path(source.path) if one else local_folder(source, FluxPipeline.download)
+        is_file = single.is_file(source.path)
+        root = Path(source.path) if is_file else local_folder(source, FluxPipeline.download)
     if role == "vae":
         parent, name = components.vae_place(source.ae or source.vae, root)
         return components.hash_of([component_folder(parent, name, role) if name else parent])

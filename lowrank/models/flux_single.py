@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from lowrank.errors import Refused
-from lowrank.models.family import Models, Source, reading
+from lowrank.models.components import reading
+from lowrank.models.family import Models, Source
 from lowrank.models.single import Checkpoint, check_file, clip_config, fill, filled_encoder, open_checkpoint
 from lowrank.naming import flux as flux_names
 

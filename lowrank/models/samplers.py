@@ -27,7 +27,7 @@ DEFAULT = "ddim"
 
 
 def scheduler_from(kind: Any, facts: Mapping[str, Any]) -> Any:
-    """A scheduler of a class of diffusers with those of the facts that it knows."""
+    """A scheduler of a class of diffusers, with the facts that its constructor accepts."""
     known = inspect.signature(kind.__init__).parameters
     return kind(**{key: value for key, value in facts.items() if key in known})
 
@@ -35,7 +35,7 @@ def scheduler_from(kind: Any, facts: Mapping[str, Any]) -> Any:
 def build_sampler(name: str | None, schedule: Mapping[str, Any]) -> Any:
     """A scheduler of diffusers for a `--sample_sampler` name, on the model's own noise schedule.
 
-    Names with `k_` in front are the same. Raises `Refused` for an unknown name, and for a scheduler whose
+    A prefix `k_` has no effect. Raises `Refused` for an unknown name, and for a scheduler whose
     library is not installed.
     """
     given = name or DEFAULT

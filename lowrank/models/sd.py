@@ -1,7 +1,7 @@
 """SD 1.x and SD 2.x as a `Family`, on diffusers' and transformers' own classes.
 
-One U-Net with cross-attention to one text encoder; it predicts ε or v, which the scheduler's configuration
-tells. Latents are the VAE's, times its scaling factor. Facts: kohya sd-scripts, diffusers'
+One U-Net with cross-attention to one text encoder; it predicts ε or v, as the scheduler's configuration
+states. Latents are the VAE's, times its scaling factor. Facts: kohya sd-scripts, diffusers'
 StableDiffusionPipeline.
 """
 
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL.Image import Image
 from torch import Tensor, nn
 
+from lowrank.config.sd import Generation, SdModel
 from lowrank.models import clip_text
 from lowrank.models.family import Family, FamilyOptions, Models, bare, latent_scale
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
@@ -26,15 +28,15 @@ STEP = 8  # diffusers' pipelines draw sides that are multiples of it
 
 @dataclass(frozen=True)
 class SdOptions(FamilyOptions):
-    """Switches of the text; the fields are command-line options of the same names."""
+    """Options of the text; each is the command-line option of its name."""
 
-    clip_skip: int | None = None  # n-th layer from the end; SDXL always takes the last but one
-    max_token_length: int | None = None  # 75 (None), 150 or 225
-    weighted_captions: bool = False
+    clip_skip: int | None = Generation.clip_skip  # n-th layer from the end; unused by SDXL
+    max_token_length: int | None = SdModel.max_token_length  # 75 (None), 150 or 225
+    weighted_captions: bool = SdModel.weighted_captions
 
     @property
     def chunks(self) -> int:
-        """How often 75 tokens are encoded for a caption."""
+        """Pieces of 75 tokens in which a caption is encoded."""
         return (self.max_token_length or 75) // 75
 
 
@@ -42,7 +44,7 @@ PLAIN = SdOptions()
 
 
 def prediction(models: Models) -> str:
-    """ "epsilon" or "v_prediction": what the scheduler's configuration, or --v_parameterization, says."""
+    """ "epsilon" or "v_prediction": from the scheduler's configuration or --v_parameterization."""
     return models.configs["scheduler"].get("prediction_type", "epsilon")
 
 
@@ -63,9 +65,9 @@ def conditions(models: Models, captions: Sequence[str], options: SdOptions = PLA
 @torch.no_grad()
 def encode_text(
     models: Models,
-    captions: list[str],
+    captions: Sequence[str],
     options: SdOptions = PLAIN,
-    encode: Callable[..., dict[str, Tensor]] = conditions,
+    encode: Callable[[Models, Sequence[str], SdOptions], dict[str, Tensor]] = conditions,
 ) -> list[dict[str, Tensor]]:
     """One CPU dictionary per caption: the tensors of `encode` without B, in the encoders' dtype.
 
@@ -78,7 +80,7 @@ def encode_text(
 
 
 def keep_trained_text(models: Models) -> list[nn.Module]:
-    """The text encoders that adapters can train: all there are."""
+    """The text encoders that adapters can train: all of them."""
     return list(models.text_encoders)
 
 
@@ -88,8 +90,8 @@ def keep_trained_text(models: Models) -> list[nn.Module]:
 def empty(models: Models) -> UNet2DConditionModel:
     """The denoiser on the meta device: shapes and names without weights."""
     with torch.device("meta"):
-        made: Any = UNet2DConditionModel.from_config(dict(models.configs["denoiser"]))
-        return made
+        unet: Any = UNet2DConditionModel.from_config(dict(models.configs["denoiser"]))
+        return unet
 
 
 def denoise(
@@ -151,8 +153,8 @@ def sample(
     scale: float = 7.5,
     guidance: float | None = None,
     sampler: str | None = None,
-    build: Callable[..., Any] = pipeline,
-) -> list:
+    build: Callable[[Models, str | None], Any] = pipeline,
+) -> list[Image]:
     """One PIL image per caption of `text`, through the stock pipeline with kohya's `sampler` (ddim).
 
     CFG of strength `scale` against the encoded `negative` text; without one, or with a scale of 1 or less,
@@ -186,8 +188,8 @@ def _drawn(
         if key in text:
             given[name] = text[key].to(pipe.unet.device, pipe.unet.dtype)
             if negative is not None and guided:
-                own = negative[key].to(pipe.unet.device, pipe.unet.dtype)
-                given[f"negative_{name}"] = own.expand(B, *own.shape[1:])
+                other = negative[key].to(pipe.unet.device, pipe.unet.dtype)
+                given[f"negative_{name}"] = other.expand(B, *other.shape[1:])
     return pipe(
         **given,
         height=height,
@@ -221,7 +223,7 @@ def architecture(models: Models) -> str:
     return "stable-diffusion-v2-768-v" if prediction(models) == "v_prediction" else "stable-diffusion-v2-512"
 
 
-SD15 = Family(
+SD15: Family[SdOptions] = Family(
     name="sd",
     implementation="diffusers",
     options=SdOptions,

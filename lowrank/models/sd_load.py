@@ -1,6 +1,4 @@
-"""Loading SD 1.x, SD 2.x and SDXL: parts of a diffusers folder or hub snapshot, or of one checkpoint file,
-and the hash that names them.
-"""
+"""Load SD 1.x, SD 2.x and SDXL from a diffusers folder, a hub snapshot or one file, and hash the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +21,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from lowrank.errors import Refused
 from lowrank.models import components, sd_single, single
-from lowrank.models.family import ROLES, Models, Source, component_folder, local_folder
+from lowrank.models.components import component_folder, local_folder
+from lowrank.models.family import ROLES, Models, Source
 from lowrank.models.samplers import scheduler_from
 
 logger = logging.getLogger(__name__)
@@ -75,12 +74,13 @@ def load_sd(source: Source, roles: Iterable[str] = ROLES, *, xl: bool = False) -
         models.configs["vae"] = _vae_config(models)
     _check_kind(models, xl)
     if source.v_parameterization:
-        told = models.configs["scheduler"].get("prediction_type", "v_prediction")
-        if told != "v_prediction" and not models.root.is_file():
+        predicted = models.configs["scheduler"].get("prediction_type", "v_prediction")
+        if predicted != "v_prediction" and not models.root.is_file():
             logger.warning(
-                "--v_parameterization is given and %s says that it predicts %s; it is trained on velocities "
-                "all the same",
-                *(source.path, told),
+                "--v_parameterization is given, and the configuration of %s has prediction type %s; "
+                "velocities are trained",
+                source.path,
+                predicted,
             )
         models.configs["scheduler"] = {**models.configs["scheduler"], "prediction_type": "v_prediction"}
     models.scheduler = scheduler_from(DDPMScheduler, models.configs["scheduler"])
@@ -149,8 +149,8 @@ def _vae_config(models: Models) -> Mapping[str, Any]:
     """The VAE's configuration; `Refused` for one whose latents are of another scale than the model's."""
     given, known = models.source.vae, _published(models)["vae"]
     config = _vae_facts(models, given, known)
-    own = models.root / "vae" / "config.json"
-    expected = (_vae_facts(models, None, known) if own.is_file() else known)["scaling_factor"]
+    own_config = models.root / "vae" / "config.json"
+    expected = (_vae_facts(models, None, known) if own_config.is_file() else known)["scaling_factor"]
     if given and config["scaling_factor"] != expected:
         raise Refused(
             f"--vae {given} scales latents by {config['scaling_factor']} and {models.source.path} takes them "
@@ -202,11 +202,11 @@ def _text_encoders(models: Models) -> tuple[nn.Module, ...]:
             components.load_component(kind, source, root, name, dtype=source.dtype)
             for name, _, kind in _encoders(models)
         )
-    made = (
+    encoders = (
         sd_single.text_encoder(_file(models), _kind(models), index, source.dtype)
         for index in range(len(_encoders(models)))
     )
-    return tuple(components.ready(one, "text encoder", root, source) for one in made)
+    return tuple(components.ready(encoder, "text encoder", root, source) for encoder in encoders)
 
 
 def _tokenizers(models: Models) -> tuple[Any, ...]:
@@ -214,14 +214,14 @@ def _tokenizers(models: Models) -> tuple[Any, ...]:
         return tuple(
             components.folder_tokenizer(CLIPTokenizer, models.root, name) for _, name, _ in _encoders(models)
         )
-    found = tuple(
+    tokenizers = tuple(
         single.hub_tokenizer(CLIPTokenizer, name, models.source, within)
         for name, within in TOKENIZERS[_kind(models)]
     )
-    for second in found[1:]:  # OpenCLIP pads with 0, and its tokenizer on the hub with the end token
+    for second in tokenizers[1:]:  # OpenCLIP pads with 0, and its tokenizer on the hub with the end token
         if second.pad_token_id == second.eos_token_id:
             second.pad_token = second.convert_ids_to_tokens(0)
-    return found
+    return tokenizers
 
 
 load_xl = partial(load_sd, xl=True)
@@ -230,8 +230,8 @@ load_xl = partial(load_sd, xl=True)
 def model_hash(model: Models | Source | str, role: str, *, xl: bool = False) -> str:
     """Hex SHA-256 that names the weights of one role: key of caches, and of files made for a base.
 
-    Large weights are sampled (see `family.fingerprint`). Of one file every role's hash is the file's, told
-    apart by the role's name.
+    Large weights are sampled (see `components.fingerprint`). The hash of a role in a single file covers the
+    whole file and the name of the role.
     """
     if isinstance(model, Models):
         source, root = model.source, model.root
@@ -247,9 +247,12 @@ def model_hash(model: Models | Source | str, role: str, *, xl: bool = False) -> 
     elif role == "denoiser":
         places = [component_folder(root, "unet", role)]
     else:
-        places = [component_folder(root, name, role) for one in (TEXT_XL if xl else TEXT) for name in one[:2]]
-    told = components.hash_of(places)
-    return hashlib.sha256(f"{role} {told}".encode()).hexdigest() if places == [root] else told
+        names = (name for entry in (TEXT_XL if xl else TEXT) for name in entry[:2])
+        places = [component_folder(root, name, role) for name in names]
+    weights = components.hash_of(places)
+    if places == [root]:  # one file has all roles
+        return hashlib.sha256(f"{role} {weights}".encode()).hexdigest()
+    return weights
 
 
 model_hash_xl = partial(model_hash, xl=True)

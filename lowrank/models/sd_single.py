@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import lowrank
 from lowrank.errors import Refused
-from lowrank.models.family import reading
+from lowrank.models.components import reading
 from lowrank.models.single import Checkpoint, clip_config, fill, filled_encoder
 from lowrank.naming import unet as unet_names
 

@@ -17,12 +17,12 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from lowrank.models import clip_text
-from lowrank.models.family import Models, bare
+from lowrank.models.family import Family, Models, bare
 from lowrank.models.samplers import build_sampler as sampler_of
 from lowrank.models.sd import PLAIN, SD15, SdOptions, encode_text, sample
 from lowrank.models.sd_load import load_xl, model_hash_xl
 
-_LAYER = 2  # the last but one, whatever --clip_skip says
+_LAYER = 2  # the last layer but one; SDXL has no --clip_skip
 
 
 def conditions(models: Models, captions: Sequence[str], options: SdOptions = PLAIN) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def pipeline(models: Models, sampler: str | None = None) -> StableDiffusionXLPip
     )
 
 
-SDXL = dataclasses.replace(
+SDXL: Family[SdOptions] = dataclasses.replace(
     SD15,
     name="sdxl",
     implementation="https://github.com/Stability-AI/generative-models",
@@ -67,6 +67,6 @@ SDXL = dataclasses.replace(
     trained_text=conditions,
     size_conditions=size_conditions,
     pipeline=pipeline,
-    sample=functools.partial(sample, build=pipeline),  # told the picture's own sizes
+    sample=functools.partial(sample, build=pipeline),  # `text` has the image's size conditions
     model_hash=model_hash_xl,
 )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from lowrank.errors import Refused
-from lowrank.models.components import without_bars
-from lowrank.models.family import Source, complete, reading
+from lowrank.models.components import complete, reading, without_bars
+from lowrank.models.family import Source
 from lowrank.tensors import read_tensors
 
 SUFFIXES = (".safetensors", ".sft")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 
-STEP = 1.1  # what one pair of brackets multiplies by
+STEP = 1.1  # factor of one pair of brackets
 _PIECE = re.compile(r"\\[()\[\]\\]|\\|[(\[]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[)\]]|[^\\()\[\]:]+|:")
 
 
@@ -20,8 +20,8 @@ def weighted(caption: str) -> list[tuple[str, float]]:
         for part in parts[opened[bracket].pop() :]:
             part[1] *= factor
 
-    for found in _PIECE.finditer(caption):
-        piece, number = found[0], found[1]
+    for match in _PIECE.finditer(caption):
+        piece, number = match[0], match[1]
         if piece in opened:
             opened[piece].append(len(parts))
         elif number is not None and opened["("]:

@@ -1,64 +1,72 @@
-"""What is predicted: rectified flow, x_t = (1 − σ) x₀ + σ ε with the velocity ε − x₀ as target (arXiv
-2209.03003).
+"""Rectified flow, x_t = (1 − σ) x₀ + σ ε with the velocity ε − x₀ as target (arXiv 2209.03003).
 
-An objective is a frozen record of options with two verbs, and that is all the training loop knows of it:
-
-    drawn = objective.draw(latents, generator)                 # noisy input, target, σ, timesteps
-    prediction = denoise(…, drawn.noisy, drawn.timesteps, …)
-    losses = objective.losses(prediction, drawn, weight=…)     # (B,), to be averaged and logged by component
-
-`Flow` is FLUX's. `diffusion.Diffusion` (SD 1.x, 2.x, SDXL) is a second record of the same shape beside it.
+`Flow` is the objective of FLUX. Sources: kohya sd-scripts' trainers (`timestep_sampling`), Stable Diffusion 3
+(arXiv 2403.03206, §3.1: logit-normal, mode and cosmap densities and weights; §5.3.2: the shift) and FLUX's
+sampling code (the shift that grows with the image).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lowrank.config.objective import PSEUDO_HUBER, FlowOptions
-from lowrank.objective import noise
-from lowrank.objective.weight import column, elementwise, flow_weight, huber_width, per_sample
+from lowrank.objective.objective import (
+    Draw,
+    column,
+    elementwise,
+    gaussian,
+    huber_width,
+    per_sample,
+    perturbed,
+)
+
+STEPS = 1000  # a timestep is 1000 σ
 
 
-class Objective(Protocol):
-    """What the training loop knows of an objective."""
-
-    @property
-    def prediction(self) -> str:
-        """What the model predicts, in the words of diffusers' schedulers."""
-        ...
-
-    @property
-    def zero_terminal_snr(self) -> bool:
-        """Whether the noise schedule is rescaled so that its last step is pure noise."""
-        ...
-
-    @property
-    def timestep_range(self) -> tuple[int, int] | None:
-        """Least timestep, and the one behind the greatest; None where neither was chosen."""
-        ...
-
-    def draw(self, latents: Tensor, generator: torch.Generator, at: float | None = None) -> Draw:
-        """Noisy samples of `latents` and what the model should predict of them."""
-        ...
-
-    def losses(
-        self, prediction: Tensor, drawn: Draw, *, mask: Tensor | None = None, weight: Tensor | None = None
-    ) -> Tensor:
-        """Loss of each sample (B,)."""
-        ...
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """σ′ = s σ / (1 + (s − 1) σ): more noise for s > 1, unchanged for s = 1 (arXiv 2403.03206, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-class Draw(NamedTuple):
-    """One step's noisy samples and what the model should say about them."""
+def sigma_table(shift: float) -> Tensor:
+    """The training σ (1000,) in fp32 from 1 downwards, shifted; the table of diffusers'
+    FlowMatchEulerDiscreteScheduler.
+    """
+    return shifted(torch.arange(STEPS, 0, -1, dtype=torch.float32) / STEPS, shift)
 
-    noisy: Tensor  # (B, C, h, w)
-    target: Tensor  # (B, C, h, w)
-    sigma: Tensor  # (B,) fp32, 0 = picture, 1 = noise
-    timesteps: Tensor  # (B,) fp32 in 0..1000
+
+def flux_shift(latent_hw: tuple[int, int]) -> float:
+    """e^μ, with μ on the line through (256 tokens, 0.5) and (4096 tokens, 1.15); a token is 2×2 latent
+    pixels.
+    """
+    tokens = (latent_hw[0] // 2) * (latent_hw[1] // 2)
+    return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
+
+
+def density(options: FlowOptions, count: int, generator: torch.Generator) -> Tensor:
+    """u (count,) in [0, 1]: places in the σ table, with the density of `weighting_scheme` (arXiv 2403.03206).
+
+    The density is uniform for all schemes but `logit_normal` and `mode`; the others may weigh the loss.
+    """
+    if options.weighting_scheme == "logit_normal":
+        return torch.sigmoid(options.logit_mean + options.logit_std * torch.randn(count, generator=generator))
+    u = torch.rand(count, generator=generator)
+    if options.weighting_scheme == "mode":
+        return 1 - u - options.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    return u
+
+
+def flow_weight(scheme: str, sigma: Tensor) -> Tensor:
+    """w(σ) in σ's shape: σ⁻² for `sigma_sqrt`, 2/(π(1 − 2σ + 2σ²)) for `cosmap`, else 1."""
+    if scheme == "sigma_sqrt":
+        return sigma**-2
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return torch.ones_like(sigma)
 
 
 def interpolate(x0: Tensor, epsilon: Tensor, sigma: Tensor) -> Tensor:
@@ -109,19 +117,24 @@ class Flow(FlowOptions):
         return "flow"
 
     def sigmas(self, count: int, generator: torch.Generator, latent_hw: tuple[int, int]) -> Tensor:
-        """σ (count,) by these options; latent_hw in latent pixels."""
-        return noise.sigmas(
-            self.timestep_sampling,
-            count,
-            generator,
-            latent_hw=latent_hw,
-            sigmoid_scale=self.sigmoid_scale,
-            shift=self.discrete_flow_shift,
-            weighting_scheme=self.weighting_scheme,
-            logit_mean=self.logit_mean,
-            logit_std=self.logit_std,
-            mode_scale=self.mode_scale,
-        )
+        """Noise levels σ (count,) in fp32, 0 = image, 1 = noise, by `timestep_sampling`.
+
+        `sigma` looks up ⌊1000 u⌋ in the shifted table, with u from the density of the weighting scheme;
+        `shift` and `flux_shift` shift a sigmoid of a normal number by a constant or by the size of the image
+        (`latent_hw`, latent pixels).
+        """
+        sampling = self.timestep_sampling
+        if sampling == "sigma":
+            # u may be exactly 1, or leave [0, 1] for a large mode_scale: kohya's lookup would then fail or
+            # wrap around
+            u = density(self, count, generator)
+            return sigma_table(self.discrete_flow_shift)[(u * STEPS).long().clamp(0, STEPS - 1)]
+        if sampling == "uniform":
+            return 1 - torch.rand(count, generator=generator)  # in (0, 1], so that a weight σ⁻² stays finite
+        normal = torch.sigmoid(self.sigmoid_scale * torch.randn(count, generator=generator))
+        if sampling == "sigmoid":
+            return normal
+        return shifted(normal, self.discrete_flow_shift if sampling == "shift" else flux_shift(latent_hw))
 
     def draw(self, latents: Tensor, generator: torch.Generator, at: float | None = None) -> Draw:
         """One σ and one ε per sample of `latents` (B, C, h, w); `generator` lives on the CPU.
@@ -130,17 +143,17 @@ class Flow(FlowOptions):
         a batch of B is B batches of one. Half-precision latents are computed in fp32; float64 stays float64.
         """
         x0 = latents if latents.dtype == torch.float64 else latents.float()
-        levels, clean, seen = [], [], []
+        levels, clean, inputs = [], [], []
         for _ in range(len(x0)):
             fixed = at is not None
             shape = (x0.shape[-2], x0.shape[-1])
             levels.append(torch.tensor([at]) if fixed else self.sigmas(1, generator, shape))
-            clean.append(noise.gaussian(x0.shape[1:], generator))
+            clean.append(gaussian(x0.shape[1:], generator))
             gamma, random = self.ip_noise_gamma, self.ip_noise_gamma_random_strength
-            seen.append(noise.perturbed(clean[-1], gamma, random, generator))
+            inputs.append(perturbed(clean[-1], gamma, random, generator))
         sigma = torch.cat(levels).to(x0.device)
-        noisy = interpolate(x0, torch.stack(seen).to(x0), sigma)
-        return Draw(noisy, velocity(x0, torch.stack(clean).to(x0)), sigma, noise.STEPS * sigma)
+        noisy = interpolate(x0, torch.stack(inputs).to(x0), sigma)
+        return Draw(noisy, velocity(x0, torch.stack(clean).to(x0)), sigma, STEPS * sigma)
 
     def losses(
         self, prediction: Tensor, drawn: Draw, *, mask: Tensor | None = None, weight: Tensor | None = None
@@ -151,11 +164,11 @@ class Flow(FlowOptions):
         or the prior loss weight.
         """
         v = prediction.to(drawn.target.dtype)
-        seen = model_prediction(self.model_prediction_type, v, drawn.noisy, drawn.sigma)
+        compared = model_prediction(self.model_prediction_type, v, drawn.noisy, drawn.sigma)
         width = None
         if self.loss_type in PSEUDO_HUBER:
             width = huber_width(self.huber_schedule, drawn.timesteps, self.huber_c, self.huber_scale)
-        loss = elementwise(self.loss_type, seen, drawn.target, width)
+        loss = elementwise(self.loss_type, compared, drawn.target, width)
         if self.model_prediction_type != "additive":
             loss = loss * column(flow_weight(self.weighting_scheme, drawn.sigma), loss)
         return per_sample(loss, mask, weight)

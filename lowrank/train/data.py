@@ -9,11 +9,10 @@ from typing import Any
 
 from lowrank.config.train import TrainOptions
 from lowrank.data.cache import Cache
-from lowrank.data.dataset import Dataset
+from lowrank.data.dataset import Dataset, Subset, from_folders, from_instance, from_metadata
 from lowrank.data.dataset_config import from_config
 from lowrank.data.images import suffixes
 from lowrank.data.loader import Loader
-from lowrank.data.sources import from_folders, from_instance, from_metadata
 from lowrank.files import cache_folder, writable_folder
 from lowrank.models.family import DTYPES, Models, Source
 from lowrank.train.job import RunningJob
@@ -27,14 +26,13 @@ def training_datasets(options: TrainOptions) -> tuple[Dataset, ...]:
     datasets = _datasets(options)
     if options.data.masked_loss:
         return datasets
-    if any(subset.conditioning_data_dir for dataset in datasets for subset in dataset.subsets):
+    if any(subset.masks.conditioning_data_dir for dataset in datasets for subset in dataset.subsets):
         logger.warning("conditioning_data_dir has no effect without --masked_loss")
-    return tuple(
-        replace(
-            dataset, subsets=tuple(replace(subset, conditioning_data_dir=None) for subset in dataset.subsets)
-        )
-        for dataset in datasets
-    )
+
+    def without_masks(subset: Subset) -> Subset:
+        return replace(subset, masks=replace(subset.masks, conditioning_data_dir=None))
+
+    return tuple(replace(dataset, subsets=tuple(map(without_masks, dataset.subsets))) for dataset in datasets)
 
 
 def _values(options: TrainOptions) -> dict[str, Any]:
@@ -102,7 +100,8 @@ def make_class_images(job: RunningJob, source: Source) -> None:
 def encode_latents(job: RunningJob, loader: Loader, models: Models) -> Loader:
     """The loader, every image through the VAE once; unchanged where augmentation makes new pixels."""
     data, family, accelerator = job.options.data, job.family, job.accelerator
-    fresh = any(place.subset.color_aug or place.subset.random_crop for place in loader.placed)
+    augmentations = [image.subset.augmentation for image in loader.placed]
+    fresh = any(augmentation.color_aug or augmentation.random_crop for augmentation in augmentations)
     if fresh and not job.options.caches_latents:
         return loader.decodable()
     return loader.encode_all(

@@ -13,7 +13,7 @@ from lowrank.config.command_line import Parsed
 from lowrank.config.train import TrainOptions
 from lowrank.files import sha256
 from lowrank.models.family import Family, FamilyOptions, Source
-from lowrank.objective.flow import Objective
+from lowrank.objective.objective import Objective
 from lowrank.train import network_module
 from lowrank.train.checkpoints import Checkpoint, Names
 from lowrank.train.network_module import KohyaNetwork

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lowrank.data.loader import Batch, Loader
 from lowrank.models.family import Models
-from lowrank.objective.flow import Objective
+from lowrank.objective.objective import Objective
 from lowrank.train.checkpoints import Progress
 from lowrank.train.job import RunningJob
 from lowrank.train.log import Meter, RunLog

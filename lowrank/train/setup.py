@@ -20,7 +20,7 @@ from lowrank.data.loader import Loader
 from lowrank.data.summary import dataset_summary
 from lowrank.errors import Refused
 from lowrank.models.family import DTYPES, Family, Models, Source
-from lowrank.objective.flow import Objective
+from lowrank.objective.objective import Objective
 from lowrank.train.job import RunningJob, TrainJob
 from lowrank.train.network_module import KohyaNetwork
 from lowrank.train.schedule import RunPlan

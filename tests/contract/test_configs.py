@@ -8,7 +8,8 @@ from repository import ROOT
 from lowrank.cli.resolve import with_network
 from lowrank.config.flux import FLUX_TRAIN
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
-from lowrank.data.scan import from_config, scan
+from lowrank.data.dataset_config import from_config
+from lowrank.data.scan import scan
 from lowrank.objective.diffusion import Diffusion
 from lowrank.train.network_module import facade_of, find_module
 from lowrank.train.optim import chosen

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from lowrank.data.cache import Cache
+from lowrank.data.dataset import from_folders
 from lowrank.data.loader import Loader
-from lowrank.data.scan import from_folders
 from lowrank.errors import Refused
 
 VALUES = {"resolution": 64, "caption_extension": ".txt"}
@@ -66,7 +66,7 @@ MISTAKES = [
     (
         other_encoding,
         {},
-        r"caption file \S+bad\.txt is not UTF-8 \(byte 1.*\); save it so, or give --skip_bad",
+        r"caption file \S+bad\.txt is not UTF-8 \(byte 1.*\); save it as UTF-8, or give --skip_bad",
     ),
     (utf_16, {}, r"caption file \S+bad\.txt is not UTF-8"),
     (empty_caption, {}, r"caption file \S+bad\.txt is empty; write a caption, .*or give --skip_bad_images"),
@@ -104,7 +104,7 @@ def test_a_folder_without_a_number_is_said_and_alone_is_refused(tmp_path, caplog
     image(tmp_path / "cat" / "a.png")
     with pytest.raises(Refused, match=r"has no subfolder named <repeats>_<class>: .*; move the images into"):
         from_folders(tmp_path)
-    assert "folder 'cat' is skipped: a name begins with the number of repeats" in caplog.text
+    assert "folder 'cat' is skipped: its name must begin with a number of repeats" in caplog.text
     image(tmp_path / "3" / "a.png")  # kohya takes a number alone
     (dataset,) = from_folders(tmp_path)
     assert [(subset.num_repeats, subset.class_tokens) for subset in dataset.subsets] == [(3, "")]

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.data.buckets import bucket_sizes, crop_box, crop_top_left, own_place, place_image
+from lowrank.data.buckets import bucket_sizes, crop_box, own_place
 from lowrank.data.dataset import Dataset
+from lowrank.data.plan import crop_top_left, place_image
 from lowrank.errors import Refused
 
 sides = st.integers(1, 6000)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowrank.config.flags_data import Captions
 from lowrank.data.captions import draw_caption, possible_captions
-from lowrank.data.dataset import Example, Subset
+from lowrank.data.dataset import Example
 from lowrank.errors import Refused
 
 
@@ -19,12 +20,8 @@ def example(*lines):
     return Example(Path("x.png"), lines, (8, 8), 1, False, 0)
 
 
-def subset(**values):
-    return Subset(Path("x"), **values)
-
-
 def draws(lines, count=400, *, epoch=0, step=0, max_train_steps=None, **values):
-    one, made = example(*lines), subset(**values)
+    one, made = example(*lines), Captions(**values)
     return [
         draw_caption(one, made, random.Random(i), epoch=epoch, step=step, max_train_steps=max_train_steps)
         for i in range(count)
@@ -115,12 +112,12 @@ def test_separators():
     ],
 )
 def test_possible_captions(values, expected):
-    assert possible_captions(example("cat"), subset(**values)) == expected
+    assert possible_captions(example("cat"), Captions(**values)) == expected
 
 
 def test_possible_with_lines_and_choices():
-    assert possible_captions(example("a", "b"), subset(enable_wildcard=True)) == ("a", "b")
-    assert possible_captions(example("a", "{b|c}"), subset(enable_wildcard=True)) is None
+    assert possible_captions(example("a", "b"), Captions(enable_wildcard=True)) == ("a", "b")
+    assert possible_captions(example("a", "{b|c}"), Captions(enable_wildcard=True)) is None
 
 
 @settings(max_examples=100, deadline=None)
@@ -133,7 +130,7 @@ def test_possible_with_lines_and_choices():
     st.integers(0, 3),
 )
 def test_what_is_drawn_is_possible(lines, shuffle, wildcard, rate, every, epoch):
-    made = subset(
+    made = Captions(
         shuffle_caption=shuffle,
         enable_wildcard=wildcard,
         caption_dropout_rate=rate,

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from lowrank.data.scan import from_config
+from lowrank.data.dataset_config import from_config
 from lowrank.errors import Refused
 
 
@@ -71,15 +71,20 @@ def test_lookup_order(write):
     )
     assert first.enable_bucket and second.max_bucket_reso == 2048
     cat, reg = first.subsets
-    assert (cat.keep_tokens, reg.keep_tokens, second.subsets[0].keep_tokens) == (2, 3, 1)
-    assert cat.flip_aug and cat.shuffle_caption and cat.caption_extension == ".txt"
+    assert (cat.captions.keep_tokens, reg.captions.keep_tokens, second.subsets[0].captions.keep_tokens) == (
+        2,
+        3,
+        1,
+    )
+    assert cat.augmentation.flip_aug and cat.captions.shuffle_caption
+    assert cat.captions.caption_extension == ".txt"
     assert (cat.num_repeats, cat.class_tokens, cat.is_reg, reg.is_reg) == (2, "cat", False, True)
 
 
 def test_json_reads_the_same(write):
     tree = {"general": {"flip_aug": True}, "datasets": [{"resolution": 512, "subsets": [{"image_dir": "a"}]}]}
     (dataset,) = from_config(write(json.dumps(tree), "data.json"))
-    assert dataset.subsets[0].flip_aug and dataset.resolution == (512, 512)
+    assert dataset.subsets[0].augmentation.flip_aug and dataset.resolution == (512, 512)
 
 
 @pytest.mark.parametrize(
@@ -226,16 +231,16 @@ metadata_file = "b/meta.json"
     )
     assert (first.validation_split, first.validation_seed, first.skip_image_resolution) == (0.25, 3, (16, 8))
     (one,), (two,) = first.subsets, second.subsets
-    assert (one.resize_interpolation, two.resize_interpolation) == ("area", "bicubic")
-    assert (one.conditioning_data_dir, two.metadata_file) == ("b", "b/meta.json")
-    assert str(two.image_dir) == "b" and one.alpha_mask and two.flip_aug
+    assert (one.value("resize_interpolation"), two.value("resize_interpolation")) == ("area", "bicubic")
+    assert (one.masks.conditioning_data_dir, two.metadata_file) == ("b", "b/meta.json")
+    assert str(two.image_dir) == "b" and one.masks.alpha_mask and two.augmentation.flip_aug
     for key in ("network_multiplier", "cache_info", "custom_attributes"):
         assert f"{key} is ignored" in caplog.text
 
 
 def test_the_command_line_s_masks_are_for_training_images(write):
     (dataset,) = from_config(write("[[datasets]]" + SUBSETS), {"conditioning_data_dir": "b"})
-    assert [subset.conditioning_data_dir for subset in dataset.subsets] == ["b", None]
+    assert [subset.masks.conditioning_data_dir for subset in dataset.subsets] == ["b", None]
 
 
 def test_bad_files(write, tmp_path):

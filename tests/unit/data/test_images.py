@@ -11,6 +11,7 @@ from PIL import Image
 
 from lowrank.data import images
 from lowrank.data.buckets import Placement, cover, crop_box
+from lowrank.data.encode import undecodable
 from lowrank.errors import Refused
 
 
@@ -96,8 +97,8 @@ def test_a_file_without_its_end_is_named_when_decoded(tmp_path, suffix):
     path.write_bytes(good.read_bytes()[: -len(good.read_bytes()) // 3])
     with pytest.raises(Refused, match=rf"cut\{suffix} cannot be read .*--skip_bad_images"):
         images.read_image(path)
-    assert list(images.undecodable([(good, None), (path, None)])) == [path]
-    found = images.undecodable([(good, good), (good, path)])
+    assert list(undecodable([(good, None), (path, None)])) == [path]
+    found = undecodable([(good, good), (good, path)])
     assert list(found) == [good] and f"cut{suffix}" in found[good]  # the image goes with its mask
 
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from lowrank.data.cache import Cache
+from lowrank.data.dataset import from_folders, from_instance
 from lowrank.data.images import header, read_image
 from lowrank.data.loader import Loader
-from lowrank.data.scan import from_folders, from_instance
 from lowrank.data.summary import bucket_info, dataset_dirs, dataset_summary, metadata_datasets, tag_frequency
 from lowrank.errors import Refused
 
@@ -385,7 +385,7 @@ def test_more_regularisation_than_training_images_is_said(folder, caplog):
 def test_strong_crops_are_said(tmp_path, caplog):
     draw(tmp_path / "a.png", (8, 200))
     made = Loader(from_instance(tmp_path, "x", resolution=32), seed=0)
-    assert "a.png, 8x200 into bucket 32x32 (enable_bucket helps)" in caplog.text
+    assert "a.png, 8x200 into bucket 32x32; give --enable_bucket to keep more" in caplog.text
     assert next(made.epoch(0)).pixels.shape == (1, 3, 32, 32)
 
 

@@ -7,8 +7,9 @@ import json
 import pytest
 from PIL import Image
 
+from lowrank.data.dataset import from_metadata
 from lowrank.data.loader import Loader
-from lowrank.data.scan import from_metadata, scan
+from lowrank.data.scan import scan
 from lowrank.data.summary import dataset_dirs, metadata_datasets, tag_frequency
 from lowrank.errors import Refused
 

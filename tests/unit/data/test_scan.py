@@ -7,7 +7,15 @@ import time
 import pytest
 from PIL import Image
 
-from lowrank.data.scan import Dataset, Subset, from_folders, from_instance, parse_resolution, scan
+from lowrank.data.dataset import (
+    Dataset,
+    Subset,
+    from_folders,
+    from_instance,
+    make_subset,
+    parse_resolution,
+)
+from lowrank.data.scan import scan
 from lowrank.errors import Refused
 
 
@@ -82,7 +90,7 @@ def test_counted_folders(tmp_path, caplog):
         ("b.png", "cat", 2, False),
         ("e.png", "dog", 1, True),
     ]
-    assert all(subset.flip_aug for subset in dataset.subsets)
+    assert all(subset.augmentation.flip_aug for subset in dataset.subsets)
     assert "'notes' is skipped" in caplog.text and "'0_off' is skipped" in caplog.text
 
 
@@ -233,10 +241,10 @@ def test_bad_values_are_refused_and_unknown_names_are_errors(tmp_path):
         {"caption_separator": ""},
     ):
         with pytest.raises(Refused, match=next(iter(values))):
-            Subset(tmp_path, **values)
+            make_subset(tmp_path, values)
     save(tmp_path / "a.png")
     (dataset,) = from_instance(tmp_path, "x", resolution=None, keep_tokens=None)
-    assert dataset == Dataset(dataset.subsets) and dataset.subsets[0].keep_tokens == 0
+    assert dataset == Dataset(dataset.subsets) and dataset.subsets[0].captions.keep_tokens == 0
     with pytest.raises(TypeError, match="did you mean 'flip_aug'"):
         from_instance(tmp_path, "x", flip_aut=True)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from lowrank.errors import Refused
-from lowrank.models import family, flux_load, flux_single
+from lowrank.models import components, family, flux_load, flux_single
 from lowrank.models.family import Models, Source
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.single import Checkpoint
@@ -201,7 +201,7 @@ def test_hash_names_the_weights(models, folder, broken, monkeypatch):
     config.write_text(json.dumps({**facts, "_diffusers_version": "0"}))
     assert FLUX.model_hash(str(broken), "denoiser") == FLUX.model_hash(models, "denoiser")
     for whole in (64 << 20, 0):  # byte for byte, then as large files are
-        monkeypatch.setattr(family, "_WHOLE", whole)
+        monkeypatch.setattr(components, "_WHOLE", whole)
         before = FLUX.model_hash(str(broken), "denoiser")
         path = weights_of(broken, "transformer")
         state = load_file(path)

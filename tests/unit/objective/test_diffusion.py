@@ -11,7 +11,8 @@ import torch
 
 from lowrank.errors import Refused
 from lowrank.objective.diffusion import Diffusion, alpha_bars, zero_terminal
-from lowrank.objective.flow import Draw, Flow
+from lowrank.objective.flow import Flow
+from lowrank.objective.objective import Draw
 
 B, C, H, W = 3, 4, 8, 12
 BARS = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)

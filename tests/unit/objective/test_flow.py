@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from lowrank.config.objective import LOSSES, PREDICTIONS, SAMPLINGS, SCHEMES
 from lowrank.errors import Refused
-from lowrank.objective import noise
-from lowrank.objective.flow import Flow, interpolate, velocity
-from lowrank.objective.weight import elementwise, flow_weight, huber_width, per_sample
+from lowrank.objective.flow import Flow, density, flow_weight, interpolate, sigma_table, velocity
+from lowrank.objective.objective import elementwise, gaussian, huber_width, per_sample, perturbed
 
 PLAIN = dict(
     latent_hw=(8, 8),
@@ -25,6 +24,11 @@ PLAIN = dict(
     logit_std=1.0,
     mode_scale=1.29,
 )
+
+
+def sigmas(sampling, count, generator, *, latent_hw, shift, **options):
+    flow = Flow(timestep_sampling=sampling, discrete_flow_shift=shift, **options)
+    return flow.sigmas(count, generator, latent_hw)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -39,17 +43,17 @@ def test_sigma_table_is_the_schedulers(shift):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     table = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift).sigmas
-    assert torch.equal(noise.sigma_table(shift), table)
+    assert torch.equal(sigma_table(shift), table)
     s = np.arange(1000, 0, -1) / 1000
-    assert np.allclose(noise.sigma_table(shift), shift * s / (1 + (shift - 1) * s), rtol=3e-7, atol=0)
-    assert noise.sigma_table(shift)[0] == 1 and (noise.sigma_table(shift).diff() < 0).all()
+    assert np.allclose(sigma_table(shift), shift * s / (1 + (shift - 1) * s), rtol=3e-7, atol=0)
+    assert sigma_table(shift)[0] == 1 and (sigma_table(shift).diff() < 0).all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_sigma_sampling_looks_the_scheme_up(scheme):
     """The same generator gives u; the formula and the table are written out here."""
     options = {**PLAIN, "weighting_scheme": scheme, "logit_mean": 0.3, "logit_std": 0.7}
-    drawn = noise.sigmas("sigma", 4000, seeded(), **options)
+    drawn = sigmas("sigma", 4000, seeded(), **options)
     if scheme == "logit_normal":
         u = 1 / (1 + np.exp(-(0.3 + 0.7 * torch.randn(4000, generator=seeded()).double().numpy())))
     else:
@@ -66,7 +70,7 @@ def test_sigma_sampling_looks_the_scheme_up(scheme):
 @pytest.mark.parametrize("sampling", [s for s in SAMPLINGS if s != "sigma"])
 def test_continuous_sampling_against_formula(sampling):
     options = {**PLAIN, "latent_hw": (64, 96), "sigmoid_scale": 1.3, "shift": 3.1582}
-    drawn = noise.sigmas(sampling, 500, seeded(), **options).double().numpy()
+    drawn = sigmas(sampling, 500, seeded(), **options).double().numpy()
     u = torch.rand(500, generator=seeded()).double().numpy()
     s = 1 / (1 + np.exp(-1.3 * torch.randn(500, generator=seeded()).double().numpy()))
     mu = 0.5 + (32 * 48 - 256) / (4096 - 256) * (1.15 - 0.5)
@@ -114,7 +118,7 @@ def test_distribution(sampling, scheme):
     1.95 / √n is exceeded once in a thousand seeds; this one is fixed. 1/1000 more is the table's step.
     """
     n = 20000
-    x = noise.sigmas(sampling, n, seeded(5), **{**PLAIN, "weighting_scheme": scheme}).sort().values
+    x = sigmas(sampling, n, seeded(5), **{**PLAIN, "weighting_scheme": scheme}).sort().values
     cdf = cdf_of(sampling, scheme)
     closed = torch.tensor([cdf(min(max(float(v), 1e-9), 1 - 1e-9)) for v in x])
     distance = (closed - (torch.arange(n) + 0.5) / n).abs().max()
@@ -123,7 +127,7 @@ def test_distribution(sampling, scheme):
 
 def test_mode_density_prefers_the_middle():
     """arXiv 2403.03206: a positive scale favours the middle of the interval, and u stays in it."""
-    u = noise.density("mode", 20000, seeded(), logit_mean=0, logit_std=1, mode_scale=1.29)
+    u = density(Flow(weighting_scheme="mode"), 20000, seeded())
     middle = ((u > 0.4) & (u < 0.6)).double().mean()
     assert u.min() >= 0 and u.max() <= 1 and middle > 0.3
 
@@ -131,20 +135,20 @@ def test_mode_density_prefers_the_middle():
 def test_ends_of_the_table_are_safe():
     """u = 1 is possible in fp32 (a wide logit-normal, a large mode scale); kohya's lookup would then fail."""
     for scheme, extra in (("logit_normal", {"logit_std": 50.0}), ("mode", {"mode_scale": 9.0})):
-        drawn = noise.sigmas("sigma", 5000, seeded(), **{**PLAIN, "weighting_scheme": scheme, **extra})
+        drawn = sigmas("sigma", 5000, seeded(), **{**PLAIN, "weighting_scheme": scheme, **extra})
         assert torch.isfinite(drawn).all() and drawn.min() > 0 and drawn.max() <= 1
-    assert noise.sigmas("uniform", 50000, seeded(), **PLAIN).min() > 0
+    assert sigmas("uniform", 50000, seeded(), **PLAIN).min() > 0
 
 
 def test_ip_noise():
-    clean = noise.gaussian((4, 8, 8), seeded())
-    assert torch.equal(noise.perturbed(clean, 0.0, True, seeded(1)), clean)
-    xi = noise.gaussian((4, 8, 8), seeded(1))
-    assert torch.allclose(noise.perturbed(clean, 0.1, False, seeded(1)), clean + 0.1 * xi)
+    clean = gaussian((4, 8, 8), seeded())
+    assert torch.equal(perturbed(clean, 0.0, True, seeded(1)), clean)
+    xi = gaussian((4, 8, 8), seeded(1))
+    assert torch.allclose(perturbed(clean, 0.1, False, seeded(1)), clean + 0.1 * xi)
     two = seeded(1)
     strength = torch.rand((), generator=two)
-    expected = clean + 0.1 * strength * noise.gaussian((4, 8, 8), two)
-    assert torch.allclose(noise.perturbed(clean, 0.1, True, seeded(1)), expected)
+    expected = clean + 0.1 * strength * gaussian((4, 8, 8), two)
+    assert torch.allclose(perturbed(clean, 0.1, True, seeded(1)), expected)
 
 
 # ---------- draw
