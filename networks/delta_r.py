@@ -1,14 +1,16 @@
 """ΔR: train an update whose outputs lie in a layer's strongest output directions (QR-LoRA, arXiv 2507.04599).
 
-    W_core = top r of W = Q·R        y = (W_res + s·Q(R + ΔR)) x = W x + s·Q·ΔR x
+    W_core = top-r part of W = Q·R = s·Q·D₀        y = W x + s·Q·ΔR x
 
-Q (O×R) and R (R×I) are frozen. Only ΔR (R×I) is trained, from zero: on FLUX half the parameters of a LoRA of
-equal rank. Adapters of one base model share Q, so adding their ΔW means adding their ΔR, and
-cos(ΔR₁, ΔR₂) = cos(ΔW₁, ΔW₂) exactly.
+r is the rank, s = alpha/r. Q (O×r) and D₀ = R/s (r×I) are frozen. Only ΔR (r×I) is trained, from zero: r·I
+numbers instead of the r·(O + I) of a LoRA of equal rank, so half of them where I = O on average, as on FLUX.
+Adapters of one base model in one dtype, with equal rank, share Q (`qr_basis.weight_key`). Adding their ΔW
+then means adding their ΔR, and cos(ΔR₁, ΔR₂) = cos(ΔW₁, ΔW₂) exactly.
 
-Difference from the official code: W is not replaced by a residual. With Q and R frozen, W_res + s·Q·R = W,
-so no residual has to be rounded, stored or loaded, and in bf16 a small ΔR is not rounded away against a large
-R. Files contain R for other programs that need it; our forward does not use it.
+Difference from the official code: W is not replaced by the residual W_res = W − W_core. The official forward
+W_res x + s·Q·(D₀ + ΔR) x equals ours, because s·Q·D₀ = W_core. So no residual has to be rounded, stored or
+loaded, and in bf16 a small ΔR is not rounded away against a large R. Files contain D₀ (`base_r`) for other
+programs that need it; our forward does not use it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Options:
 
 
 def start(weights, ranks, scales, options: Options) -> Start:
-    """Return Q (O, R), R/s (R, I) and ΔR (R, I) for each layer; ΔR is zero or random (`use_zero_init`)."""
+    """Return Q (O, r), R/s (r, I) and ΔR (r, I) for each layer; ΔR is zero or random (`use_zero_init`)."""
     bases, metadata = start_basis(weights, ranks, options.basis_cache)
     values = {}
     for name, (Q, R) in bases.items():
@@ -44,7 +46,7 @@ def start(weights, ranks, scales, options: Options) -> Start:
 
 
 def factor(options: Options) -> Factor:
-    """U = Q frozen, D = ΔR trained; R is saved and not used in the forward."""
+    """U = Q is frozen, D = ΔR is trained; R/s is saved and not used in the forward."""
     return Factor(
         partial(start, options=options),
         trained=("delta_r",),

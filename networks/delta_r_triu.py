@@ -2,9 +2,9 @@
 
     y = W x + s·Q·triu(ΔR) x
 
-Of the R×I entries of ΔR, the R(R−1)/2 below the diagonal of its leading square are always zero; at rank 64
-and I = 3072 that is 1 %. The projection is part of the forward, so gradient, momentum and weight decay never
-change these entries.
+Of the r×I entries of ΔR (r is the rank), the r(r−1)/2 below the diagonal of its leading r×r square are
+always zero; at r = 64 and I = 3072 that is 1 %. The projection is part of the forward, so gradient, momentum
+and weight decay never change these entries.
 """
 
 from __future__ import annotations

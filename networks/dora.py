@@ -2,9 +2,10 @@
 
     y = m ⊙ (W + s·U·D) x / ‖W + s·U·D‖ + b        norm per output row; m (O,) trained from m₀ = ‖W‖
 
-The norm is treated as a constant in the backward pass (section 4.3 of the paper). Rows are those of the
-stored weight, one per output, as in the authors' code and in PEFT. W + s·U·D is never formed: with
-g = m/‖W + s·U·D‖ the branch computes (g − 1) ⊙ W x + g ⊙ s·U·D x, which is exactly 0 for a new adapter.
+The norm is treated as a constant in the backward pass (section 4.3 of the paper). The paper's columns
+are the rows of torch's weight (one per output), as in the authors' code and in PEFT. W + s·U·D is never
+formed: with g = m/‖W + s·U·D‖ the branch computes (g − 1) ⊙ W x + g ⊙ s·U·D x, which is exactly 0 for a new
+adapter.
 """
 
 from __future__ import annotations

@@ -2,14 +2,18 @@
 
     y = W x + s·Σₑ wₑ(x)·Bₑ·A x        w(x) = softmax(G·A x), Σₑ wₑ = 1
 
-A (R×I) is shared by all layers of one component, input stream (`STREAMS`) and input shape. Each layer has its
-own E ups B (E×O×R), which start at zero, and its own router G (E×R). With num_experts=1 it is a LoRA with a
-shared A and is saved as a plain LoRA. The paper's Reducer trains the B of only some layers in each step,
-drawn by importance: effi_update_ratio, lowrank/train/layer_sampling.py.
+A (R×I) is shared by all layers of one model (U-Net or a text encoder), rank, input stream (`STREAMS`) and
+input shape. Each layer has its own E ups B (E×O×R), which start at zero, and its own router G (E×R). With
+num_experts=1 it is a LoRA with a shared A and is saved as a plain LoRA. The paper's Reducer trains the B of
+only some layers in each step, drawn by importance: effi_update_ratio.
 
-Differences from the paper: it shares one A over all layers, which requires layers of one width. Its formula
-draws layers with probability σ(−s), its text prefers important layers; we use σ(s). Every expert takes part
-in every forward, in training and in inference.
+Code: the router in lowrank/adapters/experts.py, the forward in adapters/layer.py, the sharing of A in
+adapters/network.py, the drawing of layers in train/layer_sampling.py.
+
+Differences from the paper: it has one A for all layers, which is possible only if all have the same I. Its
+formula draws layers with probability σ(−z), its text prefers important layers; we draw with σ(z), where z is
+the importance of a layer, standardised over the layers. Every expert takes part in every forward, in training
+and in inference.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """LaLoRA: LoRA with a Laplace (curvature-weighted) penalty on ΔW against forgetting (arXiv 2512.17720).
 
-    L(ΔW) + (λ/2) Σ_l tr(UᵀGU · DSDᵀ)·s²/c        S = E[x xᵀ], G = E[g gᵀ], ΔW = s·U·D
+    loss + (λ/2) Σ tr(UᵀGU · DSDᵀ)·s²/c, a sum over the layers        ΔW = s·U·D, s = alpha/rank
 
-x is the input of layer l and g the gradient at its output, both measured on source data by
-`calc_lalora_context.py` and stored in a context file. To second order the sum is the rise of the base model's
-loss on that data: changes in directions without curvature are free. c is the mean curvature per weight, so
-that λ has the same meaning for every model. The result is an ordinary LoRA file. `penalty(options)` adds the
-penalty to any method.
+S = E[x xᵀ] (I×I) and G = E[g gᵀ] (O×O) of each layer: x is the layer's input and g the gradient at its
+output. `calc_lalora_context.py` measures both on source data and writes them to a context file. ½ of the sum
+before the division by c approximates the rise of the base model's loss on the source data, to second order.
+So changes in directions without curvature are free. c is the mean curvature per weight, so that λ has the
+same meaning for every model. The result is an ordinary LoRA file. `penalty(options)` adds the penalty to any
+method.
 
 Difference from the paper: we take the curvature of W, not of U and D. At U = 0 the loss has no gradient in D,
-so the Fisher matrix of D is 0, and equal ΔW with different factors would be penalised differently. The
-paper's diagonal version is `--curvature lora_diag` of the context script.
+so the Fisher matrix of D is 0. With the curvature of U and D, two factorisations of one ΔW would also be
+penalised differently. The paper's diagonal version is `--curvature lora_diag` of the context script.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """network_null_lalora: Null-LoRA whose free factors lie in a given basis, with LaLoRA's penalty.
 
-    y = W x + s·(L·C₁·diag(n₁)·V_N + U_N·diag(n₂)·C₂·R) x        + (λ/2)·tr(Uᵀ G U · D S Dᵀ)/c in the loss
+    y = W x + s·(L·C₁·diag(n₁)·V_N + U_N·diag(n₂)·C₂·R) x        loss + LaLoRA's penalty on ΔW
 
-L, R: the basis of universal_lora (basis_path); basis_path=none trains whole matrices, as null_lora does.
-V_N, U_N, n: see null_lora. λ, S, G, c: see lalora.
+These are null_lora's B = L·C₁ and A = C₂·R. L (O×h) and R (h×I) are given, the cores C₁ and C₂ (h×h) are
+trained. L and R: the basis of universal_lora (basis_path); basis_path=none trains B and A as null_lora does.
+V_N, U_N and the trained scales n₁, n₂: see null_lora. Penalty: see lalora.
 """
 
 from __future__ import annotations

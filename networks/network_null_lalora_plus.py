@@ -1,8 +1,8 @@
 """network_null_lalora_plus: network_null_lalora with DoRA's row lengths (use_dora) and LoRA+.
 
-With whole trained matrices (basis_path=none) the default of loraplus_lr_ratio is 16. With a basis it is 1,
-because both trained cores have the same width. Trained row lengths change what W itself outputs, so use_dora
-gives up Null-LoRA's guarantee; a warning says so.
+With whole trained matrices (basis_path=none) the default of loraplus_lr_ratio is 16. With a basis it is 1:
+LoRA+ compensates for unequal widths, and here both cores are h×h. Trained row lengths change what W itself
+outputs, so use_dora gives up Null-LoRA's guarantee; a warning is logged.
 """
 
 from __future__ import annotations

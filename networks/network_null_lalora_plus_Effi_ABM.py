@@ -22,7 +22,7 @@ class Options(network_null_lalora_plus.Options, effilora.Options):
     enable_effilora: bool = structural(False)
     """train num_experts up matrices per layer, mixed by a router (EffiLoRA)"""
     abm_batch_size: int | None = None
-    """samples of each batch that the ABM stage uses, unless --abm_batch_size is given"""
+    """batch size in the ABM stage (default: the whole batch); --abm_batch_size overrides it"""
 
     def __post_init__(self) -> None:
         network_null_lalora_plus.Options.__post_init__(self)

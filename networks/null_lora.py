@@ -3,12 +3,16 @@
     y = W x + s·(B·diag(n₁)·V_N + U_N·diag(n₂)·A) x        rank R in two halves of h = R/2
 
 V_N (h×I) and U_N (O×h) are frozen: right and left null space of W, completed by its smallest singular
-directions where the null space is too small. B (O×h) and A (h×I) are trained from zero, the norms n₁, n₂ (h)
-from one, so that step 0 is the base model and both B and A have a gradient. For the directions U_top, V_top
-that W uses most, U_topᵀ ΔW V_top = 0 at every step. `null_strict` restricts both sides: ΔW = s·U_N·C·V_N.
+directions where the null space is too small (lowrank/bases/null_space.py). B (O×h) and A (h×I) are trained
+from zero, the scales n₁, n₂ (h) from one, so that step 0 is the base model and both B and A have a gradient.
+For all output directions u orthogonal to U_N and input directions v orthogonal to V_N, uᵀ ΔW v = 0 at every
+step. Each half restricts one side only: the first reads only from V_N, the second writes only to U_N.
+`null_strict` restricts both sides: ΔW = s·U_N·C·V_N.
 
 Differences from published code: the null space is exact for non-square W, where a thin SVD does not contain
-it, and ΔW is zero at step 0. The paper was readable only in part; norms and rank rule are our choice.
+it, and ΔW is zero at step 0. We had no full text of the paper. From the paper: the frozen halves, a trained
+scaling, the null-space constraint, ranks that follow each layer's nullity. Our choice: the formula of n₁ and
+n₂ and the rule of `null_adaptive_rank`.
 """
 
 from __future__ import annotations
@@ -97,7 +101,7 @@ def fit(
 
 
 def start(weights, ranks, scales, options: Options, directions: Directions | None) -> Start:
-    """Return U_N, V_N and, with `directions`, L and R; trained matrices are zero, norms are one."""
+    """Return U_N, V_N and, with `directions`, L and R; trained matrices are zero, scales are one."""
     widths = {name: rank // (1 if options.null_strict else 2) for name, rank in ranks.items()}
     pairs, metadata = directions.pairs(weights, widths) if directions else ({}, {})
     values = {}

@@ -1,13 +1,13 @@
 """QR-LoRA: train both QR factors of the top-r part of a weight from their values (arXiv 2507.04599).
 
-    W_core = top r of W = Q₀·R₀        y = W x + s·(Q·R − Q₀·R₀) x        Q, R trained from Q₀, R₀
+    W_core = top-r part of W = Q·R = s·U₀·D₀        y = W x + s·(U·D − U₀·D₀) x
 
-Both factors have gradients of full size from step 0; in LoRA D has none while U = 0. Nothing keeps Q
-orthogonal or R triangular during training.
+U (O×r) and D (r×I) are trained from U₀ = Q and D₀ = R/s. In LoRA the gradient of D is 0 at step 0, because
+U = 0; here neither gradient is 0. Nothing keeps U orthogonal or D triangular during training.
 
-Difference from the official code: it subtracts Q₀·R₀ from W, we subtract it in the forward and leave the base
-model unchanged. Q₀ and R₀ are saved in the adapter file. The exact plain LoRA is [Q | Q₀], [R ; −R₀], of rank
-2r.
+Difference from the official code: it subtracts W_core from W. We subtract s·U₀·D₀ in the forward and leave
+the base model unchanged. U₀ and D₀ are saved in the adapter file. The exact plain LoRA has rank 2r: up
+[U | U−U₀], down [D−D₀ ; D₀].
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Options:
 
 
 def start(weights, ranks, scales, options: Options) -> Start:
-    """Return U = U₀ = Q (O, R) and D = D₀ = R/s (R, I) for each layer."""
+    """Return U = U₀ = Q (O, r) and D = D₀ = R/s (r, I) for each layer."""
     bases, metadata = start_basis(weights, ranks, options.basis_cache)
     values = {}
     for name, (Q, R) in bases.items():

@@ -4,16 +4,15 @@
     y = W x + s·(P·Λ·M(t)·Q − P₀·Λ₀·M(t)·Q₀) x               orthogonal: the initial value is subtracted
 
 M(t) keeps the first r(t) = ⌊((T − t)/T)^α (R − R_min)⌋ + R_min of R ranks (eq. 3, 6), T = 1000; each sample
-of a batch has its own t. P₀ (O×R), Λ₀ (R) and Q₀ (R×I) are R singular components of a random matrix N(0,
-1/R), or of W, in descending order: the last, the middle or the principal ones. As in the paper, P and Q are
-orthogonal at the start and not constrained later. Defaults are those of the paper: the last components of a
-random matrix, R_min = R/2, s = 1.
+of a batch has its own t. P₀ (O×R), Λ₀ (R) and Q₀ (R×I) are R singular components, in descending order, of a
+random matrix with entries of standard deviation 1/R, or of W: the last, the middle or the principal ones. As
+in the paper, P and Q are orthogonal at the start and not constrained later. Defaults are those of the paper:
+the last components of a random matrix, R_min = R/2, s = 1.
 
 Differences from the authors' code: it uses one t for a whole batch, and computes the SVD of a random matrix
-for each layer. We draw the three factors separately, with the same distribution: the singular vectors of a
-Gaussian matrix are uniform and independent of its singular values, so QR of thin Gaussian matrices gives
-them; the singular values are those of a bidiagonal matrix with χ-distributed entries (Golub and Kahan;
-Silverstein 1985), computed once for each layer shape.
+for each layer. We draw P, Λ and Q directly, with equal distribution. P and Q come from QR of thin Gaussian
+matrices. Λ comes from a bidiagonal matrix with χ-distributed entries (Silverstein 1985), drawn once for each
+layer shape.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ tools/extract_universal_basis.py. Without a collection, L and R are computed her
     auto:random           random directions, a control
 
 Difference from the paper: it adds the collection's mean adapter to W, so that training does not start at the
-base model. Here the mean is one of the directions. A few fixed directions restrict strongly: expect less
-forgetting, not better learning.
+base model. Here the mean becomes one column of L and one row of R. A few fixed directions restrict strongly:
+expect less forgetting, not better learning.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ class Directions:
     def pairs(
         self, weights: Mapping[str, Tensor], widths: Mapping[str, int]
     ) -> tuple[Mapping[str, Pair], dict[str, str]]:
-        """Return L (O, K) and R (K, I) by layer, and metadata; random until a warm-up stage sets them."""
+        """Return L (O, K) and R (K, I) by layer, and metadata.
+
+        Learned bases (auto:grad, auto:actgrad) are random here; the warm-up stage of `stages` sets them.
+        """
         if self.source == EMBEDDED:
             raise Refused("the file was saved without its basis (save_basis=none); give basis_path=FILE")
         if self.file is None:
@@ -120,7 +123,8 @@ class Directions:
     def stages(self, cores: tuple[str, ...], chains: int) -> tuple[Warmup, ...]:
         """Return the warm-up stage that computes L and R, if the training data decide them.
 
-        The stage is skipped if a role in `cores` is not zero. `chains`: products that share the rank.
+        The stage is skipped if a role in `cores` is not zero. `chains`: number of products; each gets
+        rank/chains.
         """
         if not self.learned:
             return ()

@@ -9,9 +9,9 @@ direction first, and `<layer>.left_values` and `<layer>.right_values` (K,), thei
 metadata describe the basis; `lowrank.basis_hash` is a hash of all tensors. Layer names are kohya's.
 
 The older "row" layout is read too: `<layer>.lora_down.weight.basis` (I, K) and `.mean` (I,), `….lora_up.…`
-(O, K) and (O,), layer names with a dot for every `_`. The mean becomes the first direction and not an offset,
-with which ΔW would not start at 0. The "flat-joint" layout uses the same keys for whole r × I matrices as
-vectors. It has no directions of a layer and is refused.
+(O, K) and (O,), layer names with a dot for every `_`. The mean becomes the first direction. As an offset it
+would make ΔW ≠ 0 at the start. The "flat-joint" layout has equal keys, but each of its vectors is a whole
+flattened matrix, r × I or O × r. It has no directions of single layers and is refused.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _native(state: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
 
 
 def _row(state: Mapping[str, Tensor], source: str) -> BasisFile:
-    """Read the row layout, without layers that have one side only (its extractor ran out of memory)."""
+    """Read the row layout; a layer with only one side is skipped with a warning."""
     sides: dict[str, dict[tuple[str, str], Tensor]] = {}
     for key, value in state.items():
         if match := _ROW.match(key):

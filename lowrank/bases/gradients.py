@@ -3,9 +3,10 @@
     grad      L, R = top singular vectors of G = Σ ∂ℓ/∂W = Σ g xᵀ over samples and tokens
     actgrad   L, R = top eigenvectors of Σ g gᵀ and of Σ x xᵀ
 
-x is a layer's input and g the gradient at its output. One pass over the data and no tensor of a weight's
-size: instead of G (O, I), its products with random test matrices are summed, Y = GΩ (O, k) and Z = ΨG (l, I);
-for a covariance, its product with one test matrix. Inputs of a k×k convolution are unfolded, so I is C·k·k.
+x is a layer's input and g the gradient at its output. This takes one pass over the data and no tensor of a
+weight's size. For grad, two products of G (O, I) with random test matrices are summed instead of G: Y = GΩ
+(O, k) and Z = ΨG (l, I). For actgrad, each covariance has a product with one test matrix. Inputs of a k×k
+convolution are unfolded, so I is C·k·k.
 
 Sources: LoRA-GA, arXiv 2407.05000 (singular vectors of the first gradient as factors). Tropp, Yurtsever,
 Udell and Cevher, arXiv 1609.00048 (Y and Z, with k = 2K + 1 and l = 2k + 1) and 1706.05736 (a covariance).
@@ -55,15 +56,15 @@ def widths(outs: int, ins: int, rank: int) -> tuple[int, int]:
     return k, min(2 * k + 1, outs)
 
 
-def gradient_products(x: Tensor, g: Tensor, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Y = GΩ (O, k), Z = ΨG (l, I) for G = gᵀx: x (N, I), g (N, O), right Ω (I, k), left Ψᵀ (O, l)."""
-    return g.T @ (x @ right), (g @ left).T @ x
+def gradient_products(x: Tensor, g: Tensor, omega: Tensor, psi_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Y = GΩ (O, k), Z = ΨG (l, I) for G = gᵀx: x (N, I), g (N, O), Ω (I, k), Ψᵀ (O, l)."""
+    return g.T @ (x @ omega), (g @ psi_t).T @ x
 
 
-def gradient_sides(Y: Tensor, Z: Tensor, left: Tensor, rank: int) -> Sides:
-    """Return the top `rank` singular vectors of G, given Y = GΩ and Z = ΨG; float64 inside."""
+def gradient_sides(Y: Tensor, Z: Tensor, psi_t: Tensor, rank: int) -> Sides:
+    """Return the top `rank` singular vectors of G, given Y = GΩ, Z = ΨG and Ψᵀ (O, l); in float64."""
     Q = torch.linalg.qr(Y.double())[0]  # (O, k)
-    U, T = torch.linalg.qr(left.double().T @ Q)  # (l, k), (k, k): ΨQ
+    U, T = torch.linalg.qr(psi_t.double().T @ Q)  # (l, k), (k, k): ΨQ
     core = torch.linalg.solve_triangular(T, U.T @ Z.double(), upper=True)  # (k, I), where G ≈ Q·core
     u, _, vh = torch.linalg.svd(core, full_matrices=False)
     return Sides((Q @ u[:, :rank]).float(), vh[:rank].float().contiguous())
@@ -183,7 +184,10 @@ def _tapped(sketches: list[_Sketch], scale: Callable[[], float]) -> Iterator[Non
 
 
 def _test(side: str, rows: int, columns: int) -> Tensor:
-    """Return random orthonormal columns, seeded by their shape: equal in every process and run."""
+    """Return a test matrix (rows, columns), random orthonormal, seeded by `side` and its shape.
+
+    So it is equal in every process and run.
+    """
     seed = int.from_bytes(hashlib.sha256(f"{side},{rows},{columns}".encode()).digest()[:7], "big")
     return torch.linalg.qr(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)))[0]
 

@@ -1,6 +1,6 @@
 """The top singular subspace of a matrix by block Krylov iteration, and the QR factors of its top-r part.
 
-Functions of tensors. Shapes: O outputs, I inputs (times the kernel of a convolution), R rank; W (O, I).
+Functions of tensors. Shapes: O outputs, I inputs (times the kernel of a convolution), r rank; W (O, I).
 
 Sources: block Krylov, Musco & Musco, arXiv 1504.05477; residual test, Davis & Kahan 1970; QR of the top-r
 part ("core") of W, QR-LoRA, arXiv 2507.04599.
@@ -22,17 +22,17 @@ from lowrank.errors import Refused
 Product = Callable[[Tensor], Tensor]
 CHUNK = 2**20  # elements of a half-precision W converted to fp32 at a time: 4 MB instead of a copy of W
 FIRST_CHECK = 5  # blocks before the first residual test
-ENOUGH = 9  # blocks that σ_i = i^-0.5 needs; if half of the full space has fewer, W is solved exactly
+ENOUGH = 9  # blocks that σ_i = i^-0.5 needs: solve exactly if min(O, I) < 2·ENOUGH·block
 DEEP = 16  # blocks after which the bound on energy is accepted instead of the bound on the angle
-DECADES = 1.2  # estimated fall of a bound per block, in powers of 10; only decides when to test next
+DECADES = 1.2  # decades that the bound falls per block (an estimate); only decides when to test next
 
 
 class Report(NamedTuple):
     """How a subspace was computed, and bounds on its error from its residuals."""
 
-    method: (
-        str  # "krylov"; "exact": float64 eigenvectors of the smaller Gram matrix; "fallback": both, in turn
-    )
+    # "krylov": block Krylov iteration; "exact": float64 eigenvectors of the smaller Gram matrix; "fallback":
+    # block Krylov did not reach its goals, then "exact"
+    method: str
     columns: int  # dimension of the Krylov space, 0 if exact
     sine: float  # bound on the largest principal sine to the true subspace; 1.0: no bound
     loss: float  # bound on 1 - captured / best possible energy
@@ -41,9 +41,9 @@ class Report(NamedTuple):
 class Subspace(NamedTuple):
     """Top-r singular triplets, largest first: W ≈ u diag(s) vh."""
 
-    u: Tensor  # (O, R) orthonormal columns
-    s: Tensor  # (R,)
-    vh: Tensor  # (R, I) orthonormal rows
+    u: Tensor  # (O, r) orthonormal columns
+    s: Tensor  # (r,)
+    vh: Tensor  # (r, I) orthonormal rows
     report: Report
 
 
@@ -82,8 +82,9 @@ def top_subspace(
     """Compute the top singular triplets of W (O, I), on its device, by seeded block Krylov iteration.
 
     The space grows by blocks until the residual test bounds the largest principal sine by `tolerance`, or,
-    for a flat spectrum, where angles mean little, the lost energy by `flat` after `DEEP` blocks. A small
-    matrix, or one that would need half of the full space, is solved exactly (see `Report.method`). Computes
+    for a flat spectrum, where angles mean little, the lost energy by `flat` after `DEEP` blocks. The exact
+    solution replaces the iteration if min(O, I) < 2·ENOUGH·block, or if the bounds are not reached in half of
+    the full space (see `Report.method`). Computes
     in fp32, or in float64 if W is float64; `Report.sine` includes the rounding of fp32. Where W lacks rank,
     s = 0 and the directions are arbitrary. `block` must be at least `rank` (default max(rank, 32)), so that
     no repeated singular value is missed.
@@ -166,10 +167,11 @@ def _times_transposed(weight: Tensor, dtype: torch.dtype, y: Tensor) -> Tensor:
 def _krylov(
     a: Product, at: Product, start: Tensor, rank: int, generator: torch.Generator, goal: tuple[float, float]
 ) -> tuple[Tensor, Report] | None:
-    """Return the Ritz basis (short, R) of G = A Aᵀ in span[Y, GY, G²Y, …], or None if both goals are missed.
+    """Return the Ritz basis (short, r) of G = A Aᵀ in span[Y, GY, G²Y, …], or None if both goals are missed.
 
-    `goal` is (sine, lost energy). Gives up at half of the full space. Only the short side is stored: the
-    products that extend Q also give M = QᵀGQ, whose eigenproblem is solved in float64.
+    A (short, long) is W or Wᵀ and Y = `start` (short, b). `goal` is (sine, lost energy). The iteration stops
+    without a result at k = short/2 columns. Only the basis Q (short, k) is stored; the products that extend Q
+    also give M = QᵀGQ (k, k), whose eigenproblem is solved in float64.
     """
     short, block = start.shape
     limit, eps = short // 2, torch.finfo(start.dtype).eps
@@ -203,8 +205,9 @@ def _next_check(k: int, block: int, excess: float) -> int:
 def _orthonormal(y: Tensor, q: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return X (n, b), orthonormal and orthogonal to the rows of q, and T (b, b) with y = qᵀq y + X T.
 
-    Orthogonalises at least twice, because normalising magnifies the rounding errors along q. Columns that
-    vanish (the space is invariant, or W lacks rank) are replaced by random ones with T = 0.
+    Orthogonalises at least twice, because normalising magnifies the rounding errors along q. Columns whose
+    remainder is only rounding (the space is invariant, or W lacks rank) are replaced by random columns, and
+    their rows of T are 0.
     """
     floor = 8 * torch.finfo(y.dtype).eps * y.norm(dim=0)
     t = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
@@ -221,10 +224,11 @@ def _orthonormal(y: Tensor, q: Tensor, generator: torch.Generator) -> tuple[Tens
 
 
 def _ritz(m: Tensor, coupling: Tensor, rank: int, eps: float) -> tuple[Tensor, float, float, float]:
-    """Return the top Ritz vectors (k, R) of M, bounds on the sine and lost energy, and the sine of rounding.
+    """Return the top Ritz vectors (k, r) of M, bounds on the sine and lost energy, and the sine of rounding.
 
-    G Q = Q M + X T Eᵀ, so a Ritz pair (λ, y) has the residual ‖T y_last‖, and direction i is off by at most
-    residual_i / (λ_i - λ_{r+1}), where λ_{r+1} is raised by its own residual.
+    G Q = Q M + X T Eᵀ, where E (k, b) is the last b columns of the identity. So a Ritz pair (λ, y) has the
+    residual ‖T Eᵀy‖ (Eᵀy: the last b entries of y). The sine of direction i is at most residual_i /
+    (λ_i − λ_{r+1} − residual_{r+1}).
     """
     values, vectors = torch.linalg.eigh(m)
     far = rank + rank // 2 + 2
@@ -242,7 +246,7 @@ def _ritz(m: Tensor, coupling: Tensor, rank: int, eps: float) -> tuple[Tensor, f
 
 
 def _exact(weight: Tensor, rank: int) -> Tensor:
-    """Return the top eigenvectors (short, R) of the smaller of WWᵀ and WᵀW, in float64."""
+    """Return the top eigenvectors (short, r) of the smaller of WWᵀ and WᵀW, in float64."""
     o, i = weight.shape
     gram = torch.zeros(min(o, i), min(o, i), dtype=torch.float64, device=weight.device)
     for _, w in _row_blocks(weight if o > i else weight.mT, torch.float64):
@@ -251,25 +255,26 @@ def _exact(weight: Tensor, rank: int) -> Tensor:
 
 
 def _triplets(at: Product, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the SVD of x xᵀA: left (short, R), s (R,), right (long, R), orthonormal also where s = 0."""
-    y, t = torch.linalg.qr(at(x))  # Aᵀx = y t                      (long, R), (R, R)
+    """Return the SVD of x xᵀA: left (short, r), s (r,), right (long, r), orthonormal also where s = 0."""
+    y, t = torch.linalg.qr(at(x))  # Aᵀx = y t                      (long, r), (r, r)
     p, s, qh = torch.linalg.svd(t.double())
     return x @ qh.mT.to(x), s.to(x), (y @ p.to(x)).mT.contiguous()
 
 
 def thin_qr(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the QR factors of the core u diag(s) vh: Q (O, R), R (R, I) upper trapezoidal, diag(R) > 0.
+    """Return the QR factors of the core u diag(s) vh: Q (O, r), R (r, I) upper trapezoidal, diag(R) > 0.
 
-    Only an R × R matrix is factored: the first R columns of diag(s) vh give the rotation from u to Q, up to
+    Only an r × r matrix is factored: the first r columns of diag(s) vh give the rotation from u to Q, up to
     signs, which diag(R) > 0 fixes. The result depends on the core alone, not on signs or order in u and vh.
     If these columns are dependent (dead inputs), later independent columns replace them: R is then an echelon
-    form with zeros on its diagonal. If the core lacks rank, R ends in rows of zeros. Q always spans u.
+    form with zeros on its diagonal. If the rank of the core is below r, the last rows of R are zero. Q always
+    spans u.
     """
-    core = s.double()[:, None] * vh.double()  # (R, I)
+    core = s.double()[:, None] * vh.double()  # (r, I)
     rank, i = core.shape
     floor = 4 * torch.finfo(torch.float32).eps * s.max().item() / math.sqrt(i)  # rounding of a column in fp32
     pivots = torch.arange(rank, device=core.device)
-    o, lead = torch.linalg.qr(core[:, :rank])  # (R, R)
+    o, lead = torch.linalg.qr(core[:, :rank])  # (r, r)
     if lead.diagonal().abs().min() <= floor:
         pivots = _pivots(core, floor)
         o, lead = torch.linalg.qr(torch.cat([core[:, pivots], torch.eye(rank).to(core)], dim=1))
@@ -281,7 +286,7 @@ def thin_qr(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pivots(core: Tensor, floor: float) -> Tensor:
-    """Return the first columns (at most R) of core (R, I) that are over `floor` away from earlier ones."""
+    """Return the first columns (at most r) of core (r, I) that are over `floor` away from earlier ones."""
     residual, pivots = core.clone(), []
     while len(pivots) < len(core) and (independent := (residual.norm(dim=0) > floor).nonzero()).numel():
         pivots.append(int(independent[0]))

@@ -2,8 +2,9 @@
 
 A weight with more inputs than outputs has an exact right null space, one with more outputs an exact left one;
 a thin SVD returns neither. A square weight of full rank has none, so its smallest singular directions are
-used. Both sides come from float64 Gram matrices, or, where the null space alone is wide enough, from the
-orthogonal complement of the weight's rows or columns.
+used. `least_used` computes h directions of each side in float64. If the shape alone gives the null space at
+least h dimensions: h random orthonormal vectors in it. Otherwise: the eigenvectors of the Gram matrix with
+the h smallest eigenvalues.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ VERSION = "null-1"  # stored in caches: change it if `least_used` returns other 
 
 
 class Null(NamedTuple):
-    """Orthonormal directions that a weight W (O, I) uses least, in increasing order of use."""
+    """Orthonormal directions that a weight W (O, I) uses least; eigenvectors have the least used first."""
 
     up: Tensor  # (O, h) columns, ‖upᵀ W‖ small: outputs that W hardly produces
     down: Tensor  # (h, I) rows, ‖W downᵀ‖ small: inputs that W hardly responds to
@@ -47,7 +48,7 @@ def least_used(weight: Tensor, width: int) -> Null:
 
 
 def nullity(weight: Tensor, threshold: float = 1e-3) -> int:
-    """Count the input and output directions with σ ≤ threshold·σ₁: O + I − 2·rank."""
+    """Return O + I − 2·(number of σ > threshold·σ₁): null input directions plus null output directions."""
     outs, ins = weight.shape
     with full_precision(weight.device):
         wide = weight.double()

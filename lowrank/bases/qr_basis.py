@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 class QrBasis(NamedTuple):
     """QR factors of the top-r part of W (O, I), which is q @ r."""
 
-    q: Tensor  # (O, R) fp32, orthonormal columns
-    r: Tensor  # (R, I) fp32, upper trapezoidal, positive diagonal
+    q: Tensor  # (O, r) fp32, orthonormal columns; r in a shape is the rank
+    r: Tensor  # (r, I) fp32, upper trapezoidal, positive diagonal
 
 
 class _Layer(NamedTuple):
@@ -209,7 +209,10 @@ def _read_or_none(cache: Path, layer: _Layer) -> QrBasis | None:
 
 
 def _write(cache: Path, layer: _Layer, basis: QrBasis) -> QrBasis:
-    """Write a layer's file and return `basis`; one metadata entry, because safetensors shuffles several."""
+    """Write a layer's file and return `basis`.
+
+    The metadata has one entry, because safetensors shuffles several; so equal bases give equal bytes.
+    """
     on_cpu = QrBasis(*(x.cpu().contiguous() for x in basis))
     facts = json.dumps({"key": layer.key, "sha256": _checksum(on_cpu)}, sort_keys=True)
     with atomic(_path(cache, layer)) as part:

@@ -12,15 +12,18 @@ PARTS = ("principal", "middle", "last")  # of singular components, largest first
 
 
 def component_slice(sig_type: str, count: int, rank: int) -> slice:
-    """Which `rank` of `count` singular components, largest first; the middle ones as the authors count."""
+    """Return the slice of `rank` of `count` singular components, largest first, that `sig_type` selects.
+
+    "middle" begins at ⌈(count − rank)/2⌉, as in the authors' code.
+    """
     begin = {"principal": 0, "middle": math.ceil((count - rank) / 2), "last": count - rank}[sig_type]
     return slice(begin, begin + rank)
 
 
 def singular_components(weight: Tensor, sig_type: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """P (O, R), Λ (R,), Q (R, I): singular components of W (O, I), by the SVD that LyCORIS computes.
+    """Return P (O, R), Λ (R,), Q (R, I): singular components of W (O, I), by the SVD that LyCORIS computes.
 
-    Of a rank that W does not have, which only LyCORIS' files give small layers, the rest is zero, as there.
+    If rank > min(O, I), which only LyCORIS' files have, all components are returned, padded with zeros.
     """
     P, S, Q = torch.linalg.svd(weight.float(), full_matrices=False)
     if len(S) < rank:
