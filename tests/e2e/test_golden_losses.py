@@ -41,7 +41,7 @@ def tolerance(name: str) -> float:
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in GOLDEN]
 )
-def test_losses_are_the_golden_ones(name, work):
+def test_golden_losses(name, work):
     losses = run_training(name, work)
     assert difference(GOLDEN[name], losses) < tolerance(name), (
         f"{name}: {losses}, expected {GOLDEN[name]}; a commit that is meant to change numbers runs "
@@ -49,5 +49,5 @@ def test_losses_are_the_golden_ones(name, work):
     )
 
 
-def test_every_network_and_option_set_has_golden_losses():
+def test_golden_losses_are_complete():
     assert list(GOLDEN) == list(golden_recipes())
