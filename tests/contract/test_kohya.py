@@ -279,8 +279,8 @@ def masks(spy: Path) -> dict[bool, set[tuple[int, ...]]]:
     """Ranks open in the samples of each call, with and without gradient, each as its timesteps ask."""
     timesteps, asked, found = torch.empty(0), False, {True: set(), False: set()}
     for fact in heard(spy):
-        if "told" in fact:
-            timesteps, asked = torch.tensor(fact["told"]), fact["grad"]
+        if "timesteps" in fact:
+            timesteps, asked = torch.tensor(fact["timesteps"]), fact["grad"]
         elif fact.get("layer", "").startswith("lora_unet"):
             want = open_ranks(timesteps, 8, 1).repeat_interleave(len(fact["open"]) // len(timesteps))
             assert fact["open"] == want.tolist(), (fact, timesteps)
@@ -331,8 +331,8 @@ def test_output_preservation_keeps_timesteps(train, models, tmp_path):
     more = ("--dataset_config", tmp_path / "data.toml", "--gradient_checkpointing")
     train("sd", "networks.tlora", *TLORA, *more, spy=spy)
     for fact in heard(spy):
-        if fact.get("told") and fact["grad"]:
-            ranks = open_ranks(torch.tensor(fact["told"]), 8, 1).tolist()
+        if fact.get("timesteps") and fact["grad"]:
+            ranks = open_ranks(torch.tensor(fact["timesteps"]), 8, 1).tolist()
         elif fact.get("layer", "").startswith("lora_unet"):
             assert fact["open"] == ranks
 
