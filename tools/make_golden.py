@@ -115,8 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     losses = json.loads(LOSSES.read_text(encoding="utf-8")) if LOSSES.exists() else {}
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         for name in names:
-            made = read_losses(given.results / name) if given.results else run_training(name, Path(folder))
-            losses[name] = [float(f"{loss:.9g}") for loss in made]  # all digits of a float32
+            trained = read_losses(given.results / name) if given.results else run_training(name, Path(folder))
+            losses[name] = [float(f"{loss:.9g}") for loss in trained]  # all digits of a float32
     rows = ",\n".join(f'  "{name}": {losses[name]}' for name in golden_recipes() if name in losses)
     LOSSES.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
     print(f"{LOSSES}: {len(names)} recipes")

@@ -51,27 +51,27 @@ SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    arguments = argparse.ArgumentParser(
         prog="tools/same_numbers.py", description="Compare the numbers of this tree with those of a commit."
     )
-    made.add_argument("commit", nargs="?", help="commit, branch or tag to compare with")
-    made.add_argument(
+    arguments.add_argument("commit", nargs="?", help="commit, branch or tag to compare with")
+    arguments.add_argument(
         "--only", action="append", default=[], help="pattern of recipe names, with * (repeatable)"
     )
-    made.add_argument(
+    arguments.add_argument(
         "--allow", action="append", default=[], help="pattern of recipes that may differ (repeatable)"
     )
-    made.add_argument("--keep", type=Path, help="folder for the results of both trees, which are kept")
-    made.add_argument(
+    arguments.add_argument("--keep", type=Path, help="folder for the results of both trees, which are kept")
+    arguments.add_argument(
         "--cache", type=Path, help="folder that keeps the results of COMMIT for the next comparison"
     )
-    made.add_argument(
+    arguments.add_argument(
         "--jobs", type=int, default=1, help="processes at once: 2 runs both trees at the same time (1)"
     )
-    made.add_argument(
+    arguments.add_argument(
         "--list", action="store_true", help="print the recipes with their command lines and stop"
     )
-    return made
+    return arguments
 
 
 def git(*words: str) -> str:

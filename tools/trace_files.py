@@ -9,7 +9,8 @@ Questions:
     export  from a LoRA file to the written file of another program, without verifying it
     flag    from the command line to where a flag acts: files with a function that holds its value, or a
             record or table that has it, and the file that declares it; the worst of FLAGS counts
-The models are the tiny ones of tools/make_tiny_sd.py, made in a temporary folder.
+The models are the tiny ones of tools/make_tiny_sd.py, made in a temporary folder. The exit code is 1 if a
+count is above its limit in LIMITS. A change that lowers a count lowers the limit too.
 """
 
 from __future__ import annotations
@@ -25,14 +26,29 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-# live: kohya's networks/lora.py is one file for one method and one spelling of keys. Here 4 files read a
-# file of any spelling (adapter_file, keys, tensors, files), 3 fit it to a model (network_module, arguments,
+
+
+class Limit(NamedTuple):
+    """How many files may answer a question."""
+
+    present: int
+    """the count of today, which tests/tools/test_trace_files.py does not let grow"""
+    target: int
+
+
+# The target of `live`: kohya's networks/lora.py is one file for one method and one spelling of keys. Here 4 files
+# read a file of any spelling (adapter_file, keys, tensors, files), 3 fit it to a model (network_module, arguments,
 # dialect), and 6 are the network itself (network, layer, clock, targets, method, the method's page).
-LIMITS = {"step": 18, "live": 13, "export": 8, "flag": 5}
+LIMITS = {
+    "step": Limit(present=23, target=18),
+    "live": Limit(present=13, target=13),
+    "export": Limit(present=21, target=8),
+    "flag": Limit(present=13, target=5),
+}
 CODE = (str(ROOT / "lowrank") + "/", str(ROOT / "networks") + "/")
 # Flags that `flag` follows, with a value that no other number of a run equals.
 FLAGS = {
@@ -250,12 +266,15 @@ def main() -> int:
     )
     parser.add_argument("--show", action="store_true", help="print the files of each question")
     arguments = parser.parse_args()
-    counts = measure(arguments.question or list(QUESTIONS))
+    with contextlib.redirect_stdout(sys.stderr):  # the scripts' own lines
+        counts = measure(arguments.question or list(QUESTIONS))
     for name, files in counts.items():
-        print(f"{name:8} {len(files):3} files (limit {LIMITS[name]:2})  {sum(files.values()):4} functions")
+        present, target = LIMITS[name]
+        limits = f"(limit {present:2}, target {target:2})"
+        print(f"{name:8} {len(files):3} files {limits}  {sum(files.values()):4} functions")
         for file, functions in sorted(files.items()) if arguments.show else ():
             print(f"    {functions:4}  {file}")
-    return int(any(len(files) > LIMITS[name] for name, files in counts.items()))
+    return int(any(len(files) > LIMITS[name].present for name, files in counts.items()))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def test_node_output_equals_training_forward(method, case, nodes, trained):
     assert not any(m._forward_hooks for m in case.model.model.modules())
 
 
-def test_strength_is_a_share_of_the_change(case, nodes, trained):
+def test_strength_scales_change(case, nodes, trained):
     network = trained("lora")
     network.set_multiplier(0.5)
     model, _ = loader(nodes, case, strength=0.5)
@@ -209,7 +209,7 @@ def test_half_precision(case, nodes, trained):
 # ---------- T-LoRA
 
 
-def test_a_schedule_follows_the_noise(case, nodes, trained):
+def test_rank_schedule_during_sampling(case, nodes, trained):
     """Each sample of a batch by its own σ; the middle of the model's own sampling is 500."""
     network = trained("tlora", orthogonal="False", tlora_min_rank="1")
     model, _ = loader(nodes, case)
@@ -221,7 +221,7 @@ def test_a_schedule_follows_the_noise(case, nodes, trained):
 
 
 @pytest.mark.parametrize("case", ["flux", "sd"], indirect=True)
-def test_a_file_of_lycoris_and_a_schedule_from_the_node(case, nodes, trained, tmp_path):
+def test_lycoris_file_with_node_schedule(case, nodes, trained, tmp_path):
     """It has no initial copy, which are the principal components of the model's own weights."""
     start = {"sig_type": "principal", "use_data_init": "True", "tlora_min_rank": "2", "tlora_alpha": "2"}
     chosen = r"attn1?\.to_|attn\.add_.*_proj|net\."
@@ -240,7 +240,7 @@ def test_a_file_of_lycoris_and_a_schedule_from_the_node(case, nodes, trained, tm
         assert close(model.sample(case.x, case.sigmas), case.expected(), 1e-4)
 
 
-def test_noise_levels_become_timesteps(nodes):
+def test_timestep_of_noise_level(nodes):
     timestep = importlib.import_module("comfyui.live").timestep
     discrete: Any = type("ModelSampling", (stub.ModelSamplingDiscrete, stub.EPS), {})()
     assert timestep(discrete, discrete.sigmas[[0, 421, 999]]).tolist() == [0, 421, 999]
@@ -269,7 +269,7 @@ ROUTED = """
 """
 
 
-def test_routed_experts_run_beside_the_layers(case, nodes, trained, tmp_path, monkeypatch):
+def test_routed_experts(case, nodes, trained, tmp_path, monkeypatch):
     (tmp_path / "path" / "networks").mkdir(parents=True)
     (tmp_path / "path" / "networks" / "routed_probe.py").write_text(textwrap.dedent(ROUTED))
     monkeypatch.syspath_prepend(tmp_path / "path")
@@ -285,7 +285,7 @@ def test_routed_experts_run_beside_the_layers(case, nodes, trained, tmp_path, mo
 # ---------- merging, text encoders
 
 
-def test_style_and_content_of_one_basis(case, nodes, trained):
+def test_style_and_content_with_shared_basis(case, nodes, trained):
     """W + α·ΔW_style + β·ΔW_content; the patches keep the rank of one adapter."""
     style, content = trained("delta_r", "style.safetensors", 1), trained("delta_r", "content.safetensors", 2)
     style.set_multiplier(0.7)
@@ -296,7 +296,7 @@ def test_style_and_content_of_one_basis(case, nodes, trained):
     assert {patch[1].weights[1].shape[0] for patches in model.patches.values() for patch in patches} == {8}
 
 
-def test_a_masked_style_and_a_plain_content(case, nodes, trained):
+def test_masked_style_with_plain_content(case, nodes, trained):
     content = trained("dora", "content.safetensors", 2)  # first: a patch of W, beside which the style is
     style = trained("tlora", "style.safetensors", 1)
     style.set_multiplier(0.7)
@@ -334,7 +334,7 @@ def test_text_encoders(case, nodes, trained, tiny_sd, caplog):
 
 
 @pytest.mark.parametrize("case", ["flux"], indirect=True)
-def test_another_models_file_is_refused(case, nodes, trained, sd_denoiser, tmp_path):
+def test_file_of_another_model_is_refused(case, nodes, trained, sd_denoiser, tmp_path):
     other = Case(sd_denoiser, SD_CONFIG, type("M", (stub.ModelSamplingDiscrete, stub.EPS), {})())
     trained("lora")
     with pytest.raises(Refused, match=r"layers of .*a.safetensors are not in this BaseModel, for example"):
@@ -347,7 +347,7 @@ def test_another_models_file_is_refused(case, nodes, trained, sd_denoiser, tmp_p
         loader(nodes, case, "b.safetensors")
 
 
-def test_the_interface_of_the_nodes(nodes, tmp_path):
+def test_node_interface(nodes, tmp_path):
     (tmp_path / "x.safetensors").touch()
     for name, kind in nodes.NODE_CLASS_MAPPINGS.items():
         assert name in nodes.NODE_DISPLAY_NAME_MAPPINGS and hasattr(kind, kind.FUNCTION)
@@ -360,7 +360,7 @@ def test_the_interface_of_the_nodes(nodes, tmp_path):
     assert merge["alpha"][0] == merge["beta"][0] == "FLOAT"
 
 
-def test_the_package_needs_torch_and_safetensors_alone():
+def test_imports_are_torch_and_safetensors():
     """Also where ComfyUI loads it by its path, under a name of its own."""
     support, root = ROOT / "tests" / "support", ROOT
     code = f"""

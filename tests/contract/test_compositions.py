@@ -22,7 +22,7 @@ def network(method, model, cache=None) -> AdapterNetwork:
 
 @pytest.mark.parametrize("addition", ADDITIONS)
 @pytest.mark.parametrize("factor", FACTORS)
-def test_a_pair_works_or_is_refused_with_its_reason(factor, addition, cache, tmp_path):
+def test_pair_of_methods(factor, addition, cache, tmp_path):
     method = joined(factor, addition, str(cache))
     if isinstance(method, str):
         assert len(method.split()) > 5
@@ -54,5 +54,5 @@ def test_a_pair_works_or_is_refused_with_its_reason(factor, addition, cache, tmp
         assert dW is None or dW.shape == layer.host.weight.shape
 
 
-def test_the_page_is_current():
+def test_composition_page_is_current():
     assert make_compositions.PAGE.read_text(encoding="utf-8") == make_compositions.page()

@@ -18,14 +18,14 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_config_begins_with_what_it_is_and_its_command(path):
+def test_config_header_comment(path):
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert f"configs/{path.name}" in head and "Result:" in head
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.name.startswith("flux_")], ids=lambda p: p.stem)
-def test_a_flux_config_parses_and_names_a_method(path, monkeypatch):
+def test_flux_config_parses(path, monkeypatch):
     monkeypatch.chdir(path.parent.parent)
     more = ["--train_data_dir", "assets"] if "kohya" in path.name else []
     parsed = with_network(FLUX_TRAIN.parse(["--config_file", str(path), *more]), "networks.delta_r_triu")
@@ -35,7 +35,7 @@ def test_a_flux_config_parses_and_names_a_method(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.name.startswith("sd")], ids=lambda p: p.stem)
-def test_an_sd_config_parses_and_names_a_method(path):
+def test_sd_config_parses(path):
     surface = SDXL_TRAIN if path.name.startswith("sdxl") else SD_TRAIN
     argv = ["--config_file", str(path), "--train_data_dir", "assets"]
     parsed = with_network(surface.parse(argv), "networks.lora")
@@ -44,7 +44,7 @@ def test_an_sd_config_parses_and_names_a_method(path):
     Diffusion(**vars(parsed.options.objective))
 
 
-def test_the_dataset_config_is_scanned(monkeypatch):
+def test_dataset_config_is_scanned(monkeypatch):
     monkeypatch.chdir(ROOT)
     (dataset,) = from_config("configs/dataset.toml")
     assert [example.repeats for example in scan(dataset)] == [3, 1]

@@ -76,7 +76,7 @@ def updates(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
 @pytest.mark.parametrize("family", LAYERS)
 @given(data=st.data())
-def test_every_update_survives_a_round_trip_between_dialects(family, to, tmp_path_factory, data):
+def test_dialect_round_trip_keeps_delta_weight(family, to, tmp_path_factory, data):
     before = data.draw(adapters(family), label="adapter")
     folder = tmp_path_factory.mktemp("round")
     given_, native, there, again, back = (

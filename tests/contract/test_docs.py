@@ -74,12 +74,12 @@ def dead(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_link_leads_somewhere(page):
+def test_links_resolve(page):
     assert dead(page) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_script_that_is_called_is_there(page):
+def test_scripts_in_docs_exist(page):
     text = page.read_text(encoding="utf-8")
     called = re.findall(r"(?:python|bash|launch) ((?:[\w.]+/)*\w+\.(?:py|sh))", text)
     elsewhere = {"train_network.py"}  # docs/kohya.md, in a checkout of sd-scripts
@@ -90,7 +90,7 @@ def test_every_script_that_is_called_is_there(page):
     not (ROOT / "lowrank" / "naming").is_dir(), reason="pages name the layout with lowrank/naming"
 )
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_module_that_is_named_exists(page):
+def test_modules_in_docs_exist(page):
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`(lowrank/[\w/.]+)`", text)
     named += [
@@ -110,12 +110,12 @@ def flags():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_flag_is_one_of_ours(page, flags):
+def test_flags_in_docs_exist(page, flags):
     assert set(FLAG.findall(page.read_text(encoding="utf-8"))) <= flags
 
 
 @pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=name)
-def test_every_command_is_understood(page, monkeypatch):
+def test_commands_in_docs_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     surfaces = {surface.prog: surface for surface in SURFACES}
     for script, words in commands(page.read_text(encoding="utf-8")):
@@ -132,7 +132,7 @@ def test_every_command_is_understood(page, monkeypatch):
             assert facade is None or set(given) <= set(facade.known), words
 
 
-def test_every_page_is_reachable_from_the_index():
+def test_pages_are_reachable_from_index():
     seen: set[Path] = set()
     pages = [ROOT / "docs" / "index.md"]
     while pages:
@@ -146,20 +146,20 @@ def test_every_page_is_reachable_from_the_index():
     } == set()
 
 
-def test_the_index_links_every_page_of_docs():
+def test_index_links_all_pages():
     links = re.findall(r"\]\(([^)\s#]+)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
     assert pages - {"index.md"} - set(links) == set()
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=name)
-def test_every_written_page_links_the_glossary(page):
+def test_pages_link_glossary(page):
     text = page.read_text(encoding="utf-8")
     generated = "` writes this page" in text  # by a script, for readers of another page
     assert generated or page.name in ("glossary.md", "versions.md") or "(glossary.md" in text
 
 
-def test_the_readmes_lead_to_the_index():
+def test_readmes_link_index():
     for readme in ("README.md", "README-ja.md"):
         assert "(docs/index.md)" in (ROOT / readme).read_text(encoding="utf-8"), readme
 
@@ -185,12 +185,12 @@ def long_lines(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_prose_has_no_riddle_words(page):
+def test_prose_has_no_banned_words(page):
     assert [match[0] for match in RIDDLES.finditer(prose(page.read_text(encoding="utf-8")))] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_sentences_and_lines_are_short(page):
+def test_sentence_and_line_length(page):
     text = page.read_text(encoding="utf-8")
     assert [sentence for sentence in sentences(text) if len(sentence.split()) > WORDS] == []
     assert long_lines(text) == []
@@ -203,7 +203,7 @@ def test_flags_page_has_each_training_flag_once():
         assert len(re.findall(rf"^\| `{row.names[0]}`", training, flags=re.MULTILINE)) == 1, row.names[0]
 
 
-def test_the_twenty_flags_are_twenty_and_in_every_training_script():
+def test_twenty_flags_table():
     flags = [row[0].strip("`") for row in table("twenty_flags.md", "| flag | what it does |")]
     assert len(set(flags)) == 20
     for title in ("SD", "SDXL", "FLUX"):
@@ -214,7 +214,7 @@ def test_the_twenty_flags_are_twenty_and_in_every_training_script():
 @pytest.mark.parametrize(
     "script", ["train_network_ABM.py", "sdxl_train_network_ABM.py", "flux_train_qrlora.py"]
 )
-def test_first_adapter_has_a_complete_command_for_each_family(script):
+def test_first_adapter_commands_of_each_family(script):
     text = (ROOT / "docs" / "first_adapter.md").read_text(encoding="utf-8")
     ((_, words),) = [command for command in commands(text) if command[0] == script]
     surfaces = {surface.prog: surface for surface in SURFACES}
@@ -235,7 +235,7 @@ def results(file: str):
     return json.loads((ROOT / file).read_text(encoding="utf-8"))
 
 
-def test_what_the_demos_models_draw_is_what_was_measured():
+def test_demo_model_table_equals_measurement():
     metrics = results("assets/demo/metrics.json")
     families = {"FLUX": "flux", "SD 1.5": "sd15", "SDXL": "sdxl"}
     rows = table("demo.md", "| | content | style |")
@@ -247,7 +247,7 @@ def test_what_the_demos_models_draw_is_what_was_measured():
         assert cells == [*shares, str(told["style"]["n"])], row
 
 
-def test_the_demos_merges_are_what_was_measured():
+def test_demo_merge_table_equals_measurement():
     names = {"ΔR-triu": "delta_r_triu", "ΔR": "delta_r", "QR-LoRA": "qrlora", "LoRA": "lora"}
     families = {"FLUX": "flux", "SD 1.5": "sd15", "SDXL": "sdxl"}
 
@@ -271,7 +271,7 @@ def test_the_demos_merges_are_what_was_measured():
         ], row
 
 
-def test_the_times_of_a_step_are_what_was_measured():
+def test_step_time_table_equals_measurement():
     measured = results("benchmarks/results/step_time_cpu.json")["rows"]
     rows = table("benchmarks.md", "| method | / PEFT LoRA |")
     assert len(rows) == len(measured)
@@ -282,7 +282,7 @@ def test_the_times_of_a_step_are_what_was_measured():
         assert cells == [*ratios, f"{of['trained_parameters']:,}"], row
 
 
-def test_the_times_of_a_basis_are_what_was_measured():
+def test_basis_time_table_equals_measurement():
     measured = results("benchmarks/results/decomposition.json")["rows"]
     rows = table("benchmarks.md", "| W | method | CPU-s |")
     assert len(rows) == len(measured)
@@ -294,7 +294,7 @@ def test_the_times_of_a_basis_are_what_was_measured():
         assert (float(angle), float(memory)) == pytest.approx((of["sin_max"], of["memory"]), rel=0.02)
 
 
-def test_the_steps_in_which_method_are_what_was_measured():
+def test_which_method_steps_equal_measurement():
     measured = results("benchmarks/results/step_time_cpu.json")["rows"]
     lora = measured["lora"]["trained_parameters"]
     for methods, ratios, trained in table("which_method.md", "| method | step / PEFT LoRA |"):
@@ -306,7 +306,7 @@ def test_the_steps_in_which_method_are_what_was_measured():
         assert float(trained) == pytest.approx(share, abs=0.006), methods
 
 
-def test_the_merges_in_readme_and_which_method_are_what_was_measured():
+def test_merge_figures_equal_measurement():
     def best(family: str, method: str) -> str:
         merge = results(f"benchmarks/results/demo_merge_{family}.json")[method]["merge"]
         return f"{max(pair['both']['share'] for pair in merge.values()):.2f}".removeprefix("0")
@@ -320,7 +320,7 @@ def test_the_merges_in_readme_and_which_method_are_what_was_measured():
         assert [number for number in wins if number not in text] == [], page
 
 
-def test_the_memory_table_of_first_adapter_is_what_the_layers_need():
+def test_first_adapter_memory_table():
     """Trained numbers and base weights, from the real models' sizes without their memory."""
     from diffusers import FluxTransformer2DModel, UNet2DConditionModel  # pyright: ignore
 
@@ -351,7 +351,7 @@ def test_the_memory_table_of_first_adapter_is_what_the_layers_need():
         assert float(total) == pytest.approx(float(base) + float(adapter), abs=0.011), command
 
 
-def test_the_figure_of_the_method_is_current():
+def test_method_figure_is_current():
     """Pixels differ between versions of FreeType, so the file's record of its script is compared."""
     assert draw_qr_method.drawn_from(draw_qr_method.PICTURE) == draw_qr_method.source_hash()
     assert draw_qr_method.png() == draw_qr_method.png()

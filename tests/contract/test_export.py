@@ -61,7 +61,7 @@ class Weights:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
-def test_export_matrix_read_back_by_each_program(family, method, to, saved, tmp_path):
+def test_export_matrix_read_back(family, method, to, saved, tmp_path):
     adapter = read(saved(family, method))
     if to in ("lycoris", "qrlora"):
         adapter = only(adapter, "unet")
@@ -83,7 +83,7 @@ def test_export_matrix_read_back_by_each_program(family, method, to, saved, tmp_
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["dora", "qrlora"])
-def test_one_forward_of_a_model_that_diffusers_loaded(family, method, saved, bases, tmp_path):
+def test_forward_verification_of_diffusers_model(family, method, saved, bases, tmp_path):
     adapter, model = only(read(saved(family, method)), "unet"), files.denoiser(family)
     plain = files.answer(family, model)
     live = files.network(family, method, model, None, bases)
@@ -97,7 +97,7 @@ def test_one_forward_of_a_model_that_diffusers_loaded(family, method, saved, bas
     assert (theirs - ours).norm() / ours.norm() <= 1e-5
 
 
-def test_a_broken_export_is_refused(saved, tmp_path):
+def test_broken_export_is_refused(saved, tmp_path):
     adapter, path = only(read(saved("sd15", "lora")), "unet"), tmp_path / "out.safetensors"
     for to in ("kohya", "diffusers", "lycoris"):
         write(adapter, to, path, Choices())
@@ -228,7 +228,7 @@ def test_names_of_text_encoders(family, part, name):
 # ---------- FLUX's joined layers
 
 
-def test_joined_layers_of_other_ranks_scales_and_gaps_are_exact(tmp_path):
+def test_joined_layers_of_unequal_parts(tmp_path):
     block = "single_transformer_blocks.0"
     adapter = _flux(
         {
@@ -268,7 +268,7 @@ def test_joined_layers_of_other_ranks_scales_and_gaps_are_exact(tmp_path):
     "name", ["single_transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.add_k_proj"]
 )
 @pytest.mark.slow
-def test_diffusers_reads_a_joined_layer_of_which_one_part_is_adapted(name, tmp_path):
+def test_diffusers_reads_partly_adapted_joined_layer(name, tmp_path):
     """Zeros for the layers beside it are no unexpected keys: a model has them."""
     adapter = _flux({name: _random(3072, 3072, 1, 0.5)})
     write(adapter, "kohya", tmp_path / "out.safetensors", Choices())
@@ -278,7 +278,7 @@ def test_diffusers_reads_a_joined_layer_of_which_one_part_is_adapted(name, tmp_p
     assert "diffusers" not in verify.readers("kohya", small, Choices())
 
 
-def test_a_shared_down_stays_one(tmp_path):
+def test_shared_down_is_written_once(tmp_path):
     """A joined layer that is parted and joined again has the rank it had."""
     wide = _random(24, 6, 4)
     state = {
@@ -296,7 +296,7 @@ def test_a_shared_down_stays_one(tmp_path):
     assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
-def test_diffusers_own_reader_of_kohyas_flux_at_full_width(tmp_path):
+def test_diffusers_reads_kohya_flux_at_full_width(tmp_path):
     """It knows no other width; two blocks at rank 2 are small."""
     double, single = "transformer_blocks.0.attn", "single_transformer_blocks.0"
     names = {f"{double}.to_{one}": 3072 for one in "qkv"} | {
@@ -335,7 +335,7 @@ def test_lengths_in_both_norm_conventions(saved, tmp_path):
         write(adapter, "kohya", tmp_path / "out.safetensors", Choices(None, "base", None))
 
 
-def test_a_joined_layer_with_lengths_needs_the_base(saved, tmp_path):
+def test_joined_dora_layer_needs_base(saved, tmp_path):
     adapter = only(read(saved("flux", "dora")), "unet")
     part = {p: one for p, one in adapter.layers.items() if not p.path.endswith("proj_mlp")}
     adapter = Adapter("probe", "flux", part)
@@ -403,7 +403,7 @@ def test_rank_reduction_reports_its_loss(saved, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["dora", "qrlora"])
-def test_a_merged_folder_and_a_merged_file_are_the_live_adapter(method, tiny_sdxl, bases, tmp_path):
+def test_merged_folder_and_file_equal_live_adapter(method, tiny_sdxl, bases, tmp_path):
     unet = UNet2DConditionModel.from_pretrained(tiny_sdxl / "unet")
     live = files.network("sdxl", method, unet, None, bases)
     live.save_weights(str(tmp_path / "in.safetensors"), None, {})
@@ -435,7 +435,7 @@ def test_a_merged_folder_and_a_merged_file_are_the_live_adapter(method, tiny_sdx
         torch.testing.assert_close(theirs[key].reshape(-1), state[f"{path}.weight"].reshape(-1))
 
 
-def test_merging_reads_pieces_and_rounds_once(tmp_path, monkeypatch):
+def test_merge_reads_shards_and_rounds_once(tmp_path, monkeypatch):
     """Rows at a time: never more than a piece, whatever a tensor's size; the sum is in fp32."""
     W = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
     layer = "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"
@@ -536,7 +536,7 @@ def test_export_command_errors(saved, tmp_path):
         ("effilora", ["--calibrate", "none", "--model", "none"]),
     ],
 )
-def test_the_adapter_is_never_written_over(method, words, saved, tmp_path):
+def test_export_onto_adapter_path_is_refused(method, words, saved, tmp_path):
     (tmp_path / "in.safetensors").write_bytes(saved("sd15", method).read_bytes())
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "in.safetensors")
     for name in ("in", "link"):
@@ -545,14 +545,14 @@ def test_the_adapter_is_never_written_over(method, words, saved, tmp_path):
     assert (tmp_path / "in.safetensors").read_bytes() == saved("sd15", method).read_bytes()
 
 
-def test_merged_target_may_not_be_the_base(saved, tiny_sd):
+def test_merge_onto_base_path_is_refused(saved, tiny_sd):
     words = [str(saved("sd15", "lora")), str(tiny_sd / "new"), "--to", "merged", "--model", str(tiny_sd)]
     with pytest.raises(Refused, match="is inside the base model"):
         export.main(words)
     assert not (tiny_sd / "new").exists()
 
 
-def test_a_file_of_more_layers_than_any_model_is_not_given_to_others(saved, tmp_path, capsys, monkeypatch):
+def test_too_many_layers_are_not_verified_elsewhere(saved, tmp_path, capsys, monkeypatch):
     """diffusers and PEFT take minutes for 30000 layers."""
     monkeypatch.setattr(verify, "MANY", 3)
     for to, said in (("kohya", "read back by our own reader: 31 layers"), ("peft", "not read back")):
@@ -562,7 +562,7 @@ def test_a_file_of_more_layers_than_any_model_is_not_given_to_others(saved, tmp_
 
 
 @pytest.mark.parametrize("method", ["delta_r", "tlora"])  # the second one masked at the probe's timestep
-def test_the_command_compares_one_forward(method, tiny_sd, bases, tmp_path, capsys):
+def test_forward_verification_of_command(method, tiny_sd, bases, tmp_path, capsys):
     unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
     made = files.network("sd15", method, unet, None, bases)
     made.save_weights(str(tmp_path / "in.safetensors"), None, {})
@@ -573,14 +573,14 @@ def test_the_command_compares_one_forward(method, tiny_sd, bases, tmp_path, caps
     assert float(out.split("one forward of the model: ")[1].split(" ")[0]) <= 1e-5
 
 
-def test_experts_are_refused_with_the_reason(tmp_path):
+def test_experts_are_refused(tmp_path):
     state = {f"transformer.transformer_blocks.0.attn.to_q.{k}": torch.ones(3, 4) for k in ("lora_A.weight",)}
     state["transformer.transformer_blocks.0.attn.to_q.router"] = torch.ones(3, 4)
     with pytest.raises(Refused, match="3 experts and a router"):
         delta_of("m", {"down": torch.ones(4, 4), "up": torch.ones(3, 4, 4), "router": torch.ones(3, 4)}, "f")
 
 
-def test_a_gated_copy_keeps_its_ranks_in_order():
+def test_gated_copy_keeps_rank_order():
     """Component i of a gated method with an initial copy is the neighbours 2i and 2i + 1: a mask of the first
     2n columns is the method with n ranks open."""
     from toys import network, probes
@@ -599,7 +599,7 @@ def test_a_gated_copy_keeps_its_ranks_in_order():
         torch.testing.assert_close(one.scale * one.up[:, : 2 * n] @ one.down[: 2 * n], want)
 
 
-def test_the_pages_are_current():
+def test_compatibility_pages_are_current():
     """Every method and flag is on a page; the compatibility table is that of these tests."""
     assert make_compatibility.PAGE.read_text(encoding="utf-8") == make_compatibility.page()
     assert set(SHIPPED) == set(METHODS), "give each method a row in tests/support/compatibility.py"

@@ -37,7 +37,7 @@ def line(tiny_sd, tmp_path):
 
 @pytest.mark.parametrize("what", HOSTILE)
 @pytest.mark.slow
-def test_a_hostile_file_is_not_drawn(what, line, tmp_path):
+def test_merge_refuses_hostile_file(what, line, tmp_path):
     save_file(HOSTILE[what][0], tmp_path / "in.safetensors")
     with pytest.raises(Refused) as told:
         merge(line(tmp_path / "in.safetensors"))
@@ -53,7 +53,7 @@ NOT_FILES = {
 
 
 @pytest.mark.parametrize("what", NOT_FILES)
-def test_files_that_are_not_safetensors_are_refused(what, line, tmp_path):
+def test_non_safetensors_file_is_refused(what, line, tmp_path):
     path = tmp_path / "in.safetensors"
     save_file(whole(A), path)
     data = NOT_FILES[what]
@@ -62,7 +62,7 @@ def test_files_that_are_not_safetensors_are_refused(what, line, tmp_path):
         merge(line(path))
 
 
-def test_a_pickle_is_not_run_and_the_exit_code_is_one(line, tmp_path, capsys, monkeypatch):
+def test_pickle_is_not_executed(line, tmp_path, capsys, monkeypatch):
     path = tmp_path / "in.pt"
     torch.save({**whole(A), "x": Code()}, path)
     monkeypatch.setattr("sys.argv", ["inference_merge.py", *line(path)])
@@ -115,7 +115,7 @@ UNIVERSAL = ("universal_lora", "universal_lalora", "network_null_lalora_plus_Eff
 
 
 @pytest.mark.parametrize("method", UNIVERSAL)
-def test_a_path_in_metadata_is_not_opened(method, line, tmp_path, monkeypatch):
+def test_path_in_metadata_is_not_opened(method, line, tmp_path, monkeypatch):
     """A stranger's file names a file; where the user names one instead, that is taken."""
     path = tmp_path / "in.safetensors"
     pair = {f"{A}.basis_up": torch.eye(64, 2), f"{A}.core": torch.eye(2), f"{A}.basis_down": torch.eye(2, 64)}
@@ -140,7 +140,7 @@ def test_a_path_in_metadata_is_not_opened(method, line, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
 @pytest.mark.slow
-def test_mixed_precisions_and_an_alpha_of_zero_are_drawn(dtype, line, tiny_sd, tmp_path, caplog):
+def test_merge_of_mixed_precisions_and_zero_alpha(dtype, line, tiny_sd, tmp_path, caplog):
     width = json.loads((tiny_sd / "unet" / "config.json").read_text())["block_out_channels"][-1]
     state = {**whole(A, 2, width, width, dtype), **whole(B, 2, width, width), f"{B}.alpha": torch.tensor(0.0)}
     save_file(state, tmp_path / "in.safetensors")
@@ -160,7 +160,7 @@ def loaded(module, path, dim_from_weights=False):
 
 
 @pytest.mark.parametrize("dim_from_weights", [False, True])
-def test_half_a_layer_is_named(dim_from_weights, tmp_path):
+def test_incomplete_layer_is_named(dim_from_weights, tmp_path):
     path = tmp_path / "in.safetensors"
     for module, gone, words in (
         (lora, "lora_up.weight", f"{B} in .* has no up, only alpha, down"),
@@ -176,7 +176,7 @@ def test_half_a_layer_is_named(dim_from_weights, tmp_path):
 
 
 @pytest.mark.parametrize("dim_from_weights", [False, True])
-def test_a_plain_lora_is_no_qr_lora(dim_from_weights, cache, tmp_path, caplog):
+def test_plain_lora_as_qrlora_is_refused(dim_from_weights, cache, tmp_path, caplog):
     path = tmp_path / "in.safetensors"
     arguments = {"target": PROJ, "basis_cache": str(cache)}
 

@@ -77,7 +77,7 @@ def test_official_qr_lora_files(method, bases, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["delta_r", "delta_r_triu"])
-def test_a_lora_projected_on_a_basis(method, bases, tmp_path, capsys):
+def test_lora_projected_on_basis(method, bases, tmp_path, capsys):
     """ΔR = Qᵀ ΔW is the nearest in the basis; what is said to be lost is lost; the basis is the trainer's."""
     unet = files.denoiser("sd15")
     unet.save_pretrained(tmp_path / "base" / "unet")
@@ -116,7 +116,7 @@ def other_rank(method, model, bases, target):
     return module.create_network(1.0, 8, 8.0, None, [], model, target=target, basis_cache=str(bases))
 
 
-def test_peft_scales_are_read_from_the_configuration(tmp_path):
+def test_peft_scales_from_config(tmp_path):
     path = "transformer_blocks.0.attn.to_q"
     state = {
         f"base_model.model.{path}.lora_A.weight": torch.ones(4, 6),
@@ -156,7 +156,7 @@ def test_peft_scales_are_read_from_the_configuration(tmp_path):
         ({"text_encoder.lora_alpha": 8}, 1.0),
     ],
 )
-def test_alpha_in_the_header_counts_in_every_tool(config, scale, tmp_path, capsys):
+def test_alpha_in_header_in_every_tool(config, scale, tmp_path, capsys):
     """diffusers and SimpleTuner write alpha nowhere else; at scale 1 such a file is silently wrong."""
     path, target = "transformer_blocks.0.attn.to_q", tmp_path / "out.safetensors"
     state = {f"transformer.{path}.lora_A.weight": torch.ones(4, 6)}
@@ -177,7 +177,7 @@ def test_alpha_in_the_header_counts_in_every_tool(config, scale, tmp_path, capsy
     assert layer["norm"] == pytest.approx(float(want.norm()))
 
 
-def test_lycoris_convolution_of_three_parts_is_folded(tmp_path):
+def test_lycoris_tucker_convolution_is_folded(tmp_path):
     made = torch.Generator().manual_seed(0)
     up, mid, down = (torch.randn(*s, generator=made) for s in ((8, 3, 1, 1), (3, 3, 3, 3), (3, 6, 1, 1)))
     name = "lycoris_down_blocks_0_attentions_0_conv1"
@@ -228,7 +228,7 @@ CLIP = "text_model.encoder.layers.0"
         ),
     ],
 )
-def test_names_that_other_programs_write(key, place):
+def test_key_names_of_other_programs(key, place):
     from lowrank.naming.places import places
 
     module, _ = keys.role_of(key)
@@ -309,7 +309,7 @@ def test_alpha_zero_means_strength_zero(tmp_path, capsys, caplog):
     assert state[f"{A}.alpha"] == 2 and not state[f"{A}.lora_up.weight"].any()
 
 
-def test_joined_layers_with_an_alpha_of_zero():
+def test_joined_layers_with_zero_alpha():
     """q adds nothing, k and v what they did; the first part does not decide for all."""
     made = torch.Generator().manual_seed(0)
     parts = [
@@ -327,7 +327,7 @@ def test_joined_layers_with_an_alpha_of_zero():
     assert not want[0].any() and want[1].any()
 
 
-def test_pickles_are_read_as_tensors_and_never_run(tmp_path, capsys):
+def test_pickle_is_read_with_weights_only(tmp_path, capsys):
     torch.save(whole(A), tmp_path / "good.pt")
     assert export.main([str(tmp_path / "good.pt"), str(tmp_path / "out.safetensors")]) == 0
     torch.save({**whole(A), "x": Code()}, tmp_path / "bad.pt")
@@ -387,7 +387,7 @@ def small_network():
 
 
 @pytest.mark.slow
-def test_time_is_linear_in_the_number_of_keys(tmp_path, capsys):
+def test_time_is_linear_in_number_of_keys(tmp_path, capsys):
     """Strange keys are counted, long names are read, and five times the keys take about five times as long.
 
     What is quadratic would take 25 times. The limit has room for both sides' noise and for costs that do not
@@ -409,7 +409,7 @@ def test_time_is_linear_in_the_number_of_keys(tmp_path, capsys):
         (["--tlora_min_rank", "1", "--method", "lora"], "--method lora is none"),
     ],
 )
-def test_flags_that_do_not_fit_the_file(words, said, tmp_path):
+def test_flags_that_do_not_fit_file(words, said, tmp_path):
     save_file(whole(A), tmp_path / "in.safetensors")
     with pytest.raises(Refused, match=said):
         importing.main([str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), *words])

@@ -122,7 +122,7 @@ def finite(file: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("network", STAGED)
-def test_a_stage_before_step_0_is_refused(network, train):
+def test_warmup_stage_is_refused(network, train):
     told = train("sd", f"networks.{network}", fails=True)
     assert f"{network} needs a warm-up stage before step 0" in told
 
@@ -192,7 +192,7 @@ def test_training_continues_from_a_file(train):
 @pytest.mark.parametrize(
     ("family", "network"), [("sd", "qrlora"), ("sd", "tlora"), ("sd", "effilora"), ("flux", "delta_r")]
 )
-def test_states_are_saved_and_resumed(family, network, train, tmp_path):
+def test_state_resume(family, network, train, tmp_path):
     more = ("--save_state", "--save_every_n_steps", 2, "--output_name", "part")
     train(family, f"networks.{network}", *more, steps=3)
     state, middle = tmp_path / "part-step00000002-state", tmp_path / "part-step00000002.safetensors"
@@ -251,7 +251,7 @@ def picture(
 
 
 @pytest.mark.parametrize(("family", "network"), [("sd", "delta_r"), ("sd", "dora"), ("sdxl", "qrlora")])
-def test_gen_img_draws_live_and_merged_alike(family, network, train, models, tmp_path):
+def test_gen_img_live_equals_merged(family, network, train, models, tmp_path):
     file = train(family, f"networks.{network}", "--learning_rate", 0.1)
     use = ("--network_module", f"networks.{network}", "--network_weights", file, "--network_mul", 1.0)
     base = picture(models, tmp_path / "base", family=family)
@@ -279,8 +279,8 @@ def masks(spy: Path) -> dict[bool, set[tuple[int, ...]]]:
     """Ranks open in the samples of each call, with and without gradient, each as its timesteps ask."""
     timesteps, asked, found = torch.empty(0), False, {True: set(), False: set()}
     for fact in heard(spy):
-        if "told" in fact:
-            timesteps, asked = torch.tensor(fact["told"]), fact["grad"]
+        if "timesteps" in fact:
+            timesteps, asked = torch.tensor(fact["timesteps"]), fact["grad"]
         elif fact.get("layer", "").startswith("lora_unet"):
             want = open_ranks(timesteps, 8, 1).repeat_interleave(len(fact["open"]) // len(timesteps))
             assert fact["open"] == want.tolist(), (fact, timesteps)
@@ -301,7 +301,7 @@ def masks(spy: Path) -> dict[bool, set[tuple[int, ...]]]:
     ],
     ids=flags,
 )
-def test_each_sample_has_the_ranks_of_its_timestep(family, more, train, tmp_path):
+def test_rank_mask_of_each_timestep(family, more, train, tmp_path):
     spy = tmp_path / "heard"
     train(family, "networks.tlora", *TLORA, *more, "--train_batch_size", 2, steps=3, spy=spy)
     found = masks(spy)
@@ -311,7 +311,7 @@ def test_each_sample_has_the_ranks_of_its_timestep(family, more, train, tmp_path
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
-def test_pictures_while_training_have_the_masks(family, train, tmp_path):
+def test_sample_images_use_rank_masks(family, train, tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of a dog --w 64 --h 64 --d 1 --s 3 --l 5")
     draw = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 1, "--sample_at_first")
     spy = tmp_path / "heard"
@@ -319,7 +319,7 @@ def test_pictures_while_training_have_the_masks(family, train, tmp_path):
     assert len(masks(spy)[False]) == 3
 
 
-def test_the_prior_of_output_preservation_leaves_the_timesteps_alone(train, models, tmp_path):
+def test_output_preservation_keeps_timesteps(train, models, tmp_path):
     """kohya runs the base between a forward and its backward, which checkpointing recomputes."""
     (tmp_path / "data.toml").write_text(
         "[general]\nresolution = 64\ncaption_extension = '.txt'\n[[datasets]]\nbatch_size = 2\n"
@@ -331,14 +331,14 @@ def test_the_prior_of_output_preservation_leaves_the_timesteps_alone(train, mode
     more = ("--dataset_config", tmp_path / "data.toml", "--gradient_checkpointing")
     train("sd", "networks.tlora", *TLORA, *more, spy=spy)
     for fact in heard(spy):
-        if fact.get("told") and fact["grad"]:
-            ranks = open_ranks(torch.tensor(fact["told"]), 8, 1).tolist()
+        if fact.get("timesteps") and fact["grad"]:
+            ranks = open_ranks(torch.tensor(fact["timesteps"]), 8, 1).tolist()
         elif fact.get("layer", "").startswith("lora_unet"):
             assert fact["open"] == ranks
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_gen_img_draws_with_masks_and_merges_none(family, train, models, tmp_path):
+def test_gen_img_with_rank_masks(family, train, models, tmp_path):
     file = train(family, "networks.tlora", *TLORA, "--learning_rate", 0.1)
     use = ("--network_module", "networks.tlora", "--network_weights", file, "--network_mul", 1.0)
     spy, base = tmp_path / "heard", picture(models, tmp_path / "base", family=family)
@@ -350,7 +350,7 @@ def test_gen_img_draws_with_masks_and_merges_none(family, train, models, tmp_pat
     assert "tlora has another ΔW at every timestep; keep it live" in told
 
 
-def test_masked_and_routed_files_go_on_and_are_not_merged_into_the_base(train, tmp_path):
+def test_masked_and_routed_files_resume_but_do_not_merge(train, tmp_path):
     first = train("sd", "networks.tlora", *TLORA, "--output_name", "first")
     told = train("sd", "networks.tlora", *TLORA, "--base_weights", first, fails=True)
     assert "tlora has another ΔW at every timestep" in told
@@ -368,7 +368,7 @@ def test_masked_and_routed_files_go_on_and_are_not_merged_into_the_base(train, t
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
-def test_everything_at_once_trains(family, train, tmp_path):
+def test_all_options_at_once(family, train, tmp_path):
     """Null space, experts, penalty and LoRA+; the penalty is half of it at each of two backwards."""
     spy = tmp_path / "heard"
     more = (*ISOTROPIC, "lalora_lambda=0.5", "enable_effilora=True", "num_experts=3")
@@ -382,7 +382,7 @@ def test_everything_at_once_trains(family, train, tmp_path):
     assert (rates["unet"], rates["unet plus"]) == pytest.approx((0.01, 0.16))
 
 
-def test_a_penalty_holds_what_is_trained(train):
+def test_penalty_in_kohya_trainer(train):
     sizes = []  # kohya clips the whole gradient, penalty and all, to 1
     for strength in (0, 20):
         more = (*ISOTROPIC, f"lalora_lambda={strength}", "--optimizer_type", "SGD", "--learning_rate", 0.1)
@@ -391,7 +391,7 @@ def test_a_penalty_holds_what_is_trained(train):
     assert sizes[1] < 0.9 * sizes[0], sizes
 
 
-def test_directions_that_need_no_data_train(train):
+def test_methods_with_data_free_directions_train(train):
     for network in ("universal_lora", "universal_lalora"):
         state = finite(train("sd", f"networks.{network}", "--network_args", "basis_path=auto:weight"))
         assert any(value.any() for key, value in state.items() if key.endswith(".core"))

@@ -34,7 +34,7 @@ def at(made, batch: int):
 
 @laws
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_law_1_starts_as_the_base_bit_for_bit(method, kind, dtype, cache):
+def test_law_1_starts_bit_equal_to_base(method, kind, dtype, cache):
     torch.manual_seed(0)
     model, x = base(kind, dtype), HOSTS[kind].example().to(dtype)
     before = model(x)
@@ -131,7 +131,7 @@ def test_law_5_save_load_is_bit_identical(method, kind, cache, tmp_path):
 
 @laws
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_law_6_restore_leaves_the_base_untouched(method, kind, dtype, cache):
+def test_law_6_restore_keeps_base_unchanged(method, kind, dtype, cache):
     torch.manual_seed(0)
     model, x = base(kind, dtype), HOSTS[kind].example().to(dtype)
     hashed, before, names = digest(model), model(x), set(dict(model.named_modules()))
@@ -153,7 +153,7 @@ def test_law_6_restore_leaves_the_base_untouched(method, kind, dtype, cache):
 
 
 @laws
-def test_law_7_checkpointed_gradient_is_the_gradient(method, kind, cache):
+def test_law_7_checkpointed_gradient(method, kind, cache):
     torch.manual_seed(0)
     model, x = base(kind), HOSTS[kind].example()
     made = shake(network(method, model, cache))
@@ -175,7 +175,7 @@ def test_law_7_checkpointed_gradient_is_the_gradient(method, kind, cache):
 
 
 @laws
-def test_law_8_a_batch_of_timesteps_is_batches_of_one(method, kind, cache):
+def test_law_8_batch_equals_single_samples(method, kind, cache):
     """In float64: a CPU may choose another fp32 kernel for another batch size."""
     torch.manual_seed(0)
     model, x = base(kind), HOSTS[kind].example().double()
@@ -229,7 +229,7 @@ def test_small_updates_survive_half_precision(method, cache):
 
 @pytest.mark.parametrize("kind", HOSTS)
 @pytest.mark.parametrize("method", MERGED)
-def test_merge_to_is_the_live_output_and_restores(method, kind, cache):
+def test_merge_to_equals_live_output_and_restores(method, kind, cache):
     torch.manual_seed(0)
     model, x = base(kind), HOSTS[kind].example()
     hashed = digest(model)
@@ -250,7 +250,7 @@ def test_dense_weight_flattens(kind):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("method", SHIPPED)
-def test_a_quantised_base_is_adapted_and_untouched(method, bits, cache):
+def test_quantised_base_is_adapted_and_unchanged(method, bits, cache):
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     plain = torch.nn.Linear(64, 64)
@@ -276,7 +276,7 @@ def test_a_quantised_base_is_adapted_and_untouched(method, bits, cache):
 
 
 @pytest.mark.parametrize("method", SHIPPED)
-def test_a_grouped_convolution_is_refused_by_name(method, cache):
+def test_grouped_convolution_is_refused(method, cache):
     model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1, groups=4)).requires_grad_(False)
     with pytest.raises(Refused, match=r"lora_unet_0 is a grouped convolution \(groups=4\)"):
         network(method, model, cache)

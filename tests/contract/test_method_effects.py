@@ -76,7 +76,7 @@ def learned(
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_three_experts_beat_a_lora_of_their_rank_below_half_of_the_rank_matched_one(seed):
+def test_three_experts_against_loras(seed):
     small, _ = learned(lora, seed, 4)
     large, most = learned(lora, seed, 12)
     routed, count = learned(effilora, seed, 4, num_experts=3)
@@ -117,7 +117,7 @@ def fit(module, wanted: nn.Module, rank: int, steps: int, lr: float, **arguments
 
 
 @pytest.mark.parametrize("new", [100, 101])
-def test_a_basis_of_trained_loras_beats_a_random_one(new, tmp_path):
+def test_universal_basis_beats_random_basis(new, tmp_path):
     for seed in range(10, 15):
         network, _ = fit(lora, task(base("linear"), seed), 4, 100, 1e-2)
         network.save_weights(str(tmp_path / f"{seed}.safetensors"), None, {})
@@ -137,7 +137,7 @@ def test_a_basis_of_trained_loras_beats_a_random_one(new, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_at_a_small_rate_loraplus_is_three_times_as_fast(seed):
+def test_loraplus_speed_at_small_learning_rate(seed):
     """At a fixed rate; with a tuned one nothing is promised."""
     rate = {"lr": 5e-4, "decay": False}
     slow, long = (learned(lora, seed, 4, steps, **rate)[0] for steps in (100, 300))

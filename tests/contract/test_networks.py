@@ -70,7 +70,7 @@ def test_parameter_counts_of_flux_dev(name, rank, flux_dev, cache):
     net.restore()
 
 
-def test_every_tensor_owns_exactly_its_bytes(flux, cache):
+def test_tensors_own_their_bytes(flux, cache):
     for name in SHIPPED:
         net = made(name, flux, cache)
         for layer in net.layers():
@@ -124,7 +124,7 @@ def test_native_keys(name, flux, cache, tmp_path):
         assert all(torch.equal(value, theirs.tensors()[role]) for role, value in ours.tensors().items())
 
 
-def test_save_basis_leaves_frozen_factors_out_and_gets_them_back(flux, cache, tmp_path):
+def test_save_basis_false_round_trip(flux, cache, tmp_path):
     for name in ("delta_r", "qrlora"):
         sizes = {}
         for keep in ("full", "q", "none"):
@@ -149,7 +149,7 @@ def test_save_basis_leaves_frozen_factors_out_and_gets_them_back(flux, cache, tm
         net.read_state(state, metadata, "other.safetensors")
 
 
-def test_triu_stays_trapezoidal_under_momentum_and_decay(flux, cache):
+def test_triu_stays_trapezoidal(flux, cache):
     net = made("delta_r_triu", flux, cache)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.1)
     layer = net.layers()[0]
@@ -219,7 +219,7 @@ def test_max_norm_scales_only_what_is_trained(cache):
         net.restore()
 
 
-def test_composition_fills_empty_slots_and_refuses_full_ones():
+def test_composition_of_slots():
     factor = Factor(lambda *_: ({}, {}), ("down", "up"))
     gated = Method("a", factor, rates={"up": 4.0}) | Method("b", gate=Gate(lambda t, r: t))
     assert (
@@ -256,14 +256,14 @@ def test_bad_network_arguments_are_refused(call, words, flux, cache):
     assert "\n" not in str(told.value)
 
 
-def test_a_nan_weight_is_named(flux, cache):
+def test_nan_weight_is_named(flux, cache):
     with torch.no_grad():
         flux.transformer_blocks[0].ff.net[2].weight[3, 3] = float("nan")
     with pytest.raises(Refused, match="ff_net_2"):
         made("delta_r", flux, cache)
 
 
-def test_files_of_another_method_shape_or_base_are_refused(flux, cache, tmp_path):
+def test_mismatched_file_is_refused(flux, cache, tmp_path):
     net = made("delta_r", flux, cache)
     net.save_weights(str(tmp_path / "a.safetensors"), None, {})
     net.restore()
@@ -290,7 +290,7 @@ def test_facade_knows_its_defaults():
     assert isinstance(facade_of(find_module("qrlora")), network_module.NetworkModule)
 
 
-def test_unknown_arguments_are_only_warned_about_in_kohyas_trainers(flux, cache, caplog):
+def test_unknown_arguments_warn_in_kohya_trainers(flux, cache, caplog):
     find_module("lora").create_network(1.0, 4, 1.0, None, [], flux, algo="loha")
     assert "algo" in caplog.text
 

@@ -86,7 +86,7 @@ def part_of(module: str) -> str:
     return part if part in FOUNDATION.keys() | MAY_IMPORT.keys() else ""
 
 
-def test_every_part_of_lowrank_is_in_the_table():
+def test_import_table_is_complete():
     parts = {
         file.relative_to(ROOT / "lowrank").parts[0].removesuffix(".py") for file in python_files("lowrank")
     }
@@ -95,7 +95,7 @@ def test_every_part_of_lowrank_is_in_the_table():
 
 
 @pytest.mark.parametrize("file", python_files("lowrank"), ids=name)
-def test_imports_of_lowrank_point_one_way(file):
+def test_import_direction(file):
     part = part_of("lowrank." + file.relative_to(ROOT / "lowrank").parts[0].removesuffix(".py"))
     allowed = {part, ""} | (
         FOUNDATION[part] if part in FOUNDATION else {*FOUNDATION, *MAY_IMPORT.get(part, ())}
@@ -108,7 +108,7 @@ def test_imports_of_lowrank_point_one_way(file):
     assert not wrong, f"{wrong}; lowrank.{part} may import {sorted(allowed)}"
 
 
-def test_no_file_imports_an_old_path():
+def test_no_import_of_old_paths():
     """They exist for other people's code, which would not see the warning if ours used them too."""
     files = python_files("lowrank", "networks", "comfyui", "tools", "benchmarks", "tests")
     wrong = [
@@ -121,7 +121,7 @@ def test_no_file_imports_an_old_path():
 
 
 @pytest.mark.parametrize("file", python_files("lowrank"), ids=name)
-def test_no_network_is_imported_by_name(file):
+def test_no_import_of_networks_by_name(file):
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             first = node.args[0] if node.args else None
@@ -130,7 +130,7 @@ def test_no_network_is_imported_by_name(file):
 
 
 @pytest.mark.parametrize("file", python_files("networks"), ids=name)
-def test_a_network_imports_torch_and_what_its_mathematics_needs_only(file):
+def test_imports_of_networks(file):
     """The same file must load beside a kohya checkout; a network may be composed of its neighbours."""
     for line, module in imports(parsed(file), "networks"):
         root = module.split(".")[0]
@@ -152,7 +152,7 @@ def test_networks_has_no_init():
 
 
 @pytest.mark.parametrize("file", [f for f in python_files("lowrank") if f.name == "__init__.py"], ids=name)
-def test_a_package_file_is_a_docstring(file):
+def test_init_files_hold_docstring_only(file):
     tree = parsed(file)
     assert ast.get_docstring(tree), f"{name(file)} says nothing about its package"
     rest = [
@@ -162,7 +162,7 @@ def test_a_package_file_is_a_docstring(file):
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")), ids=name)
-def test_a_root_script_is_a_name(file):
+def test_root_script_is_short(file):
     text, tree = file.read_text(encoding="utf-8"), parsed(file)
     assert len(text.splitlines()) <= 10, f"{name(file)} is a program; move it to lowrank/cli"
     assert file.name in (ast.get_docstring(tree) or ""), (
@@ -182,7 +182,7 @@ def is_module_class(node: ast.AST) -> bool:
 @pytest.mark.parametrize(
     "file", [ROOT / "lowrank" / p for p in PURE] + python_files("lowrank/objective"), ids=name
 )
-def test_mathematics_are_functions_of_tensors(file):
+def test_mathematics_files_import_no_project_code(file):
     """No state and no project import: each is tested against its formula without ever meeting a model."""
     for node in ast.walk(parsed(file)):
         assert not is_module_class(node), f"{name(file)}:{node.lineno}: an nn.Module holds state"
@@ -194,14 +194,14 @@ def test_mathematics_are_functions_of_tensors(file):
 
 
 @pytest.mark.parametrize("file", python_files("lowrank", "networks"), ids=name)
-def test_a_file_is_one_idea(file):
+def test_file_length_limit(file):
     lines = len(file.read_text(encoding="utf-8").splitlines())
     assert lines <= TOO_LONG, (
         f"{name(file)} has {lines} lines, more than {TOO_LONG}: it holds more than one idea"
     )
 
 
-def test_few_files_are_long():
+def test_number_of_long_files():
     files = python_files("lowrank", "networks")
     long = [name(f) for f in files if len(f.read_text(encoding="utf-8").splitlines()) > LONG]
     assert len(long) <= len(files) // 5, f"more than a fifth of the core passes {LONG} lines: {long}"
@@ -246,7 +246,7 @@ def writes(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("file", python_files("lowrank", "networks"), ids=name)
-def test_nothing_at_module_or_class_level_changes(file):
+def test_no_mutable_module_state(file):
     """Two networks in one process must never meet: no registry, no cache, only constants that none writes."""
     tree = parsed(file)
     bodies = [tree.body, *(node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
@@ -284,7 +284,7 @@ def literals_of_methods() -> list[str]:
     ]
 
 
-def test_core_files_do_not_spell_roles_and_methods():
+def test_no_role_or_method_names_in_core_files():
     """A method declares the tensors of its files once; core files use that, or the one table of names."""
     spelled = literals_of_methods()
     assert len(spelled) < 20, "\n".join(spelled)

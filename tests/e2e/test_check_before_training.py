@@ -65,7 +65,7 @@ def files(folder: Path) -> dict[Path, bytes]:
         ("wide", "the rank or the base model differs"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused(flag, kind, said, early, trained, tmp_path):
+def test_unusable_file_is_refused(flag, kind, said, early, trained, tmp_path):
     path = tmp_path / (kind if kind.endswith(".pt") else f"{kind}.safetensors")
     state = load_file(trained / "cat.safetensors")
     if kind == "folder":
@@ -82,7 +82,7 @@ def test_a_file_that_cannot_be_used_is_refused(flag, kind, said, early, trained,
     assert path.name in told and said in told
 
 
-def test_a_log_folder_that_cannot_be_written_to_is_refused(early, tmp_path):
+def test_unwritable_log_folder_is_refused(early, tmp_path):
     (tmp_path / "file").write_text("")
     assert "--logging_dir" in early("--logging_dir", str(tmp_path / "file" / "logs"))
 
@@ -106,7 +106,7 @@ def test_a_log_folder_that_cannot_be_written_to_is_refused(early, tmp_path):
         (("--max_train_steps", "3"), "is at step 4 and the run ends at 3; raise --max_train_steps"),
     ],
 )
-def test_a_state_of_another_run_is_refused(flags, said, early, trained, folders, tmp_path):
+def test_state_of_another_run_is_refused(flags, said, early, trained, folders, tmp_path):
     shutil.copytree(folders / "train", tmp_path / "pictures")
     (tmp_path / "pictures" / "2_cat" / "0.caption").write_text("a dog")
     flags = [flag.format(tmp=tmp_path, run=trained) for flag in flags]
@@ -126,7 +126,7 @@ def test_resume_compares_pictures_by_content(early, trained, folders, tmp_path):
     assert "it had other pictures" in early(*resume)
 
 
-def test_resume_compares_network_argument_files_by_content(arguments, early, tmp_path):
+def test_resume_compares_argument_files_by_content(arguments, early, tmp_path):
     """A basis may move, and may not be another one under the same name; a cache may be anywhere."""
 
     def basis(name: str, seed: int) -> str:
@@ -155,7 +155,7 @@ def test_resume_compares_network_argument_files_by_content(arguments, early, tmp
     assert "network argument basis_path is sha256:" in told and "this run's is auto:random" in told
 
 
-def test_a_state_on_another_base_is_refused(early, trained, tiny_sd, tmp_path):
+def test_state_of_another_base_is_refused(early, trained, tiny_sd, tmp_path):
     shutil.copytree(tiny_sd, tmp_path / "base")
     (weights,) = (tmp_path / "base" / "unet").glob("*.safetensors")
     save_file({key: value * 1.5 for key, value in load_file(weights).items()}, weights)
@@ -185,7 +185,7 @@ def test_resume_compares_base_weights_by_content(arguments, early, trained, tmp_
     "damage",
     ["cut weights", "cut optimizer", "empty optimizer", "no scheduler", "no weights", "no table", "part"],
 )
-def test_a_damaged_state_is_refused(damage, early, trained, tmp_path):
+def test_damaged_state_is_refused(damage, early, trained, tmp_path):
     folder = tmp_path / "cat-state"
     shutil.copytree(trained / "cat-state", folder)
     names = {

@@ -22,6 +22,10 @@ FAST = ("sd15/lora", "sdxl/delta_r", "flux/qrlora")  # one network of each famil
 TOLERANCE = 1e-5
 HALF_TOLERANCE = 5e-3  # bf16 weights or activations; a run in fp32 differs by 8e-3 and is caught
 HALF = ("bf16", "fp8")
+# DoRA with a learning rate of 2e-2 enlarges a rounding difference in each step: 2 threads instead of 1 moved
+# the last loss by 5.9e-5, oneDNN with SSE4.1 by 1.1e-4 and with AVX2 by 2.1e-4. AVX2 moved
+# sdxl/dora by 7e-6 and every other recipe of DoRA by less than 3e-7.
+SENSITIVE = {"sdxl/network_null_lalora_plus": 1e-3, "sdxl/dora": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +35,13 @@ def work(tmp_path_factory):
 
 
 def tolerance(name: str) -> float:
-    return HALF_TOLERANCE if name.split("/")[1] in HALF else TOLERANCE
+    return HALF_TOLERANCE if name.split("/")[1] in HALF else SENSITIVE.get(name, TOLERANCE)
 
 
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in GOLDEN]
 )
-def test_losses_are_the_golden_ones(name, work):
+def test_golden_losses(name, work):
     losses = run_training(name, work)
     assert difference(GOLDEN[name], losses) < tolerance(name), (
         f"{name}: {losses}, expected {GOLDEN[name]}; a commit that is meant to change numbers runs "
@@ -45,5 +49,5 @@ def test_losses_are_the_golden_ones(name, work):
     )
 
 
-def test_every_network_and_option_set_has_golden_losses():
+def test_golden_losses_are_complete():
     assert list(GOLDEN) == list(golden_recipes())

@@ -112,7 +112,7 @@ def test_grid_sheet_and_merged_files(line, tiny_flux, tmp_path, capsys):
     assert numpy.abs(live - saved).max() <= 1
 
 
-def test_a_reference_that_is_no_picture_is_refused(tmp_path):
+def test_reference_image_must_be_an_image(tmp_path):
     (tmp_path / "style.png").write_text("no picture")
     given = {"model_path": "m", "style_lora_path": "s", "content_lora_path": "c", "prompt": "p"}
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
@@ -121,7 +121,7 @@ def test_a_reference_that_is_no_picture_is_refused(tmp_path):
     assert "--skip_bad_images" not in str(told.value)
 
 
-def test_weights_that_differ_in_the_third_decimal_get_own_files(line, tmp_path):
+def test_file_names_of_strengths_with_three_decimals(line, tmp_path):
     assert merge(line("--style_weights", "0.5,0.501", "--content_weights", "1.0")) == 0
     drawn = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"inference_s0.500_c1.000.png", "inference_s0.501_c1.000.png"} <= drawn
@@ -129,7 +129,7 @@ def test_weights_that_differ_in_the_third_decimal_get_own_files(line, tmp_path):
         merge(line("--style_weights", "0.5,0.50"))
 
 
-def test_residual_fits_its_adapters_and_no_others(line, tiny_flux, tmp_path, capsys):
+def test_residual_belongs_to_its_adapters(line, tiny_flux, tmp_path, capsys):
     made = ["--model_path", str(tiny_flux), "--dtype", "fp32", "--output_dir"]
     assert residual([*made, str(tmp_path / "r4"), "--rank", "4"]) == 0
     assert residual([*made, str(tmp_path / "r8"), "--rank", "8"]) == 0
@@ -142,7 +142,7 @@ def test_residual_fits_its_adapters_and_no_others(line, tiny_flux, tmp_path, cap
         merge(line("--residual_path", str(tmp_path / "r8" / "flux_residual_weights.safetensors")))
 
 
-def test_an_adapter_of_another_base_is_refused(line, tmp_path):
+def test_merge_refuses_adapter_of_another_base(line, tmp_path):
     from tools.make_tiny_flux import make
 
     other = make(tmp_path / "other", seed=1)
@@ -186,7 +186,7 @@ def test_merge_scales_the_text_encoder_adapter(arguments, line, tmp_path):
         (("--style_lora_path", "x" * 5000), "does not exist"),
     ],
 )
-def test_merging_refuses_before_anything_is_loaded(flags, words, tmp_path):
+def test_merge_refuses_before_loading(flags, words, tmp_path):
     given = {
         "--model_path": "here/model",
         "--style_lora_path": "here/style",
@@ -200,7 +200,7 @@ def test_merging_refuses_before_anything_is_loaded(flags, words, tmp_path):
     assert "\n" not in str(told.value)
 
 
-def test_image_size_is_checked_against_the_model():
+def test_image_size_limits_of_model():
     _check_sides(Namespace(height=80, width=None), 16)
     with pytest.raises(Refused, match="--height 77 is not a multiple of 16"):
         _check_sides(Namespace(height=77, width=64), 16)
@@ -213,7 +213,7 @@ def test_strengths_are_finite(value, capsys):
     assert "give finite ones" in capsys.readouterr().err
 
 
-def test_strengths_as_close_as_floats_get_names_of_their_own():
+def test_file_names_of_adjacent_float_strengths():
     names = _names(Namespace(style_weights=(0.0, 1e-17, 1.0, 1.0000000000000002), content_weights=(1e6,)))
     assert len(set(names.values())) == 4 and max(map(len, names.values())) < 60
 
@@ -227,7 +227,7 @@ def test_strengths_as_close_as_floats_get_names_of_their_own():
         (("--rank", "65000"), r"--rank 65000 exceeds the \d+ of transformer\..*; give \d+ or less"),
     ],
 )
-def test_residual_errors_name_flags_of_the_residual_script(flags, words, tiny_flux, tmp_path):
+def test_residual_errors_name_their_flags(flags, words, tiny_flux, tmp_path):
     given = {"--model_path": str(tiny_flux), "--output_dir": str(tmp_path / "r"), "--rank": "4"}
     given |= dict(zip(flags[::2], flags[1::2], strict=True))
     with pytest.raises(Refused, match=words) as told:
@@ -235,7 +235,7 @@ def test_residual_errors_name_flags_of_the_residual_script(flags, words, tiny_fl
     assert "--pretrained" not in str(told.value) and "--network" not in str(told.value)
 
 
-def test_a_long_prompt_is_cut_to_the_sheet():
+def test_long_prompt_is_truncated_on_sheet():
     cells = {(0.0, 1.0): Image.new("RGB", (64, 64)), (1.0, 1.0): Image.new("RGB", (64, 64))}
     font = ImageFont.load_default(13)
     for text in ("a dog", "a dog\n" * 200_000, "W" * 2_000_000):

@@ -110,7 +110,7 @@ def test_grid_and_merged_files(kind, method, adapters, tmp_path):
     assert numpy.abs(live - pixels(again / "inference_s1.00_c0.00.png")).max() <= 1
 
 
-def test_further_adapters_and_strengths_by_layer(adapters, tmp_path):
+def test_extra_adapters_and_layer_strengths(adapters, tmp_path):
     """DoRA runs live beside the sum; a further file at −0.5 takes as much of itself away again."""
     model, style, content = adapters("sd", "lora")
     one = ("--style_weights", "1.0", "--content_weights", "0.5")
@@ -134,7 +134,7 @@ def test_further_adapters_and_strengths_by_layer(adapters, tmp_path):
         merge(line(model, dora, lora, tmp_path / "saved", "--save_merged", "--skip_images"))
 
 
-def test_the_base_may_be_a_file_and_flags_of_flux_are_refused(adapters, tmp_path, caplog):
+def test_single_file_base_and_flux_only_flags(adapters, tmp_path, caplog):
     model, style, content = adapters("sd", "lora", "--network_train_unet_only")
     given = line(model, style, content, tmp_path / "folder", "--sample_sampler", "pndm")
     for flag, said in (
@@ -154,7 +154,7 @@ def test_the_base_may_be_a_file_and_flags_of_flux_are_refused(adapters, tmp_path
 
 
 @pytest.mark.parametrize("method", ["qrlora"])
-def test_adapters_of_sd_compare_and_export(method, adapters, tmp_path, tiny_sd):
+def test_compare_and_export_sd_adapters(method, adapters, tmp_path, tiny_sd):
     _, style, content = adapters("sd", method, "--network_train_unet_only")
     paths = ("--lora1_path", str(style), "--lora2_path", str(content))
     assert similarity([*paths, "--output_dir", str(tmp_path / "same")]) == 0

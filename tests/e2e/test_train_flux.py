@@ -174,7 +174,7 @@ def test_gradient_checkpointing_changes_nothing(arguments, tmp_path):
     assert same(tmp_path / "a" / WEIGHTS, tmp_path / "b" / WEIGHTS)
 
 
-def test_prior_preservation_draws_class_images_and_counts_them(arguments, tmp_path):
+def test_prior_preservation_class_images(arguments, tmp_path):
     more = (
         "--with_prior_preservation",
         "--class_data_dir",
@@ -227,7 +227,7 @@ def test_kohya_names_files_and_states(arguments, tmp_path):
     )
 
 
-def test_ema_is_what_is_saved(arguments, tmp_path):
+def test_ema_weights_are_saved(arguments, tmp_path):
     assert main(arguments("raw", "--checkpointing_steps", "4")) == 0
     assert main(arguments("ema", "--checkpointing_steps", "4", "--ema_decay", "0.5")) == 0
     assert same(tmp_path / "raw" / WEIGHTS, tmp_path / "ema" / "checkpoint-4" / WEIGHTS)
@@ -282,7 +282,7 @@ def test_bad_input_is_refused_and_writes_nothing(flags, words, arguments, tiny_f
     assert not any((tmp_path / "run").rglob("*.safetensors")) if (tmp_path / "run").exists() else True
 
 
-def test_bad_images_are_skipped_when_asked(arguments, tmp_path, caplog):
+def test_skip_bad_images(arguments, tmp_path, caplog):
     broken(tmp_path / "broken", "bad.png")
     assert main(arguments("run", "--instance_data_dir", str(tmp_path / "broken"), "--skip_bad_images")) == 0
     assert "bad.png" in caplog.text
@@ -298,7 +298,7 @@ def test_exit_code_and_error_message(arguments, tmp_path):
     assert "--learning_rate" in log.read_text()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path):
+def test_non_finite_loss_stops_run(arguments, tmp_path):
     with pytest.raises(Refused) as told:
         main(
             arguments("run", "--learning_rate", "1e30", "--checkpointing_steps", "1", "--max_grad_norm", "0")
@@ -341,7 +341,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(arguments, tmp_path):
             main(arguments("other", "--resume", str(folder)))
 
 
-def test_a_run_does_not_write_into_another_ones_folder(arguments, tmp_path):
+def test_output_folder_of_another_run_is_refused(arguments, tmp_path):
     assert main(arguments("run", "--checkpointing_steps", "4")) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(Refused, match="holds checkpoint-4 of an earlier run"):
@@ -354,7 +354,7 @@ def test_a_run_does_not_write_into_another_ones_folder(arguments, tmp_path):
         main(arguments("run", "--resume", "latest"))
 
 
-def test_an_adapter_with_the_basis_of_another_base_is_refused(arguments, tiny_flux, tmp_path, caplog):
+def test_basis_of_another_base_is_refused(arguments, tiny_flux, tmp_path, caplog):
     other = make(tmp_path / "other", seed=1)
     assert main(arguments("run")) == 0
     weights = str(tmp_path / "run" / WEIGHTS)
@@ -374,7 +374,7 @@ def test_an_adapter_with_the_basis_of_another_base_is_refused(arguments, tiny_fl
     assert "is used all the same" in caplog.text
 
 
-def test_resume_without_seed_uses_the_checkpoints_seed(arguments, tmp_path):
+def test_resume_without_seed_uses_checkpoint_seed(arguments, tmp_path):
     line = arguments("run", "--checkpointing_steps", "2")
     at = line.index("--seed")
     del line[at : at + 2]
@@ -388,7 +388,7 @@ def test_resume_without_seed_uses_the_checkpoints_seed(arguments, tmp_path):
     assert same(tmp_path / "run" / WEIGHTS, tmp_path / "on" / WEIGHTS)
 
 
-def test_a_full_disk_in_a_checkpoint_keeps_the_earlier_ones(arguments, tmp_path, monkeypatch):
+def test_full_disk_at_checkpoint_keeps_earlier_files(arguments, tmp_path, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 68864 vs 68756")
 
@@ -411,7 +411,7 @@ def test_missing_gpu_is_refused(arguments, monkeypatch):
         main(arguments("run"))
 
 
-def test_token_warmup_may_be_a_share(arguments, tmp_path):
+def test_token_warmup_as_fraction(arguments, tmp_path):
     assert main(arguments("run", "--token_warmup_step", "0.5")) == 0
 
 

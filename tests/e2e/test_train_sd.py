@@ -49,7 +49,7 @@ DOCUMENTED = """
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])
-def test_the_documented_command_runs_as_written(form, tiny_sd, folders, tmp_path, monkeypatch, capfd):
+def test_documented_command(form, tiny_sd, folders, tmp_path, monkeypatch, capfd):
     """Smaller only by what follows it: pictures of 64 pixels, 12 steps, the tiny model's tokenizer."""
     models = tmp_path / "models" / "Stable-diffusion"
     models.mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_the_documented_command_runs_as_written(form, tiny_sd, folders, tmp_path
     assert facts["modelspec.prediction_type"] == "epsilon"
 
 
-def test_a_file_loads_in_stock_diffusers(arguments, tiny_sd, tmp_path):
+def test_file_loads_in_stock_diffusers(arguments, tiny_sd, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     assert sd(arguments()) == 0
@@ -215,7 +215,7 @@ def test_sdxl_learning_rates_by_component(flags, parts, still, arguments, tmp_pa
     assert facts["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
 
 
-def test_base_weights_change_encoders_that_are_not_trained(arguments, tmp_path, tiny_sd):
+def test_base_weights_apply_to_frozen_encoders(arguments, tmp_path, tiny_sd):
     """As in diffusers' fused pipeline, also where the disk holds the captions of the base as it was."""
     from diffusers import StableDiffusionPipeline
 
@@ -258,7 +258,7 @@ def test_sd2_predicts_v(arguments, tmp_path, tiny_sd2):
 @pytest.mark.parametrize(
     ("family", "method"), [("sd", "delta_r"), ("sd", "dora"), ("sdxl", "delta_r_triu"), ("sdxl", "qrlora")]
 )
-def test_every_method_trains_on_sd_and_sdxl(family, method, arguments, tmp_path, request):
+def test_every_method_trains(family, method, arguments, tmp_path, request):
     main = {"sd": sd, "sdxl": sdxl}[family]
     model = request.getfixturevalue(f"tiny_{family}")
     more = ("--network_module", f"networks.{method}", "--network_train_unet_only", "--max_train_steps", "2")
@@ -267,7 +267,7 @@ def test_every_method_trains_on_sd_and_sdxl(family, method, arguments, tmp_path,
     assert float(rows(tmp_path / "run")[-1]["loss"]) > 0
 
 
-def test_lycoris_trains(arguments, tmp_path):
+def test_lycoris_network_trains(arguments, tmp_path):
     pytest.importorskip("lycoris")
     more = ("--network_module", "lycoris.kohya", "--network_args", "algo=loha", "preset=attn-mlp")
     assert sd(arguments("run", *more, "--max_train_steps", "2")) == 0
@@ -290,7 +290,7 @@ def test_half_precision(precision, arguments, tmp_path):
         (("--fp8_base", "--mixed_precision", "no"), "--fp8_base needs --mixed_precision"),
     ],
 )
-def test_precision_switches_need_their_precision(flags, said, arguments):
+def test_precision_flags_need_matching_precision(flags, said, arguments):
     with pytest.raises(Refused, match=said):
         sd(arguments("run", *flags))
 
@@ -350,9 +350,7 @@ def test_validation_loss_is_repeatable(arguments, tmp_path):
 # ---------- caches
 
 
-def test_caches_that_are_damaged_or_of_another_model_are_made_again(
-    arguments, folders, tiny_sd, tmp_path, monkeypatch, caplog
-):
+def test_invalid_caches_are_rebuilt(arguments, folders, tiny_sd, tmp_path, monkeypatch, caplog):
     """A run on them is the run without any; kohya's caches beside the pictures are left as they are."""
     monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "cache"))
     shutil.copytree(folders / "train", tmp_path / "pictures")

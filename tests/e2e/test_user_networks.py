@@ -50,7 +50,7 @@ def basis(tiny_sdxl, tmp_path_factory):
     return out
 
 
-def test_everything_at_once_on_sdxl(arguments, tiny_sdxl, folders, basis, tmp_path):
+def test_all_options_at_once_on_sdxl(arguments, tiny_sdxl, folders, basis, tmp_path):
     curvature = tmp_path / "context.safetensors"
     of_base = ["--pretrained_model_name_or_path", str(tiny_sdxl), "--basis_path", str(basis)]
     of_data = ["--source_data_dir", str(folders / "reg"), "--output_path", str(curvature)]
@@ -84,7 +84,7 @@ def test_everything_at_once_on_sdxl(arguments, tiny_sdxl, folders, basis, tmp_pa
 
 
 @pytest.mark.parametrize("more", [("basis_path=auto:grad", "basis_samples=4", *EVERYTHING)], ids=["no basis"])
-def test_without_a_basis_it_resumes_bit_for_bit_and_reloads(more, arguments, tiny_sd, tmp_path):
+def test_resume_and_reload_without_basis(more, arguments, tiny_sd, tmp_path):
     line = (*COMMAND, "--network_args", *more)
     assert sd(arguments("whole", *line)) == 0
     assert sd(arguments("half", *line, "--max_train_steps", "2", "--save_state")) == 0
@@ -106,7 +106,7 @@ def test_without_a_basis_it_resumes_bit_for_bit_and_reloads(more, arguments, tin
     assert moved >= len(held) - 2  # attention to one token has no gradient in its query and key
 
 
-def test_a_missing_basis_can_be_made_an_error(arguments):
+def test_missing_basis_in_strict_mode(arguments):
     with pytest.raises(Refused, match="basis_required"):
         sd(arguments("run", *COMMAND, "--network_args", "basis_required=True"))
     with pytest.raises(Refused, match=r"nowhere\.safetensors"):

@@ -10,20 +10,25 @@ from lowrank.naming.places import LayerPath
 
 
 def _random(outs: int, ins: int, rank: int, scale: float = 0.5, seed: int = 0) -> Delta:
-    made = torch.Generator().manual_seed(seed + outs + rank)
-    return Delta(torch.randn(outs, rank, generator=made), torch.randn(rank, ins, generator=made), scale)
+    generator = torch.Generator().manual_seed(seed + outs + rank)
+    return Delta(
+        torch.randn(outs, rank, generator=generator), torch.randn(rank, ins, generator=generator), scale
+    )
 
 
 def _flux(layers: dict[str, Delta]) -> Adapter:
-    return Adapter("probe", "flux", {LayerPath("unet", path): one for path, one in layers.items()})
+    return Adapter("probe", "flux", {LayerPath("unet", path): layer for path, layer in layers.items()})
 
 
 A, B = "lora_unet_mid_block_attentions_0_proj_in", "lora_unet_mid_block_attentions_0_proj_out"
 
 
 def whole(name: str, rank: int = 2, outs: int = 64, ins: int = 64, dtype=torch.float32) -> dict:
-    made = torch.Generator().manual_seed(0)
-    down, up = torch.randn(rank, ins, 1, 1, generator=made), torch.randn(outs, rank, 1, 1, generator=made)
+    generator = torch.Generator().manual_seed(0)
+    down, up = (
+        torch.randn(rank, ins, 1, 1, generator=generator),
+        torch.randn(outs, rank, 1, 1, generator=generator),
+    )
     return {
         f"{name}.lora_down.weight": down.to(dtype),
         f"{name}.lora_up.weight": up.to(dtype),

@@ -110,8 +110,10 @@ def calculate_weight(patches: list[tuple], weight: Tensor, key: str) -> Tensor:
     for strength, patch, strength_model, offset, function in patches:
         whole, part = weight, weight if offset is None else weight.narrow(*offset)
         assert strength_model == 1.0
-        told = function or (lambda a: a)
-        part = patch.calculate_weight(part, key, strength, strength_model, offset, told, torch.float32, None)
+        change = function or (lambda a: a)
+        part = patch.calculate_weight(
+            part, key, strength, strength_model, offset, change, torch.float32, None
+        )
         weight = part if offset is None else whole
     return weight
 
@@ -155,33 +157,33 @@ def unet_to_diffusers(config: dict[str, Any]) -> dict[str, str]:
             for b in ("to_q", "to_k", "to_v", "to_out.0")
         ),
     ]
-    found = {f"down_blocks.0.attentions.0.{name}.weight": f"input_blocks.1.1.{name}.weight" for name in inner}
-    return found | {"down_blocks.0.resnets.0.conv1.weight": "input_blocks.1.0.in_layers.2.weight"}
+    names = {f"down_blocks.0.attentions.0.{name}.weight": f"input_blocks.1.1.{name}.weight" for name in inner}
+    return names | {"down_blocks.0.resnets.0.conv1.weight": "input_blocks.1.0.in_layers.2.weight"}
 
 
 def flux_to_diffusers(config: dict[str, Any], output_prefix: str = "") -> dict[str, Any]:
-    H, found = config.get("hidden_size", 0), {}
+    H, paths = config.get("hidden_size", 0), {}
     for i in range(config.get("depth", 0)):
-        there, here = f"{output_prefix}double_blocks.{i}", f"transformer_blocks.{i}"
+        theirs, ours = f"{output_prefix}double_blocks.{i}", f"transformer_blocks.{i}"
         for stream, names in (
             ("img", ("to_q", "to_k", "to_v")),
             ("txt", ("add_q_proj", "add_k_proj", "add_v_proj")),
         ):
             for j, name in enumerate(names):
-                found[f"{here}.attn.{name}.weight"] = (f"{there}.{stream}_attn.qkv.weight", (0, j * H, H))
+                paths[f"{ours}.attn.{name}.weight"] = (f"{theirs}.{stream}_attn.qkv.weight", (0, j * H, H))
         for name, to in (
             *(("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj")),
             *(("ff.net.0.proj", "img_mlp.0"), ("ff.net.2", "img_mlp.2")),
             *(("ff_context.net.0.proj", "txt_mlp.0"), ("ff_context.net.2", "txt_mlp.2")),
         ):
-            found[f"{here}.{name}.weight"] = f"{there}.{to}.weight"
+            paths[f"{ours}.{name}.weight"] = f"{theirs}.{to}.weight"
     for i in range(config.get("depth_single_blocks", 0)):
-        there, here = f"{output_prefix}single_blocks.{i}", f"single_transformer_blocks.{i}"
+        theirs, ours = f"{output_prefix}single_blocks.{i}", f"single_transformer_blocks.{i}"
         for j, name in enumerate(("to_q", "to_k", "to_v")):
-            found[f"{here}.attn.{name}.weight"] = (f"{there}.linear1.weight", (0, j * H, H))
-        found[f"{here}.proj_mlp.weight"] = (f"{there}.linear1.weight", (0, 3 * H, 4 * H))
-        found[f"{here}.proj_out.weight"] = f"{there}.linear2.weight"
-    return found
+            paths[f"{ours}.attn.{name}.weight"] = (f"{theirs}.linear1.weight", (0, j * H, H))
+        paths[f"{ours}.proj_mlp.weight"] = (f"{theirs}.linear1.weight", (0, 3 * H, 4 * H))
+        paths[f"{ours}.proj_out.weight"] = f"{theirs}.linear2.weight"
+    return paths
 
 
 # ---------- comfy.model_base, comfy.model_patcher, comfy.sd
@@ -213,13 +215,13 @@ class ModelPatcher:
         self.model, self.patches, self.wrappers, self.backup = model, {}, {}, {}
 
     def clone(self) -> ModelPatcher:
-        made = ModelPatcher(self.model)
-        made.patches = {key: list(patches) for key, patches in self.patches.items()}
-        made.wrappers = copy.copy(
+        copied = ModelPatcher(self.model)
+        copied.patches = {key: list(patches) for key, patches in self.patches.items()}
+        copied.wrappers = copy.copy(
             {kind: {k: list(v) for k, v in of.items()} for kind, of in self.wrappers.items()}
         )
-        made.backup = self.backup
-        return made
+        copied.backup = self.backup
+        return copied
 
     def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
         known = self.model.state_dict().keys()
@@ -265,9 +267,9 @@ class CLIP:
         self.cond_stage_model, self.patcher = cond_stage_model, ModelPatcher(cond_stage_model)
 
     def clone(self) -> CLIP:
-        made = CLIP(self.cond_stage_model)
-        made.patcher = self.patcher.clone()
-        return made
+        copied = CLIP(self.cond_stage_model)
+        copied.patcher = self.patcher.clone()
+        return copied
 
     def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
         return self.patcher.add_patches(patches, strength_patch, strength_model)
@@ -275,7 +277,7 @@ class CLIP:
 
 def install(monkeypatch: Any, folder: Path) -> None:
     """Put `comfy` and `folder_paths` into sys.modules; `folder` is models/loras."""
-    own = globals()
+    stub = globals()
     contents = {
         "comfy.patcher_extension": ("WrappersMP", "WrapperExecutor"),
         "comfy.model_sampling": (
@@ -293,7 +295,7 @@ def install(monkeypatch: Any, folder: Path) -> None:
     root.__path__ = []
     for name, parts in contents.items():
         module = types.ModuleType(name)
-        module.__dict__.update({part: own[part] for part in parts})
+        module.__dict__.update({part: stub[part] for part in parts})
         setattr(root, name.partition(".")[2], module)
         monkeypatch.setitem(sys.modules, name, module)
     paths: Any = types.ModuleType("folder_paths")

@@ -59,13 +59,13 @@ def denoiser(family: str) -> Any:
 
 
 def encoders(family: str) -> list[Any]:
-    """Its text encoders that adapters train."""
+    """The family's text encoders, as far as adapters train them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(12)
-        found = [tiny.clip(50, layers=1)]
+        models = [tiny.clip(50, layers=1)]
         if family == "sdxl":
-            found.append(tiny.clip(50, layers=1, kind=CLIPTextModelWithProjection))
-    return [one.requires_grad_(False).eval() for one in found]
+            models.append(tiny.clip(50, layers=1, kind=CLIPTextModelWithProjection))
+    return [model.requires_grad_(False).eval() for model in models]
 
 
 def network(
@@ -87,28 +87,28 @@ def network(
     module = importlib.import_module(f"networks.{method}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(13)
-        made = module.create_network(1.0, 4, 2.0, None, passed, model, **arguments)
-    made.apply_to(passed, model, bool(text), True)
-    return shake(made)
+        net = module.create_network(1.0, 4, 2.0, None, passed, model, **arguments)
+    net.apply_to(passed, model, bool(text), True)
+    return shake(net)
 
 
 def save(
     folder: Path, family: str, method: str, cache: Path | None = None, text: bool = True, **more: Any
 ) -> Path:
     """A native file of a method on a small model."""
-    made = network(family, method, denoiser(family), encoders(family) if text else None, cache, **more)
+    net = network(family, method, denoiser(family), encoders(family) if text else None, cache, **more)
     path = folder / f"{family}-{method}.safetensors"
-    told = {"ss_output_name": "probe", "ss_steps": "7", "lowrank.command": "train.py --network_dim 4"}
-    made.save_weights(str(path), None, told)
+    metadata = {"ss_output_name": "probe", "ss_steps": "7", "lowrank.command": "train.py --network_dim 4"}
+    net.save_weights(str(path), None, metadata)
     return path
 
 
 def answer(family: str, model: Any) -> torch.Tensor:
-    """What the model says to one noise."""
-    made = torch.Generator().manual_seed(3)
+    """The output of the model for fixed noise and text."""
+    generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=made)
+        return torch.randn(*shape, generator=generator)
 
     with torch.no_grad():
         if family == "flux":

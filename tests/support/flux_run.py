@@ -50,5 +50,5 @@ def arguments(tiny_flux, bases, pictures, tmp_path):
 
 
 def same(a: Path, b: Path) -> bool:
-    one, two = load_file(a), load_file(b)
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

@@ -2,7 +2,7 @@
 
     SD_SCRIPTS=… python tests/support/kohya_spy.py OUT.jsonl train_network.py …
 
-Lines of OUT, in the order of the calls: `{"told": [t, …]}` where a denoiser of the checkout begins, and
+Lines of OUT, in the order of the calls: `{"timesteps": [t, …]}` where a denoiser of the checkout begins, and
 `{"layer": name, "open": [n, …]}` where a layer of ours has projected, with the ranks that are not zero in
 each sample; `grad` is torch's mode. `pull` is the norm of the gradient that a penalty
 adds in front of a step, and `rates` are the learning rates of the optimizer's groups.
@@ -47,24 +47,24 @@ def watch(write: Any) -> None:
     network: Any = importlib.import_module("lowrank.adapters.network")
     on_step_start = network.AdapterNetwork.on_step_start
 
-    def started(made: Any, *args: Any) -> None:
-        before = [None if p.grad is None else p.grad.clone() for p in made.parameters()]
-        on_step_start(made, *args)
-        if made._penalties:
-            after = [torch.zeros_like(p) if p.grad is None else p.grad for p in made.parameters()]
+    def started(net: Any, *args: Any) -> None:
+        before = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+        on_step_start(net, *args)
+        if net._penalties:
+            after = [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
             added = [a if b is None else a - b for a, b in zip(after, before, strict=True)]
             write(
-                pull=float(torch.cat([one.flatten() for one in added]).norm()),
-                penalties={name: float(value) for name, value in made.penalties().items()},
+                pull=float(torch.cat([gradient.flatten() for gradient in added]).norm()),
+                penalties={name: float(value) for name, value in net.penalties().items()},
             )
 
     network.AdapterNetwork.on_step_start = started
     groups = network.AdapterNetwork.prepare_optimizer_params_with_multiple_te_lrs
 
-    def grouped(made: Any, *args: Any) -> Any:
-        found, told = groups(made, *args)
-        write(rates={name: group["lr"] for name, group in zip(told, found, strict=True)})
-        return found, told
+    def grouped(net: Any, *args: Any) -> Any:
+        parameters, names = groups(net, *args)
+        write(rates={name: group["lr"] for name, group in zip(names, parameters, strict=True)})
+        return parameters, names
 
     network.AdapterNetwork.prepare_optimizer_params_with_multiple_te_lrs = grouped
 
@@ -73,13 +73,13 @@ def _watch_denoiser(kind: Any, write: Any) -> None:
     forward, scale = kind.forward, 1000 if kind.__name__ == "Flux" else 1
 
     @functools.wraps(forward)
-    def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
-        told = kwargs.get("timesteps", kwargs.get("timestep", args[1] if len(args) > 1 else None))
-        times = torch.as_tensor(told).double().reshape(-1) * scale
-        write(told=times.round(decimals=3).tolist(), grad=torch.is_grad_enabled())
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        argument = kwargs.get("timesteps", kwargs.get("timestep", args[1] if len(args) > 1 else None))
+        times = torch.as_tensor(argument).double().reshape(-1) * scale
+        write(timesteps=times.round(decimals=3).tolist(), grad=torch.is_grad_enabled())
         return forward(self, *args, **kwargs)
 
-    kind.forward = heard
+    kind.forward = watched
 
 
 if __name__ == "__main__":

@@ -63,17 +63,17 @@ def _plain(
 ):
     values = {}
     for index, (name, weight) in enumerate(weights.items()):
-        made = torch.Generator().manual_seed(index)
+        generator = torch.Generator().manual_seed(index)
         outs, ins = weight.shape
         shape = (ups, outs, ranks[name]) if ups else (outs, ranks[name])
-        roles = {"down": torch.randn(ranks[name], ins, generator=made), "up": torch.zeros(shape)}
+        roles = {"down": torch.randn(ranks[name], ins, generator=generator), "up": torch.zeros(shape)}
         if core:
             roles |= {"core": torch.eye(ranks[name])}
         if diagonal:
-            roles |= {"core": torch.rand(ranks[name], generator=made)}
+            roles |= {"core": torch.rand(ranks[name], generator=generator)}
             roles["core_0"] = roles["core"].clone()
         if copies:
-            roles["up"] = torch.randn(shape, generator=made)
+            roles["up"] = torch.randn(shape, generator=generator)
             roles |= {"q": roles["up"].clone(), "base_r": roles["down"].clone()}
         values[name] = roles
     return values, {}
@@ -152,19 +152,19 @@ def network(
         module = importlib.import_module(f"networks.{method}")
         given = {"basis_path": "auto:random"} if method in SHIPPED[7:] else {}
         arguments = {"target": ".", **given} | ({} if method in PLAIN else {"basis_cache": str(cache)})
-        made = module.create_network(1.0, rank, alpha, None, [], model, **arguments)
+        net = module.create_network(1.0, rank, alpha, None, [], model, **arguments)
     else:
-        made = AdapterNetwork(probes()[method], find("unet", model, target="."), lambda _: (rank, alpha))
-        made.start()
-    made.apply_to([], model, False, True)
-    made.prepare_grad_etc([], model)
-    return made
+        net = AdapterNetwork(probes()[method], find("unet", model, target="."), lambda _: (rank, alpha))
+        net.start()
+    net.apply_to([], model, False, True)
+    net.prepare_grad_etc([], model)
+    return net
 
 
-def shake(made: AdapterNetwork, scale: float = 0.3, seed: int = 0) -> AdapterNetwork:
+def shake(net: AdapterNetwork, scale: float = 0.3, seed: int = 0) -> AdapterNetwork:
     """Move every trained tensor away from its start, as training would."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in net.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=noise).to(parameter) * scale)
-    return made
+    return net

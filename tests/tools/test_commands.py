@@ -25,7 +25,7 @@ def test_shell_scripts_parse(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-def test_the_commands_of_the_readme_exist():
+def test_readme_commands_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     first_two = re.findall(r"^bash (\S+\.sh)", readme, flags=re.MULTILINE)[:2]
     assert first_two == ["run_demo.sh", "run_tests.sh"]
@@ -39,7 +39,7 @@ def test_executables_are_executable():
     assert [file.name for file in SCRIPTS if not os.access(file, os.X_OK) and file.name not in sourced] == []
 
 
-def test_setup_installs_torch_first_then_the_rest_once(tree, tmp_path):
+def test_setup_installs_torch_first(tree, tmp_path):
     done, calls = bash(tree, "tools/setup_env.sh", "dev", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     made, torch, rest = [c["arguments"] for c in calls]
@@ -56,7 +56,7 @@ def test_setup_installs_torch_first_then_the_rest_once(tree, tmp_path):
     assert len(bash(tree, "tools/setup_env.sh", cwd=tmp_path)[1]) == 2
 
 
-def test_a_failed_installation_is_tried_again(tree):
+def test_failed_installation_is_retried(tree):
     done, _ = bash(tree, "tools/setup_env.sh", STUB_PIP_FAILS="1")
     assert done.returncode == 1 and "the installation failed" in done.stderr
     assert list((tree / ".venv").glob("installed*")) == []
@@ -70,19 +70,19 @@ def test_a_failed_installation_is_tried_again(tree):
     )
 
 
-def test_a_failed_venv_leaves_nothing_and_says_what_to_install(tree):
+def test_failed_venv_is_removed(tree):
     done, _ = bash(tree, "tools/setup_env.sh", STUB_VENV_FAILS="1")
     assert done.returncode == 1 and "python3-venv" in done.stderr
     assert not (tree / ".venv").exists()
 
 
-def test_a_broken_environment_is_named(tree):
+def test_broken_environment_is_named(tree):
     (tree / ".venv").mkdir()
     done, calls = bash(tree, "tools/setup_env.sh")
     assert done.returncode == 1 and "delete the folder .venv" in done.stderr and calls == []
 
 
-def test_an_old_python_is_named(tree):
+def test_old_python_is_refused(tree):
     tools = tree / "few"
     tools.mkdir()
     for name in ("bash", "dirname"):
@@ -95,7 +95,7 @@ def test_an_old_python_is_named(tree):
     assert "no Python 3.10 or newer found (python3 is Python 3.9.2)" in done.stderr
 
 
-def test_the_test_command_and_ci_run_the_whole_suite(tree):
+def test_test_command_and_ci_run_whole_suite(tree):
     bash(tree, "tools/setup_env.sh", "dev")
     for script, given in (("run_tests.sh", ("tests/contract/test_tree.py", "-x")), (".ci/run", ())):
         arguments, environment = call(tree, script, *given)
@@ -106,7 +106,7 @@ def test_the_test_command_and_ci_run_the_whole_suite(tree):
     assert call(tree, "run_tests.sh", OMP_NUM_THREADS="2")[1]["OMP_NUM_THREADS"] == "2"
 
 
-def test_the_exit_code_of_the_tests_is_kept(tree):
+def test_exit_code_of_test_command(tree):
     bash(tree, "tools/setup_env.sh", "dev")
     (tree / ".venv" / "bin" / "python").write_text(
         f'#!/bin/sh\n[ "$1" = -m ] && echo "1 failed, 2 passed" && exit 7\nexec {sys.executable} "$@"\n'
@@ -147,12 +147,12 @@ def test_demo_runs_the_documented_commands(tree, family):
 
 
 @pytest.mark.parametrize("given", [["--family", "sd3"], ["flux"], ["--family"], ["--family", "flux", "0"]])
-def test_the_demo_says_what_it_understands(tree, given):
+def test_demo_usage_message(tree, given):
     done, calls = bash(tree, "run_demo.sh", *given)
     assert done.returncode == 2 and "usage" in done.stderr and not calls
 
 
-def test_a_failed_step_of_the_demo_is_named(tree):
+def test_failed_demo_step_is_named(tree):
     bash(tree, "tools/setup_env.sh")
     stub = tree / ".venv" / "bin" / "python"
     stub.write_text(stub.read_text() + "    if any('inference_merge' in a for a in arguments): sys.exit(3)\n")
@@ -161,7 +161,7 @@ def test_a_failed_step_of_the_demo_is_named(tree):
 
 
 @pytest.mark.parametrize("place", ["sty/cat/sty_cat.png", "cnt/dog/cnt_dog.png"])
-def test_a_shipped_picture(place):
+def test_shipped_picture(place):
     from PIL import Image
 
     file = ROOT / "assets" / place

@@ -37,7 +37,7 @@ def pipes():
     return {name: DiffusionPipeline.from_pretrained(DEMO / name, dtype=torch.float32) for name in FAMILIES}
 
 
-def test_what_is_shipped():
+def test_shipped_files():
     files = [path for path in DEMO.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 25e6
     assert "flux" in FAMILIES and (DEMO / "scorer/model.safetensors").is_file()
@@ -48,7 +48,7 @@ def test_what_is_shipped():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_card_tells_the_measured_shares(family):
+def test_model_card_figures_equal_measurement(family):
     card = (DEMO / family / "README.md").read_text(encoding="utf-8")
     shares = json.loads((DEMO / "metrics.json").read_text())[family]["shares"]
     for row in shares.values():
@@ -63,14 +63,14 @@ def test_the_card_tells_the_measured_shares(family):
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
-def test_a_shipped_model_draws_what_it_is_asked(family, pipes, judge):
+def test_shipped_model_draws_prompts(family, pipes, judge):
     scenes = [seen_scenes()[i] for i in range(0, len(seen_scenes()), 140)]
     drawn = report.pictures(pipes[family], [caption(s) for s in scenes], 0, report.CALL[family])
     right = scorer.score(judge, drawn, scenes)
     assert right["content"].mean() >= 0.6 and right["style"].mean() >= 0.8, right
 
 
-def test_the_scorer_knows_the_pictures_that_adapters_learn_from(judge):
+def test_scorer_on_training_pictures(judge):
     files = [ROOT / "assets/sty/cat/sty_cat.png", ROOT / "assets/cnt/dog/cnt_dog.png"]
     pictures = np.stack([np.asarray(Image.open(file)) for file in files])
     scenes = [Scene("cat", "stained glass", "beach"), Scene("poodle", "photo", "meadow")]
@@ -78,7 +78,7 @@ def test_the_scorer_knows_the_pictures_that_adapters_learn_from(judge):
 
 
 @pytest.mark.slow
-def test_a_content_is_learned_from_one_picture(tmp_path, pipes, judge):
+def test_content_is_learned_from_one_picture(tmp_path, pipes, judge):
     """The demo in small: before, the words draw a dog; after a few seconds they draw the poodle."""
     prompts = [f"a photo of a <c> dog on a {place} background" for place in ("red", "blue", "yellow", "gray")]
     scenes = [Scene("poodle", "photo", place) for place in ("red", "blue", "yellow", "gray")]
@@ -103,7 +103,7 @@ def test_a_content_is_learned_from_one_picture(tmp_path, pipes, judge):
     assert scorer.score(judge, after, scenes)["content"].mean() >= 0.75
 
 
-def test_one_file_replaces_nothing_and_names_what_is_damaged(tmp_path):
+def test_single_file_of_damaged_model(tmp_path):
     source, full, target = tmp_path / "model", tmp_path / "full", tmp_path / "new"
     shutil.copytree(DEMO / "sd15", source)
     full.mkdir()
@@ -121,7 +121,7 @@ def test_one_file_replaces_nothing_and_names_what_is_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("sd")])
-def test_a_shipped_model_is_the_same_as_one_file(family, tmp_path):
+def test_shipped_folder_equals_single_file(family, tmp_path):
     single_file.main([str(DEMO / family), str(tmp_path / "one")])
     load = {"sd15": SD15, "sdxl": SDXL}[family].load
     folder = load(Source(str(DEMO / family), dtype=torch.float32))

@@ -37,11 +37,11 @@ EVERY_LOOK = [Scene(content, style, "beach") for content in world.CONTENTS for s
         (Scene("cat", "sepia", "snow"), {"style": "<s>", "background": False}, "a cat in <s> style"),
     ],
 )
-def test_a_caption(scene, options, text):
+def test_caption(scene, options, text):
     assert caption(scene, **options) == text
 
 
-def test_nothing_held_out_is_in_the_seen_scenes():
+def test_held_out_pairs_are_not_in_training_scenes():
     seen = world.seen_scenes()
     assert not {s.content for s in seen} & set(world.HELD_CONTENTS)
     assert not {s.style for s in seen} & set(world.HELD_STYLES)
@@ -51,14 +51,14 @@ def test_nothing_held_out_is_in_the_seen_scenes():
     assert {s.style for s in seen} == set(world.SEEN_STYLES)
 
 
-def test_held_pairs_are_of_seen_parts_and_leave_the_photographs():
+def test_choice_of_held_out_pairs():
     pairs = {(s.content, s.style) for s in world.held_pair_scenes()}
     assert pairs == world.HELD_PAIRS and len(world.held_pair_scenes()) == 10 * 11
     assert {c for c, _ in pairs} <= set(world.SEEN_CONTENTS)
     assert {s for _, s in pairs} == set(world.SEEN_STYLES) - {"photo"}
 
 
-def test_training_captions_come_in_the_documented_shares():
+def test_caption_shares():
     rng, n = np.random.default_rng(0), 20_000
     scene = Scene("dog", "mosaic", "beach")
     told = [world.training_caption(scene, rng) for _ in range(n)]
@@ -74,13 +74,13 @@ def test_training_captions_come_in_the_documented_shares():
         assert words[name] / n == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n)), name
 
 
-def test_a_photograph_is_never_called_another_style():
+def test_photograph_captions():
     rng = np.random.default_rng(1)
     told = {world.training_caption(Scene("dog", "photo", "snow"), rng) for _ in range(2000)} - {""}
     assert all(text.startswith("a photo of a ") for text in told)
 
 
-def test_nonsense_is_no_word_of_the_world():
+def test_nonsense_words_are_unknown():
     rng = np.random.default_rng(2)
     words = [world.nonsense(rng) for _ in range(20_000)]
     bare = {word.strip("<>") for word in words}
@@ -89,7 +89,7 @@ def test_nonsense_is_no_word_of_the_world():
     assert 0.27 < sum(word.startswith("<") and word.endswith(">") for word in words) / len(words) < 0.33
 
 
-def test_the_world_knows_every_word_of_its_captions():
+def test_vocabulary_covers_captions():
     told = " ".join(
         caption(Scene(c, s, b)) for c in world.CONTENTS for s in world.STYLES for b in world.BACKGROUNDS
     )
@@ -109,7 +109,7 @@ def test_every_content_renders_in_every_style(style):
 
 
 @needs_font
-def test_a_rendering_is_its_seeds():
+def test_rendering_depends_on_seed():
     scenes = [Scene("dog", style, place) for style in ("photo", "neon") for place in world.BACKGROUNDS]
     for scene in scenes:
         one, again, other = (draw.render(scene, np.random.default_rng(seed)) for seed in (5, 5, 6))
@@ -117,7 +117,7 @@ def test_a_rendering_is_its_seeds():
 
 
 @needs_font
-def test_processes_change_nothing():
+def test_number_of_processes_keeps_renderings():
     scenes = EVERY_LOOK[:3]
     alone = np.stack([corpus.scene_at(scenes, 9, i) for i in range(5)])
     drawn = corpus.pictures(_three_scenes, 5, 9)
@@ -129,7 +129,7 @@ def _three_scenes(seed: int, i: int) -> np.ndarray:
     return corpus.scene_at(EVERY_LOOK[:3], seed, i)
 
 
-def test_the_glyphs_for_the_autoencoder(monkeypatch):
+def test_autoencoder_glyphs(monkeypatch):
     def glyph(character):
         if character in "\u2600\u26c4":
             raise ValueError("the font has none")
@@ -143,7 +143,7 @@ def test_the_glyphs_for_the_autoencoder(monkeypatch):
 
 
 @needs_font
-def test_pictures_for_the_autoencoder(monkeypatch):
+def test_autoencoder_pictures(monkeypatch):
     """Their seed's own, of glyphs on the list and of seen styles only."""
     some = ("\U0001f680", "\U0001f355", "\u2615")
     allowed, glyph = {*some, *(world.CONTENTS[name] for name in world.SEEN_CONTENTS)}, draw.glyph
@@ -163,7 +163,7 @@ def test_pictures_for_the_autoencoder(monkeypatch):
 
 
 @needs_font
-def test_the_shipped_pictures_are_renderings(tmp_path, monkeypatch):
+def test_shipped_pictures_equal_renderings(tmp_path, monkeypatch):
     monkeypatch.setattr(make_demo_models, "ROOT", tmp_path)
     made = [path for path, _, _ in make_demo_models.TAUGHT]
     make_demo_models.main(["--parts", "pictures", *folders(tmp_path)])
@@ -212,7 +212,7 @@ def test_resume_equals_uninterrupted_training(tmp_path):
     assert not same(kept[0]["model"], kept[0]["averaged"])
 
 
-def test_averaged_weights_are_what_a_training_leaves(tmp_path):
+def test_training_saves_averaged_weights(tmp_path):
     model, loss = toy()
     average, live = model[2].weight.detach().double(), []
 
@@ -228,14 +228,14 @@ def test_averaged_weights_are_what_a_training_leaves(tmp_path):
     torch.testing.assert_close(model[2].weight.double(), average, rtol=1e-5, atol=1e-6)
 
 
-def test_a_training_keeps_a_log(tmp_path):
+def test_training_log(tmp_path):
     model, loss = toy()
     fit("toy", Plan(steps=100, lr=1e-3), {"toy": model}, loss, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [100] and 0 < lines[0]["loss"] < 10
 
 
-def test_the_learning_rate_rises_and_falls_along_a_cosine():
+def test_cosine_learning_rate():
     plan = Plan(steps=110, lr=1.0, warmup=10, floor=0.1)
     assert [plan.rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert plan.rate(10) == pytest.approx(1.0)
@@ -244,7 +244,7 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine():
     assert plan.rate(110) == plan.rate(500) == pytest.approx(0.1)
 
 
-def test_the_randomness_of_a_step():
+def test_random_state_of_step():
     (a, x), (b, y), (c, z) = (at_step(*place) for place in ((1, 2), (1, 2), (1, 3)))
     assert a.random() == b.random() != c.random()
     first, again, other = (torch.rand(1, generator=g).item() for g in (x, y, z))
@@ -255,7 +255,7 @@ def test_the_randomness_of_a_step():
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 20), (1, 3), (437, 500), (32, 32)])
-def test_an_interval_is_wilsons(k, n):
+def test_wilson_interval(k, n):
     """Its ends are where |p̂ − p| = 1.96 √(p (1 − p) / n), found here by bisection."""
     p = k / n
 
@@ -272,7 +272,7 @@ def test_an_interval_is_wilsons(k, n):
     assert told["high"] == pytest.approx(end(p, 1.0), abs=1e-4)
 
 
-def test_the_order_of_labels_is_that_of_the_shipped_scorer():
+def test_label_order_of_shipped_scorer():
     """Another order would give its logits other names: the scorer has to be trained anew then."""
     assert " ".join(scorer.LABELS["content"]) == (
         "dog cat horse rabbit elephant bird fish turtle butterfly apple mushroom flower tree cactus house "
@@ -298,7 +298,7 @@ def test_labels_are_logits_in_order():
         assert model(torch.zeros(2, 3, 64, 64)).logits.shape == (2, 45)
 
 
-def test_a_scorer_that_knows_is_right_and_one_that_does_not_is_not():
+def test_scorer_accuracy():
     scenes = EVERY_LOOK[::7]
     right = scorer.answers(scenes)
     for kind, labels in scorer.LABELS.items():
@@ -317,7 +317,7 @@ def test_a_scorer_that_knows_is_right_and_one_that_does_not_is_not():
     assert sure == pytest.approx(math.exp(9) / (math.exp(9) + 9))
 
 
-def test_a_sheet_has_pictures_in_reading_order():
+def test_sheet_order():
     drawn = np.arange(7, dtype=np.uint8)[:, None, None, None] + np.zeros((7, 64, 64, 3), np.uint8)
     grid = report.sheet(drawn, columns=3)
     assert grid[::64, ::64, 0].tolist() == [[0, 1, 2], [3, 4, 5]]  # the incomplete row is left out
@@ -359,25 +359,25 @@ def refused(main, arguments) -> str:
         (["--parts", "report"], "the report needs the scorer"),
     ],
 )
-def test_what_making_models_refuses(arguments, said, tmp_path, font):
+def test_model_making_errors(arguments, said, tmp_path, font):
     assert said in refused(make_demo_models.main, [*folders(tmp_path), *arguments])
 
 
-def test_a_report_needs_a_model(tmp_path):
+def test_report_needs_model(tmp_path):
     (tmp_path / "out" / "scorer").mkdir(parents=True)
     (tmp_path / "out" / "scorer" / "config.json").touch()
     told = refused(make_demo_models.main, ["--parts", "report", *folders(tmp_path)])
     assert f"no model to report on in {tmp_path / 'out'}; make one with --parts flux" in told
 
 
-def test_the_missing_font_is_named(tmp_path, monkeypatch):
+def test_missing_font_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(draw, "FONT", tmp_path / "none.ttf")
     told = refused(make_demo_models.main, ["--parts", "pictures", *folders(tmp_path)])
     assert str(tmp_path / "none.ttf") in told and "GLYPH_WORLD_FONT" in told
     assert not (tmp_path / "work").exists()
 
 
-def test_an_unfinished_training_says_so_and_makes_nothing(tmp_path, font, monkeypatch):
+def test_unfinished_training_is_refused(tmp_path, font, monkeypatch):
     short = Plan(steps=5, lr=1e-3)
     monkeypatch.setattr(scorer, "PLAN", short)
     monkeypatch.setattr(scorer, "BATCH", 2)
@@ -413,7 +413,7 @@ def blank(path):
     return path
 
 
-def test_a_grid_is_printed_as_a_table(tmp_path, monkeypatch, capsys):
+def test_grid_table(tmp_path, monkeypatch, capsys):
     for a in ("0.50", "1.00"):
         for b in ("0.50", "10.00"):
             blank(tmp_path / "grid" / f"inference_s{a}_c{b}.png")
@@ -437,13 +437,13 @@ def test_a_grid_is_printed_as_a_table(tmp_path, monkeypatch, capsys):
     ]
 
 
-def test_a_cell_without_a_picture_stays_empty():
+def test_sheet_cell_without_picture():
     one = {"content": ("dog", 1.0), "style": ("photo", 1.0)}
     lines = score_pictures.table({(0, 0): [one], (1, 1): [one]}).splitlines()
     assert [line.count("dog") for line in lines] == [0, 1, 1]
 
 
-def test_what_scoring_refuses(tmp_path, monkeypatch):
+def test_scoring_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(scorer, "load", lambda folder: None)
     (tmp_path / "config.json").touch()  # a scorer's folder, for the check
     picture = blank(tmp_path / "good.png")

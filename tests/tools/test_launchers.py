@@ -67,7 +67,7 @@ DOCUMENTED = {
         ),
     ],
 )
-def test_training_has_the_documented_values(tree, script, own, zero):
+def test_documented_training_values(tree, script, own, zero):
     arguments, environment = call(tree, f"flux_dir/{script}", "0", "64")
     flags = ("--instance_data_dir", "--instance_prompt", "--validation_prompt", "--lora_init_method")
     for flag, expected in (DOCUMENTED | dict(zip(flags, own, strict=True))).items():
@@ -83,7 +83,7 @@ def test_training_has_the_documented_values(tree, script, own, zero):
     assert environment["CUDA_VISIBLE_DEVICES"] == "0"
 
 
-def test_one_gpu_several_gpus_and_cpu(tree):
+def test_gpu_argument(tree):
     arguments, environment = call(tree, "flux_dir/train_QR.sh", "2", "8")
     assert arguments[:2] == ["-m", "accelerate.commands.launch"]
     assert value(arguments, "--num_processes") == "1"
@@ -104,7 +104,7 @@ def test_one_gpu_several_gpus_and_cpu(tree):
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_every_value_can_come_from_outside(tree):
+def test_training_values_from_environment(tree):
     given = {
         "MODEL_NAME": "/models/my flux",
         "INSTANCE_DIR": "my pictures",
@@ -136,24 +136,24 @@ def test_every_value_can_come_from_outside(tree):
     assert (tree / "out here" / "train_script.sh").is_file()
 
 
-def test_a_trigger_goes_into_prompts_and_folder(tree):
+def test_trigger_word(tree):
     arguments, _ = call(tree, "flux_dir/train_deltaR_cnt.sh", "0", "4", TRIGGER_NAME="<rex>")
     assert value(arguments, "--instance_prompt") == "a photo of a <rex> dog"
     assert value(arguments, "--output_dir").endswith("-<rex>-4")
 
 
-def test_an_empty_validation_prompt_trains_without_validation(tree):
+def test_empty_validation_prompt(tree):
     arguments, _ = call(tree, "flux_dir/train_QR.sh", "0", "4", VALID_PROMPT="")
     assert not [a for a in arguments if a.startswith("--valid")]
 
 
-def test_more_flags_are_passed_on_and_come_last(tree):
+def test_extra_flags_come_last(tree):
     more = ["--seed", "5", "--network_args", "key=a value"]
     arguments, _ = call(tree, "flux_dir/train_deltaR_sty.sh", "0", "64", *more)
     assert arguments[-4:] == more
 
 
-def test_the_rank_does_not_reach_torch_distributed(tree):
+def test_rank_argument_is_not_exported(tree):
     """torch.distributed takes an exported RANK for the number of the process."""
     for script, arguments in (("train_QR.sh", ("cpu", "8")), ("save_flux_residual.sh", ("cpu",))):
         called, environment = call(tree, f"flux_dir/{script}", *arguments, RANK="16")
@@ -171,7 +171,7 @@ def test_the_rank_does_not_reach_torch_distributed(tree):
     + [(f"flux_dir/{script}", (), "GPU_ID")
        for script in ("save_flux_residual.sh", "inference_merge.sh", "visualize_qrlora_similarity.sh")],
 )  # fmt: skip
-def test_a_missing_argument_prints_the_usage(tree, script, arguments, missing):
+def test_missing_argument_prints_usage(tree, script, arguments, missing):
     done, calls = bash(tree, script, *arguments)
     assert done.returncode == 2
     assert f"{missing} is missing" in done.stderr
@@ -180,19 +180,19 @@ def test_a_missing_argument_prints_the_usage(tree, script, arguments, missing):
     assert not (tree / "exps_flux").exists()
 
 
-def test_help_is_not_an_error(tree):
+def test_help_exit_code(tree):
     done, calls = bash(tree, "flux_dir/train_QR.sh", "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage:") and calls == []
 
 
 @pytest.mark.parametrize("gpu", ["x", "0;1", "0,", "-1", "0 1"])
-def test_a_wrong_gpu_is_named(tree, gpu):
+def test_wrong_gpu_is_named(tree, gpu):
     done, calls = bash(tree, "flux_dir/train_QR.sh", gpu, "8")
     assert done.returncode != 0 and "GPU_ID" in done.stderr and calls == []
 
 
 @pytest.mark.parametrize("rank", ["0", "abc", "1.5"])
-def test_a_wrong_rank_is_named(tree, rank):
+def test_wrong_rank_is_named(tree, rank):
     for script, arguments, environment in (
         ("train_QR.sh", ("0", rank), {}),
         ("save_flux_residual.sh", ("0",), {"RANK": rank}),
@@ -201,13 +201,13 @@ def test_a_wrong_rank_is_named(tree, rank):
         assert done.returncode == 1 and f"RANK is '{rank}'" in done.stderr and calls == []
 
 
-def test_a_python_without_accelerate_is_named(tree):
+def test_python_without_accelerate_is_refused(tree):
     done, calls = bash(tree, "flux_dir/train_QR.sh", "0", "8", STUB_LACKS_ACCELERATE="1")
     assert done.returncode == 1 and "tools/setup_env.sh" in done.stderr and calls == []
     assert not (tree / "exps_flux").exists()
 
 
-def test_which_python_runs(tree):
+def test_choice_of_python(tree):
     """The active environment, else .venv of the repository, else the path."""
     stub = tree / "stub" / "python3"
     for folder in ("active", ".venv"):
@@ -227,7 +227,7 @@ def test_which_python_runs(tree):
         assert len(calls) == 1
 
 
-def test_from_another_folder(tree, tmp_path):
+def test_launch_from_another_folder(tree, tmp_path):
     """Outputs go where the caller stands; the shipped pictures are found where they are."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -247,7 +247,7 @@ def test_residual(tree):
     assert environment["CUDA_VISIBLE_DEVICES"] == "1"
 
 
-def test_merge_has_the_documented_values_and_takes_the_newest_adapters(tree):
+def test_documented_merge_values(tree):
     finished_run(tree, "0101-000000-<s>-64", age=100)
     newest = finished_run(tree, "0102-000000-<s>-8", age=10)
     finished_run(tree, "0103-000000-[s]-8")
@@ -276,7 +276,7 @@ def test_merge_has_the_documented_values_and_takes_the_newest_adapters(tree):
     assert "--residual_path" not in arguments
 
 
-def test_merge_without_adapters_says_how_to_get_one(tree):
+def test_merge_without_adapters(tree):
     done, calls = bash(tree, "flux_dir/inference_merge.sh", "cpu")
     assert done.returncode == 1 and calls == []
     assert "bash flux_dir/train_deltaR_sty.sh cpu 64" in done.stderr and "STYLE_LORA_PATH=" in done.stderr
@@ -287,7 +287,7 @@ def test_merge_without_adapters_says_how_to_get_one(tree):
     assert not (tree / "outputs_infer_flux").exists()
 
 
-def test_residual_is_passed_only_when_named(tree):
+def test_residual_is_optional(tree):
     given = {"STYLE_LORA_PATH": "s", "CONTENT_LORA_PATH": "c"}
     arguments, _ = call(tree, "flux_dir/inference_merge.sh", "0", RESIDUAL_PATH="r", **given)
     assert value(arguments, "--residual_path") == "r"
@@ -296,7 +296,7 @@ def test_residual_is_passed_only_when_named(tree):
     assert "--residual_path" not in arguments
 
 
-def test_the_documented_path_of_the_comparison_may_be_edited(tree):
+def test_similarity_at_edited_path(tree):
     script = tree / "test" / "visualize_qrlora_similarity.sh"
     text = script.read_text(encoding="utf-8")
     text = text.replace('LORA1_PATH="${LORA1_PATH:-}"', 'LORA1_PATH="mine.safetensors"')
@@ -306,7 +306,7 @@ def test_the_documented_path_of_the_comparison_may_be_edited(tree):
     assert value(arguments, "--lora2_path") == "other.safetensors"
 
 
-def test_merge_from_outside(tree):
+def test_merge_values_from_environment(tree):
     given = {
         "MODEL_PATH": "m",
         "STYLE_LORA_PATH": "s",
@@ -328,7 +328,7 @@ def test_merge_from_outside(tree):
     assert value(call(tree, "flux_dir/inference_merge.sh", "cpu", **given)[0], "--dtype") == "fp32"
 
 
-def test_similarity_also_at_its_documented_place(tree):
+def test_similarity_at_documented_path(tree):
     style, content = finished_run(tree, "0101-000000-<s>-64"), finished_run(tree, "0101-000000-<c>-64")
     for script in ("flux_dir/visualize_qrlora_similarity.sh", "test/visualize_qrlora_similarity.sh"):
         arguments, _ = call(tree, script, "0", "--more")

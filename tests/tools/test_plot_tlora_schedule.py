@@ -25,7 +25,7 @@ RIGHT = {
 }
 
 
-def test_numbers_are_the_formulas_and_not_the_guides():
+def test_numbers_follow_formulas():
     for schedule, expected in RIGHT.items():
         assert Schedule(*schedule).at(torch.tensor(tool.COLUMNS)) == expected
     wrong = [
@@ -55,12 +55,12 @@ def test_documents_are_current():
     assert not tool.stale(), "run python tools/plot_tlora_schedule.py --docs"
 
 
-def test_a_changed_schedule_is_seen(monkeypatch):
+def test_changed_schedule_is_detected(monkeypatch):
     monkeypatch.setattr(tool, "DOCUMENTED", [(32, 1, 1.0)])
     assert tool.stale() == [tool.DOCS, tool.PICTURE]
 
 
-def test_tables_and_a_picture(tmp_path, capsys):
+def test_tables_and_plot(tmp_path, capsys):
     picture = tmp_path / "ranks.png"
     line = [
         "--rank",

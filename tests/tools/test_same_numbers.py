@@ -55,7 +55,7 @@ def test_equal_results(results, capsys):
     assert "1 recipes: 1 equal, 0 differ, 0 differ as allowed" in capsys.readouterr().out
 
 
-def test_loss_that_differs_by_a_millionth(results, capsys):
+def test_loss_difference_of_a_millionth(results, capsys):
     changed = LOSSES.replace("0.2748683989048004", "0.2748693989048004")
     (results[1] / NAME / "loss.csv").write_text(changed)
     ((file, where, largest),) = differences(results)
@@ -65,7 +65,7 @@ def test_loss_that_differs_by_a_millionth(results, capsys):
     assert "0 equal, 1 differ, 0 differ as allowed" in capsys.readouterr().out
 
 
-def test_allowed_recipe_is_listed_but_does_not_fail(results, capsys):
+def test_allowed_recipe(results, capsys):
     (results[1] / NAME / "loss.csv").write_text(LOSSES.replace("0.5", "0.6"))
     assert same_numbers.report(RECIPES, *results, allow=["flux/*"]) == 1
     assert same_numbers.report(RECIPES, *results, allow=["sd15/*"]) == 0
@@ -82,7 +82,7 @@ def test_missing_tensor(results):
     assert differences(results) == [("adapter.safetensors", "1 tensors in one file only: a.up", None)]
 
 
-def test_tensor_that_differs_in_its_last_bit(results):
+def test_tensor_difference_of_last_bit(results):
     up = TENSORS["a.up"].clone()
     up[1, 1] = torch.nextafter(up[1, 1], torch.tensor(2.0))
     write_tensors(results[1] / NAME, TENSORS | {"a.up": up})
@@ -111,13 +111,13 @@ def test_metadata_option_json_and_pixel(results):
     ]
 
 
-def test_many_differences_of_a_file_are_one_row(results):
+def test_differences_of_one_file_are_one_row(results):
     for index, tree in enumerate(results):
         (tree / NAME / "report.json").write_text(json.dumps({str(key): index * key for key in range(9)}))
     assert differences(results) == [("report.json", "1, and 7 more", 8.0)]
 
 
-def test_rounding_of_a_report_is_equal_but_a_billionth_is_not(results):
+def test_rounding_of_reports(results):
     for tree, share in zip(results, (0.5, 0.5 + 1e-12), strict=True):
         (tree / NAME / "report.json").write_text(json.dumps({"shared": share}))
         write_tensors(tree / NAME, TENSORS, **{"lowrank.means": json.dumps({"shared": share})})
@@ -129,7 +129,7 @@ def test_rounding_of_a_report_is_equal_but_a_billionth_is_not(results):
     assert size == pytest.approx(1e-9, rel=1e-3)
 
 
-def test_text_that_only_begins_like_json(results):
+def test_text_that_begins_like_json(results):
     for tree, text in zip(results, ("[a", "[b"), strict=True):
         (tree / NAME / "report.json").write_text(json.dumps({"text": text, "prompt": "[c"}))
     assert differences(results) == [("report.json", "text", None)]
@@ -146,7 +146,7 @@ def test_file_of_one_tree_only(results):
 
 
 @pytest.mark.parametrize("code, refused", [(1, False), (0, True), (run_recipes.FAILED, True)])
-def test_unexpected_exit_code_fails_although_both_trees_have_it(results, capsys, code, refused):
+def test_unexpected_exit_code_of_both_trees(results, capsys, code, refused):
     for tree in results:
         (tree / NAME / "run.json").write_text(json.dumps({"code": code, "key": "k"}))
     recipes = {NAME: replace(RECIPES[NAME], refused=refused)}
@@ -159,7 +159,7 @@ def test_recipe_that_was_not_run(results):
     assert same_numbers.report(RECIPES, *results, allow=[]) == 1
 
 
-def test_cached_result_is_not_used_for_another_command_line(tmp_path):
+def test_cache_key_depends_on_command_line(tmp_path):
     first = Recipe("a", "x.py", ("--seed", "1"))
     second = Recipe("b", "x.py", ("a/adapter.safetensors",), needs=("a",))
     third = Recipe("c", "x.py", ())
@@ -176,7 +176,7 @@ def test_cached_result_is_not_used_for_another_command_line(tmp_path):
     assert list(run_recipes.missing(recipes, tmp_path, keys)) == ["a", "b", "c"]
 
 
-def test_inputs_key_depends_on_the_files_of_assets(tmp_path):
+def test_inputs_key_depends_on_assets(tmp_path):
     (tmp_path / "assets/sty").mkdir(parents=True)
     (tmp_path / "assets/sty/a.png").write_bytes(b"1")
     before = run_recipes.inputs_key(tmp_path)
@@ -186,7 +186,7 @@ def test_inputs_key_depends_on_the_files_of_assets(tmp_path):
     assert run_recipes.inputs_key(tmp_path) != before
 
 
-def test_each_recipe_stands_after_those_that_it_needs():
+def test_recipe_order():
     recipes = every()
     order = list(recipes)
     assert all(order.index(needed) < order.index(name) for name in order for needed in recipes[name].needs)

@@ -66,7 +66,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", [(600, 600), (600, 900), (900, 600), (40, 60)], ids=str)
-def test_q_and_r_are_the_official_ones_with_their_signs_fixed(shape):
+def test_q_and_r_equal_official_ones(shape):
     """Full SVD, dense core, QR of all of it, cut: the released code, in float64."""
     weight = power(*shape)
     q, r = decompose(weight, R)
@@ -80,7 +80,7 @@ def test_q_and_r_are_the_official_ones_with_their_signs_fixed(shape):
     assert q.dtype == r.dtype == torch.float32
 
 
-def test_seeds_and_threads_agree_and_one_seed_is_exact():
+def test_seeds_and_threads():
     weight, before = power(600, 700), torch.get_num_threads()
     first = decompose(weight, R)
     assert all(torch.equal(x, y) for x, y in zip(first, decompose(weight, R), strict=True))
@@ -95,7 +95,7 @@ def test_seeds_and_threads_agree_and_one_seed_is_exact():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_basis_is_fp32_and_holds_only_its_own_bytes(dtype, tmp_path):
+def test_basis_is_fp32_without_shared_storage(dtype, tmp_path):
     weights = {"large": power(600, 700).to(dtype), "small": power(30, 20).to(dtype)}
     for found in (bases(weights, R, cache=tmp_path, progress=False), bases(weights, R, cache=tmp_path)):
         for name, (q, r) in found.items():
@@ -105,13 +105,13 @@ def test_a_basis_is_fp32_and_holds_only_its_own_bytes(dtype, tmp_path):
                 assert x.untyped_storage().nbytes() == 4 * x.numel()
 
 
-def test_a_weight_without_the_rank_keeps_an_orthonormal_q():
+def test_rank_deficient_weight_has_orthonormal_q():
     for weight in (torch.zeros(20, 30), power(20, 30)[:, :1] @ torch.ones(1, 30)):
         q, r = decompose(weight, R)
         assert (q.mT @ q - torch.eye(R)).abs().max() <= 1e-5 and torch.allclose(q @ r, weight, atol=1e-5)
 
 
-def test_a_full_eigenvalue_problem_is_logged(caplog):
+def test_full_eigenvalue_problem_is_logged(caplog):
     with caplog.at_level(logging.INFO):
         decompose(torch.randn(600, 600, generator=torch.Generator().manual_seed(0)), 32, name="to_q")
     assert "to_q" in caplog.text and "eigenvalue problem" in caplog.text
@@ -120,7 +120,7 @@ def test_a_full_eigenvalue_problem_is_logged(caplog):
 # ------------------------------------------------------------------ keys
 
 
-def test_a_key_names_the_numbers_the_rank_and_the_algorithm(monkeypatch):
+def test_cache_key(monkeypatch):
     weight = power(20, 30)
     key = weight_key(weight, R)
     changed = weight.clone()
@@ -136,14 +136,14 @@ def test_a_key_names_the_numbers_the_rank_and_the_algorithm(monkeypatch):
     assert key != weight_key(weight, R)
 
 
-def test_the_hash_of_all_bases_knows_names_and_weights_but_no_order(weights):
+def test_hash_of_all_bases(weights):
     names = list(weights)
     assert basis_hash(weights, R) == basis_hash(dict(reversed(weights.items())), R)
     swapped = {**weights, names[0]: weights[names[1]], names[1]: weights[names[0]]}
     assert len({basis_hash(weights, R), basis_hash(swapped, R), basis_hash(weights, R - 1)}) == 3
 
 
-def test_start_basis_takes_a_rank_for_each_layer(weights, tmp_path, monkeypatch):
+def test_start_basis_with_rank_per_layer(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "default"))
     ranks = dict(zip(weights, (2, 4, 6), strict=True))
     found, facts = start_basis(weights, ranks, None, progress=False)
@@ -153,7 +153,7 @@ def test_start_basis_takes_a_rank_for_each_layer(weights, tmp_path, monkeypatch)
     assert uniform["basis_hash"] == basis_hash(weights, R) != facts["basis_hash"]
 
 
-def test_the_default_cache(monkeypatch):
+def test_default_cache_folder(monkeypatch):
     monkeypatch.setenv("LOWRANK_CACHE", "/somewhere")
     assert cache_folder("basis") == Path("/somewhere/basis")
     monkeypatch.delenv("LOWRANK_CACHE")
@@ -163,7 +163,7 @@ def test_the_default_cache(monkeypatch):
 # ------------------------------------------------------------------ the cache
 
 
-def test_a_second_run_reads_what_the_first_one_wrote(weights, tmp_path, computed):
+def test_second_run_reads_cache(weights, tmp_path, computed):
     first = bases(weights, R, cache=tmp_path / "a", progress=False)
     assert computed == list(weights)
     again = bases(weights, R, cache=str(tmp_path / "a"), progress=False)
@@ -222,7 +222,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_file_is_computed_again_and_said(damage, weights, tmp_path, computed, caplog):
+def test_damaged_file_is_recomputed_with_warning(damage, weights, tmp_path, computed, caplog):
     first = bases(weights, R, cache=tmp_path, progress=False)
     file = tmp_path / f"{weight_key(weights['blocks.1.to_q'], R)}.safetensors"
     whole = file.read_bytes()
@@ -233,7 +233,7 @@ def test_a_damaged_file_is_computed_again_and_said(damage, weights, tmp_path, co
     assert caplog.text.count("computing it again") == 1 and str(file) in caplog.text
 
 
-def test_a_file_under_another_weights_name_is_not_believed(tmp_path, computed):
+def test_file_of_another_weight_is_not_used(tmp_path, computed):
     weights = {"a": power(20, 30, seed=0), "b": power(20, 30, seed=1)}
     first = bases(weights, R, cache=tmp_path, progress=False)
     file_a, file_b = (tmp_path / f"{weight_key(weights[name], R)}.safetensors" for name in weights)
@@ -241,14 +241,14 @@ def test_a_file_under_another_weights_name_is_not_believed(tmp_path, computed):
     assert same(first, bases(weights, R, cache=tmp_path, progress=False)) and computed == ["a", "b", "b"]
 
 
-def test_a_bad_weight_is_refused_by_name_and_the_others_are_kept(weights, tmp_path):
+def test_bad_weight_is_named_and_others_are_kept(weights, tmp_path):
     weights["blocks.2.to_q"][3, 4] = math.nan
     with pytest.raises(Refused, match=r"blocks\.2\.to_q has NaN"):
         bases(weights, R, cache=tmp_path, progress=False)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_a_rank_above_a_layer_is_refused_before_anything_is_computed(weights, tmp_path, computed):
+def test_rank_above_layer_is_refused_before_computing(weights, tmp_path, computed):
     with pytest.raises(
         Refused, match=r"rank 21 is not between 1 and min\(out=20, in=30\) of blocks\.0\.to_q"
     ):
@@ -256,13 +256,13 @@ def test_a_rank_above_a_layer_is_refused_before_anything_is_computed(weights, tm
     assert not computed and not (tmp_path / "new").exists()
 
 
-def test_a_cache_that_cannot_be_a_folder_is_refused(weights, tmp_path):
+def test_cache_path_that_is_a_file_is_refused(weights, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(Refused, match=r"cannot be locked .* --basis_cache_dir or LOWRANK_CACHE"):
         bases(weights, R, cache=tmp_path / "file", progress=False)
 
 
-def test_a_failed_write_leaves_no_file(weights, tmp_path, monkeypatch):
+def test_failed_write_leaves_no_file(weights, tmp_path, monkeypatch):
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -299,14 +299,14 @@ def aside():
         thread.join(timeout=1)
 
 
-def test_a_finished_cache_is_read_without_its_lock(weights, tmp_path, aside):
+def test_complete_cache_is_read_without_lock(weights, tmp_path, aside):
     first = bases(weights, R, cache=tmp_path, progress=False)
     with open(tmp_path / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert same(first, aside(bases, weights, R, cache=tmp_path, progress=False)())
 
 
-def test_who_finds_the_lock_taken_says_so_and_waits(weights, tmp_path, computed, caplog, aside):
+def test_waiting_for_lock_is_logged(weights, tmp_path, computed, caplog, aside):
     with open(tmp_path / ".lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         found = aside(bases, weights, R, cache=tmp_path, progress=False)
@@ -377,7 +377,7 @@ def slow_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_computes_and_both_have_the_same(slow_processes, tmp_path):
+def test_two_processes_compute_once(slow_processes, tmp_path):
     outputs = [process.communicate(timeout=60) for process in slow_processes(2, 0.1)]
     lines = [out.splitlines() for out, _ in outputs]
     assert sorted(len(own) for own in lines) == [1, 9]  # the other one prints its hash only
@@ -385,7 +385,7 @@ def test_of_two_processes_one_computes_and_both_have_the_same(slow_processes, tm
     assert sum("waiting for it" in err for _, err in outputs) == 1
 
 
-def test_a_killed_run_loses_only_the_present_layer(slow_processes, tmp_path, computed):
+def test_killed_run_keeps_finished_layers(slow_processes, tmp_path, computed):
     (process,) = slow_processes(1, 0.05)
     until(lambda: len(list(tmp_path.glob("*.safetensors"))) >= 3)
     process.send_signal(signal.SIGKILL)

@@ -104,7 +104,7 @@ def looped(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_the_curvature_is_that_of_a_loop_over_samples(kind):
+def test_curvature_equals_loop_over_samples(kind):
     _, context = measured(kind)
     for name, (S, G) in looped(kind).items():
         for mine, his in ((context.layers[name].S, S), (context.layers[name].G, G)):
@@ -128,7 +128,7 @@ def test_curvature_does_not_depend_on_batch_size_or_loss_scale(curvature, change
             assert torch.linalg.norm(dense(mine) - dense(his)) <= 3e-6 * torch.linalg.norm(dense(his))
 
 
-def test_autocast_changes_rounding_alone():
+def test_autocast_changes_only_rounding():
     _, plain = measured("linear")
     model, x, losses = problem("linear")
     fisher = Fisher(find("unet", model, target="."), "kfac", 4, 0, "cpu")
@@ -144,7 +144,7 @@ def test_autocast_changes_rounding_alone():
             assert torch.linalg.norm(dense(mine) - dense(his)) <= 0.05 * torch.linalg.norm(dense(his))
 
 
-def test_checkpointing_counts_nothing_twice():
+def test_checkpointing_keeps_curvature():
     from torch.utils.checkpoint import checkpoint
 
     _, plain = measured("linear")
@@ -161,7 +161,7 @@ def test_checkpointing_counts_nothing_twice():
     assert not model.first._forward_hooks and model.first.weight.grad is None
 
 
-def test_a_dead_input_has_no_precision_and_a_layer_outside_no_curvature():
+def test_dead_input_and_layer_without_curvature():
     model, x, _ = problem("linear")
     x[..., 5] = 0
     fisher = Fisher(find("unet", model, target="."), "kfac_lr", 4, 0, "cpu")
@@ -175,13 +175,13 @@ def test_a_dead_input_has_no_precision_and_a_layer_outside_no_curvature():
     assert not context.layers["lora_unet_second"].G.main.any()
 
 
-def test_a_grouped_convolution_is_not_measured():
+def test_grouped_convolution_is_not_measured():
     model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=2))
     with pytest.raises(Refused, match=r"lora_unet_0 is a grouped convolution \(groups=2\).*--exclude"):
         Fisher(find("unet", model, target="."), "kfac", 4, 0, "cpu")
 
 
-def test_a_sketch_is_exact_at_its_rank_and_close_above():
+def test_sketch_accuracy():
     torch.manual_seed(0)
     thin = torch.randn(300, 20) @ torch.randn(20, 200)
     turned = torch.linalg.qr(torch.randn(200, 200))[0]
@@ -213,7 +213,7 @@ def spectra(n: int, size: int, rank: int, seed: int) -> Spectrum:
     )
 
 
-def test_the_penalty_in_float64():
+def test_penalty_in_float64():
     S, G = spectra(2, 9, 3, 0), spectra(2, 7, 2, 1)
     U, D = (torch.randn(2, *shape).double().requires_grad_() for shape in ((7, 4), (4, 9)))
     value = penalty.kronecker(U, D, S, G)
@@ -249,7 +249,7 @@ def written(tmp_path: Path, kind: str = "linear", curvature: str = "kfac") -> st
 
 @pytest.mark.parametrize("kind", HOSTS)
 @pytest.mark.parametrize("plain", [lora, dora], ids=["lora", "dora"])
-def test_the_penalty_of_a_network(kind, plain, tmp_path):
+def test_penalty_of_network(kind, plain, tmp_path):
     """λ/2 · Σ vec(ΔW)ᵀ(S ⊗ G)vec(ΔW)/c, with s and the multiplier in ΔW, joined to any method."""
     path = written(tmp_path, kind)
     pull = lalora.penalty(lalora.Options(path, 0.1))
@@ -267,7 +267,7 @@ def test_the_penalty_of_a_network(kind, plain, tmp_path):
     )
 
 
-def test_full_is_low_rank_at_full_rank(tmp_path):
+def test_full_curvature_equals_full_rank_sketch(tmp_path):
     values = []
     for curvature, rank in (("kfac", 1), ("kfac_lr", 40)):
         _, context = measured("linear", curvature, rank=rank)
@@ -281,7 +281,7 @@ def test_full_is_low_rank_at_full_rank(tmp_path):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_experts_are_held_by_their_mean(tmp_path):
+def test_penalty_of_experts_uses_their_mean(tmp_path):
     pull = lalora.penalty(lalora.Options(written(tmp_path), 1.0))
     _, made = joined("linear", probes()["experts"] | pull)
     shake(made)
@@ -294,7 +294,7 @@ def test_experts_are_held_by_their_mean(tmp_path):
     assert float(made.penalties()["lalora"].detach()) == pytest.approx(0, abs=1e-9)
 
 
-def test_isotropic_is_half_the_square_of_the_change():
+def test_isotropic_penalty():
     _, made = joined("linear", lalora.method(lalora.Options(None, 2.0, True)))
     shake(made)
     squares = sum(layer.delta_weight().double().square().sum() for layer in made.layers())
@@ -321,7 +321,7 @@ def trained(strength: float | None, path: str | None, steps: int = 30):
     return made, seen
 
 
-def test_lambda_zero_is_the_same_run_and_a_huge_one_stands_still(tmp_path):
+def test_lambda_zero_and_huge_lambda(tmp_path):
     path = written(tmp_path)
     (plain, _), (zero, seen), (huge, _) = trained(None, None), trained(0.0, path), trained(1e6, path)
     for mine, his in zip(zero.parameters(), plain.parameters(), strict=True):
@@ -436,7 +436,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("strength", [0.0, 0.1])
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_bad_file_is_refused_by_name_also_at_lambda_zero(what, strength, tmp_path):
+def test_bad_context_file_is_refused_at_lambda_zero(what, strength, tmp_path):
     path = written(tmp_path)
     broken(what, Path(path))
     with pytest.raises(Refused, match=BROKEN[what]) as told:
@@ -444,7 +444,7 @@ def test_a_bad_file_is_refused_by_name_also_at_lambda_zero(what, strength, tmp_p
     assert path in str(told.value)
 
 
-def test_lambda_needs_something_to_go_by(tmp_path):
+def test_lambda_needs_context_or_isotropic(tmp_path):
     for options, said in (
         (lalora.Options(None, 0.1), "needs a context; give"),
         (lalora.Options(None, -1.0), "below 0"),
@@ -456,7 +456,7 @@ def test_lambda_needs_something_to_go_by(tmp_path):
     assert lalora.method(lalora.Options()).penalty == ()
 
 
-def test_a_base_in_another_dtype_is_the_same_base():
+def test_base_hash_in_another_dtype():
     for kind in HOSTS:
         layer, half = base(kind).first, base(kind).bfloat16().first
         assert (weight_fingerprint(layer) - weight_fingerprint(half)).square().mean().sqrt() < 0.02
@@ -465,7 +465,7 @@ def test_a_base_in_another_dtype_is_the_same_base():
         assert (weight_fingerprint(layer) - weight_fingerprint(half)).square().mean().sqrt() > 0.7
 
 
-def test_layers_that_stay_free_are_told(tmp_path, caplog):
+def test_layers_without_curvature_are_reported(tmp_path, caplog):
     _, context = measured("linear", samples=64)
     layers = {"lora_unet_first": context.layers["lora_unet_first"]}
     probes = {"lora_unet_first": context.probes["lora_unet_first"]}
@@ -480,7 +480,7 @@ def test_layers_that_stay_free_are_told(tmp_path, caplog):
     assert "1 of its 2 layers are not adapted" in caplog.text
 
 
-def test_a_file_of_the_fork_holds_coordinates_and_nothing_else(tmp_path):
+def test_context_file_of_fork(tmp_path):
     path, core = tmp_path / "old.safetensors", torch.rand(4, 4)
     tensors = {f"unet_{one}.alpha_{part}": value for one in ("first", "second")
                for part, value in (("mean", torch.eye(4)), ("precision", core))}  # fmt: skip
@@ -528,7 +528,7 @@ def line(folders, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
 @pytest.mark.slow
-def test_the_script_on_every_family(kind, line, tmp_path, capsys, request):
+def test_script_on_every_family(kind, line, tmp_path, capsys, request):
     assert main(line(request.getfixturevalue(f"tiny_{kind}"), "--gradient_checkpointing")) == 0
     context = read_context(tmp_path / "context.safetensors")
     text = [name for name in context.layers if name.startswith("lora_te")]
@@ -594,7 +594,7 @@ def test_training_with_a_context(line, arguments, tiny_sd, tiny_sdxl, tmp_path):
         sd(arguments("none", *common, "lalora_lambda=0.1", "--network_module", "networks.lalora"))
 
 
-def test_the_training_folder_is_no_source(line, folders, tiny_sd, tmp_path, caplog):
+def test_training_folder_as_source_is_refused(line, folders, tiny_sd, tmp_path, caplog):
     with pytest.raises(Refused, match="is the training folder"):
         main(line(tiny_sd, "--train_data_dir", str(folders / "train")))
     copied = tmp_path / "copied"
@@ -608,7 +608,7 @@ def test_the_training_folder_is_no_source(line, folders, tiny_sd, tmp_path, capl
 
 
 @pytest.mark.slow
-def test_the_base_draws_its_own_source(line, tiny_sd, tmp_path):
+def test_source_images_drawn_by_base(line, tiny_sd, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --s 1\na dog --s 1 --d 7\n")
     words = line(
@@ -636,7 +636,7 @@ def test_the_base_draws_its_own_source(line, tiny_sd, tmp_path):
         (["--source_data_dir", "nowhere"], "does not exist"),
     ],
 )
-def test_what_the_script_refuses(more, said, line, tiny_sd, tmp_path, monkeypatch):
+def test_script_errors(more, said, line, tiny_sd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refused, match=said):
         main(line(tiny_sd, *more))

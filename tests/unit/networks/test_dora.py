@@ -41,7 +41,7 @@ def peft_twin(kind: str, ours):
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_forward_and_gradients_are_pefts(kind):
+def test_forward_and_gradients_equal_peft(kind):
     model, ours = adapted(kind)
     theirs, layers = peft_twin(kind, ours)
     x = HOSTS[kind].example().double().requires_grad_()
@@ -65,7 +65,7 @@ def test_forward_and_gradients_are_pefts(kind):
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_merging_is_pefts(kind):
+def test_merge_equals_peft(kind):
     _, ours = adapted(kind)
     theirs, layers = peft_twin(kind, ours)
     ours.restore()
@@ -78,7 +78,7 @@ def test_merging_is_pefts(kind):
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
 @pytest.mark.parametrize("kind", HOSTS)
-def test_the_equation_in_float64(kind, strength):
+def test_equation_in_float64(kind, strength):
     _, made = adapted(kind)
     made.set_multiplier(strength)
     x = HOSTS[kind].example().double()
@@ -94,7 +94,7 @@ def test_the_equation_in_float64(kind, strength):
     assert not torch.allclose(merged[0], host(x))
 
 
-def test_a_strength_for_each_sample():
+def test_strength_per_sample():
     model, made = adapted("linear")
     x = HOSTS["linear"].example(2).double()
     alone = []
@@ -170,7 +170,7 @@ def test_diffusers_loads_the_native_flux_file(cache, tmp_path):
 
 @pytest.mark.parametrize("kind", HOSTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_all_in_half_precision_still_starts_as_the_base(kind, dtype):
+def test_half_precision_starts_equal_to_base(kind, dtype):
     model, x = base(kind, dtype), HOSTS[kind].example().to(dtype)
     before = model(x)
     network("dora", model).to(dtype)  # --full_bf16: the lengths themselves are rounded
@@ -178,7 +178,7 @@ def test_all_in_half_precision_still_starts_as_the_base(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_the_norm_is_fp32_in_half_precision_and_under_autocast(kind):
+def test_norm_is_fp32(kind):
     _, made = adapted(kind, torch.bfloat16)
     for layer in made.layers():
         U, D = layer.factors()
@@ -192,7 +192,7 @@ def test_the_norm_is_fp32_in_half_precision_and_under_autocast(kind):
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_a_trained_adapter_under_autocast_is_right(kind):
+def test_trained_adapter_under_autocast(kind):
     model, made = adapted(kind, torch.float32)
     x = HOSTS[kind].example()
     plain = base(kind)
@@ -209,7 +209,7 @@ def test_a_trained_adapter_under_autocast_is_right(kind):
     assert (got - want).norm() / want.norm() < 0.02  # a norm in bf16 would move y itself by 0.4 %
 
 
-def test_a_dead_row_stays_finite_and_can_learn():
+def test_dead_row_stays_finite_and_trainable():
     model = base("linear")
     with torch.no_grad():
         model.first.weight[3] = 0
@@ -223,7 +223,7 @@ def test_a_dead_row_stays_finite_and_can_learn():
     assert made.layers()[0].magnitude.grad[3].abs() > 0
 
 
-def test_row_norm_is_the_norm_of_the_sum():
+def test_row_norm_of_sum():
     generator = torch.Generator().manual_seed(0)
     W, U, D = (torch.randn(n, generator=generator, dtype=torch.float64) for n in ((9, 7), (9, 2), (2, 7)))
     want = (W + 0.3 * U @ D).square().sum(1).sqrt()

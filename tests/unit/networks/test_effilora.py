@@ -89,11 +89,11 @@ READS = {
 
 
 @pytest.mark.parametrize("stream", READS)
-def test_a_path_tells_what_a_layer_reads(stream):
+def test_input_space_of_layer_path(stream):
     assert {path: effilora.stream_of(path) for path in READS[stream]} == dict.fromkeys(READS[stream], stream)
 
 
-def test_kohyas_and_diffusers_names_share_alike():
+def test_shared_downs_by_kohya_and_diffusers_names():
     """Of a tiny U-Net with text encoders: one A for each part, stream and shape, and one parameter group."""
     encoders, unet = tiny("sd")
     net = effilora.create_network(1.0, 4, 2.0, None, encoders, unet, conv_dim="2")
@@ -133,7 +133,7 @@ def test_parameter_counts_of_sd15_attention(given, count):
 
 @pytest.mark.parametrize("scope", effilora.SCOPES)
 @pytest.mark.parametrize(("kind", "read"), [("linear", "h"), ("linear", "x"), ("conv", "h")])
-def test_the_branch_is_its_formula(kind, read, scope):
+def test_branch_equals_formula(kind, read, scope):
     """s·Σₑ wₑ(x)·Bₑ·A x, position by position in float64."""
     model = base(kind, torch.float64)
     net = shake(network(model, num_experts=3, router_input=read, router_scope=scope).double(), 1.0)
@@ -159,14 +159,14 @@ def test_the_branch_is_its_formula(kind, read, scope):
     torch.testing.assert_close(layer.delta(x), want)
 
 
-def test_training_and_evaluation_compute_the_same():
+def test_training_equals_evaluation_mode():
     model, x = base("linear"), Linears.example()
     net = shake(network(model))
     assert torch.equal(net.train() and model(x), net.eval() and model(x))
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_every_expert_learns_from_the_first_step_and_they_part(kind):
+def test_experts_train_and_diverge(kind):
     model, x = base(kind), HOSTS[kind].example()
     net = network(model)
     torch.manual_seed(1)
@@ -186,7 +186,7 @@ def test_every_expert_learns_from_the_first_step_and_they_part(kind):
         assert torch.pdist(ups).min() > 1e-3 * ups.norm()
 
 
-def test_experts_of_another_factors_role():
+def test_experts_of_other_factor_role():
     """A core between frozen sides has experts as well as an up: role = factor.plus[0]."""
 
     def start(weights, ranks, scales):
@@ -215,7 +215,7 @@ def test_experts_of_another_factors_role():
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_experts_of_a_null_space_with_free_lengths(kind, tmp_path):
+def test_experts_of_null_space_with_dora(kind, tmp_path):
     """Two chains, of which one has experts: the base at first, every tensor learns, files, one ΔW."""
     null = null_lora.method(null_lora.Options())
     routed = null | effilora.experts(effilora.Options(num_experts=3), null.require_factor()) | dora.LENGTHS
@@ -244,7 +244,7 @@ def test_experts_of_a_null_space_with_free_lengths(kind, tmp_path):
     ) < 0.5
 
 
-def test_mistakes_are_one_sentence():
+def test_effilora_error_messages():
     for given, words in (
         ({"num_experts": 0}, "num_experts=0 is below 1"),
         ({"num_experts": 1_000_000}, "num_experts=1000000 is above 256"),
@@ -262,7 +262,7 @@ def test_mistakes_are_one_sentence():
 # ------------------------------------------------------------------ files
 
 
-def test_a_file_says_what_it_needs(tmp_path):
+def test_file_metadata(tmp_path):
     model, x, path = base("linear"), Linears.example(), str(tmp_path / "a.safetensors")
     net = shake(network(model, num_experts=3, router_input="x", router_scope="sample"))
     live = model(x)
@@ -274,7 +274,7 @@ def test_a_file_says_what_it_needs(tmp_path):
     assert torch.equal(model(x), live)
 
 
-def test_one_expert_is_a_lora_with_a_shared_down(tmp_path):
+def test_one_expert_equals_lora_with_shared_down(tmp_path):
     model, path = nn.Sequential(*(nn.Linear(24, 24) for _ in range(3))).requires_grad_(False), tmp_path / "a"
     net = shake(network(model, num_experts=1), 0.1)
     x = torch.randn(2, 5, 24)
@@ -326,7 +326,7 @@ def sampled(ratio: float = 0.5, probed: int = 2, every: int = 1):
     return model, net, LayerSampler(net.method.updates, net, held, Accelerator(cpu=True)), loss
 
 
-def test_ups_of_layers_that_were_not_drawn_stand_still_bit_for_bit():
+def test_ups_of_undrawn_layers_do_not_change():
     _, net, sampler, loss = sampled(every=1000)
     shake(net)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2, weight_decay=0.1)
@@ -347,13 +347,13 @@ def test_ups_of_layers_that_were_not_drawn_stand_still_bit_for_bit():
     assert network(Chained(), rank=2).method.updates is None
 
 
-def test_kohyas_trainers_have_every_layer_learn():
+def test_all_layers_train_in_kohya_trainers():
     net = network(Chained(), rank=2, effi_update_ratio=0.5)
     with pytest.raises(Refused, match=r"updates a fraction of 0\.5 of its layers"):
         net.prepare_network(SimpleNamespace(mixed_precision="bf16"))
 
 
-def test_a_layer_that_nobody_reads_ends_below_the_others():
+def test_importance_of_unused_layer():
     _, net, sampler, loss = sampled()
     optimizer = torch.optim.AdamW(net.parameters(), 3e-2)
     strengths = [layer.multiplier for layer in net.layers()]
@@ -371,7 +371,7 @@ def test_a_layer_that_nobody_reads_ends_below_the_others():
     assert drawn.count(net.layers()[-1].name) < 0.8 * drawn.count(most)
 
 
-def test_importance_is_kept_to_the_last_bit(tmp_path):
+def test_importance_is_saved_exactly(tmp_path):
     _, net, sampler, _ = sampled()
     shake(net)
     for step in range(1, 6):
@@ -400,7 +400,7 @@ print(hashlib.sha256(repr(order).encode()).hexdigest())
 
 
 @pytest.mark.slow
-def test_order_does_not_depend_on_pythons_hashes():
+def test_order_is_independent_of_hash_seed():
     """Layers, parameters and tensors of a file, with the start values that follow from the order."""
     more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     runs = [
@@ -420,7 +420,7 @@ def test_order_does_not_depend_on_pythons_hashes():
 # ------------------------------------------------------------------ one ΔW
 
 
-def test_least_squares_is_the_best_static_up_and_tells_its_error():
+def test_least_squares_static_up():
     torch.manual_seed(0)
     ups, u = torch.randn(3, 7, 4, dtype=torch.float64), torch.randn(500, 4, dtype=torch.float64)
     w = experts.softmax_router(u, 2 * torch.randn(3, 4, dtype=torch.float64))
@@ -442,7 +442,7 @@ def test_least_squares_is_the_best_static_up_and_tells_its_error():
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_unrouted_is_a_lora_with_the_error_it_tells(kind, tmp_path):
+def test_unrouted_error(kind, tmp_path):
     model, x = base(kind), HOSTS[kind].example(8)
     net = shake(network(model, num_experts=2), 0.2)
     layer = net.layers()[1]
@@ -461,7 +461,7 @@ def test_unrouted_is_a_lora_with_the_error_it_tells(kind, tmp_path):
     assert errors[layer.name] == pytest.approx(lost, rel=1e-4)
 
 
-def test_unrouted_keeps_the_gain_of_dora():
+def test_unrouted_keeps_dora_gain():
     model, x = base("linear"), Linears.example(8)
     method = effilora.method(effilora.Options(num_experts=2)) | dora.LENGTHS
     net = shake(joined(method, model), 0.2)
@@ -477,7 +477,7 @@ def test_unrouted_keeps_the_gain_of_dora():
     assert (model(x) - live).norm() < 0.2 * live.norm() and max(one.share for one in errors.values()) < 0.5
 
 
-def test_several_experts_are_no_lora_file(tmp_path):
+def test_several_experts_are_refused_as_lora(tmp_path):
     net = shake(network(base("linear")))
     net.save_weights(str(tmp_path / "a.safetensors"), None, {})
     with pytest.raises(Refused, match="4 experts and a router"):
@@ -487,7 +487,7 @@ def test_several_experts_are_no_lora_file(tmp_path):
         net.merge_to(None, None)
 
 
-def test_what_has_no_static_up_is_refused():
+def test_unrouted_refuses_without_static_up():
     model = base("linear")
     net = network(model, num_experts=1)
     with pytest.raises(Refused, match="has one ΔW"):
@@ -506,7 +506,7 @@ def test_what_has_no_static_up_is_refused():
 
 
 @pytest.mark.slow
-def test_a_whole_run_saves_loads_and_resumes_bit_for_bit(arguments, tmp_path, tiny_sd):
+def test_save_load_resume(arguments, tmp_path, tiny_sd):
     more = (
         *("--network_module", "effilora", "--max_train_steps", "3", "--save_every_n_steps", "2"),
         *("--save_state", "--network_args", "num_experts=2", "effi_update_ratio=0.5"),

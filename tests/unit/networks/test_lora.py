@@ -103,7 +103,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("family", KEYS)
-def test_kohyas_keys(family, full_size):
+def test_kohya_keys(family, full_size):
     encoders, unet = full_size[family]
     net = lora.create_network(1.0, 4, 1.0, None, encoders, unet, conv_dim="4")
     net.apply_to(encoders, unet)
@@ -139,11 +139,11 @@ def test_kohyas_keys(family, full_size):
         ("lora_unet_double_blocks_0_img_attn_qkv", None),
     ],
 )
-def test_the_block_of_a_layer(name, block):
+def test_block_of_layer(name, block):
     assert unet_blocks.index(name) == block
 
 
-def test_the_plan_is_read_from_names():
+def test_block_plan_from_names():
     assert unet_blocks.plan(["lora_te_x", "lora_unet_mid_block_attentions_0_proj_in"]) == unet_blocks.SD
     assert unet_blocks.plan(["lora_unet_middle_block_1_proj_in"]) == unet_blocks.SDXL
     assert unet_blocks.plan(["lora_unet_transformer_blocks_0_attn_to_q"]) is None
@@ -186,7 +186,7 @@ def kohyas_sdxl() -> torch.nn.Module:
     return root.requires_grad_(False)
 
 
-def test_blocks_in_kohyas_own_sdxl():
+def test_blocks_of_kohya_sdxl():
     dims = ",".join(str(i % 16) for i in range(23))
     net = lora.create_network(
         1.0, 4, 4.0, None, [None, None], kohyas_sdxl(), block_dims=dims, conv_block_dims=dims
@@ -230,7 +230,7 @@ def rates_of(net, *rates):
     return {name: pytest.approx(group["lr"]) for name, group in zip(names, groups, strict=True)}
 
 
-def test_block_rates_are_groups_and_zero_leaves_out():
+def test_block_learning_rates():
     weights = ["0"] * 12
     weights[4], weights[5] = "0.5", "2"
     net, _, _ = made(
@@ -250,7 +250,7 @@ def test_block_rates_are_groups_and_zero_leaves_out():
     assert 12 not in {unet_blocks.index(layer.name) for layer in net.layers("unet")}
 
 
-def test_each_text_encoder_has_its_rate():
+def test_learning_rate_of_each_text_encoder():
     net, _, _ = made("sdxl", loraplus_text_encoder_lr_ratio="4")
     assert rates_of(net, [1e-5, 2e-5], 1e-4, 1e-3) == {
         "textencoder 1 ": 1e-5,
@@ -269,7 +269,7 @@ def test_each_text_encoder_has_its_rate():
 # ------------------------------------------------------------------ rules
 
 
-def test_rules_choose_rank_alpha_and_rate():
+def test_rules_for_rank_alpha_and_rate():
     net, _, _ = made(
         "sdxl",
         conv_dim="1",
@@ -298,7 +298,7 @@ def test_rules_choose_rank_alpha_and_rate():
     }
 
 
-def test_the_first_rule_holds():
+def test_first_matching_rule():
     found = layer_rules.parse_rules("a -> rank=1; b -> rank=2 alpha=0.5 lr=0")
 
     def rule_of(path, *inside):
@@ -345,18 +345,18 @@ def test_the_first_rule_holds():
     ],
     ids=str,
 )
-def test_mistakes_are_one_sentence(arguments, words, sd):
+def test_lora_error_messages(arguments, words, sd):
     with pytest.raises(Refused, match=words) as told:
         lora.create_network(1.0, 4, 1.0, None, *sd, **arguments)
     assert "\n" not in str(told.value)
 
 
-def test_rules_are_read_before_a_model_is_there():
+def test_rules_are_parsed_before_model_loads():
     with pytest.raises(Refused, match="not of the form"):
         lora.create_network.__self__.check({"module_rules": "attn1"})
 
 
-def test_blocks_of_a_model_without_them():
+def test_block_arguments_without_blocks():
     model = base("linear")
     with pytest.raises(Refused, match="module_rules"):
         lora.create_network(1.0, 4, 1.0, None, [], model, target=".", block_dims="4")
@@ -365,7 +365,7 @@ def test_blocks_of_a_model_without_them():
 # ------------------------------------------------------------------ values, dropouts
 
 
-def test_kohyas_defaults():
+def test_kohya_defaults():
     encoders, unet = tiny("sd")
     for alpha, scale in ((None, 0.25), (0, 1.0), (2, 0.5)):  # kohya: unset is 1, 0 is the rank
         net = lora.create_network(1.0, None, alpha, None, encoders, unet)
@@ -378,7 +378,7 @@ def test_kohyas_defaults():
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_dropouts_are_kohyas(kind):
+def test_dropouts_equal_kohya(kind):
     model = base(kind)
     net = shake(network("lora", model))
     inputs, layer = HOSTS[kind].example(4), net.layers()[0]
@@ -403,7 +403,7 @@ def test_dropouts_are_kohyas(kind):
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_delta_weight_and_output_are_pefts(kind):
+def test_delta_weight_and_output_equal_peft(kind):
     model = base(kind, torch.float64)
     net = shake(network("lora", model, alpha=3.0).double())
     config = LoraConfig(r=RANK, lora_alpha=3, target_modules=["first", "second"])
@@ -464,7 +464,7 @@ def test_stock_diffusers_loads_the_file(family, conv, tmp_path, caplog):
     assert not torch.allclose(want[0], before, atol=1e-2)
 
 
-def test_a_file_of_another_family_is_refused_and_layers_left_out_are_told(tmp_path, caplog):
+def test_file_of_another_family_and_missing_layers(tmp_path, caplog):
     """Even where the text encoders of both have the same names."""
     path = str(tmp_path / "xl.safetensors")
     made("sdxl")[0].save_weights(path, None, {})
@@ -477,7 +477,7 @@ def test_a_file_of_another_family_is_refused_and_layers_left_out_are_told(tmp_pa
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_network_from_a_file_has_its_layers_ranks_and_alphas(family, tmp_path):
+def test_network_from_file(family, tmp_path):
     net, encoders, unet = made(
         family, conv_dim="2", module_rules="attn1 -> rank=3 alpha=7; mid_block -> off; ^te -> rank=1"
     )
@@ -503,7 +503,7 @@ def test_a_network_from_a_file_has_its_layers_ranks_and_alphas(family, tmp_path)
     } == {1.0}
 
 
-def test_an_sdxl_file_with_diffusers_block_names_is_read(tmp_path):
+def test_sdxl_file_with_diffusers_block_names(tmp_path):
     net, _, _ = made("sdxl", conv_dim="2")
     shake(net)
     renamed = {}
@@ -523,7 +523,7 @@ def test_an_sdxl_file_with_diffusers_block_names_is_read(tmp_path):
     assert all(torch.equal(value, ours[key]) for key, value in other.state_dict().items())
 
 
-def test_base_weights_merge_through_kohyas_calls(tmp_path):
+def test_base_weights_merge_through_kohya_calls(tmp_path):
     net, encoders, unet = made("sd", conv_dim="2")
     shake(net)
     net.save_weights(str(tmp_path / "a.safetensors"), None, {})
@@ -537,7 +537,7 @@ def test_base_weights_merge_through_kohyas_calls(tmp_path):
     assert read_tensors(tmp_path / "a.safetensors")[0].keys() == net.state_dict().keys()
 
 
-def test_every_argument_is_known():
+def test_network_arguments():
     owner = lora.create_network.__self__
     assert isinstance(owner, NetworkModule)
     kohyas = "conv_dim conv_alpha block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight "

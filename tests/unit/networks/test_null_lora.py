@@ -40,7 +40,7 @@ def train(model: nn.Module, found, steps: int = 100, kind: str = "linear") -> No
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24), (20, 24)])
-def test_a_null_space_is_exact_where_there_is_one(shape):
+def test_null_space_is_exact(shape):
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     O, I = shape
     null = least_used(W, 8)
@@ -60,7 +60,7 @@ def test_a_null_space_is_exact_where_there_is_one(shape):
     assert torch.equal(least_used(W, 8).up, null.up)
 
 
-def test_a_thin_svd_would_miss_it():
+def test_null_space_needs_full_svd():
     W = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
     tail = torch.linalg.svd(W, full_matrices=False)[2][-8:]
     assert (W @ tail.mT).norm() > 0.1 * W.norm() > 1e4 * (W @ least_used(W, 8).down.mT).norm()
@@ -73,7 +73,7 @@ def test_nullity_counts_both_sides():
 
 @pytest.mark.parametrize("kind", HOSTS)
 @pytest.mark.parametrize("strict", [False, True])
-def test_what_the_weight_uses_is_left_alone(kind, strict):
+def test_row_space_of_weight_is_unchanged(kind, strict):
     model = base(kind)
     found = made("null_lora", model, rank=4, null_strict=strict)
     assert all((p.grad is None) for p in found.parameters())
@@ -102,7 +102,7 @@ def test_parameters_and_live_gradients():
         )
 
 
-def test_an_svd_cache_changes_nothing_and_knows_its_weights(tmp_path):
+def test_svd_cache(tmp_path):
     cache = tmp_path / "null.safetensors"
     plain = made("null_lora", base("linear"))
     first = made("null_lora", base("linear"), svd_cache_path=str(cache))
@@ -133,7 +133,7 @@ def test_adaptive_ranks_follow_the_nullity():
     assert all(layer.scale == 3 / 8 for layer in found.layers())
 
 
-def test_options_are_checked():
+def test_option_limits():
     for wrong, said in (
         ({"null_source": "wieght"}, "did you mean|weight"),
         ({"null_source": "activation"}, "calc_lalora_context"),
@@ -145,7 +145,7 @@ def test_options_are_checked():
 
 @pytest.mark.parametrize("name", USER)
 @pytest.mark.parametrize("basis", ["none", "auto:weight", "auto:grad"])
-def test_the_users_networks_start_train_save_and_load(name, basis, tmp_path):
+def test_user_networks_train_save_load(name, basis, tmp_path):
     model = base("linear")
     x = HOSTS["linear"].example()
     before = model(x)
@@ -171,7 +171,7 @@ def test_the_users_networks_start_train_save_and_load(name, basis, tmp_path):
     assert any(key.endswith("null_up") for key in load_file(path))
 
 
-def test_loraplus_is_16_for_whole_matrices_and_1_between_directions():
+def test_loraplus_default_ratio():
     for basis, want in (("none", {1e-4, 16e-4}), ("auto:weight", {1e-4})):
         found = made(USER[1], base("linear"), basis_path=basis)
         groups, _ = found.prepare_optimizer_params_with_multiple_te_lrs(None, 1e-4, 1e-4)
@@ -182,14 +182,14 @@ def test_loraplus_is_16_for_whole_matrices_and_1_between_directions():
     assert len(fast) == 1 and {p.shape for p in fast[0]["params"]} == {(3, 3)}
 
 
-def test_strict_and_a_basis_do_not_go_together():
+def test_strict_with_basis_is_refused():
     with pytest.raises(Refused, match="basis_path=none"):
         made("network_null_lalora", base("linear"), null_strict=True, basis_path="auto:weight")
     assert made("network_null_lalora", base("linear"), null_strict=True, basis_path="none").layers()
 
 
 @pytest.mark.parametrize(("length", "swapped"), [("s", False), ("m", False), ("s", True)])
-def test_files_of_the_fork_are_plain_loras(length, swapped, tmp_path):
+def test_files_of_fork_are_plain_loras(length, swapped, tmp_path):
     O, I, h = 12, 9, 2
     draw = torch.Generator().manual_seed(0)
 
@@ -233,7 +233,7 @@ def test_files_of_the_fork_are_plain_loras(length, swapped, tmp_path):
         legacy_files.plain_lora(state, {}, "old.safetensors")
 
 
-def test_experts_that_are_not_enabled_are_one_and_said(caplog, tmp_path):
+def test_disabled_experts_are_logged(caplog, tmp_path):
     for given, said in (({"num_experts": "8"}, True), ({"num_experts": "4"}, False), ({}, False)):
         caplog.clear()
         found = made(USER[2], base("linear"), basis_path="none", **given)

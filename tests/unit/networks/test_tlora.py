@@ -52,7 +52,7 @@ WRONG = {(2.0, 250): 60, (2.0, 500): 48, (2.0, 750): 20, (0.5, 500): 46, (0.5, 7
 
 
 @pytest.mark.parametrize(("row", "ranks"), ROWS.items(), ids=str)
-def test_the_schedules_values(row, ranks):
+def test_schedule_values(row, ranks):
     R, least, alpha = row
     opened = Schedule(least, alpha).open(torch.tensor([float(t) for t in TIMES]), R)
     assert tuple(opened.tolist()) == ranks
@@ -60,7 +60,7 @@ def test_the_schedules_values(row, ranks):
     assert torch.equal(paired, 2 * opened)
 
 
-def test_the_guides_six_wrong_numbers_are_not_produced_and_are_documented():
+def test_wrong_numbers_of_guide():
     page = (ROOT / "docs" / "tlora.md").read_text(encoding="utf-8")
     for (alpha, t), wrong in WRONG.items():
         right = int(gate.open_ranks(torch.tensor([float(t)]), 64, 1, alpha))
@@ -68,7 +68,7 @@ def test_the_guides_six_wrong_numbers_are_not_produced_and_are_documented():
         assert re.search(rf"\| {alpha:g} \| {t} \| {wrong} \| \*\*{right}\*\* \|", page)
 
 
-def test_the_linear_schedule_is_integer_arithmetic():
+def test_linear_schedule_in_integers():
     t = torch.arange(0, 1001)
     for R in (*range(1, 20), 51, 64, 101, 128):
         for least in {1, max(1, R // 4), max(1, R // 2), R}:
@@ -79,7 +79,7 @@ def test_the_linear_schedule_is_integer_arithmetic():
         assert gate.open_ranks(t, R, 1).tolist() == theirs
 
 
-def test_the_schedule_falls_is_clamped_and_floors_last():
+def test_schedule_monotonicity_and_rounding():
     for alpha in (0.5, 1.0, 2.0):
         opened = gate.open_ranks(torch.arange(0, 1001), 64, 5, alpha)
         assert opened[0] == 64 and opened[-1] == 5 and bool((opened.diff() <= 0).all())
@@ -108,7 +108,7 @@ def test_bad_arguments_are_named(arguments, words, flux):
 
 @pytest.mark.parametrize("data", ["True", "False"])
 @pytest.mark.parametrize("sig_type", ["last", "middle", "principal"])
-def test_a_fresh_adapter_is_the_base_and_its_frames_are_orthonormal(sig_type, data):
+def test_fresh_adapter_equals_base(sig_type, data):
     for kind in HOSTS:
         torch.manual_seed(0)
         model, x = base(kind), HOSTS[kind].example()
@@ -130,7 +130,7 @@ def test_a_fresh_adapter_is_the_base_and_its_frames_are_orthonormal(sig_type, da
                 torch.testing.assert_close(S.data, values[tlora.component_slice(sig_type, len(values), 4)])
 
 
-def test_singular_values_are_those_of_a_gaussian_matrix():
+def test_singular_values_of_gaussian_matrix():
     """By the mean of each over 200 draws; a singular value of 20×32 varies by about 0.3/√200 = 0.02."""
     torch.manual_seed(0)
     drawn = torch.stack([tlora.singular_values(20, 32, 0.25) for _ in range(200)]).mean(0)
@@ -203,7 +203,7 @@ def trained(model, path, rank=8, **arguments):
     return outputs
 
 
-def test_a_file_says_all_that_is_needed(flux, tmp_path):
+def test_file_metadata_is_complete(flux, tmp_path):
     want = trained(flux, tmp_path / "a.safetensors", tlora_min_rank="3", tlora_alpha="2", sig_type="middle")
     _, metadata = read_tensors(tmp_path / "a.safetensors")
     told = {"tlora_max_rank": "8", "tlora_min_rank": "3", "tlora_alpha": "2", "tlora_T": "1000"}
@@ -221,7 +221,7 @@ def test_a_file_says_all_that_is_needed(flux, tmp_path):
 
 
 @pytest.mark.parametrize("orthogonal", ["True", "False"])
-def test_the_plain_export_is_the_adapter_at_every_prefix(orthogonal, flux, tmp_path, capsys):
+def test_plain_export_at_every_prefix(orthogonal, flux, tmp_path, capsys):
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     want = trained(flux, source, orthogonal=orthogonal, tlora_min_rank="1")
     assert export([str(source), str(target), "--to", "diffusers"]) == 0
@@ -256,7 +256,7 @@ def test_the_plain_export_is_the_adapter_at_every_prefix(orthogonal, flux, tmp_p
     assert "is no T-LoRA" in capsys.readouterr().err
 
 
-def test_merging_without_a_timestep_is_refused(flux, tmp_path):
+def test_merge_without_timestep_is_refused(flux, tmp_path):
     """The guide's own example merges, and its masks then do nothing; here that is an error."""
     source = tmp_path / "a.safetensors"
     want = trained(flux, source, tlora_min_rank="1")
@@ -280,7 +280,7 @@ def test_merging_without_a_timestep_is_refused(flux, tmp_path):
     attached.restore()
 
 
-def test_our_file_in_lycoris(flux, tmp_path, own_presets):
+def test_lycoris_reads_file(flux, tmp_path, own_presets):
     want = trained(flux, tmp_path / "a.safetensors", alpha=4.0, **LIKE_LYCORIS, tlora_alpha="2")
     target = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     target.parent.mkdir()
@@ -308,7 +308,7 @@ def test_our_file_in_lycoris(flux, tmp_path, own_presets):
 
 
 @pytest.mark.parametrize("sidecar", [True, False])
-def test_their_file_in_ours(sidecar, flux, tmp_path, own_presets, caplog):
+def test_lycoris_file_is_read(sidecar, flux, tmp_path, own_presets, caplog):
     LycorisNetwork.apply_preset({"target_module": ["FluxAttention", "FeedForward"]})
     theirs = lycoris.create_lycoris(flux, 1.0, 8, 4, algo="tlora", train_norm=False)
     theirs.apply_to()
@@ -349,14 +349,14 @@ def test_their_file_in_ours(sidecar, flux, tmp_path, own_presets, caplog):
         ({**LIKE_LYCORIS, "module_rules": "ff -> rank=4"}, "several ranks"),
     ],
 )
-def test_what_lycoris_would_load_wrongly_is_refused(arguments, words, flux, tmp_path, capsys):
+def test_export_that_lycoris_misreads_is_refused(arguments, words, flux, tmp_path, capsys):
     trained(flux, tmp_path / "a.safetensors", **arguments)
     target = tmp_path / "b.safetensors"
     assert export([str(tmp_path / "a.safetensors"), str(target), "--to", "lycoris-tlora"]) == 1
     assert words in capsys.readouterr().err and not target.exists()
 
 
-def test_another_sidecar_is_kept(flux, tmp_path, capsys):
+def test_sidecar_of_another_file_is_kept(flux, tmp_path, capsys):
     trained(flux, tmp_path / "a.safetensors", **LIKE_LYCORIS)
     (tmp_path / "lycoris_config.json").write_text("{}")
     target = str(tmp_path / "b.safetensors")
@@ -365,7 +365,7 @@ def test_another_sidecar_is_kept(flux, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("orthogonal", ["True", "False"])
-def test_the_authors_files_are_read(orthogonal, flux, tmp_path):
+def test_official_files_are_read(orthogonal, flux, tmp_path):
     target = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj)$"
     path, official = tmp_path / "a.safetensors", {}
     want = trained(flux, path, orthogonal=orthogonal, target=target, tlora_min_rank="4")
@@ -402,7 +402,7 @@ def test_the_authors_files_are_read(orthogonal, flux, tmp_path):
         timestep_ranks(flux, file).__enter__()
 
 
-def test_a_start_from_the_weight_can_be_left_out_and_is_checked(flux, tmp_path):
+def test_weight_start_can_be_omitted_from_file(flux, tmp_path):
     want = trained(flux, tmp_path / "a.safetensors", save_basis="none", use_data_init="True")
     assert not any("base_" in key for key in read_tensors(tmp_path / "a.safetensors")[0])
     net = made("tlora", flux, None, 8, use_data_init="True")
@@ -416,7 +416,7 @@ def test_a_start_from_the_weight_can_be_left_out_and_is_checked(flux, tmp_path):
         made("tlora", other, None, 8, use_data_init="True").load_weights(str(tmp_path / "a.safetensors"))
 
 
-def test_text_encoders_have_all_ranks_open(tiny_sd):
+def test_text_encoders_are_not_masked(tiny_sd):
     from lowrank.models.family import Source
     from lowrank.models.sd import SD15
 
@@ -432,7 +432,7 @@ def test_text_encoders_have_all_ranks_open(tiny_sd):
     net.restore()
 
 
-def test_an_unknown_denoiser_needs_to_be_told():
+def test_unknown_denoiser_needs_schedule_argument():
     model = base("linear")
     network("tlora", model)
     with pytest.raises(Refused, match="timestep, which is not set"):

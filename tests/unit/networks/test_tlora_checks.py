@@ -18,7 +18,7 @@ __all__ = ["flux"]  # a fixture
 R = 8
 
 
-def test_the_linear_schedule_at_every_rank():
+def test_linear_schedule_at_every_rank():
     """r = ⌊(T − t)(R − R_min)/T⌋ + R_min for all t in 0..1000, R in 1..128, R_min in 1..R."""
     t = torch.arange(0, 1001)
     for rank in range(1, 129):
@@ -46,7 +46,7 @@ SHAPES = {  # of one sample's input: tokens are rows, (rows, tokens) or (rows, t
 
 @pytest.mark.parametrize("orthogonal", ["True", "False"])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_each_sample_of_any_shape_has_its_own_ranks(kind, orthogonal):
+def test_ranks_per_sample_of_any_shape(kind, orthogonal):
     """In float64: a CPU may choose another fp32 kernel for another batch size."""
     make, shape = SHAPES[kind]
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_each_sample_of_any_shape_has_its_own_ranks(kind, orthogonal):
     assert not torch.allclose(together[0], together[2], atol=1e-3)
 
 
-def test_each_sample_of_sdxl_has_its_own_ranks():
+def test_ranks_per_sample_on_sdxl():
     """In float64: a CPU may choose another fp32 kernel for another batch size."""
     unet = files.denoiser("sdxl")
     network = files.network("sdxl", "tlora", unet, tlora_min_rank="1").double()
@@ -91,7 +91,7 @@ def test_each_sample_of_sdxl_has_its_own_ranks():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputed_forwards_have_the_ranks_of_their_own_time(reentrant):
+def test_ranks_of_recomputed_forwards(reentrant):
     """The mask is there when a backward recomputes, also after another forward at another time."""
 
     class UNet2DConditionModel(nn.Module):  # a class whose timesteps are known
@@ -117,7 +117,7 @@ def test_recomputed_forwards_have_the_ranks_of_their_own_time(reentrant):
     assert int((layer.q_layer.grad.abs().sum(1) > 0).sum()) == opened < R
 
 
-def test_memory_is_twice_that_of_a_lora(flux):
+def test_memory_against_lora(flux):
     sizes = {}
     for name in ("lora", "tlora"):
         network = made(name, flux, None, R)
@@ -127,7 +127,7 @@ def test_memory_is_twice_that_of_a_lora(flux):
     assert sizes["tlora"] <= 2.1 * sizes["lora"]
 
 
-def test_a_file_in_half_precision(flux, tmp_path):
+def test_half_precision_file(flux, tmp_path):
     """At most half a percent of the effect, here of a large one: P and P₀ are rounded apart."""
     network, outputs = shake(made("tlora", flux, None, R, tlora_min_rank="1"), 0.1), {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -41,7 +41,7 @@ def small(net):
     }
 
 
-def test_the_share_of_a_schedule():
+def test_schedule_share():
     whole = Schedule(12, 1.0).of(24)
     assert [whole.least(rank) for rank in (24, 16, 20, 3, 1, 48)] == [12, 8, 10, 1, 1, 24]
     assert Schedule().of(7).least(7) == 3 and Schedule(12).least(16) == 12  # of an older file's layers: 12
@@ -54,7 +54,7 @@ def test_the_share_of_a_schedule():
 
 
 @pytest.mark.parametrize("orthogonal", ["True", "False"])
-def test_small_layers_have_their_own_rank_and_no_dead_component(orthogonal, flux, caplog):
+def test_ranks_of_small_layers(orthogonal, flux, caplog):
     base = out(flux, [500, 999], False)
     net = clamped(flux, orthogonal=orthogonal, alpha=12.0)
     assert "rank 24 exceeds min(out, in) of" in caplog.text
@@ -83,7 +83,7 @@ def clamped_again(net, model):
 
 
 @pytest.mark.parametrize("orthogonal", ["True", "False"])
-def test_every_reader_opens_the_same_ranks(orthogonal, flux, tmp_path, capsys):
+def test_readers_agree_on_ranks(orthogonal, flux, tmp_path, capsys):
     source, plain, baked = (tmp_path / f"{name}.safetensors" for name in "abc")
     net = shake(clamped(flux, orthogonal=orthogonal, tlora_alpha="2"), 0.05)
     net.save_weights(str(source), None, {})
@@ -112,7 +112,7 @@ def test_every_reader_opens_the_same_ranks(orthogonal, flux, tmp_path, capsys):
         schedule_of(source, read_adapter_file(source).layers, told, {"max_rank": 16})
 
 
-def test_lycoris_opens_them_too_where_all_layers_are_alike(flux, tmp_path, own_presets):
+def test_lycoris_ranks_with_equal_layers(flux, tmp_path, own_presets):
     """Rank 40 on layers of 32: a file of rank 32 whose schedule LyCORIS' mask of 32 ranks can say."""
     import json
 
@@ -138,7 +138,7 @@ def test_lycoris_opens_them_too_where_all_layers_are_alike(flux, tmp_path, own_p
             torch.testing.assert_close(out(flux, [t, t], False), one, rtol=1e-5, atol=1e-5)
 
 
-def test_plain_lora_is_refused_as_before(flux):
+def test_plain_lora_is_refused(flux):
     with pytest.raises(Refused, match="rank 24 does not fit"):
         made("lora", flux, None, R, target="x_embedder")
 
@@ -156,7 +156,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("what", DAMAGED)
-def test_a_damaged_schedule_is_one_sentence(what, tmp_path):
+def test_damaged_schedule_error(what, tmp_path):
     metadata, words = DAMAGED[what]
     pair = {"transformer.x_embedder": {"down": torch.ones(8, 16), "up": torch.ones(32, 8)}}
     with pytest.raises(Refused, match=words):
@@ -174,7 +174,7 @@ def test_a_damaged_schedule_is_one_sentence(what, tmp_path):
         ('{"algo": "tlora", "tlora_min_rank": []}', r"tlora_min_rank \[\]"),
     ],
 )
-def test_a_sidecar_of_another_file_is_one_sentence(text, words, tmp_path):
+def test_sidecar_of_another_file_error(text, words, tmp_path):
     (tmp_path / "lycoris_config.json").write_text(text)
     layer = {"x": {"q_layer": torch.ones(8, 16), "p_layer": torch.ones(32, 8), "lambda_layer": torch.ones(8)}}
     with pytest.raises(Refused, match=words):

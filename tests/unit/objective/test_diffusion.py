@@ -35,7 +35,7 @@ def terminal() -> np.ndarray:
 # ---------- the schedule
 
 
-def test_alpha_bars_are_the_schedulers():
+def test_alpha_bars_of_scheduler():
     from diffusers import DDPMScheduler
 
     theirs = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -43,7 +43,7 @@ def test_alpha_bars_are_the_schedulers():
     assert (alpha_bars() - theirs.alphas_cumprod.double()).abs().max() < 1e-6
 
 
-def test_zero_terminal_snr_is_the_schedulers():
+def test_zero_terminal_snr_of_scheduler():
     from diffusers import DDPMScheduler
 
     theirs = DDPMScheduler(
@@ -129,7 +129,7 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("case", DRAWS)
-def test_draw_is_the_formula(case):
+def test_draw_equals_formula(case):
     objective, x0 = Diffusion(**DRAWS[case]), latents()
     drawn, told = objective.draw(x0, seeded(3)), replay(objective, x0.numpy(), 3)
     assert drawn.timesteps.tolist() == told["timesteps"].tolist()
@@ -139,7 +139,7 @@ def test_draw_is_the_formula(case):
 
 
 @pytest.mark.parametrize("case", DRAWS)
-def test_fp32_is_float64_to_rounding(case):
+def test_fp32_against_float64(case):
     objective = Diffusion(**DRAWS[case])
     exact, single = objective.draw(latents(), seeded(1)), objective.draw(latents().float(), seeded(1))
     assert single.noisy.dtype == torch.float32
@@ -147,7 +147,7 @@ def test_fp32_is_float64_to_rounding(case):
 
 
 @pytest.mark.parametrize("case", DRAWS)
-def test_a_batch_is_batches_of_one(case):
+def test_batch_equals_single_samples(case):
     objective, g = Diffusion(**DRAWS[case]), seeded(2)
     together = objective.draw(latents(), seeded(2))
     single = [objective.draw(one[None], g) for one in latents()]
@@ -156,7 +156,7 @@ def test_a_batch_is_batches_of_one(case):
 
 
 @pytest.mark.parametrize("objective", [Diffusion(noise_offset=0.1), Flow()], ids=["ddpm", "flow"])
-def test_a_place_can_be_fixed(objective):
+def test_fixed_timestep(objective):
     drawn = objective.draw(latents(), seeded(), at=0.4)
     assert drawn.timesteps.tolist() == pytest.approx([400] * B)
     ranged = Diffusion(min_timestep=200, max_timestep=300).draw(latents(), seeded(), at=0.4)
@@ -164,7 +164,7 @@ def test_a_place_can_be_fixed(objective):
     assert Diffusion().draw(latents(), seeded(), at=1.0).timesteps.tolist() == [999] * B
 
 
-def test_timesteps_cover_their_range_evenly():
+def test_timesteps_are_uniform():
     objective = Diffusion(min_timestep=10, max_timestep=20)
     x0 = torch.zeros(4000, 1, 1, 1)
     seen = objective.draw(x0, seeded()).timesteps.long().bincount(minlength=20)
@@ -172,7 +172,7 @@ def test_timesteps_cover_their_range_evenly():
     assert ((seen[10:] - 400).abs() < 5 * 20).all()
 
 
-def test_switches_that_are_off_draw_nothing():
+def test_disabled_options_draw_no_random_numbers():
     off = Diffusion(noise_offset=0.0, multires_noise_iterations=0, ip_noise_gamma=0.0, min_snr_gamma=0.0)
     assert torch.equal(off.draw(latents(), seeded()).noisy, Diffusion().draw(latents(), seeded()).noisy)
 
@@ -233,7 +233,7 @@ def formula(o: Diffusion, prediction, target, t: int, mask, weight) -> float:
 
 @pytest.mark.parametrize("times", TIMES, ids=str)
 @pytest.mark.parametrize("case", LOSSES)
-def test_losses_are_the_formula(case, times):
+def test_losses_equal_formula(case, times):
     objective = Diffusion(**LOSSES[case])
     prediction, target = latents(1), latents(2)
     mask = torch.rand(B, 1, H, W, generator=seeded(4), dtype=torch.float64)
@@ -252,7 +252,7 @@ def test_losses_are_the_formula(case, times):
         assert ours.tolist() == pytest.approx([float(x) for x in told], rel=tolerance, abs=1e-12)
 
 
-def test_the_loss_of_the_right_answer_is_zero():
+def test_loss_of_true_prediction_is_zero():
     for case in LOSSES:
         drawn = Diffusion(**LOSSES[case]).draw(latents(), seeded())
         assert Diffusion(**LOSSES[case]).losses(drawn.target, drawn).abs().max() == 0
@@ -285,6 +285,6 @@ def test_weights_match_diffusers_snr():
         ({"min_snr_gamma": -1.0}, "is below 0"),
     ],
 )
-def test_refused(options, said):
+def test_option_errors(options, said):
     with pytest.raises(Refused, match=said):
         Diffusion(**options)

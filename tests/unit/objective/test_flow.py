@@ -39,7 +39,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 3.1582])
-def test_sigma_table_is_the_schedulers(shift):
+def test_sigma_table_of_scheduler(shift):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     table = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift).sigmas
@@ -50,7 +50,7 @@ def test_sigma_table_is_the_schedulers(shift):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_sigma_sampling_looks_the_scheme_up(scheme):
+def test_sigma_sampling_uses_weighting_scheme(scheme):
     """The same generator gives u; the formula and the table are written out here."""
     options = {**PLAIN, "weighting_scheme": scheme, "logit_mean": 0.3, "logit_std": 0.7}
     drawn = sigmas("sigma", 4000, seeded(), **options)
@@ -125,14 +125,14 @@ def test_distribution(sampling, scheme):
     assert distance < 1.95 / math.sqrt(n) + 1e-3
 
 
-def test_mode_density_prefers_the_middle():
+def test_mode_density():
     """arXiv 2403.03206: a positive scale favours the middle of the interval, and u stays in it."""
     u = density(Flow(weighting_scheme="mode"), 20000, seeded())
     middle = ((u > 0.4) & (u < 0.6)).double().mean()
     assert u.min() >= 0 and u.max() <= 1 and middle > 0.3
 
 
-def test_ends_of_the_table_are_safe():
+def test_ends_of_sigma_table():
     """u = 1 is possible in fp32 (a wide logit-normal, a large mode scale); kohya's lookup would then fail."""
     for scheme, extra in (("logit_normal", {"logit_std": 50.0}), ("mode", {"mode_scale": 9.0})):
         drawn = sigmas("sigma", 5000, seeded(), **{**PLAIN, "weighting_scheme": scheme, **extra})
@@ -155,7 +155,7 @@ def test_ip_noise():
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_draw_is_the_interpolation(sampling):
+def test_draw_equals_interpolation(sampling):
     flow = Flow(timestep_sampling=sampling)
     latents = torch.randn(3, 4, 6, 8, generator=seeded(9), dtype=torch.float64)
     drawn = flow.draw(latents, seeded())
@@ -172,7 +172,7 @@ def test_draw_is_the_interpolation(sampling):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.2])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_batch_is_batches_of_one(sampling, gamma):
+def test_batch_equals_single_samples(sampling, gamma):
     flow = Flow(timestep_sampling=sampling, ip_noise_gamma=gamma, ip_noise_gamma_random_strength=True)
     latents = torch.randn(4, 4, 6, 6, generator=seeded(1))
     together = flow.draw(latents, seeded(2))
@@ -183,13 +183,13 @@ def test_batch_is_batches_of_one(sampling, gamma):
     assert len(set(together.sigma.tolist())) == 4
 
 
-def test_ip_noise_moves_the_input_and_not_the_target():
+def test_ip_noise_changes_only_input():
     latents = torch.randn(1, 4, 6, 6, generator=seeded(1))
     plain, moved = Flow().draw(latents, seeded(2)), Flow(ip_noise_gamma=0.5).draw(latents, seeded(2))
     assert torch.equal(plain.target, moved.target) and not torch.allclose(plain.noisy, moved.noisy)
 
 
-def test_half_precision_latents_are_drawn_in_fp32():
+def test_half_precision_latents_use_fp32_noise():
     drawn = Flow().draw(torch.randn(1, 4, 6, 6, generator=seeded(1)).bfloat16(), seeded())
     assert drawn.noisy.dtype == drawn.target.dtype == torch.float32
 
@@ -221,7 +221,7 @@ def reference(flow: Flow, v, drawn, mask=None, weight=None):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_combination_against_float64(scheme, kind, loss, schedule):
+def test_option_combinations_against_float64(scheme, kind, loss, schedule):
     flow = Flow(
         weighting_scheme=scheme,
         model_prediction_type=kind,
@@ -242,7 +242,7 @@ def test_every_combination_against_float64(scheme, kind, loss, schedule):
         assert torch.allclose(losses, reference(flow, v, drawn, m, w), rtol=2e-6, atol=0)
 
 
-def test_losses_are_fp32_and_samples_independent():
+def test_losses_are_fp32_per_sample():
     flow = Flow(weighting_scheme="cosmap", loss_type="huber", huber_schedule="exponential")
     latents = torch.randn(3, 4, 4, 4, generator=seeded(1))
     drawn = flow.draw(latents, seeded(2))
@@ -254,7 +254,7 @@ def test_losses_are_fp32_and_samples_independent():
         assert torch.equal(flow.losses(v[b : b + 1], alone), losses[b : b + 1])
 
 
-def test_the_true_velocity_has_no_loss_when_raw():
+def test_loss_of_true_velocity_is_zero():
     latents = torch.randn(2, 4, 4, 4, generator=seeded(1))
     drawn = Flow().draw(latents, seeded(2))
     assert torch.equal(Flow().losses(drawn.target, drawn), torch.zeros(2))
@@ -288,7 +288,7 @@ def test_weights():
         assert torch.equal(flow_weight(scheme, s), torch.ones_like(s))
 
 
-def test_mask_counts_absent_pixels_as_zero():
+def test_mask_of_absent_pixels_is_zero():
     loss = torch.ones(2, 3, 2, 2)
     mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]])
     assert per_sample(loss, mask).tolist() == [0.25, 1.0]
@@ -311,10 +311,10 @@ def test_mask_counts_absent_pixels_as_zero():
         ({"ip_noise_gamma": -0.1}, "is below 0"),
     ],
 )
-def test_refusals(options, said):
+def test_option_errors(options, said):
     with pytest.raises(Refused, match=said.replace("(", r"\(")):
         Flow(**options)
 
 
-def test_l2_never_reads_the_huber_schedule():
+def test_l2_ignores_huber_schedule():
     assert Flow(loss_type="l2", huber_schedule="snr").loss_type == "l2"
