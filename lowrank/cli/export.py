@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lowrank import __version__
 from lowrank.adapter_file import RawFile
-from lowrank.cli.adapter import read
 from lowrank.cli.base_model import base as base_source
 from lowrank.cli.base_model import model_family
 from lowrank.cli.calibrate import attached, nearest_lora
@@ -23,12 +22,12 @@ from lowrank.config.tools import CONVERT_WORDS, EXPORT, Export
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, verify
 from lowrank.formats.delta import LORA
-from lowrank.formats.formats import FORMATS, Choices
 from lowrank.formats.native import to_native
-from lowrank.formats.read import Adapter, baked, read_adapter
+from lowrank.formats.read import Adapter, baked, read_adapter, read_and_report
 from lowrank.formats.tlora import export_lycoris, ranks_of
 from lowrank.formats.verify import difference
-from lowrank.formats.write import only, resize, write
+from lowrank.formats.write import FORMATS, only, resize, write
+from lowrank.formats.writers import Choices
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
 
@@ -55,16 +54,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.calibrate:
         raw, told = nearest_lora(args.source, args.model, args.calibrate)
         print(told)
-        return _export(args, read(raw, args.base), raw)
+        return _export(args, read_and_report(raw, args.base), raw)
     if args.at_timestep is None:
-        return _export(args, read(args.source, args.base), args.source)
-    adapter = baked(read(args.source, args.base, precision=torch.float32), args.at_timestep)
+        return _export(args, read_and_report(args.source, args.base), args.source)
+    adapter = baked(read_and_report(args.source, args.base, precision=torch.float32), args.at_timestep)
     native = to_native(adapter, LORA.name)
     return _export(args, adapter, RawFile(native.state, native.metadata, args.source))
 
 
 def _export_lycoris(args: Export) -> int:
-    adapter = read(args.source, strict=False)
+    adapter = read_and_report(args.source, strict=False)
     state = export_lycoris(adapter.raw, adapter.metadata, adapter.schedule, adapter.source, args.target)
     ranks = sorted(ranks_of(state))
     apart = difference(adapter, read_adapter(args.target, strict=False))
@@ -164,7 +163,7 @@ def _tell_forward(args: Export, adapter: Adapter, live: str | RawFile) -> None:
     if exact and told > 1e-5:
         raise Refused(
             f"one forward of {args.model} differs by {told:.1e} of its output between {args.source} and "
-            f"{args.target} (limit 1e-05); do not use the export, and tell us the file"
+            f"{args.target} (limit 1e-05); export to another format with --to, or merge with --to merged"
         )
     print(f"one forward of the model: {told:.1e} of its output apart")
 

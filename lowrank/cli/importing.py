@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lowrank import __version__
 from lowrank.adapter_file import open_adapter_file
-from lowrank.cli.adapter import read
 from lowrank.config.positional import parse_words
 from lowrank.config.tools import CONVERT_WORDS, IMPORT, ImportAdapter
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, tlora
+from lowrank.formats.delta import is_orthogonal
 from lowrank.formats.native import TIMES, Native, largest_difference, method_of, to_native, to_native_tlora
-from lowrank.formats.read import Adapter, read_adapter
+from lowrank.formats.read import Adapter, read_adapter, read_and_report
 from lowrank.formats.verify import difference
 from lowrank.models.family import DTYPES
 from lowrank.naming import places
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     config = _schedule(args)
     start = _Start(args)
-    adapter = read(open_adapter_file(args.source), args.base, schedule=config or None, start=start)
+    adapter = read_and_report(open_adapter_file(args.source), args.base, schedule=config or None, start=start)
     if args.method in ("auto", tlora.METHOD) and _is_tlora(adapter, args.method, bool(config)):
         return _import_tlora(args, adapter, start)
     method = method_of(adapter) if args.method == "auto" else args.method
@@ -55,9 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     if made.start_of_base:
         print(f"{told}; its start Q₀R₀ is that of {args.model}")
         return 0
-    print(
-        f"{told}; read back, at most {difference(adapter, read(args.target)):.1e} of a layer's change apart"
-    )
+    apart = difference(adapter, read_adapter(args.target))
+    print(f"{told}; read back, at most {apart:.1e} of a layer's change apart")
     return 0
 
 
@@ -92,7 +91,7 @@ class _Start:
 
 def _is_tlora(adapter: Adapter, method: str, scheduled: bool) -> bool:
     """Whether a file is to be imported as a T-LoRA: by its tensors, or because a schedule is known."""
-    orthogonal = any(map(tlora.is_orthogonal, adapter.raw.values()))
+    orthogonal = any(map(is_orthogonal, adapter.raw.values()))
     return method == tlora.METHOD or scheduled or "tlora_T" in adapter.metadata or orthogonal
 
 

@@ -22,7 +22,7 @@ from lowrank.bases.qr_basis import start_basis
 from lowrank.errors import Refused
 from lowrank.formats import tlora
 from lowrank.formats.base_checkpoint import BaseCheckpoint
-from lowrank.formats.delta import LORA, Delta, check_shapes, distance, method_for
+from lowrank.formats.delta import LORA, Delta, check_shapes, distance, is_orthogonal, method_for
 from lowrank.formats.read import Adapter, baked
 from lowrank.naming import keys
 from lowrank.naming.flux_join import strength
@@ -226,7 +226,7 @@ def to_native_tlora(adapter: Adapter, start_left_out: bool) -> Native:
     """
     source, schedule = adapter.source, adapter.schedule
     assert schedule is not None  # the caller has asked for one
-    orthogonal = any(map(tlora.is_orthogonal, adapter.raw.values()))
+    orthogonal = any(map(is_orthogonal, adapter.raw.values()))
     if not orthogonal and schedule.group == 2:
         raise Refused(
             f"{source} is an export as a plain LoRA whose ranks open in pairs; use the original file"
@@ -243,8 +243,8 @@ def to_native_tlora(adapter: Adapter, start_left_out: bool) -> Native:
         method = method_for(roles, adapter.method)
         rank = check_shapes(module, roles, source, method).get("rank", 1)
         sides = method.require_factor().sides()
-        if roles.keys() - {"alpha"} != sides.keys() or tlora.is_orthogonal(roles) != orthogonal:
-            wanted = sides if tlora.is_orthogonal(roles) == orthogonal else ("one kind of factors",)
+        if roles.keys() - {"alpha"} != sides.keys() or is_orthogonal(roles) != orthogonal:
+            wanted = sides if is_orthogonal(roles) == orthogonal else ("one kind of factors",)
             raise Refused(
                 f"{module} in {source} has {', '.join(sorted(roles))} and a T-LoRA of this kind has "
                 f"{', '.join(wanted)}; the file is not whole, or of two methods"

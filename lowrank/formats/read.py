@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from lowrank.adapters.method import Method
 from lowrank.adapters.network_module import method_made_by
 from lowrank.errors import Refused
 from lowrank.formats import tlora
-from lowrank.formats.delta import LORA, Delta, delta_of, method_for, swapped
+from lowrank.formats.delta import LORA, Delta, delta_of, is_orthogonal, method_for, swapped
 from lowrank.naming import flux as flux_names
 from lowrank.naming.places import LayerPath, adapter_family, check_family, places
 
@@ -107,7 +108,10 @@ def read_adapter(
         )
     warn_zero_alpha(raw.source, contents.layers)
     layers = {module: roles for module, roles in contents.layers.items() if not _DEAD.match(module)}
-    gate = tlora.schedule_of(raw.source, layers, raw.metadata, schedule)
+    gate = None
+    may_be_tlora = schedule is not None or any(key in raw.metadata for key in tlora.SCHEDULE_KEYS)
+    if may_be_tlora or any(map(is_orthogonal, layers.values())):
+        gate = tlora.schedule_of(raw.source, layers, raw.metadata, schedule)
     if start is not None:
         layers = tlora.with_copies(layers, start, raw.metadata, raw.source)
     if family is not None:
@@ -121,6 +125,20 @@ def read_adapter(
     )  # fmt: skip
     adapter = _by_place(adapter, replace(contents, layers=layers), wide, strict)
     return adapter if at is None or gate is None else baked(adapter, at)
+
+
+def read_and_report(file: str | Path | RawFile, family: str | None = None, **options: Any) -> Adapter:
+    """Read an adapter with the options of `read_adapter`, and print which keys of the file are not used."""
+    adapter = read_adapter(file, family, **options)
+    if unused := adapter.not_understood:
+        kinds = Counter(key.kind for key in unused if not key.kind.startswith("unknown"))
+        counts = ", ".join(f"{kind} × {count}" for kind, count in kinds.items())
+        examples = ", ".join(sorted(key.key for key in unused)[:5])
+        print(
+            f"{adapter.source}: {len(unused)} keys are not read by this program and not used"
+            f"{f' ({counts})' if counts else ''}: {examples}"
+        )
+    return adapter
 
 
 def _refuse_no_adapter(contents: AdapterFile) -> None:

@@ -27,6 +27,7 @@ from lowrank.adapters.network_module import network_named, options_of
 from lowrank.bases.singular import PARTS, singular_components
 from lowrank.errors import Refused, nearest
 from lowrank.files import atomic
+from lowrank.formats.delta import is_orthogonal
 from lowrank.naming import keys
 from lowrank.naming.places import LayerPath, lycoris_layer
 from lowrank.tensors import write_tensors
@@ -35,6 +36,7 @@ Layers = dict[str, dict[str, Tensor]]
 
 METHOD = "tlora"  # also the algorithm's name in LyCORIS' configuration
 SIDECAR = "lycoris_config.json"
+SCHEDULE_KEYS = ("tlora_T", "lycoris_config")  # metadata that can have a schedule
 _CONFIG = ("max_rank", "min_rank", "alpha")  # of SimpleTuner's `_tlora_config`
 logger = logging.getLogger(__name__)
 
@@ -49,11 +51,6 @@ def _factor() -> Factor:
     if module is None:
         raise Refused(f"networks/{METHOD}.py is not here, which T-LoRA files need; install the whole program")
     return module.made({}).require_factor()
-
-
-def is_orthogonal(roles: Mapping[str, Tensor]) -> bool:
-    """Whether a layer is of the orthogonal T-LoRA: P·Λ·Q instead of an up and a down."""
-    return any(keys.METHOD_OF.get(role) == METHOD for role in roles)
 
 
 def without_copies(layers: Layers) -> list[str]:

@@ -19,11 +19,11 @@ from lowrank.combine.mixture import read_mixture
 from lowrank.combine.pair_sum import PairSum
 from lowrank.errors import Refused
 from lowrank.formats.delta import delta_of
-from lowrank.formats.formats import Choices
 from lowrank.formats.read import read_adapter
 from lowrank.formats.residual import check_residual, write_residual
 from lowrank.formats.verify import difference
 from lowrank.formats.write import write
+from lowrank.formats.writers import Choices
 
 
 def as_lora(source, target):

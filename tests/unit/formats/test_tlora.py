@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tlora_reference import AUTHORS, TIMES, own_presets
 
 from lowrank.cli import importing
-from lowrank.cli.adapter import read
 from lowrank.combine.mixture import Entry, read_mixture
 from lowrank.errors import Refused
 from lowrank.formats.base_checkpoint import BaseCheckpoint
+from lowrank.formats.read import read_adapter
 from lowrank.naming.places import places
 from lowrank.tensors import read_tensors, write_tensors
 from lowrank.train.network_module import find_module
@@ -207,4 +207,7 @@ def test_files_that_cannot_be_are_refused(lycoris_file, tmp_path):
     joined["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"] = torch.ones(96, 4)
     refused(joined, "several layers of FLUX in one", "--method", "tlora", "--tlora_min_rank", "2")
     save_file(pairs, other)  # without a schedule it is a plain LoRA, as before
-    assert importing.main([str(other), target]) == 0 and read(target).metadata["lowrank.method"] == "lora"
+    assert (
+        importing.main([str(other), target]) == 0
+        and read_adapter(target).metadata["lowrank.method"] == "lora"
+    )
