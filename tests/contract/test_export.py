@@ -313,9 +313,6 @@ def test_diffusers_own_reader_of_kohyas_flux_at_full_width(tmp_path):
         assert distance(layer, Delta(up, down, 1.0)) <= 1e-6 * layer.norm()
 
 
-# ---------- DoRA's two conventions
-
-
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_mixed_alphas_of_attention_layers_reach_diffusers(family, saved, tmp_path):
     """diffusers reads one alpha for all attention layers of a kohya file: `writers._with_common_alpha`."""
@@ -344,6 +341,9 @@ def test_mixed_alphas_outside_of_attention_are_written_as_they_are(saved, tmp_pa
     assert verify.check_export(mixed, "kohya", target, Choices())
 
 
+# ---------- DoRA's two conventions
+
+
 def test_lengths_in_both_norm_conventions(saved, tmp_path):
     """m·(W + ΔW)/‖W + ΔW‖, as LyCORIS divides (by ‖W + ΔW‖) and as ComfyUI does for outputs (by ‖W‖)."""
     adapter = only(read_adapter(saved("sdxl", "dora")), "unet")
@@ -367,7 +367,7 @@ def test_a_joined_layer_with_lengths_needs_the_base(saved, tmp_path):
     adapter = only(read_adapter(saved("flux", "dora")), "unet")
     part = {p: one for p, one in adapter.layers.items() if not p.path.endswith("proj_mlp")}
     adapter = Adapter("probe", "flux", part)
-    with pytest.raises(Refused, match="proj_mlp has no length of its own"):
+    with pytest.raises(Refused, match="proj_mlp has no DoRA magnitude"):
         write(adapter, "kohya", tmp_path / "out.safetensors", Choices())
     base = Weights(files.denoiser("flux"))
     write(adapter, "kohya", tmp_path / "out.safetensors", Choices(base=base))

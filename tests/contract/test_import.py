@@ -407,7 +407,7 @@ def test_time_is_linear_in_the_number_of_keys(tmp_path, capsys):
         (["--base", "flux", "--tlora_min_rank", "1"], "is not in flux; leave --base out"),
         (["--tlora_min_rank", "0"], "--tlora_min_rank 0 is below 1"),
         (["--tlora_min_rank", "1", "--tlora_alpha", "-1"], "--tlora_alpha -1 is not above 0"),
-        (["--tlora_min_rank", "1", "--method", "lora"], "--method lora is none"),
+        (["--tlora_min_rank", "1", "--method", "lora"], "--method is lora; leave one out"),
     ],
 )
 def test_flags_that_do_not_fit_the_file(words, said, tmp_path):

@@ -322,5 +322,5 @@ def test_a_magnitude_is_not_left_out_silently(saved, tmp_path):
     save_file(state, tmp_path / "dora.safetensors")
     with pytest.raises(Refused, match="DoRA magnitude"):
         PairSum([read_adapter(tmp_path / "dora.safetensors")])
-    with pytest.raises(Refused, match="made by dora, whose change is no pair of thin matrices"):
+    with pytest.raises(Refused, match="made by dora, whose change is no pair of low-rank factors"):
         read_mixture([tmp_path / "dora.safetensors"]).save(tmp_path / "out.safetensors", (1.0,), {})
