@@ -67,7 +67,7 @@ class ForeignKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter file: {module: {role: tensor}}; modules as the file names them, without the model's prefix."""
+    """An adapter file: {module: {role: tensor}}; modules as the file names them, without the prefix."""
 
     source: str
     layers: Mapping[str, Roles]
