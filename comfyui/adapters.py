@@ -1,9 +1,8 @@
-"""Adapter files on ComfyUI's models: one ΔW as weight patches, any other beside the layers of each step.
+"""Adapter files on ComfyUI's models: one ΔW as weight patches, others beside the layers at each step.
 
 Static adapters (LoRA, ΔR, QR-LoRA …) become ComfyUI's own LoRA patches, exactly, and DoRA a patch of its own.
-T-LoRA and routed experts are another change at each step or input: `live` puts them beside the layers while
-the denoiser runs. Layers are found through ComfyUI's key maps, which also say where in a fused layer
-(FLUX's qkv) a change belongs.
+The ΔW of T-LoRA and routed experts depends on the step or the input: `live` attaches them while the denoiser
+runs. Layers are looked up in ComfyUI's key maps, which also have the rows of a fused layer (FLUX's qkv).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class File:
-    """An adapter file, and a schedule {min_rank, alpha} that goes before what the file states."""
+    """An adapter file, and a schedule {min_rank, alpha} that replaces the file's."""
 
     path: str
     adapter: Adapter
@@ -52,16 +51,18 @@ class File:
 
     @property
     def static(self) -> bool:
-        """Whether it adds one ΔW, which has a low rank: all but T-LoRA, routed experts and DoRA."""
+        """Whether it adds one low-rank ΔW: every adapter but T-LoRA, routed experts and DoRA."""
         return not self.routed and self.adapter.schedule is None and not self.adapter.has_magnitude()
 
 
 class Hosts:
     """Where an adapter's layers are in a model: key, and (dimension, start, length) in a fused layer."""
 
-    def __init__(self, patcher: Any, found: Mapping[str, Any]) -> None:
+    def __init__(self, patcher: Any, key_map: Mapping[str, Any]) -> None:
         self.patcher = patcher
-        pairs = ((name, (to, None) if isinstance(to, str) else (to[0], to[1])) for name, to in found.items())
+        pairs = (
+            (name, (to, None) if isinstance(to, str) else (to[0], to[1])) for name, to in key_map.items()
+        )
         self._where = {keys.flat(name): where for name, where in pairs if where[0].endswith(".weight")}
 
     def __contains__(self, name: str) -> bool:
@@ -87,24 +88,24 @@ class Hosts:
         layer, rows = self.layer(name), self.place(name).rows
         if isinstance(layer, nn.Conv2d):
             facts = ("kernel_size", "stride", "padding", "dilation", "groups")
-            told: Any = {fact: getattr(layer, fact) for fact in facts}
-            made = nn.Conv2d(layer.in_channels, layer.out_channels, bias=False, device="meta", **told)
+            options: Any = {fact: getattr(layer, fact) for fact in facts}
+            host = nn.Conv2d(layer.in_channels, layer.out_channels, bias=False, device="meta", **options)
         else:
             outs = layer.out_features if rows is None else rows[1]
-            made = nn.Linear(layer.in_features, outs, bias=False, device="meta")
-        made.weight = nn.Parameter(torch.zeros(()).expand(made.weight.shape), requires_grad=False)
-        return made
+            host = nn.Linear(layer.in_features, outs, bias=False, device="meta")
+        host.weight = nn.Parameter(torch.zeros(()).expand(host.weight.shape), requires_grad=False)
+        return host
 
     def weight(self, name: str) -> Tensor:
-        """W (O, I) in fp32, without what is patched onto it."""
+        """W (O, I) in fp32, without the patches."""
         key, part = self._where[name]
-        told, convert = self.patcher.get_key_patches(key)[key][0]
-        W = convert(told.detach().to("cpu", copy=True), inplace=True).float()
+        stored, convert = self.patcher.get_key_patches(key)[key][0]
+        W = convert(stored.detach().to("cpu", copy=True), inplace=True).float()
         return (W if part is None else W.narrow(*part)).flatten(1)
 
 
 def read_adapter(path: str, config: Mapping[str, Any] | None = None) -> File:
-    """An adapter file; `config` is a schedule {min_rank, alpha} that goes before what the file states."""
+    """An adapter file; `config` is a schedule {min_rank, alpha} that replaces the file's."""
     return File(path, read_for_merge(path, schedule=config), config)
 
 
@@ -128,7 +129,7 @@ def apply_adapter(
     if adapter.schedule is not None:
         part = {place: layer for place, layer in adapter.layers.items() if place.part == "unet"}
         _live(model, _masked(replace(adapter, layers=part), denoiser), strength)
-        named = {name: named[name] for name in text}  # an encoder knows no timestep: all ranks are open
+        named = {name: named[name] for name in text}  # encoders have no timestep: all ranks are open
     pairs = {name: _as_named(adapter, place) for name, place in named.items()}
     _patch(model, denoiser, {n: p for n, p in pairs.items() if n not in text}, strength)
     _patch_text(clip, encoders, {n: p for n, p in pairs.items() if n in text}, strength_clip)
@@ -162,18 +163,18 @@ def merge_adapters(model: Any, clip: Any, files: Sequence[File], weights: Sequen
 
 
 def _hosts(model: Any, clip: Any) -> tuple[Hosts, Hosts]:
-    found = {} if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    key_map = {} if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
     patcher = None if clip is None else clip.patcher
-    return Hosts(model, comfy.lora.model_lora_keys_unet(model.model, {})), Hosts(patcher, found)
+    return Hosts(model, comfy.lora.model_lora_keys_unet(model.model, {})), Hosts(patcher, key_map)
 
 
 def _check(path: str, names: Sequence[str], hosts: Hosts) -> None:
-    lost = [name for name in names if name not in hosts]
-    if lost:
+    missing = [name for name in names if name not in hosts]
+    if missing:
         kind = type(hosts.patcher.model).__name__
         raise Refused(
-            f"{len(lost)} of {len(names)} layers of {path} are not in this {kind}, for example {lost[0]}; "
-            "the adapter is for another model"
+            f"{len(missing)} of {len(names)} layers of {path} are not in this {kind}, for example "
+            f"{missing[0]}; the adapter is for another model"
         )
 
 
@@ -189,7 +190,7 @@ class Dora(comfy.weight_adapter.WeightAdapterBase):
     name = "lowrank_dora"
 
     def __init__(self, pair: Delta) -> None:
-        assert pair.magnitude is not None  # the caller has asked
+        assert pair.magnitude is not None  # checked by the caller
         self.loaded_keys, self.weights = set(), (pair.up, pair.down, pair.magnitude, pair.scale)
 
     def calculate_weight(
@@ -241,17 +242,17 @@ def _patch_text(clip: Any, hosts: Hosts, pairs: Mapping[str, Any], strength: flo
         _patch(clip, hosts, pairs, strength)
 
 
-# ---------- another change at each step: beside the layers
+# ---------- a ΔW that depends on the step or input: beside the layers
 
 
-def _live(model: Any, found: tuple[AdapterNetwork, dict[str, LayerRows]], strength: float) -> None:
-    network, places = found
+def _live(model: Any, layers: tuple[AdapterNetwork, dict[str, LayerRows]], strength: float) -> None:
+    network, places = layers
     Beside(network, places, strength).install(model)
 
 
 def _masked(adapter: Adapter, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, LayerRows]]:
     """A T-LoRA as pairs of factors whose leading ranks open by the timestep."""
-    assert adapter.schedule is not None  # the caller has asked
+    assert adapter.schedule is not None  # checked by the caller
     pairs = PairSum([adapter])
     targets = {keys.flat(t.name): t for t in find("unet", _tree(list(pairs.modules), hosts), target=".")}
     gate = Gate(adapter.schedule.open, adapter.schedule.metadata)
@@ -295,11 +296,11 @@ def _routed(file: File, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, LayerRo
 
 
 def _tree(names: Sequence[str], hosts: Hosts) -> nn.Module:
-    """A model without values that has the adapter's layers under the paths that it was trained on."""
-    told = _paths(hosts.patcher.model)
+    """A model of stand-ins for the adapter's layers, under the paths of the model it was trained on."""
+    paths = _paths(hosts.patcher.model)
     root = nn.Module()
     for name in names:
-        *above, last = told.get(name, name).split(".")
+        *above, last = paths.get(name, name).split(".")
         place = root
         for part in above:
             if not hasattr(place, part):
@@ -310,8 +311,8 @@ def _tree(names: Sequence[str], hosts: Hosts) -> nn.Module:
 
 
 def _paths(model: Any) -> dict[str, str]:
-    """diffusers' dotted paths by flat names, as far as ComfyUI knows them."""
+    """diffusers' dotted paths by flat names, from ComfyUI's own tables."""
     config = model.model_config.unet_config
-    found = {**comfy.utils.unet_to_diffusers(config), **comfy.utils.flux_to_diffusers(config)}
-    paths = (name.removesuffix(".weight") for name in found if name.endswith(".weight"))
+    names = {**comfy.utils.unet_to_diffusers(config), **comfy.utils.flux_to_diffusers(config)}
+    paths = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
     return {path.replace(".", "_"): path for path in paths}

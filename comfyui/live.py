@@ -1,9 +1,8 @@
-"""An adapter beside the layers of ComfyUI's denoiser, there only while it runs.
+"""An adapter beside the layers of ComfyUI's denoiser, attached only while the denoiser runs.
 
 ComfyUI calls its denoiser with noise levels σ, one for each sample, through wrappers that nodes add
 (comfy.patcher_extension, APPLY_MODEL). The wrapper turns σ into timesteps in 0..1000, puts a hook on each
-layer, lets the denoiser run, and takes the hooks off again, so that other workflows of the same model never
-meet them.
+layer, runs the denoiser and removes the hooks, so that they do not affect other workflows of the model.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ class LayerRows(NamedTuple):
 def timestep(sampling: Any, sigma: Tensor) -> Tensor:
     """Timesteps (B,) in 0..1000 from noise levels (B,), by the model's own sampling.
 
-    A rectified flow's σ is the timestep / 1000. Raises `Refused` for a sampling that counts otherwise.
+    A rectified flow's σ is the timestep / 1000. Raises `Refused` for other samplings.
     """
     if isinstance(sampling, comfy.model_sampling.CONST):
         return 1000 * sigma.double()
-    odd = ("ModelSamplingDiscreteEDM", "StableCascadeSampling")
+    unsupported = ("ModelSamplingDiscreteEDM", "StableCascadeSampling")
     kinds = [kind.__name__ for kind in type(sampling).__mro__]
-    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or set(odd) & set(kinds):
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or set(unsupported) & set(kinds):
         raise Refused(
-            f"it is not known how {kinds[min(1, len(kinds) - 1)]} counts timesteps; T-LoRA works with "
+            f"the timesteps of {kinds[min(1, len(kinds) - 1)]} are not known; T-LoRA works with "
             "discrete and rectified-flow models"
         )
     return sampling.timestep(sigma).double()
@@ -57,13 +56,13 @@ class Beside:
         self._gated = network.method.gate is not None
 
     def install(self, patcher: Any) -> None:
-        """Let the model's clone run with this adapter."""
+        """Add the adapter to a clone of the model."""
         patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "lowrank", self)
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         model = executor.class_obj
-        told = timestep(model.model_sampling, t) if self._gated else None
-        with self.network.denoise_at(told), self._hooked(model):
+        timesteps = timestep(model.model_sampling, t) if self._gated else None
+        with self.network.denoise_at(timesteps), self._hooked(model):
             return executor(x, t, *args, **kwargs)
 
     @contextlib.contextmanager
@@ -90,7 +89,9 @@ def _adding(layer: AdaptedLayer, place: LayerRows) -> Any:
         change = layer.delta(x).to(out.dtype)
         if place.rows is None:
             return out + change
-        out = out.clone() if torch.is_grad_enabled() else out  # a layer's output is its own: add in place
+        out = (
+            out.clone() if torch.is_grad_enabled() else out
+        )  # without gradients the output can be changed in place
         out.narrow(-1, *place.rows).add_(change)
         return out
 

@@ -30,7 +30,7 @@ class LowrankLoader:
     CATEGORY = "loaders/lowrank"
     DESCRIPTION = (
         "Adds an adapter to a model. T-LoRA opens its ranks by the noise of each step; min_rank and "
-        "schedule_alpha are for files that do not say their schedule, 0 is what the file says."
+        "schedule_alpha are for files without a schedule, 0 keeps the file's."
     )
 
     @classmethod

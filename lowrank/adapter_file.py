@@ -1,8 +1,8 @@
 """The one reader of adapter files: a file of any program, or a PEFT folder, as layers of tensors by role.
 
-A key such as `lora_unet_…_to_q.lora_up.weight` is a module and a role (`up`, see `naming.keys`). What a file
-says about the scale is resolved here: alpha stands in a key, in the header `lora_adapter_metadata` of
-diffusers, or in the `adapter_config.json` of PEFT. Keys of other kinds of adapters are listed, not dropped.
+A key such as `lora_unet_…_to_q.lora_up.weight` is a module and a role (`up`, see `naming.keys`). The alpha of
+a layer is in a key, in diffusers' metadata `lora_adapter_metadata`, or in PEFT's `adapter_config.json`. Keys
+of other kinds of adapters are listed, not dropped.
 This module does not know any method: `formats.read` computes ΔW, `adapters.dialect` finds the model's layers.
 """
 
@@ -67,7 +67,7 @@ class ForeignKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter file: {module: {role: tensor}}; modules are named as there, without the model's prefix."""
+    """An adapter file: {module: {role: tensor}}; modules as the file names them, without the prefix."""
 
     source: str
     layers: Mapping[str, Roles]
@@ -151,9 +151,9 @@ def read_adapter_file(
         if role == "magnitude" and not key.endswith(keys.KOHYA[role]):
             value = value.flatten()  # PEFT's has an axis in front for a convolution
         layers.setdefault(module, {})[role] = value
-    for module, own in layers.items():
-        if keys.MIDDLE in own:
-            own["down"] = _without_middle(module, own.pop(keys.MIDDLE), own.get("down"), source)
+    for module, tensors in layers.items():
+        if keys.MIDDLE in tensors:
+            tensors["down"] = _without_middle(module, tensors.pop(keys.MIDDLE), tensors.get("down"), source)
     _resolve_alpha(layers, names, config, source)
     return AdapterFile(source, layers, metadata, names, tuple(foreign), problems, len(state))
 
@@ -220,18 +220,18 @@ def check_base(source: str, metadata: Mapping[str, str], base_hash: Callable[[],
     """Compare the base that a file was made on with the base in use, by the hashes of their denoisers.
 
     Raises `Refused` where the file's basis belongs to another base, and warns where it has none. `base_hash`
-    is called only for a file that names its base, `way_out` completes the refusal.
+    is called only for a file that names its base; `way_out` ends the refusal.
     """
     made_on = metadata.get("lowrank.base_hash")
     if not made_on or made_on == "None" or made_on == (here := base_hash()):
         return
-    told = (
+    bases = (
         f"{source} was made on {metadata.get('lowrank.base_model')} ({made_on[:12]}), and this base is "
         f"{here[:12]}"
     )
     if metadata.get("lowrank.basis_hash") not in (None, "None"):
-        raise Refused(f"{told}; its basis belongs to that base, so {way_out}")
-    logger.warning("%s; the file is used all the same", told)
+        raise Refused(f"{bases}; its basis belongs to that base, so {way_out}")
+    logger.warning("%s; the file is used all the same", bases)
 
 
 # ---------- alpha
@@ -243,20 +243,18 @@ def _resolve_alpha(
     config: Mapping[str, Mapping[str, Any]],
     source: str,
 ) -> None:
-    """Add the alpha of PEFT's configuration to the layers that have none of their own."""
+    """Add the alpha of PEFT's configuration to the layers without an alpha."""
     for module, roles in layers.items():
         if "alpha" in roles or "down" not in roles or not config:
             continue
         key = names[module]["down"].removeprefix("base_model.model.")
         component, _, path = key.partition(".")
-        own = config.get(component, config.get(""))
+        settings = config.get(component, config.get(""))
         path = path if component in config else key
-        if own and "lora_alpha" in own:
+        if settings and "lora_alpha" in settings:
             split = keys.role_of(path)
-            path = split[0] if split else path
-            roles["alpha"] = torch.tensor(
-                _alpha_of(own, path, len(roles["down"]), source), dtype=torch.float64
-            )
+            alpha = _alpha_of(settings, split[0] if split else path, len(roles["down"]), source)
+            roles["alpha"] = torch.tensor(alpha, dtype=torch.float64)
 
 
 def _alpha_of(config: Mapping[str, Any], path: str, rank: int, source: str) -> float:
@@ -320,10 +318,10 @@ def _open_peft_folder(folder: Path) -> RawFile:
         config[component] = _peft_config(folder / name / PEFT_CONFIG)
         if "lora_alpha" not in config[component]:
             raise Refused(f"the alpha of {folder / name} cannot be read: its {PEFT_CONFIG} has no lora_alpha")
-        tensors, own = read_tensors(path)
+        tensors, header = read_tensors(path)
         prefix = f"{component}." if component else ""
         state |= {prefix + key.removeprefix("base_model.model."): value for key, value in tensors.items()}
-        metadata |= own
+        metadata |= header
     return RawFile(state, metadata, str(folder), config)
 
 
@@ -337,5 +335,5 @@ def _peft_config(path: Path) -> dict[str, Any]:
             f"the PEFT configuration {path} cannot be read ({error}); save the adapter again"
         ) from error
     if kind != "LORA":
-        raise Refused(f"{path} is of {kind}, and only LORA is a LoRA; convert it there")
+        raise Refused(f"{path} is of {kind}, and only LORA is read here; convert the adapter with PEFT")
     return config

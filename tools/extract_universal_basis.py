@@ -18,8 +18,7 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lowrank.bases.basis_file import write_basis
-from lowrank.combine.collection import gather
-from lowrank.combine.shared_basis import LEAST, Extracted, Extraction, extract
+from lowrank.combine.shared_basis import LEAST, Extracted, Extraction, extract, find_files
 from lowrank.config.tools import EXTRACT_BASIS, UniversalBasis
 from lowrank.errors import Refused
 from lowrank.files import atomic, writable_folder
@@ -55,7 +54,7 @@ def run(options: UniversalBasis) -> int:
         )
     if options.report and options.report.endswith(".safetensors"):
         raise Refused(f"--report {options.report} is JSON, not .safetensors; give another file name")
-    files, copies = gather(options.lora_dir)
+    files, copies = find_files(options.lora_dir)
     extraction = Extraction(
         options.rank, options.tau, options.center, options.normalize, options.sketch or 4 * options.rank
     )

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 sys.path.insert(0, str(ROOT))
 
-from lowrank.formats.formats import FORMATS  # noqa: E402
+from lowrank.formats.write import FORMATS  # noqa: E402
 
 INTRODUCTION = """# What works with what
 

@@ -40,9 +40,9 @@ class Limit(NamedTuple):
     target: int
 
 
-# The target of `live`: kohya's networks/lora.py is one file for one method and one spelling of keys. Here 4 files
-# read a file of any spelling (adapter_file, keys, tensors, files), 3 fit it to a model (network_module, arguments,
-# dialect), and 6 are the network itself (network, layer, clock, targets, method, the method's page).
+# The target of `live`: kohya's networks/lora.py is one file for one method and one spelling of keys. Here 4
+# files read a file of any spelling (adapter_file, keys, tensors, files), 3 fit it to a model (network_module,
+# arguments, dialect), and 6 are the network itself (network, layer, clock, targets, method, the page).
 LIMITS = {
     "step": Limit(present=23, target=18),
     "live": Limit(present=13, target=13),

@@ -1,4 +1,4 @@
-"""The base model that a script works beside: which family it is of, where it is, in which precision."""
+"""The base model of a script: its family, path, dtype and device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def base(
     tokenizer_cache_dir: str | None = None,
     flag: str = "model_path",
 ) -> Source:
-    """What the model's flag, --dtype and --device name. Raises `Refused` before anything is loaded."""
+    """The source that the model's flag, --dtype and --device name. Raises `Refused` before loading."""
     if is_file(path):
         check_file(flag, path, pickles=True)
     device = device_of(device)
@@ -37,7 +37,7 @@ def base(
 
 
 def check_folder(path: str) -> None:
-    """Raise `Refused` for a single file, where more than the transformer is needed."""
+    """Raise `Refused` for a single file, which has the transformer only."""
     if is_file(path):
         raise Refused(
             f"{path} is a single file, and text encoders and VAE are needed beside the "
@@ -46,7 +46,7 @@ def check_folder(path: str) -> None:
 
 
 def model_family(source: Source) -> Family:
-    """The family that a model folder, a hub id or an SD checkpoint file is of. Raises `Refused`."""
+    """The family of a model folder, a hub id or an SD checkpoint file. Raises `Refused`."""
     if is_file(source.path):
         file = open_checkpoint(source.path)
         if any("double_blocks." in key for key in file.shapes):
@@ -63,19 +63,19 @@ def model_family(source: Source) -> Family:
 
 
 def own_side(models: Models) -> int:
-    """The side of the model's own pictures, in pixels: a U-Net's latents tell, or the VAE of FLUX."""
-    own = models.configs["denoiser"].get("sample_size")
-    if own:
-        return own * latent_scale(models)
+    """The side of the images that the model was trained on, in pixels, from its configuration."""
+    latents = models.configs["denoiser"].get("sample_size")
+    if latents:
+        return latents * latent_scale(models)
     return models.configs["vae"].get("sample_size", 1024)
 
 
-def device_of(asked: str | None) -> str:
-    """The device that is named, or the GPU if there is one. Raises `Refused` for one that is not here."""
+def device_of(name: str | None) -> str:
+    """The named device, by default a GPU where there is one. Raises `Refused` for a device not present."""
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     known = ["cpu", *(["cuda", *gpus] if torch.cuda.is_available() else [])]
     known += ["mps"] if torch.backends.mps.is_available() else []
-    device = asked or ("cuda" if "cuda" in known else "cpu")
+    device = name or ("cuda" if "cuda" in known else "cpu")
     if device not in known:
         raise Refused(f"--device {device} is not on this machine; give one of {', '.join(known)}")
     return device

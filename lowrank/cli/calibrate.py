@@ -1,4 +1,4 @@
-"""A routed adapter as the nearest LoRA, on what its layers read while the model draws pictures with it."""
+"""A routed adapter as the nearest LoRA, fitted on its layers' inputs while the model draws images with it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from lowrank.train.text_conditions import TextConditions
 
 
 def attached(file: str | RawFile, models: Models, strength: float = 1.0) -> AdapterNetwork:
-    """The network of an adapter file, live on the parts of the model that are in memory.
+    """The network of an adapter file, attached to the parts of the model that are in memory.
 
-    Raises `Refused` for a file of no method here.
+    Raises `Refused` for a file whose method has no networks/ file.
     """
     encoders, denoiser = list(models.text_encoders), models.denoiser
     metadata = file.metadata if isinstance(file, RawFile) else read_metadata(file)
@@ -47,54 +47,55 @@ def attached(file: str | RawFile, models: Models, strength: float = 1.0) -> Adap
 
 
 def nearest_lora(source: str, model: str, prompts: str) -> tuple[RawFile, str]:
-    """The nearest LoRA, or DoRA, of a routed adapter, as a native file has it, and a sentence on its error.
+    """The nearest LoRA, or DoRA, of a routed adapter as a native file, and a sentence on its error.
 
-    Each prompt is one picture, drawn with the adapter attached; all positions of all its steps count, with
-    and without the prompt where the guidance asks for both. The file's metadata keep the errors. Raises
-    `Refused`.
+    Each prompt is one image, drawn with the adapter attached; all positions of all its steps count, with and
+    without the prompt where guidance needs both. The metadata keep the errors. Raises `Refused`.
     """
     method = method_made_by(read_metadata(source), source)
     if method is None or method.experts is None:
         raise Refused(
-            f"{source} has one ΔW, or is of no method here, and needs no calibration; leave --calibrate out"
+            f"{source} has one ΔW, or names no method of networks/, and needs no calibration; leave "
+            "--calibrate out"
         )
     device = device_of(None)
     origin = base(model, "fp32" if device == "cpu" else "bf16", device, flag="model")
     family = model_family(origin)
     models, switches = family.load(origin, ()), family.options()
     side = own_side(models)
-    asked = read_prompts(
+    prompt_list = read_prompts(
         prompts, default_prompt(family, (side, side)), family.bucket_step(models), "--calibrate"
     )
-    if not asked:
+    if not prompt_list:
         raise Refused(f"--calibrate {prompts} is empty; write a prompt per line")
-    texts = [text for one in asked for text in (one.prompt, one.negative_prompt or "")]
+    texts = [text for prompt in prompt_list for text in (prompt.prompt, prompt.negative_prompt or "")]
     trains = any(map(keys.is_text_encoder, TensorFile(Path(source)).entries))
-    said = TextConditions(family, models, switches, texts, trains)
+    conditions = TextConditions(family, models, switches, texts, trains)
     family.add(models, ("denoiser", "vae"))
     align(models)
     network = attached(source, models)
 
     def calibrate() -> None:
-        for index, one in enumerate(tqdm(asked, desc="calibrating", unit="picture")):
-            draw_picture(family, models, switches, said, one, index if one.seed is None else one.seed)
+        for index, prompt in enumerate(tqdm(prompt_list, desc="calibrating", unit="picture")):
+            seed = index if prompt.seed is None else prompt.seed
+            draw_picture(family, models, switches, conditions, prompt, seed)
 
     state, errors = unrouted(network, calibrate)
     network.restore()
     worst = max(errors, key=lambda name: errors[name].share)
     whole = together(errors.values()).share
-    told = {
+    facts = {
         "method": keys.DORA if method.magnitude else LORA.name,
         "options": "{}",
         "exported_from": method.name,
         "unrouted_error": f"{whole:.6g}",
         "unrouted_worst": f"{errors[worst].share:.6g} {worst}",
-        "unrouted_on": f"{len(asked)} pictures of {Path(prompts).name}",
+        "unrouted_on": f"{len(prompt_list)} pictures of {Path(prompts).name}",
     }
-    facts = read_metadata(source) | {f"lowrank.{name}": value for name, value in told.items()}
-    nearest = RawFile({key: value.detach().cpu() for key, value in state.items()}, facts, source)
+    metadata = read_metadata(source) | {f"lowrank.{name}": value for name, value in facts.items()}
+    nearest = RawFile({key: value.detach().cpu() for key, value in state.items()}, metadata, source)
     return nearest, (
-        f"{method.experts.count} experts become one up by least squares over {len(asked)} pictures: "
+        f"{method.experts.count} experts become one up by least squares over {len(prompt_list)} pictures: "
         f"{whole:.2%} of what they add to the layers' outputs is lost, {errors[worst].share:.2%} in the "
         f"worst layer ({worst})"
     )

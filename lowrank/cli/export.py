@@ -1,5 +1,4 @@
-"""Adapters as files of other programs, from the command line: export, resize, merge into a checkpoint,
-verify."""
+"""tools/export_lora.py: write adapters as files of other programs, or merged into a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from lowrank import __version__
 from lowrank.adapter_file import RawFile
-from lowrank.cli.adapter import read
 from lowrank.cli.base_model import base as base_source
 from lowrank.cli.base_model import model_family
 from lowrank.cli.calibrate import attached, nearest_lora
@@ -22,12 +20,12 @@ from lowrank.config.tools import EXPORT, Export
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, verify
 from lowrank.formats.delta import LORA
-from lowrank.formats.formats import FORMATS, Choices
 from lowrank.formats.native import to_native
-from lowrank.formats.read import Adapter, baked, read_adapter
+from lowrank.formats.read import Adapter, baked, read_adapter, read_and_report
 from lowrank.formats.tlora import export_lycoris, ranks_of
 from lowrank.formats.verify import difference
-from lowrank.formats.write import only, resize, write
+from lowrank.formats.write import FORMATS, only, resize, write
+from lowrank.formats.writers import Choices
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
 
@@ -35,7 +33,7 @@ MERGED, MASKED = "merged", "lycoris-tlora"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Export one file and say how exact it is. Raises `Refused`."""
+    """Export one file and print how exact it is. Raises `Refused`."""
     parsed = EXPORT.parse(argv)
     args = parsed.options
     if args.to == MERGED and not args.model:
@@ -52,18 +50,18 @@ def main(argv: list[str] | None = None) -> int:
         _refuse_unmasked(parsed)
         return _export_lycoris(args)
     if args.calibrate and args.model:
-        raw, told = nearest_lora(args.source, args.model, args.calibrate)
-        print(told)
-        return _export(args, read(raw, args.base), raw)
+        raw, summary = nearest_lora(args.source, args.model, args.calibrate)
+        print(summary)
+        return _export(args, read_and_report(raw, args.base), raw)
     if args.at_timestep is None:
-        return _export(args, read(args.source, args.base), args.source)
-    adapter = baked(read(args.source, args.base, precision=torch.float32), args.at_timestep)
+        return _export(args, read_and_report(args.source, args.base), args.source)
+    adapter = baked(read_and_report(args.source, args.base, precision=torch.float32), args.at_timestep)
     native = to_native(adapter, LORA.name)
     return _export(args, adapter, RawFile(native.state, native.metadata, args.source))
 
 
 def _export_lycoris(args: Export) -> int:
-    adapter = read(args.source, strict=False)
+    adapter = read_and_report(args.source, strict=False)
     state = export_lycoris(adapter.raw, adapter.metadata, adapter.schedule, adapter.source, args.target)
     ranks = sorted(ranks_of(state))
     apart = difference(adapter, read_adapter(args.target, strict=False))
@@ -75,7 +73,7 @@ def _export_lycoris(args: Export) -> int:
 
 
 def _refuse_unmasked(parsed: Parsed[Export]) -> None:
-    """Raise `Refused` for flags that a T-LoRA, written tensor by tensor for LyCORIS, would go without."""
+    """Raise `Refused` for flags that have no effect on a T-LoRA, which is written tensor by tensor."""
     args = parsed.options
     if Path(args.target).suffix != ".safetensors":
         raise Refused(
@@ -92,11 +90,11 @@ def _export(args: Export, adapter: Adapter, live: str | RawFile) -> int:
     method = adapter.method
     if method is not None and method.gate is not None:
         group = "1" if method.require_factor().copy is None else "2"  # ranks that open together
-        told = {"tlora_group": group, "lowrank.gated_by": method.name}
-        adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **told})
+        gate = {"tlora_group": group, "lowrank.gated_by": method.name}
+        adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **gate})
         print(
-            f"{method.name} opens fewer ranks at noisy timesteps; the file's metadata say which, and "
-            "programs that do not read them use all at every step (--at-timestep bakes one)"
+            f"{method.name} opens fewer ranks at noisy timesteps; the file's metadata have the schedule, and "
+            "programs that do not read it use all ranks at every step (--at-timestep bakes one timestep)"
         )
     if args.rank is not None:
         adapter, loss = resize(adapter, args.rank)
@@ -108,15 +106,15 @@ def _export(args: Export, adapter: Adapter, live: str | RawFile) -> int:
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.to == MERGED:
         assert base is not None  # checked above
-        told = {"lowrank.version": __version__, "lowrank.merged": Path(args.source).name}
-        told |= {key: value for key, value in adapter.metadata.items() if key.startswith("lowrank.unrouted")}
-        lost = base_checkpoint.merge(base, adapter.layers, args.target, told, args.strength, dtype)
+        facts = {"lowrank.version": __version__, "lowrank.merged": Path(args.source).name}
+        facts |= {key: value for key, value in adapter.metadata.items() if key.startswith("lowrank.unrouted")}
+        lost = base_checkpoint.merge(base, adapter.layers, args.target, facts, args.strength, dtype)
         print(
             f"{args.target}: {len(adapter.layers)} layers merged at strength {args.strength:g}; rounding to "
             f"the model's precision loses {lost:.1e} of the change"
         )
         if args.verify == "forward":
-            _tell_forward(args, adapter, live)
+            _compare_forward(args, adapter, live)
         return 0
     if base is not None:
         base.check(adapter.layers)
@@ -124,20 +122,21 @@ def _export(args: Export, adapter: Adapter, live: str | RawFile) -> int:
     files = write(adapter, args.to, args.target, choices)
     print(f"{', '.join(map(str, files))}: {_described(adapter)}; read by {FORMATS[args.to].readers}")
     if args.verify != "off":
-        told = verify.check_export(adapter, args.to, Path(args.target), choices)
-        for one in told:
+        checked = verify.check_export(adapter, args.to, Path(args.target), choices)
+        for result in checked:
             print(
-                f"read back by {one.reader}: {one.layers} layers, at most {one.worst:.1e} of a change apart"
+                f"read back by {result.reader}: {result.layers} layers, at most {result.worst:.1e} of a "
+                "change apart"
             )
-        if not told:
-            print("not read back: no program for that is here, or it has more layers than any model")
+        if not checked:
+            print("not read back: no program for it is installed, or it has more layers than any model")
     if args.verify == "forward" or (args.verify == "auto" and args.model):
-        _tell_forward(args, adapter, live)
+        _compare_forward(args, adapter, live)
     return 0
 
 
 def flat_clip() -> bool:
-    """Whether the transformers that is installed has a CLIPTextModel without the level text_model."""
+    """Whether the CLIPTextModel of the installed transformers has paths without `text_model`."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
@@ -147,37 +146,37 @@ def flat_clip() -> bool:
 
 def _described(adapter: Adapter) -> str:
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
-    told = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
-    return f"{len(adapter.layers)} layers of rank {told}"
+    shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+    return f"{len(adapter.layers)} layers of rank {shown}"
 
 
 # ---------- one forward of the model
 
 
-def _tell_forward(args: Export, adapter: Adapter, live: str | RawFile) -> None:
-    told = forward_difference(live, adapter, args.to, Path(args.target), args.model, args.strength)
-    if isinstance(told, str):
-        print(f"no forward compared: {told}")
+def _compare_forward(args: Export, adapter: Adapter, live: str | RawFile) -> None:
+    difference = forward_difference(live, adapter, args.to, Path(args.target), args.model, args.strength)
+    if isinstance(difference, str):
+        print(f"no forward compared: {difference}")
         return
     exact = args.dtype in (None, "fp32") and args.rank is None
-    if exact and told > 1e-5:
+    if exact and difference > 1e-5:
         raise Refused(
-            f"one forward of {args.model} differs by {told:.1e} of its output between {args.source} and "
-            f"{args.target} (limit 1e-05); do not use the export, and tell us the file"
+            f"one forward of {args.model} differs by {difference:.1e} of its output between {args.source} "
+            f"and {args.target} (limit 1e-05); export to another format with --to, or merge with --to merged"
         )
-    print(f"one forward of the model: {told:.1e} of its output apart")
+    print(f"one forward of the model: {difference:.1e} of its output apart")
 
 
 def forward_difference(
     live: str | RawFile, adapter: Adapter, to: str, target: Path, model: str | None, strength: float = 1.0
 ) -> float | str:
-    """‖theirs − ours‖/‖ours‖ of the denoiser's answer to one noise, or a sentence why none can be compared.
+    """‖theirs − ours‖/‖ours‖ of the denoiser's output for one noise, or why none can be compared.
 
-    Ours is the live network of the file's own method, with all ranks open, as an export has them; theirs what
-    the program that the export is for makes of it. The model is loaded in fp32.
+    Ours is the live network of the file's method with all ranks open, as in an export; theirs is the model
+    with the export loaded by its program. The model is loaded in fp32.
     """
     if adapter.method is None:
-        return f"{adapter.source} is not of a method here, so that there is no live network to compare with"
+        return f"{adapter.source} names no method of networks/, so there is no live network to compare"
     if not model or (is_file(model) and "flux" in adapter.family):
         return "it needs the folder of a diffusers model, or one file of SD or SDXL (--model)"
     origin = base_source(model, "fp32", "cpu")
@@ -187,37 +186,37 @@ def forward_difference(
     denoiser: Any = models.denoiser
     network = attached(live, models, strength)
     with network.denoise_at(torch.zeros_like(inputs["timesteps"])):
-        ours = _ask(models, family, inputs)
+        ours = _predict(models, family, inputs)
     network.restore()
     if to == MERGED:
         models = family.load(base_source(str(target), "fp32", "cpu"), ("denoiser",))
-        theirs = _ask(models, family, inputs)
+        theirs = _predict(models, family, inputs)
     else:
         loader = _loader(to, adapter)
         if loader is None:
-            return f"no program here loads a {to} file of this kind into a model of diffusers"
+            return f"no installed program loads a {to} file of this kind into a model of diffusers"
         loader(denoiser, target)
-        theirs = _ask(models, family, inputs)
+        theirs = _predict(models, family, inputs)
     return float((theirs - ours).norm() / ours.norm())
 
 
 def _loader(to: str, adapter: Adapter) -> Callable[[Any, Path], None] | None:
-    asked = verify.readers(to, adapter, Choices())
-    if "diffusers" in asked:
+    readers = verify.readers(to, adapter, Choices())
+    if "diffusers" in readers:
         return lambda denoiser, path: verify.load_by_diffusers(path, adapter, denoiser)
-    if "PEFT" in asked:
+    if "PEFT" in readers:
         return lambda denoiser, path: verify.load_by_peft(path, adapter, denoiser)
-    if "LyCORIS" in asked:
+    if "LyCORIS" in readers:
         return lambda denoiser, path: verify.load_by_lycoris(path, denoiser)
     return None
 
 
 def example_inputs(models: Models, family: Family) -> dict[str, Any]:
-    """One noise and one random text of the model's sizes, the same at every call."""
-    config, made = models.configs["denoiser"], torch.Generator().manual_seed(0)
+    """One noise and one random text of the model's sizes, equal at every call."""
+    config, generator = models.configs["denoiser"], torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=made)
+        return torch.randn(*shape, generator=generator)
 
     if family.name == "flux":
         width = config["in_channels"] // 4
@@ -231,9 +230,9 @@ def example_inputs(models: Models, family: Family) -> dict[str, Any]:
     return {"noise": random(1, width, 8, 8), "timesteps": torch.tensor([500.0]), "text": text}
 
 
-def _ask(models: Models, family: Family, inputs: dict[str, Any]) -> Tensor:
+def _predict(models: Models, family: Family, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        told = family.denoise(
+        output = family.denoise(
             models.denoiser, inputs["noise"], inputs["timesteps"], inputs["text"], family.options()
         )
-    return told.double()
+    return output.double()

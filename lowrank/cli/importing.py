@@ -1,4 +1,4 @@
-"""Adapters of other programs as native files, from the command line."""
+"""tools/import_lora.py: write adapters of other programs as native files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lowrank import __version__
 from lowrank.adapter_file import open_adapter_file
-from lowrank.cli.adapter import read
 from lowrank.config.tools import IMPORT, ImportAdapter
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, tlora
+from lowrank.formats.delta import is_orthogonal
 from lowrank.formats.native import TIMES, Native, largest_difference, method_of, to_native, to_native_tlora
-from lowrank.formats.read import Adapter, read_adapter
+from lowrank.formats.read import Adapter, read_adapter, read_and_report
 from lowrank.formats.verify import difference
 from lowrank.models.family import DTYPES
 from lowrank.naming import places
@@ -23,7 +23,7 @@ from lowrank.tensors import read_names, write_tensors
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Import one file and say what is lost. Raises `Refused`."""
+    """Import one file and print what is lost. Raises `Refused`."""
     args = IMPORT.parse(argv).options
     if Path(args.target).suffix != ".safetensors":
         raise Refused(f"{args.target} is no .safetensors name, and a native file is one; give one")
@@ -31,32 +31,31 @@ def main(argv: list[str] | None = None) -> int:
         raise Refused(f"{args.target} is the file that is read, which is not overwritten; give another name")
     if not Path(args.source).is_dir() and any(name.endswith(".alpha_up") for name in read_names(args.source)):
         raise Refused(
-            f"{args.source} is a file of the null-LoRA fork (alpha_up, alpha_down), which leaves its basis "
-            "out; convert it with tools/legacy_files.py and the basis file that it was trained with"
+            f"{args.source} is a file of the null-LoRA fork (alpha_up, alpha_down), which does not have "
+            "its basis; convert it with tools/legacy_files.py and the basis file that it was trained with"
         )
     config = _schedule(args)
     start = _Start(args)
-    adapter = read(open_adapter_file(args.source), args.base, schedule=config or None, start=start)
+    adapter = read_and_report(open_adapter_file(args.source), args.base, schedule=config or None, start=start)
     if args.method in ("auto", tlora.METHOD) and _is_tlora(adapter, args.method, bool(config)):
         return _import_tlora(args, adapter, start)
     method = method_of(adapter) if args.method == "auto" else args.method
     base = base_checkpoint.BaseCheckpoint(args.model) if args.model else None
     precision = DTYPES[args.basis_dtype] if args.basis_dtype else None
-    made = to_native(adapter, method, base, args.rank, precision, args.basis_cache_dir)
-    _write(made, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
-    told = f"{args.target}: {len(adapter.layers)} layers of {adapter.family} as {method}"
-    if made.worst[1]:
+    native = to_native(adapter, method, base, args.rank, precision, args.basis_cache_dir)
+    _write(native, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
+    summary = f"{args.target}: {len(adapter.layers)} layers of {adapter.family} as {method}"
+    if native.worst[1]:
         print(
-            f"{told}; projected on the basis of {args.model}: {made.loss:.2%} of ‖ΔW‖ is lost, "
-            f"{made.worst[0]:.2%} in the worst layer ({made.worst[1]})"
+            f"{summary}; projected on the basis of {args.model}: {native.loss:.2%} of ‖ΔW‖ is lost, "
+            f"{native.worst[0]:.2%} in the worst layer ({native.worst[1]})"
         )
         return 0
-    if made.start_of_base:
-        print(f"{told}; its start Q₀R₀ is that of {args.model}")
+    if native.start_of_base:
+        print(f"{summary}; its start Q₀R₀ is that of {args.model}")
         return 0
-    print(
-        f"{told}; read back, at most {difference(adapter, read(args.target)):.1e} of a layer's change apart"
-    )
+    apart = difference(adapter, read_adapter(args.target))
+    print(f"{summary}; read back, at most {apart:.1e} of a layer's change apart")
     return 0
 
 
@@ -64,15 +63,15 @@ def _schedule(args: ImportAdapter) -> dict[str, float]:
     """The schedule of a T-LoRA that the flags give."""
     given = {"min_rank": args.tlora_min_rank, "alpha": args.tlora_alpha}
     if args.tlora_alpha is not None and args.tlora_min_rank is None:
-        raise Refused("--tlora_alpha is of a schedule that begins at --tlora_min_rank ranks; give that too")
+        raise Refused("--tlora_alpha needs the ranks that a schedule begins at; give --tlora_min_rank too")
     config = {name: value for name, value in given.items() if value is not None}
     if config and args.method not in ("auto", tlora.METHOD):
-        raise Refused(f"--tlora_min_rank is a T-LoRA's, and --method {args.method} is none; leave one out")
+        raise Refused(f"--tlora_min_rank is for T-LoRA, and --method is {args.method}; leave one out")
     return config
 
 
 class _Start:
-    """W of the base by a layer's name, where a T-LoRA leaves out its start; `used` says whether one did."""
+    """W of the base by a layer's name, for a T-LoRA file without its start; `used`: W was read."""
 
     def __init__(self, args: ImportAdapter) -> None:
         self._args, self.used = args, False
@@ -81,7 +80,7 @@ class _Start:
     def __call__(self, module: str) -> Tensor:
         if not self._args.model:
             raise Refused(
-                f"{self._args.source} leaves out the start of {module}, components of the base's weights; "
+                f"{self._args.source} has no start for {module}, which are components of the base's weights; "
                 "give the base that it was trained on with --model"
             )
         self.used = True
@@ -90,32 +89,32 @@ class _Start:
 
 
 def _is_tlora(adapter: Adapter, method: str, scheduled: bool) -> bool:
-    """Whether a file is to be imported as a T-LoRA: by its tensors, or because a schedule is known."""
-    orthogonal = any(map(tlora.is_orthogonal, adapter.raw.values()))
+    """Whether a file is imported as a T-LoRA: it has orthogonal factors, or a schedule is known."""
+    orthogonal = any(map(is_orthogonal, adapter.raw.values()))
     return method == tlora.METHOD or scheduled or "tlora_T" in adapter.metadata or orthogonal
 
 
 def _import_tlora(args: ImportAdapter, adapter: Adapter, start: _Start) -> int:
     if adapter.schedule is None:
         raise Refused(
-            f"{adapter.source} has the tensors of a plain LoRA and says no schedule; give the ranks that "
-            "were open at pure noise with --tlora_min_rank, or --method lora"
+            f"{adapter.source} has the tensors of a plain LoRA and no schedule; give the ranks that were "
+            "open at pure noise with --tlora_min_rank, or --method lora"
         )
     native = to_native_tlora(adapter, start.used)
     _write(native, args.target, DTYPES[args.dtype] if args.dtype else None, args.source)
-    back = read_adapter(args.target, adapter.family)
+    written = read_adapter(args.target, adapter.family)
     print(
-        f"{args.target}: {len(back.layers)} layers of {adapter.family} as tlora; read back, at most "
-        f"{largest_difference(adapter, back):.1e} of a layer's change apart at "
+        f"{args.target}: {len(written.layers)} layers of {adapter.family} as tlora; read back, at most "
+        f"{largest_difference(adapter, written):.1e} of a layer's change apart at "
         f"t = {', '.join(map(str, TIMES))}"
     )
     return 0
 
 
-def _write(made: Native, target: str, dtype: torch.dtype | None, source: str) -> None:
+def _write(native: Native, target: str, dtype: torch.dtype | None, source: str) -> None:
     state = {
         key: value if dtype is None or value.dim() == 0 else value.to(dtype)
-        for key, value in made.state.items()
+        for key, value in native.state.items()
     }
-    told = {"lowrank.version": __version__, "lowrank.imported_from": Path(source).name}
-    write_tensors(target, state, {**made.metadata, **told})
+    facts = {"lowrank.version": __version__, "lowrank.imported_from": Path(source).name}
+    write_tensors(target, state, {**native.metadata, **facts})

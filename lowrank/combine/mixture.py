@@ -1,4 +1,4 @@
-"""Several adapters of one base at once, without touching a base weight: a sum, and networks beside it.
+"""Several adapters of one base at once, without changing a base weight: a sum, and networks beside it.
 
 Adapters with one ΔW are added (`pair_sum`). DoRA's ΔW depends on the base, a routed mixture's on the input:
 such adapters run beside the sum, as the networks that made them.
@@ -27,32 +27,32 @@ from lowrank.naming import keys
 
 
 class Share(NamedTuple):
-    """How strong the layers are that the pattern is found in."""
+    """The strength of the layers whose names match a pattern."""
 
     pattern: re.Pattern
     strength: float
 
 
 def shares(text: str | None) -> tuple[Share, ...]:
-    """`PATTERN -> 0.5; PATTERN -> 0` as rules; the first that is found in a layer's name holds for it.
+    """Parse `PATTERN -> 0.5; PATTERN -> 0`; the first rule that matches a layer's name applies.
 
-    Raises `Refused`, quoting the rule that cannot be read.
+    Raises `Refused`, quoting the rule that cannot be parsed.
     """
-    found = []
+    rules = []
     for rule in filter(None, (piece.strip() for piece in re.split(r"[;\n]", text or ""))):
         pattern, arrow, strength = (piece.strip() for piece in rule.rpartition("->"))
         try:
-            made = Share(re.compile(pattern), float(strength)) if arrow and pattern else None
+            share = Share(re.compile(pattern), float(strength)) if arrow and pattern else None
         except (re.error, ValueError):
-            made = None
-        if made is None or not math.isfinite(made.strength):
+            share = None
+        if share is None or not math.isfinite(share.strength):
             raise Refused(f"{rule!r} is not of the form PATTERN -> 0.5, a regular expression and a number")
-        found.append(made)
-    return tuple(found)
+        rules.append(share)
+    return tuple(rules)
 
 
 def share_of(rules: Sequence[Share], name: str) -> float:
-    """The strength of a layer by its name in the file; 1 where no rule is found in it."""
+    """The strength of a layer by its name in the file; 1 where no rule matches it."""
     return next((rule.strength for rule in rules if rule.pattern.search(name)), 1.0)
 
 
@@ -77,27 +77,27 @@ def read_mixture(
     return Mixture(adapters, rules)
 
 
-def read_for_merge(path: str | Path, **how) -> Adapter:
-    """An adapter as a sum takes it: products in fp32, layers without a ΔW of their own not refused yet."""
-    return read_adapter(path, precision=torch.float32, strict=False, **how)
+def read_for_merge(path: str | Path, **options) -> Adapter:
+    """Read an adapter for a sum: products in fp32, and layers without a ΔW are not refused yet."""
+    return read_adapter(path, precision=torch.float32, strict=False, **options)
 
 
 class Mixture:
     """Adapters of one base, their weights free to change: a sum of pairs, and networks that run beside it.
 
-    `rules` are the strengths of the layers of each adapter. Raises `Refused` for what cannot go together.
+    `rules` are the strengths of the layers of each adapter. Raises `Refused` for adapters of two bases.
     """
 
     def __init__(self, adapters: Sequence[Adapter], rules: Sequence[Sequence[Share]] = ()) -> None:
         self.adapters = list(adapters)
-        self.rules = [tuple(own) for own in rules] or [()] * len(self.adapters)
+        self.rules = [tuple(shares) for shares in rules] or [()] * len(self.adapters)
         live = [i for i, adapter in enumerate(self.adapters) if _runs_as_network(adapter)]
         self.live = sorted(live, key=lambda i: not self.adapters[i].has_magnitude())  # next to the base first
         self.still = [i for i in range(len(self.adapters)) if i not in live]
-        for i, own in enumerate(self.rules):
-            _check_rules(self.adapters[i], own)
-            if own and i in self.still:
-                self.adapters[i] = _weighed(self.adapters[i], own)
+        for i, shares in enumerate(self.rules):
+            _check_rules(self.adapters[i], shares)
+            if shares and i in self.still:
+                self.adapters[i] = _weighed(self.adapters[i], shares)
         self.pairs = PairSum([self.adapters[i] for i in self.still]) if self.still else None
 
     @property
@@ -106,25 +106,25 @@ class Mixture:
         return any(place.part != "unet" for adapter in self.adapters for place in adapter.modules)
 
     def describe(self) -> str:
-        """How the adapters are held, a sentence for each way."""
-        told = [] if self.pairs is None else [self.pairs.describe()]
-        told += [f"{self.adapters[i].source} runs as {_method(self.adapters[i])}" for i in self.live]
-        return "\n".join(told)
+        """How the adapters are computed: a line for the sum, and one for each network."""
+        lines = [] if self.pairs is None else [self.pairs.describe()]
+        lines += [f"{self.adapters[i].source} runs as {_method(self.adapters[i])}" for i in self.live]
+        return "\n".join(lines)
 
     def attach(
         self, denoiser: nn.Module, text_encoders: Sequence[nn.Module] = (), dtype: torch.dtype | None = None
     ) -> AttachedMixture:
-        """Put all beside the model's layers, at weights 0. Raises `Refused` when one does not fit."""
+        """Attach all to the model's layers, at weights 0. Raises `Refused` when one does not fit."""
         return AttachedMixture(self, denoiser, text_encoders, dtype)
 
     def save(self, path: str | Path, weights: Sequence[float], metadata: dict[str, str]) -> None:
-        """Write the sum as one adapter. Raises `Refused` where an adapter is no thin pair."""
+        """Write the sum as one adapter. Raises `Refused` where an adapter is no low-rank pair."""
         refuse_masked(self.adapters)
         if self.live or self.pairs is None:
             adapter = self.adapters[self.live[0]]
             raise Refused(
-                f"{adapter.source} was made by {_method(adapter)}, whose change is no pair of thin matrices, "
-                "so a merged adapter cannot hold it; draw without --save_merged"
+                f"{adapter.source} was made by {_method(adapter)}, whose change is no pair of low-rank "
+                "factors, so a merged adapter cannot contain it; draw without --save_merged"
             )
         self.pairs.save(path, weights, metadata)
 
@@ -132,7 +132,7 @@ class Mixture:
 class AttachedMixture:
     """A mixture beside a model; `set(weights)` changes strengths only.
 
-    A T-LoRA among others is attached by itself, for its ranks open and close.
+    A T-LoRA among others is attached by itself, because its open ranks change with the timestep.
     """
 
     def __init__(
@@ -143,10 +143,12 @@ class AttachedMixture:
         dtype: torch.dtype | None,
     ) -> None:
         self._mixture, self._undo = mixture, []
-        stretched = [one for one in (mixture.adapters[i] for i in mixture.live) if one.has_magnitude()]
-        if len(stretched) > 1:
+        doras = [
+            adapter for adapter in (mixture.adapters[i] for i in mixture.live) if adapter.has_magnitude()
+        ]
+        if len(doras) > 1:
             raise Refused(
-                f"{stretched[0].source} and {stretched[1].source} both set the lengths of the base's rows, "
+                f"{doras[0].source} and {doras[1].source} both set the lengths of the base's rows (DoRA), "
                 "which cannot be added; use one of them"
             )
         self._live: dict[int, AdapterNetwork] = {}
@@ -166,7 +168,7 @@ class AttachedMixture:
 
     @property
     def networks(self) -> list[AdapterNetwork]:
-        """All networks, in the order in which they were put on the model."""
+        """All networks, in the order in which they were attached."""
         return [*self._live.values(), *(attached.network for _, attached in self._sums)]
 
     def set(self, weights: Sequence[float]) -> None:
@@ -179,7 +181,7 @@ class AttachedMixture:
                 layer.multiplier = weights[i] * share_of(self._mixture.rules[i], name)
 
     def restore(self) -> None:
-        """Take everything off the model, the last first."""
+        """Detach everything, the last first."""
         while self._undo:
             self._undo.pop()()
 
@@ -210,7 +212,7 @@ def _check_rules(adapter: Adapter, rules: Sequence[Share]) -> None:
     unused = [rule for rule in rules if not any(map(rule.pattern.search, names))]
     if unused:
         raise Refused(
-            f"no layer of {adapter.source} has {unused[0].pattern.pattern!r} in its name; they are like "
+            f"no layer of {adapter.source} has {unused[0].pattern.pattern!r} in its name; names are like "
             f"{', '.join(names[:2])}"
         )
 
@@ -225,7 +227,7 @@ def _weighed(adapter: Adapter, rules: Sequence[Share]) -> Adapter:
 
 
 def _network(adapter: Adapter, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> AdapterNetwork:
-    """The adapter as the network that made it, on its layers, at strength 0."""
+    """The adapter as a network of its method, attached at strength 0."""
     name = _method(adapter)
     module = network_named(name)
     if module is None:

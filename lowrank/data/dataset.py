@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowrank.config.flag import Flag, check_fields, fields_of, option, path, specs
+from lowrank.config.flag import Flag, check_fields, fields_of, option, path
 from lowrank.config.flags_data import Augmentation, Buckets, Captions, HoldOut, Masks, Resizing, Sizes
 from lowrank.data.images import suffixes
 from lowrank.errors import Refused, nearest
@@ -130,7 +130,9 @@ class Example:
 
 
 _GROUPS = {"captions": Captions, "augmentation": Augmentation, "masks": Masks}
-SUBSET_FIELDS = fields_of(Subset) | specs(_GROUPS, {})
+SUBSET_FIELDS = fields_of(Subset) | {
+    name: spec for section, group in _GROUPS.items() for name, spec in fields_of(group, section).items()
+}
 DATASET_FIELDS = fields_of(Dataset)
 
 

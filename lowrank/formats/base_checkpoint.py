@@ -1,4 +1,4 @@
-"""Base weights on disk, by place: read by rows, and written again with an adapter merged into them.
+"""Base weights on disk by layer path: read by rows, and written again with an adapter merged into them.
 
 A base is a diffusers folder, or one file in the original layout (SD, SDXL, FLUX). Nothing is loaded as a
 model: a tensor is read, changed and written some rows at a time, so that merging needs little more memory
@@ -42,12 +42,12 @@ _OPEN_CLIP_PARTS = {
     "mlp.c_fc.weight": "mlp.fc1",
     "mlp.c_proj.weight": "mlp.fc2",
 }
-# what stands beside a weight that is no plain matrix of numbers
+# tensors beside a weight that is quantised
 _SCALED = re.compile(r"(scale_weight|weight_scale|scaled_fp8|quant_state|absmax|weight_format|qweight)")
 
 
 class Rows(NamedTuple):
-    """Where a place's weight lies: rows start/total … stop/total of a tensor, its halves exchanged or not."""
+    """Where a layer's weight is: rows start/total … stop/total of a tensor, its halves exchanged or not."""
 
     file: TensorFile
     name: str
@@ -63,7 +63,7 @@ class Rows(NamedTuple):
 
 
 class BaseCheckpoint:
-    """The weights of a base model, found by place."""
+    """The weights of a base model by layer path."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -82,7 +82,7 @@ class BaseCheckpoint:
             )
         if not self._rows:
             raise Refused(
-                f"{path} holds no layer of SD, SDXL or FLUX; give the folder of a diffusers model or a "
+                f"{path} has no layer of SD, SDXL or FLUX; give the folder of a diffusers model or a "
                 "checkpoint in the original layout"
             )
 
@@ -100,14 +100,13 @@ class BaseCheckpoint:
         return self._rows
 
     def shape(self, place: LayerPath) -> tuple[int, ...]:
-        """(O, I) or (O, I, k, k). Raises `Refused` for a place that is not here."""
+        """(O, I) or (O, I, k, k). Raises `Refused` for a layer that the base does not have."""
         rows = self._find(place)
         start, stop = rows.range()
         return (stop - start, *rows.file.entries[rows.name].shape[1:])
 
     def stored(self, place: LayerPath, precision: torch.dtype | None = None) -> Tensor:
-        """W (O, I·k·k) in the dtype it is stored in, or in `precision`; float8, which has no arithmetic, in
-        fp32."""
+        """W (O, I·k·k) in `precision`, by default in the dtype of the file; float8 becomes fp32."""
         rows = self._find(place)
         refuse_packed(rows.file, rows.name)
         value = rows.file.rows(rows.name, *rows.range()).flatten(1)
@@ -138,15 +137,15 @@ class BaseCheckpoint:
                 )
 
     def owners(self) -> dict[tuple[Path, str], list[tuple[LayerPath, Rows]]]:
-        """The places in each tensor of each file."""
-        found: dict[tuple[Path, str], list[tuple[LayerPath, Rows]]] = {}
+        """The layers in each tensor of each file."""
+        owners: dict[tuple[Path, str], list[tuple[LayerPath, Rows]]] = {}
         for place, rows in self._rows.items():
-            found.setdefault((rows.file.path, rows.name), []).append((place, rows))
-        return found
+            owners.setdefault((rows.file.path, rows.name), []).append((place, rows))
+        return owners
 
 
 def refuse_packed(file: TensorFile, name: str) -> None:
-    """Raise `Refused` for a quantised weight: its numbers are not its values."""
+    """Raise `Refused` for a quantised weight, whose stored numbers are not its values."""
     entry, stem = file.entries[name], name.removesuffix("weight")
     beside = next((k for k in file.entries if k.startswith(stem) and _SCALED.search(k[len(stem) :])), None)
     beside = beside or next((k for k in file.entries if "scaled_fp8" in k), None)
@@ -158,7 +157,7 @@ def refuse_packed(file: TensorFile, name: str) -> None:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The safetensors files of a diffusers component; of several variants, the plain one."""
+    """The safetensors files of a diffusers component: the plain variant where there are several."""
     files = sorted(folder.glob("*.safetensors"))
     plain = [file for file in files if "." not in file.stem]
     if not files and folder.is_dir() and any(folder.glob("*.bin")):
@@ -202,14 +201,14 @@ def _original(file: TensorFile, name: str, module: str, layers: int) -> Iterator
 
 
 def _of_open_clip(file: TensorFile, name: str, key: str, part: str) -> Iterator[tuple[LayerPath, Rows]]:
-    if not (found := _OPEN_CLIP.match(key)):
+    if not (match := _OPEN_CLIP.match(key)):
         return
-    layer = f"text_model.encoder.layers.{found[1]}"
-    if found[2] == "attn.in_proj_weight":
+    layer = f"text_model.encoder.layers.{match[1]}"
+    if match[2] == "attn.in_proj_weight":
         for third, which in enumerate("qkv"):
             yield LayerPath(part, f"{layer}.self_attn.{which}_proj"), Rows(file, name, third, third + 1, 3)
-    elif found[2] in _OPEN_CLIP_PARTS:
-        yield LayerPath(part, f"{layer}.{_OPEN_CLIP_PARTS[found[2]]}"), Rows(file, name)
+    elif match[2] in _OPEN_CLIP_PARTS:
+        yield LayerPath(part, f"{layer}.{_OPEN_CLIP_PARTS[match[2]]}"), Rows(file, name)
 
 
 # ---------- merging
@@ -225,18 +224,16 @@ def merge(
 ) -> float:
     """Write `base` with W ← W + strength·(W′ − W) to `target`: a folder like the base's, or a file.
 
-    The sum is in fp32 and rounded once, to the dtype the tensor has there or to `dtype`. Returns what
-    rounding loses: ‖W_written − W′‖/‖W′ − W‖ over all merged layers. Raises `Refused`, before anything is
-    written.
+    The sum is in fp32 and rounded once, to the tensor's dtype in the base or to `dtype`. Returns the loss by
+    rounding, ‖W_written − W′‖/‖W′ − W‖ over all merged layers. Raises `Refused` before anything is written.
     """
     base.check(layers)
-    owners = base.owners()
-    mine = {
-        key: [(layers[p], rows) for p, rows in found if p in layers]
-        for key, found in owners.items()
-        if any(p in layers for p, _ in found)
+    changes = {
+        key: [(layers[place], rows) for place, rows in owners if place in layers]
+        for key, owners in base.owners().items()
+        if any(place in layers for place, _ in owners)
     }
-    for path, name in mine:
+    for path, name in changes:
         refuse_packed(base.files[path], name)
     lost = _Lost()
     if base.path.is_dir():
@@ -249,16 +246,16 @@ def merge(
         if Path(target).exists() and (not Path(target).is_dir() or any(Path(target).iterdir())):
             raise Refused(f"{target} exists already and would be replaced as a whole; give a new folder")
         with atomic_folder(target) as part:
-            shutil.copytree(base.path, part, dirs_exist_ok=True, ignore=_not_copied(base, mine))
-            for path in {path for path, _ in mine}:
+            shutil.copytree(base.path, part, dirs_exist_ok=True, ignore=_not_copied(base, changes))
+            for path in {path for path, _ in changes}:
                 place = part / path.relative_to(base.path)
-                _rewrite(base.files[path], mine, place, base.files[path].metadata, strength, dtype, lost)
+                _rewrite(base.files[path], changes, place, base.files[path].metadata, strength, dtype, lost)
     else:
         if Path(target).suffix not in (".safetensors", ".sft"):
             raise Refused(f"{base.path} is one file and {target} is no .safetensors name; give one")
         _refuse_same(base.path, target)
         file = base.files[base.path]
-        _rewrite(file, mine, Path(target), {**file.metadata, **metadata}, strength, dtype, lost)
+        _rewrite(file, changes, Path(target), {**file.metadata, **metadata}, strength, dtype, lost)
     return lost.share()
 
 
@@ -268,11 +265,10 @@ def _refuse_same(base: Path, target: str | Path) -> None:
 
 
 def _not_copied(
-    base: BaseCheckpoint, mine: Iterable[tuple[Path, str]]
+    base: BaseCheckpoint, changed: Iterable[tuple[Path, str]]
 ) -> Callable[[str, list[str]], list[str]]:
-    """Of a folder that is copied: what is written anew, and other variants of it, which would stay
-    unmerged."""
-    written = {path for path, _ in mine}
+    """A filter of `copytree`: skip files that are rewritten, and other variants of them."""
+    written = {path for path, _ in changed}
     folders = {path.parent for path in written}
 
     def ignored(folder: str, names: list[str]) -> list[str]:
@@ -284,7 +280,7 @@ def _not_copied(
 
 
 class _Lost:
-    """Sums of squares: what was lost, and the change."""
+    """Sums of squares of the rounding error and of the change."""
 
     def __init__(self) -> None:
         self.error = self.change = 0.0
@@ -299,7 +295,7 @@ class _Lost:
 
 def _rewrite(
     file: TensorFile,
-    mine: Mapping[tuple[Path, str], list[tuple[Delta, Rows]]],
+    changes: Mapping[tuple[Path, str], list[tuple[Delta, Rows]]],
     target: Path,
     metadata: Mapping[str, str],
     strength: float,
@@ -307,17 +303,17 @@ def _rewrite(
     lost: _Lost,
 ) -> None:
     def kept(name: str) -> torch.dtype:
-        own = file.entries[name].dtype
-        return own if dtype is None or not own.is_floating_point else dtype
+        stored = file.entries[name].dtype
+        return stored if dtype is None or not stored.is_floating_point else dtype
 
     def pieces(name: str) -> Iterator[Tensor]:
         entry = file.entries[name]
-        held = sorted(mine.get((file.path, name), ()), key=lambda one: one[1].start)
+        owners = sorted(changes.get((file.path, name), ()), key=lambda owner: owner[1].start)
         count = entry.shape[0] if entry.shape else 1
         step = max(1, PIECE // max(1, math.prod(entry.shape[1:])))
-        bounds = sorted({0, count, *(edge for _, rows in held for edge in _edges(rows))})
+        bounds = sorted({0, count, *(edge for _, rows in owners for edge in _edges(rows))})
         for low, high in pairwise(bounds):
-            owner = next((one for one in held if one[1].range()[0] <= low < one[1].range()[1]), None)
+            owner = next((o for o in owners if o[1].range()[0] <= low < o[1].range()[1]), None)
             for start in range(low, high, step):
                 value = file.rows(name, start, min(start + step, high))
                 if owner is not None:
@@ -338,12 +334,12 @@ def _changed(
 ) -> Tensor:
     layer, rows = owner
     first, last = rows.range()
-    own = start - first  # the row in the place's own weight
+    row = start - first  # in the layer's weight
     if rows.swapped:
         half = (last - first) // 2
-        own = own + half if own < half else own - half
+        row = row + half if row < half else row - half
     W = value.float().flatten(1)
-    wanted = layer.changed(W, own, own + len(W))
+    wanted = layer.changed(W, row, row + len(W))
     if strength != 1.0:
         wanted = W + strength * (wanted - W)
     written = wanted.to(dtype)

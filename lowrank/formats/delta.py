@@ -6,6 +6,7 @@ here. Shapes: O out, I in with a convolution's kernel flattened into it, R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -99,6 +100,11 @@ def method_for(roles: Mapping[str, Tensor], made_by: Method | None) -> Method:
     return module.made({}) if module else LORA
 
 
+def is_orthogonal(roles: Mapping[str, Tensor]) -> bool:
+    """Whether a layer is of the orthogonal T-LoRA: P·Λ·Q instead of an up and a down."""
+    return any(keys.METHOD_OF.get(role) == "tlora" for role in roles)
+
+
 def missing_roles(roles: Mapping[str, Tensor], method: Method) -> list[str]:
     """The factors that a layer lacks for its ΔW."""
     factor = method.require_factor()
@@ -145,6 +151,9 @@ def delta_of(
     up, down = roles[chain.up[0]], roles[chain.down[-1]]
     rank, kernel = factor.rank_in(chain.down[-1], down.shape) or 1, tuple(down.shape[2:])
     scale = strength(roles, rank)
+    if factor == LORA_FACTOR and up.dim() == down.dim() and math.prod(up.shape[2:]) == 1:
+        U, D = up.flatten(1), down.flatten(1)  # a plain pair needs no layer
+        return Delta(U, D, scale, _magnitude(module, roles, U, source), kernel)
     host = phantom(up.shape[-4 if kernel else -2], down.shape[1], kernel)
     layer = AdaptedLayer(module, host, method, rank, scale * rank, Clock(method))
     stored = torch.promote_types(up.dtype, down.dtype)

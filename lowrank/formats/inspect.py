@@ -1,7 +1,7 @@
-"""What an adapter file says and holds: anyone's file, also a damaged one, as plain facts.
+"""The facts of an adapter file of any origin, also a damaged one: metadata, ranks, norms, problems.
 
-Nothing is refused that can be told: a layer that is not whole, a NaN, keys of another kind become problems in
-a list. Pickles are read as tensors only (`tensors.read_tensors`), and nothing in a file is run.
+An incomplete layer, a NaN or an unknown key is listed as a problem and does not stop the report. Pickles are
+read as tensors only (`tensors.read_tensors`), and nothing in a file is run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NONE = (None, "", "None", "null")
 
 
 def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
-    """Everything that is shown of a file, ready for JSON. Raises `Refused` for no file of tensors."""
+    """The report of a file, ready for JSON. Raises `Refused` for a file without tensors."""
     file, layers, problems = existing_file(path), [], []
     raw = open_adapter_file(file)
     contents = read_adapter_file(raw, method.file_roles() if method else (), strict=False)
@@ -48,7 +48,7 @@ def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
         if layer["problem"]:
             problems.append(f"{module}: {layer['problem']}")
     other, metadata = contents.not_understood, raw.metadata
-    kinds = Counter(kind for _, kind in {(one.module, one.kind) for one in other} if "unknown" not in kind)
+    kinds = Counter(kind for _, kind in {(key.module, key.kind) for key in other} if "unknown" not in kind)
     return {
         "file": str(file),
         "bytes": file.stat().st_size,
@@ -56,13 +56,13 @@ def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
         "tensors": len(raw.state),
         "model": _family(contents.layers, metadata, problems),
         "method": metadata.get("lowrank.method") or _kind(contents.layers, kinds),
-        "ranks": _counted(one["rank"] for one in layers),
-        "alphas": _counted(one["alpha"] for one in layers),
+        "ranks": _counted(layer["rank"] for layer in layers),
+        "alphas": _counted(layer["alpha"] for layer in layers),
         "dtypes": _counted(str(v.dtype).removeprefix("torch.") for v in raw.state.values() if v.dim()),
-        "parts": _counted(one["part"] for one in layers),
-        "targets": _counted(_target(one["path"]) for one in layers),
-        "experts": max((one["experts"] for one in layers), default=1),
-        "norm": math.sqrt(sum((one["norm"] or 0.0) ** 2 for one in layers)),
+        "parts": _counted(layer["part"] for layer in layers),
+        "targets": _counted(_target(layer["path"]) for layer in layers),
+        "experts": max((layer["experts"] for layer in layers), default=1),
+        "norm": math.sqrt(sum((layer["norm"] or 0.0) ** 2 for layer in layers)),
         "base": _facts(metadata, BASE) | _lowrank(metadata, ("base_model", "base_hash")),
         "basis_hash": metadata.get("lowrank.basis_hash"),
         "training": _facts(metadata, TRAINING),
@@ -73,7 +73,7 @@ def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
         "other_keys": {
             "count": len(other),
             "kinds": dict(kinds),
-            "examples": sorted(one.key for one in other)[:5],
+            "examples": sorted(key.key for key in other)[:5],
         },
         "problems": problems,
         "layers": layers,
@@ -113,7 +113,9 @@ def _layer(module: str, contents: AdapterFile, method: Method | None) -> dict[st
         "outputs": layer.up.shape[0],
         "inputs": layer.down.shape[1],
         "norm": layer.norm(),
-        "problem": None if layer.scale else "alpha is 0: it adds nothing here, and its rank's worth in kohya",
+        "problem": None
+        if layer.scale
+        else "alpha is 0: it adds nothing here, and kohya's trainer reads it as alpha = rank",
     }
 
 
@@ -151,8 +153,8 @@ def _number(value: Any) -> str:
 
 
 def _facts(metadata: Mapping[str, str], names: tuple[str, ...]) -> dict[str, str]:
-    told = {name: metadata.get(f"ss_{name}") for name in names}
-    return {name: value for name, value in told.items() if value not in _NONE and value is not None}
+    facts = {name: metadata.get(f"ss_{name}") for name in names}
+    return {name: value for name, value in facts.items() if value not in _NONE and value is not None}
 
 
 def _lowrank(metadata: Mapping[str, str], names: tuple[str, ...]) -> dict[str, str]:
@@ -162,12 +164,12 @@ def _lowrank(metadata: Mapping[str, str], names: tuple[str, ...]) -> dict[str, s
 
 
 def _schedule(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Which ranks are open when: T-LoRA's facts, of our files and of LyCORIS'."""
-    told: dict[str, Any] = {k: v for k, v in metadata.items() if k.startswith("tlora_")}
+    """The schedule of a T-LoRA: metadata of our files and of LyCORIS'."""
+    schedule: dict[str, Any] = {k: v for k, v in metadata.items() if k.startswith("tlora_")}
     for source in (_json(metadata.get("lowrank.options")), _json(metadata.get("lycoris_config"))):
         if isinstance(source, dict):
-            told |= {k: v for k, v in source.items() if "min_rank" in k or k.startswith("tlora_")}
-    return told
+            schedule |= {k: v for k, v in source.items() if "min_rank" in k or k.startswith("tlora_")}
+    return schedule
 
 
 def _json(text: str | None) -> Any:
@@ -180,8 +182,8 @@ def _json(text: str | None) -> Any:
 # ---------- two files
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs between two files: facts, layers that only one has, ranks, sizes of the changes."""
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The differences of two reports: facts, layers that only one file has, ranks."""
     names = (
         "model",
         "method",
@@ -194,22 +196,22 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, A
         "schedule",
         "options",
     )
-    facts = {name: [one[name], other[name]] for name in names if one[name] != other[name]}
-    for name in sorted(one["training"].keys() | other["training"].keys()):
-        values = [told["training"].get(name) for told in (one, other)]
+    facts = {name: [first[name], second[name]] for name in names if first[name] != second[name]}
+    for name in sorted(first["training"].keys() | second["training"].keys()):
+        values = [report["training"].get(name) for report in (first, second)]
         if values[0] != values[1]:
             facts[f"training.{name}"] = values
-    first, second = ({_key(layer): layer for layer in told["layers"]} for told in (one, other))
-    both = [name for name in first if name in second]
+    mine, theirs = ({_key(layer): layer for layer in report["layers"]} for report in (first, second))
+    both = [name for name in mine if name in theirs]
     return {
-        "same_bytes": one["sha256"] == other["sha256"],
+        "same_bytes": first["sha256"] == second["sha256"],
         "facts": facts,
-        "only_first": [name for name in first if name not in second],
-        "only_second": [name for name in second if name not in first],
+        "only_first": [name for name in mine if name not in theirs],
+        "only_second": [name for name in theirs if name not in mine],
         "ranks": {
-            name: [first[name]["rank"], second[name]["rank"]]
+            name: [mine[name]["rank"], theirs[name]["rank"]]
             for name in both
-            if first[name]["rank"] != second[name]["rank"]
+            if mine[name]["rank"] != theirs[name]["rank"]
         },
         "changes": {},
     }
@@ -219,19 +221,19 @@ def _key(layer: Mapping[str, Any]) -> str:
     return f"{layer['part']}.{layer['path']}"
 
 
-def compared(one: Mapping[Any, Delta], other: Mapping[Any, Delta]) -> dict[str, dict[str, float]]:
-    """‖ΔW₁ − ΔW₂‖/‖ΔW₁‖ and the cosine of each layer that both have and that fits."""
-    found = {}
-    for place, layer in one.items():
-        theirs = other.get(place)
+def compared(first: Mapping[Any, Delta], second: Mapping[Any, Delta]) -> dict[str, dict[str, float]]:
+    """‖ΔW₁ − ΔW₂‖/‖ΔW₁‖ and the cosine of each layer of one size in both."""
+    changes = {}
+    for place, layer in first.items():
+        theirs = second.get(place)
         sizes = theirs and (theirs.up.shape[0], theirs.down.shape[1])
         if theirs is None or sizes != (layer.up.shape[0], layer.down.shape[1]):
             continue
         mine, size = layer.norm(), theirs.norm()
         apart = distance(layer, theirs)
         inner = (mine**2 + size**2 - apart**2) / 2
-        found[f"{place.part}.{place.path}"] = {
+        changes[f"{place.part}.{place.path}"] = {
             "distance": apart / mine if mine else (0.0 if not size else math.inf),
             "cosine": inner / (mine * size) if mine and size else math.nan,
         }
-    return found
+    return changes

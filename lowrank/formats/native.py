@@ -22,7 +22,7 @@ from lowrank.bases.qr_basis import start_basis
 from lowrank.errors import Refused
 from lowrank.formats import tlora
 from lowrank.formats.base_checkpoint import BaseCheckpoint
-from lowrank.formats.delta import LORA, Delta, check_shapes, distance, method_for
+from lowrank.formats.delta import LORA, Delta, check_shapes, distance, is_orthogonal, method_for
 from lowrank.formats.read import Adapter, baked
 from lowrank.naming import keys
 from lowrank.naming.flux_join import strength
@@ -32,22 +32,22 @@ TIMES = (0, 250, 500, 750, 999)  # where two T-LoRAs are compared
 
 
 class Native(NamedTuple):
-    """A native file: tensors under their keys, and what the file says."""
+    """A native file: tensors under their keys, metadata, and what the conversion lost."""
 
     state: dict[str, Tensor]
     metadata: dict[str, str]
-    loss: float = 0.0  # ‖ΔW − what the file says‖/‖ΔW‖ over all layers
-    worst: tuple[float, str] = (0.0, "")  # the same of the worst layer, and which
+    loss: float = 0.0  # ‖ΔW − ΔW of the file‖/‖ΔW‖ over all layers
+    worst: tuple[float, str] = (0.0, "")  # loss of the worst layer, and its path
     start_of_base: bool = False  # the initial copy that is subtracted was computed from the base
 
 
 def method_of(adapter: Adapter) -> str:
-    """The method that holds the file's layers as they are."""
+    """The method whose files can have the adapter's layers unchanged."""
     names = {method_for(adapter.raw.get(place, {}), None).name for place in adapter.layers}
     if len(names) == 1 and names != {LORA.name}:
         return names.pop()
-    lengths = any(layer.magnitude is not None for layer in adapter.layers.values())
-    return keys.DORA if lengths else LORA.name
+    dora = any(layer.magnitude is not None for layer in adapter.layers.values())
+    return keys.DORA if dora else LORA.name
 
 
 def to_native(
@@ -61,7 +61,7 @@ def to_native(
     """The adapter as a file of `method`.
 
     `base` is needed for a basis, of `rank` (the adapter's own when None), which depends on the `precision`
-    that the base is loaded in for training. Raises `Refused` for what the method cannot hold.
+    that the base is loaded in for training. Raises `Refused` for layers that the method cannot represent.
     """
     plain = method in (LORA.name, keys.DORA)
     if not plain and method_of(adapter) == method and rank is None:
@@ -71,7 +71,7 @@ def to_native(
         return Native(*_file(adapter, method, layers))
     if plain:
         return Native(
-            *_file(adapter, method, {p: _pair(p, one, method, base) for p, one in adapter.layers.items()})
+            *_file(adapter, method, {p: _pair(p, layer, method, base) for p, layer in adapter.layers.items()})
         )
     return _projected(adapter, method, base, rank, precision, cache)
 
@@ -89,15 +89,15 @@ def _pair(place: LayerPath, layer: Delta, method: str, base: BaseCheckpoint | No
     if method == LORA.name:
         if layer.magnitude is not None:
             raise Refused(
-                f"{place.path} has lengths (DoRA), which a plain LoRA cannot hold; give --method dora"
+                f"{place.path} has a DoRA magnitude, which a plain LoRA cannot have; give --method dora"
             )
         return roles
     m = layer.magnitude
     if m is None:
         if base is None:
             raise Refused(
-                f"{place.path} has no lengths, and every layer of a DoRA has; give the base with --model, "
-                "whose own they are, or --method lora"
+                f"{place.path} has no magnitude, and every layer of a DoRA has one; give the base with "
+                "--model to compute it, or --method lora"
             )
         m = torch.linalg.vector_norm(base.weight(place) + layer.delta(), dim=1)
     return {**roles, "magnitude": m.reshape(-1, *(1,) * (len(layer.kernel) + 1))}
@@ -117,18 +117,18 @@ def _file(
                 value = value.flatten() if value.dim() == 2 else value.reshape(1, -1, 1, 1)
             state[f"{module}.{table[role]}"] = value
     sizes = {(_width(place, roles), float(roles["alpha"])) for place, roles in layers.items()}
-    one = sizes.pop() if len(sizes) == 1 else (None, None)
+    rank, alpha = sizes.pop() if len(sizes) == 1 else (None, None)
     kept = {k: v for k, v in adapter.metadata.items() if not k.startswith(("lowrank.", "sshs_"))}
     base_facts = {k: v for k, v in adapter.metadata.items() if k.startswith("lowrank.base")}
-    told = {
+    described = {
         "lowrank.method": method,
         "lowrank.options": "{}",
-        "lowrank.rank": str(one[0]),
-        "lowrank.alpha": str(one[1]),
+        "lowrank.rank": str(rank),
+        "lowrank.alpha": str(alpha),
         "lowrank.layers": str(len(layers)),
         **facts,
     }
-    return state, {**kept, **base_facts, **told}
+    return state, {**kept, **base_facts, **described}
 
 
 def _projected(
@@ -142,9 +142,9 @@ def _projected(
     if base is None:
         raise Refused(f"--method {method} works in a basis of the base model; give it with --model")
     base.check(adapter.layers)
-    lengths = next((p.path for p, layer in adapter.layers.items() if layer.magnitude is not None), None)
-    if lengths:
-        raise Refused(f"{lengths} has lengths (DoRA), which {method} cannot hold; give --method dora")
+    dora = next((p.path for p, layer in adapter.layers.items() if layer.magnitude is not None), None)
+    if dora:
+        raise Refused(f"{dora} has a DoRA magnitude, which {method} cannot have; give --method dora")
     names = {native_name(place, adapter.family): place for place in adapter.layers}
     ranks = {name: rank or adapter.layers[place].rank for name, place in names.items()}
     module = network_named(method)
@@ -178,19 +178,21 @@ def _projected(
 
 
 def _restarted(place: LayerPath, layer: Delta, start: Chain, Q: Tensor, R: Tensor) -> dict[str, Tensor]:
-    """An official QR pair with the start that the official code took out of W: Q₀·R₀ is one product, whatever
-    signs the factors have."""
+    """An official QR pair with the start Q₀·R₀ that the official code subtracted from W.
+
+    The product does not depend on the signs of the factors.
+    """
     if layer.rank != Q.shape[1]:
         raise Refused(
-            f"{place.path} has rank {layer.rank} and its start was asked for at rank {Q.shape[1]}; leave "
-            f"--rank out"
+            f"{place.path} has rank {layer.rank}, and --rank {Q.shape[1]} would give its start another rank; "
+            "leave --rank out"
         )
     pair = {"up": layer.up.float(), "down": layer.scale * layer.down.float()}
     return {**pair, start.up[0]: Q, start.down[-1]: R}
 
 
 def native_name(place: LayerPath, family: str) -> str:
-    """The name that a network gives the layer: basis hashes are over these."""
+    """The name of a layer in a network, which basis hashes are computed over."""
     name = native_layer(place, family)[0]
     if name.startswith("lora_"):
         return name
@@ -198,7 +200,7 @@ def native_name(place: LayerPath, family: str) -> str:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """W (O, I) of each layer as training would have it, read only when asked for."""
+    """W (O, I) of each layer in the dtype of training, read from disk at each lookup."""
 
     def __init__(
         self, base: BaseCheckpoint, names: Mapping[str, LayerPath], precision: torch.dtype | None
@@ -219,14 +221,14 @@ class _Weights(Mapping[str, Tensor]):
 
 
 def to_native_tlora(adapter: Adapter, start_left_out: bool) -> Native:
-    """The file of `networks.tlora` with these layers, which have their start, wherever it came from.
+    """The file of `networks.tlora` with an adapter's layers, whose initial copies are present.
 
     Raises `Refused` for layers of two kinds, for pairs that open together, for FLUX's joined layers, whose
-    parts have no ranks of their own, and for factors that do not fit.
+    parts share their ranks, and for factors that do not fit.
     """
     source, schedule = adapter.source, adapter.schedule
-    assert schedule is not None  # the caller has asked for one
-    orthogonal = any(map(tlora.is_orthogonal, adapter.raw.values()))
+    assert schedule is not None  # checked by the caller
+    orthogonal = any(map(is_orthogonal, adapter.raw.values()))
     if not orthogonal and schedule.group == 2:
         raise Refused(
             f"{source} is an export as a plain LoRA whose ranks open in pairs; use the original file"
@@ -243,8 +245,8 @@ def to_native_tlora(adapter: Adapter, start_left_out: bool) -> Native:
         method = method_for(roles, adapter.method)
         rank = check_shapes(module, roles, source, method).get("rank", 1)
         sides = method.require_factor().sides()
-        if roles.keys() - {"alpha"} != sides.keys() or tlora.is_orthogonal(roles) != orthogonal:
-            wanted = sides if tlora.is_orthogonal(roles) == orthogonal else ("one kind of factors",)
+        if roles.keys() - {"alpha"} != sides.keys() or is_orthogonal(roles) != orthogonal:
+            wanted = sides if is_orthogonal(roles) == orthogonal else ("one kind of factors",)
             raise Refused(
                 f"{module} in {source} has {', '.join(sorted(roles))} and a T-LoRA of this kind has "
                 f"{', '.join(wanted)}; the file is not whole, or of two methods"
@@ -276,11 +278,11 @@ def to_native_tlora(adapter: Adapter, start_left_out: bool) -> Native:
     return Native(state, {**kept, **facts})
 
 
-def largest_difference(one: Adapter, other: Adapter) -> float:
+def largest_difference(adapter: Adapter, other: Adapter) -> float:
     """The largest ‖ΔW − ΔW′‖/‖ΔW‖ of a layer of two T-LoRAs at one of `TIMES`."""
     worst = 0.0
     for t in TIMES:
-        ours, theirs = (baked(adapter, t).layers for adapter in (one, other))
+        ours, theirs = baked(adapter, t).layers, baked(other, t).layers
         for place, layer in ours.items():
             worst = max(worst, distance(layer, theirs[place]) / max(layer.norm(), 1e-30))
     return worst

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from lowrank.adapters.method import Method
 from lowrank.adapters.network_module import method_made_by
 from lowrank.errors import Refused
 from lowrank.formats import tlora
-from lowrank.formats.delta import LORA, Delta, delta_of, method_for, swapped
+from lowrank.formats.delta import LORA, Delta, delta_of, is_orthogonal, method_for, swapped
 from lowrank.naming import flux as flux_names
 from lowrank.naming.places import LayerPath, adapter_family, check_family, places
 
@@ -39,16 +40,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: its layers by place, and what its file states."""
+    """An adapter: its layers by layer path, and the facts of its file."""
 
     source: str
-    family: str  # "sd15", "sdxl", "flux"; empty where the file fits several and nobody asked
+    family: str  # "sd15", "sdxl", "flux"; empty where the file fits several
     layers: Mapping[LayerPath, Delta]
     metadata: Mapping[str, str] = field(default_factory=dict)
     raw: Mapping[LayerPath, Mapping[str, Tensor]] = field(default_factory=dict)  # the file's tensors by role
     modules: Mapping[LayerPath, str] = field(default_factory=dict)  # the names of the layers in the file
-    method: Method | None = None  # that the file names, if it is one of ours
-    schedule: Schedule | None = None  # of a T-LoRA: which ranks are open when
+    method: Method | None = None  # that the file names, if networks/ has it
+    schedule: Schedule | None = None  # of the open ranks of a T-LoRA
     not_understood: Sequence[ForeignKey] = ()  # keys that are not used
     refusals: Mapping[LayerPath, str] = field(default_factory=dict)  # why a layer has no ΔW, where not strict
 
@@ -86,9 +87,9 @@ def read_adapter(
     precision: torch.dtype | None = None,
     strict: bool = True,
 ) -> Adapter:
-    """An adapter file of any dialect and method, layer by layer; FLUX's joined layers are split, exactly.
+    """Read an adapter file of any dialect and method by layer; FLUX's joined layers are split, exactly.
 
-    `family` is the kind of model where the file does not state it. `at`, in 0..1000, bakes a T-LoRA at a
+    `family` is the kind of model, for files that fit several. `at`, in 0..1000, bakes a T-LoRA at a
     timestep, `schedule` is SimpleTuner's `_tlora_config`, `start(module)` gives W (O, I) of the base where a
     T-LoRA leaves out its start. Products of factors are computed in `precision` at least, and stored in the
     file's own without one. Raises `Refused` for what has no ΔW of its own; with `strict` off, the reasons are
@@ -107,7 +108,10 @@ def read_adapter(
         )
     warn_zero_alpha(raw.source, contents.layers)
     layers = {module: roles for module, roles in contents.layers.items() if not _DEAD.match(module)}
-    gate = tlora.schedule_of(raw.source, layers, raw.metadata, schedule)
+    gate = None
+    may_be_tlora = schedule is not None or any(key in raw.metadata for key in tlora.SCHEDULE_KEYS)
+    if may_be_tlora or any(map(is_orthogonal, layers.values())):
+        gate = tlora.schedule_of(raw.source, layers, raw.metadata, schedule)
     if start is not None:
         layers = tlora.with_copies(layers, start, raw.metadata, raw.source)
     if family is not None:
@@ -123,16 +127,30 @@ def read_adapter(
     return adapter if at is None or gate is None else baked(adapter, at)
 
 
+def read_and_report(file: str | Path | RawFile, family: str | None = None, **options: Any) -> Adapter:
+    """Read an adapter with the options of `read_adapter`, and print which keys of the file are not used."""
+    adapter = read_adapter(file, family, **options)
+    if unused := adapter.not_understood:
+        kinds = Counter(key.kind for key in unused if not key.kind.startswith("unknown"))
+        counts = ", ".join(f"{kind} × {count}" for kind, count in kinds.items())
+        examples = ", ".join(sorted(key.key for key in unused)[:5])
+        print(
+            f"{adapter.source}: {len(unused)} keys are not read by this program and not used"
+            f"{f' ({counts})' if counts else ''}: {examples}"
+        )
+    return adapter
+
+
 def _refuse_no_adapter(contents: AdapterFile) -> None:
     made_by = contents.fact("method")
-    if made_by and any(one.kind == CORE for one in contents.not_understood):
+    if made_by and any(key.kind == CORE for key in contents.not_understood):
         raise Refused(
-            f"{contents.source} was made by networks.{made_by}, which is not here; use the release "
+            f"{contents.source} was made by networks.{made_by}, which does not exist; use the release "
             "that made it"
         )
-    examples = ", ".join(one.key for one in contents.not_understood[:3]) or "nothing at all"
+    examples = ", ".join(key.key for key in contents.not_understood[:3]) or "nothing at all"
     raise Refused(
-        f"{contents.source} holds no adapter this program knows: its tensors are named like {examples}; "
+        f"{contents.source} has no adapter that is known here: its tensors are named like {examples}; "
         "give a LoRA, ΔR or QR-LoRA file"
     )
 
@@ -196,10 +214,9 @@ def _cut(
         raise Refused(f"{module} in {source} has {outs} rows, which are not {piece.total} equal shares")
     start, stop = piece.start * outs // piece.total, piece.stop * outs // piece.total
     up = whole.up[start:stop]
-    own = up.ne(0).any(0)
-    elsewhere = whole.up[:start].ne(0).any(0) | whole.up[stop:].ne(0).any(0)
-    used = own if not bool((own & elsewhere).any()) else torch.ones_like(own)
-    # a rank that nobody uses stays with the first layer, so that nothing is dropped
+    inside = up.ne(0).any(0)
+    outside = whole.up[:start].ne(0).any(0) | whole.up[stop:].ne(0).any(0)
+    used = inside if not bool((inside & outside).any()) else torch.ones_like(inside)
     magnitude = None if whole.magnitude is None else whole.magnitude[start:stop]
     if bool(used.all()) or not bool(used.any()):
         return Delta(up, whole.down, whole.scale, magnitude), None
@@ -211,16 +228,16 @@ def _cut_roles(
 ) -> Roles:
     """The tensors of one part of a joined layer; none where ranks were taken out of a product."""
     sides = method_for(roles, made_by).require_factor().sides()
-    halves = [role for role, own in sides.items() if own[0] == "rank" and role in roles]
+    halves = [role for role, sizes in sides.items() if sizes[0] == "rank" and role in roles]
     if ranks is not None and any(len(roles[role]) != len(ranks) for role in halves):
         return {}
     part: Roles = {}
     for role, value in roles.items():
-        own = sides.get(role, ("outputs",) if role == "magnitude" else ())
-        if own[:1] == ("outputs",):
+        sizes = sides.get(role, ("outputs",) if role == "magnitude" else ())
+        if sizes[:1] == ("outputs",):
             value = value[piece.start * len(value) // piece.total : piece.stop * len(value) // piece.total]
-        if ranks is not None and "rank" in own:
-            value = value[ranks] if own[0] == "rank" else value[:, ranks]
+        if ranks is not None and "rank" in sizes:
+            value = value[ranks] if sizes[0] == "rank" else value[:, ranks]
         if ranks is not None and role == "alpha":
             value = value * int(ranks.sum()) / len(ranks)
         part[role] = value
@@ -231,11 +248,11 @@ def _cut_roles(
 
 
 def baked(adapter: Adapter, at: float) -> Adapter:
-    """A T-LoRA as the plain LoRA that it is at one timestep in 0..1000; text encoders have all ranks open."""
+    """The plain LoRA that a T-LoRA is at one timestep in 0..1000; text encoders have all ranks open."""
     schedule = adapter.schedule
     if schedule is None:
         raise Refused(
-            f"{adapter.source} is no T-LoRA, and the same at every timestep; leave --at-timestep out"
+            f"{adapter.source} is no T-LoRA and has one ΔW for all timesteps; leave --at-timestep out"
         )
     if not 0 <= at <= schedule.horizon:
         raise Refused(f"timestep {at:g} is not between 0 (picture) and {schedule.horizon} (noise)")
@@ -266,6 +283,6 @@ def refuse_masked(adapters: Sequence[Adapter]) -> None:
     """Raise `Refused` for a T-LoRA that is not baked at one timestep: it has no one ΔW."""
     if gated := masked(adapters):
         raise Refused(
-            f"{gated[0].source} is a T-LoRA, another change at every timestep, and a merged file has one; "
-            "name a timestep with --at_timestep"
+            f"{gated[0].source} is a T-LoRA, whose ΔW depends on the timestep, and a merged file has one "
+            "ΔW; choose a timestep with --at_timestep"
         )

@@ -1,4 +1,4 @@
-"""T-LoRA files: what says their schedule, the pairs that a prefix of opens, and LyCORIS' format.
+"""T-LoRA files: their schedules, their initial copies, and LyCORIS' format.
 
 Files that are read: ours (plain and orthogonal), our export as a plain LoRA, LyCORIS' and SimpleTuner's
 `tlora`, the authors' (`…processor.to_q_lora.…`). Component i of an orthogonal layer is the neighbours 2i and
@@ -27,6 +27,7 @@ from lowrank.adapters.network_module import network_named, options_of
 from lowrank.bases.singular import PARTS, singular_components
 from lowrank.errors import Refused, nearest
 from lowrank.files import atomic
+from lowrank.formats.delta import is_orthogonal
 from lowrank.naming import keys
 from lowrank.naming.places import LayerPath, lycoris_layer
 from lowrank.tensors import write_tensors
@@ -35,6 +36,7 @@ Layers = dict[str, dict[str, Tensor]]
 
 METHOD = "tlora"  # also the algorithm's name in LyCORIS' configuration
 SIDECAR = "lycoris_config.json"
+SCHEDULE_KEYS = ("tlora_T", "tlora_group", "lycoris_config")  # metadata that can have a schedule
 _CONFIG = ("max_rank", "min_rank", "alpha")  # of SimpleTuner's `_tlora_config`
 logger = logging.getLogger(__name__)
 
@@ -51,11 +53,6 @@ def _factor() -> Factor:
     return module.made({}).require_factor()
 
 
-def is_orthogonal(roles: Mapping[str, Tensor]) -> bool:
-    """Whether a layer is of the orthogonal T-LoRA: P·Λ·Q instead of an up and a down."""
-    return any(keys.METHOD_OF.get(role) == METHOD for role in roles)
-
-
 def without_copies(layers: Layers) -> list[str]:
     """The orthogonal layers that lack their initial copies, as LyCORIS' files do."""
     return [
@@ -66,17 +63,17 @@ def without_copies(layers: Layers) -> list[str]:
 
 
 def start_of(metadata: Mapping[str, str], source: str) -> str:
-    """Which components of W the copies are that a file leaves out: in LyCORIS' the principal ones."""
-    told = options_of(metadata, source).get("sig_type", PARTS[0])
-    if told not in PARTS:
-        raise Refused(f"{source} has damaged metadata (sig_type {told!r}); use another file")
-    return told
+    """The components of W that the initial copies of a file are; LyCORIS' are the principal ones."""
+    sig_type = options_of(metadata, source).get("sig_type", PARTS[0])
+    if sig_type not in PARTS:
+        raise Refused(f"{source} has damaged metadata (sig_type {sig_type!r}); use another file")
+    return sig_type
 
 
 def with_copies(
     layers: Layers, weight: Callable[[str], Tensor], metadata: Mapping[str, str], source: str
 ) -> Layers:
-    """Layers with the initial copies that LyCORIS' files leave out, and ours with save_basis=none.
+    """The layers with initial copies, which LyCORIS' files and ours with save_basis=none do not have.
 
     `weight(module)` is W (O, I). The SVD is the one that LyCORIS computes when it loads the file. Raises
     `Refused` where the factors are not of W's size.
@@ -105,33 +102,33 @@ def with_copies(
 def schedule_of(
     path: str | Path, layers: Layers, metadata: Mapping[str, str], config: Mapping[str, Any] | None = None
 ) -> Schedule | None:
-    """Which ranks the file's layers open when; None for a file without a schedule.
+    """The schedule of a file's ranks; None for a file without one.
 
-    `config` is SimpleTuner's `_tlora_config` {max_rank, min_rank, alpha} and goes before the file. Else the
-    file's own metadata tell, then the `lycoris_config.json` beside it, then LyCORIS' metadata, and for its
-    format at last SimpleTuner's defaults (R_min 1, alpha 1), which is said. Raises `Refused` for a config of
-    another rank, for the authors' orthogonal format without one, which says no schedule, for LyCORIS' files
-    of several ranks, which it cuts from one mask, and for values that are no numbers.
+    The first of these counts: `config`, which is SimpleTuner's `_tlora_config` {max_rank, min_rank, alpha};
+    the file's own metadata; the `lycoris_config.json` beside it; LyCORIS' metadata; for LyCORIS' format
+    SimpleTuner's defaults (R_min 1, alpha 1), with a warning. Raises `Refused` for a config of another rank,
+    for the authors' orthogonal format without a config, for LyCORIS' files of several ranks, which have one
+    mask, and for values that are no numbers.
     """
     tlora = [roles for roles in layers.values() if is_orthogonal(roles)]
     group = 2 if tlora else _number(int, metadata.get("tlora_group", 1), "tlora_group", str(path))
     ranks = _ranks(layers, group)
-    told = _told(Path(path), metadata, ranks if tlora else None)
+    stored = _stored_schedule(Path(path), metadata, ranks if tlora else None)
     if config is not None:
-        told = _configured(config, ranks, str(path), told)
-    if told is None:
+        stored = _configured(config, ranks, str(path), stored)
+    if stored is None:
         if tlora and len(without_copies(layers)) < len(tlora):
             raise Refused(
-                f"{path} does not say its schedule; pass the one it was trained with as "
+                f"{path} has no schedule; pass the one it was trained with as "
                 'config={"max_rank": …, "min_rank": …, "alpha": …}, or import it with --tlora_min_rank'
             )
         if not tlora:
             return None
         logger.warning(
-            "%s does not say its schedule; SimpleTuner's defaults are used: from 1 rank up, linear", path
+            "%s has no schedule; SimpleTuner's defaults are used: linear, from 1 rank upwards", path
         )
-        told = Schedule(1, max_rank=_one_rank(ranks, str(path)))
-    return replace(told, group=group)
+        stored = Schedule(1, max_rank=_one_rank(ranks, str(path)))
+    return replace(stored, group=group)
 
 
 def _ranks(layers: Layers, group: int) -> set[int]:
@@ -145,34 +142,37 @@ def _ranks(layers: Layers, group: int) -> set[int]:
 def _one_rank(ranks: set[int], source: str) -> int:
     if len(ranks) > 1:
         raise Refused(
-            f"{source} has layers of rank {', '.join(map(str, sorted(ranks)))}, and LyCORIS cuts one mask "
-            "for all of them, which is no share of each; use it there"
+            f"{source} has layers of rank {', '.join(map(str, sorted(ranks)))}, and LyCORIS' one mask for "
+            "all of them is no share of each rank; use the file in LyCORIS"
         )
     return next(iter(ranks))
 
 
-def _number(kind: type, told: Any, name: str, source: str) -> Any:
-    """A number of somebody's metadata. Raises `Refused` for what is none, and for those of 0 or less."""
+def _number(kind: type, stored: Any, name: str, source: str) -> Any:
+    """A number of a file's metadata. Raises `Refused` for other values, and for numbers of 0 or less."""
     try:
-        value = kind(told)
+        value = kind(stored)
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise Refused(
-            f"{source} says {name} {told!r}, which is no number above 0; correct it, or use another file"
+            f"{source} has {name} {stored!r}, which is no number above 0; correct it, or use another file"
         )
     return value
 
 
-def _told(path: Path, metadata: Mapping[str, str], lycoris: set[int] | None) -> Schedule | None:
-    """What metadata say, or LyCORIS' configuration; for a file in its format (these ranks) also beside it."""
+def _stored_schedule(path: Path, metadata: Mapping[str, str], lycoris: set[int] | None) -> Schedule | None:
+    """The schedule in the metadata or in LyCORIS' configuration, inside or beside the file.
+
+    `lycoris` has the ranks of a file in LyCORIS' format; for other files nothing beside the file is read.
+    """
     if "tlora_T" in metadata:
-        told = {
+        sizes = {
             name: _number(int, metadata[name], name, str(path)) if name in metadata else None
             for name in ("tlora_min_rank", "tlora_max_rank", "tlora_T")
         }
         alpha = _number(float, metadata.get("tlora_alpha", 1.0), "tlora_alpha", str(path))
-        return Schedule(told["tlora_min_rank"], alpha, told["tlora_T"] or 1000, 1, told["tlora_max_rank"])
+        return Schedule(sizes["tlora_min_rank"], alpha, sizes["tlora_T"] or 1000, 1, sizes["tlora_max_rank"])
     beside, inside = path.parent / SIDECAR, metadata.get("lycoris_config")
     texts = {f"lycoris_config of {path}": inside}
     if lycoris is not None and beside.is_file():
@@ -181,7 +181,7 @@ def _told(path: Path, metadata: Mapping[str, str], lycoris: set[int] | None) -> 
         try:
             config = json.loads(text or "null")
         except (ValueError, RecursionError) as error:
-            raise Refused(f"{source} is no JSON ({error}); correct it, or take it away") from error
+            raise Refused(f"{source} is no JSON ({error}); correct it, or remove it") from error
         if isinstance(config, dict) and config.get("algo") == METHOD:
             return _of_lycoris(config, lycoris or set(), source, path)
     return None
@@ -191,8 +191,8 @@ def _of_lycoris(config: Mapping[str, Any], ranks: set[int], source: str, path: P
     rank = _one_rank(ranks, str(path)) if ranks else None
     if rank is not None and config.get("linear_dim", rank) != rank:
         raise Refused(
-            f"{source} is of a file of rank {config['linear_dim']} and {path} has {rank}; put its own "
-            "beside it"
+            f"{source} is for rank {config['linear_dim']} and {path} has rank {rank}; put the adapter's own "
+            "configuration beside it"
         )
     least, alpha = (config.get(name, 1) for name in ("tlora_min_rank", "tlora_alpha"))
     return Schedule(
@@ -202,29 +202,30 @@ def _of_lycoris(config: Mapping[str, Any], ranks: set[int], source: str, path: P
     )
 
 
-def _configured(config: Mapping[str, Any], ranks: set[int], source: str, told: Schedule | None) -> Schedule:
+def _configured(config: Mapping[str, Any], ranks: set[int], source: str, stored: Schedule | None) -> Schedule:
+    """The schedule of SimpleTuner's `_tlora_config`, with a warning where the file has another."""
     for name in config:
         if name not in _CONFIG:
             raise Refused(
-                f"_tlora_config has {name!r}{nearest(name, _CONFIG)}; it holds {', '.join(_CONFIG)}"
+                f"_tlora_config has {name!r}{nearest(name, _CONFIG)}; its keys are {', '.join(_CONFIG)}"
             )
     rank = next(iter(ranks)) if len(ranks) == 1 else None
-    rank = rank if told is None or told.max_rank is None else told.max_rank
+    rank = rank if stored is None or stored.max_rank is None else stored.max_rank
     if config.get("max_rank", rank) != rank:
         has = "layers of several ranks" if rank is None else f"rank {rank}"
-        raise Refused(f"max_rank {config['max_rank']} is not that of {source}, which has {has}; give that")
-    asked = Schedule(
+        raise Refused(f"max_rank {config['max_rank']} is not that of {source}, which has {has}; correct it")
+    given = Schedule(
         _number(int, config.get("min_rank", 1), "min_rank", "_tlora_config"),
         _number(float, config.get("alpha", 1.0), "alpha", "_tlora_config"),
         max_rank=rank,
     )
-    before = None if told is None else (told.least(rank or 1), told.alpha)
-    if rank is not None and before is not None and before != (asked.min_rank, asked.alpha):
+    trained = None if stored is None else (stored.least(rank or 1), stored.alpha)
+    if rank is not None and trained is not None and trained != (given.min_rank, given.alpha):
         logger.warning(
             "%s was trained with min_rank %d, alpha %g; the given %d, %g are used",
-            *(source, *before, asked.min_rank, asked.alpha),
+            *(source, *trained, given.min_rank, given.alpha),
         )
-    return asked
+    return given
 
 
 # ------------------------------------------------------------------ LyCORIS
@@ -239,27 +240,27 @@ def export_lycoris(
 ) -> dict[str, Tensor]:
     """Write an orthogonal T-LoRA as LyCORIS' `tlora`, `lycoris_config.json` beside it; returns its tensors.
 
-    The initial copies are written too: LyCORIS' loader of new networks ignores them, its loader into one
-    that is there takes them, and then misses nothing. Raises `Refused` where LyCORIS would load it wrongly.
+    The initial copies are written too: LyCORIS ignores them in a new network, and needs them to load the
+    file into an existing one. Raises `Refused` where LyCORIS would compute another ΔW.
     """
     down = _factor().chains[0].down[-1]
-    made = options_of(metadata, source)
+    options = options_of(metadata, source)
     downs = {place: roles[down] for place, roles in layers.items() if down in roles}
     ranks = {(len(value), float(layers[place]["alpha"])) for place, value in downs.items()}
     why = None
     if schedule is None or len(downs) < len(layers):
-        why = "is no orthogonal T-LoRA, the only form that LyCORIS has"
+        why = "is no orthogonal T-LoRA, the only kind in LyCORIS"
     elif any(place.part != "unet" for place in layers):
         why = "has layers of a text encoder, which LyCORIS would mask"
     elif any(value.shape[2:] not in ((), (1, 1)) for value in downs.values()):
-        why = "has k×k convolutions, which LyCORIS holds as 1×1"
+        why = "has k×k convolutions, which LyCORIS stores as 1×1"
     elif len(ranks) > 1:
-        why = "has layers of several ranks or alphas, and LyCORIS cuts one mask for all of them"
-    elif not (made.get("use_data_init") and made.get("sig_type") == PARTS[0]):
-        why = "starts from other components than the principal ones of W, which LyCORIS takes on loading"
+        why = "has layers of several ranks or alphas, and LyCORIS has one mask for all of them"
+    elif not (options.get("use_data_init") and options.get("sig_type") == PARTS[0]):
+        why = "starts from other components than the principal ones of W, which LyCORIS computes on loading"
     if why is not None or schedule is None:
         raise Refused(
-            f"{source} {why}, so it would add something else there; write a plain LoRA (--to kohya), or "
+            f"{source} {why}, so its ΔW would be another in LyCORIS; write a plain LoRA (--to kohya), or "
             "train with --network_args sig_type=principal use_data_init=True"
         )
     state = {}
@@ -292,11 +293,10 @@ def ranks_of(state: Mapping[str, Tensor]) -> set[int]:
 
 
 def write_sidecar(folder: Path, config: Mapping[str, Any]) -> Path:
-    """`lycoris_config.json`, which LyCORIS' users keep beside the file. Raises `Refused` rather than replace
-    another one."""
+    """Write `lycoris_config.json` into a folder. Raises `Refused` where one with other content exists."""
     path, text = folder / SIDECAR, json.dumps(config, indent=2) + "\n"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != config:
-        raise Refused(f"{path} is there and says something else; write to a folder of its own")
+        raise Refused(f"{path} exists with other content; write the adapter to another folder")
     with atomic(path) as part:
         part.write_text(text, encoding="utf-8")
     return path
@@ -307,7 +307,7 @@ def _classes(names: list[str]) -> list[str]:
     if any("_proj_in." in name or "_proj_out." in name for name in names):
         return ["Transformer2DModel"]
     flux = any("single_transformer_blocks" in name or "lycoris_transformer_blocks" in name for name in names)
-    found = ["FluxAttention" if flux else "Attention"] if any("attn" in name for name in names) else []
-    return found + (
+    attention = ["FluxAttention" if flux else "Attention"] if any("attn" in name for name in names) else []
+    return attention + (
         ["FeedForward"] if any("_ff_" in name or "_ff_context_" in name for name in names) else []
     )

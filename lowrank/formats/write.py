@@ -1,26 +1,44 @@
-"""Adapters as files of other programs: read, converted place by place, written, and read back by their
-readers."""
+"""The table of other programs' file formats; adapters are cut, resized and written here."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lowrank.errors import Refused
 from lowrank.files import atomic, writable_folder
+from lowrank.formats import writers
 from lowrank.formats.delta import Delta
-from lowrank.formats.formats import FORMATS, Choices, prepared
 from lowrank.formats.read import Adapter
+from lowrank.formats.writers import Choices, Written
 from lowrank.naming.places import LayerPath
 from lowrank.tensors import write_tensors
 
-PARTS = ("all", "unet", "text")
+
+class Format(NamedTuple):
+    """A file format: its writer, whether the target is a folder, and the programs that read it."""
+
+    write: Callable[[Adapter, Choices], list[Written]]
+    folder: bool
+    readers: str
+
+
+FORMATS: Mapping[str, Format] = {
+    "kohya": Format(
+        writers.write_kohya, False, "kohya sd-scripts, ComfyUI, A1111, Forge, Civitai, diffusers"
+    ),
+    "diffusers": Format(writers.write_diffusers, False, "diffusers, ComfyUI (FLUX)"),
+    "peft": Format(writers.write_peft, True, "PEFT"),
+    "lycoris": Format(writers.write_lycoris, False, "LyCORIS, SimpleTuner, ComfyUI"),
+    "qrlora": Format(writers.write_qrlora, False, "the official QR-LoRA code"),
+}
 
 
 class Loss(NamedTuple):
@@ -86,19 +104,30 @@ def write(adapter: Adapter, to: str, target: str | Path, choices: Choices) -> li
         raise Refused(f"{target} is no .safetensors name, and --to {to} writes one such file; give one")
     if form.folder and (target.suffix == ".safetensors" or target.is_file()):
         raise Refused(f"{target} is a file, and --to {to} writes a folder for each model; give a folder")
-    files = prepared(form.write(adapter, choices), choices.dtype)
+    files = form.write(adapter, choices)
+    states = [
+        {key: _in_dtype(key, value, choices.dtype) for key, value in file.state.items()} for file in files
+    ]
     written = []
-    for file in files:
+    for file, state in zip(files, states, strict=True):
         path = target / file.name if file.name else target
         writable_folder(path.parent, "the folder of the export")
-        write_tensors(path, file.state, file.metadata)
+        write_tensors(path, state, file.metadata)
         written.append(path)
         if file.beside:
-            _write_json(target / file.beside[0], file.beside[1])
-            written.append(target / file.beside[0])
+            name, config = file.beside
+            with atomic(target / name) as part:
+                part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            written.append(target / name)
     return written
 
 
-def _write_json(path: Path, facts: Mapping) -> None:
-    with atomic(path) as part:
-        part.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _in_dtype(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in the dtype of the export; an alpha stays exact. Raises `Refused` where a value overflows."""
+    converted = value if dtype is None or value.dim() == 0 else value.to(dtype)
+    if not torch.isfinite(converted).all():
+        raise Refused(
+            f"{key} is not finite in {str(converted.dtype).removeprefix('torch.')}; export in bf16 or fp32 "
+            "(--dtype)"
+        )
+    return converted

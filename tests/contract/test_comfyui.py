@@ -247,7 +247,7 @@ def test_timestep_of_noise_level(nodes):
     flow: Any = type("ModelSampling", (stub.ModelSamplingFlux, stub.CONST), {})()
     assert timestep(flow, torch.tensor([1.0, 0.25])).tolist() == [1000, 250]
     edm: Any = type("ModelSampling", (stub.ModelSamplingDiscreteEDM, stub.EPS), {})()
-    with pytest.raises(Refused, match="ModelSamplingDiscreteEDM counts timesteps"):
+    with pytest.raises(Refused, match="timesteps of ModelSamplingDiscreteEDM are not known"):
         timestep(edm, torch.tensor([1.0]))
 
 

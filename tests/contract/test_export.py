@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import files
 import pytest
@@ -17,15 +18,14 @@ from safetensors.torch import load_file, save_file
 from toys import SHIPPED
 
 from lowrank.cli import export
-from lowrank.cli.adapter import read
 from lowrank.config.tools import EXPORT, IMPORT, INSPECT
 from lowrank.config.tools import FORMATS as EXPORTED
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, verify
 from lowrank.formats.delta import Delta, delta_of, distance
-from lowrank.formats.formats import FORMATS, Choices
-from lowrank.formats.read import Adapter
-from lowrank.formats.write import only, resize, write
+from lowrank.formats.read import Adapter, read_adapter
+from lowrank.formats.write import FORMATS, only, resize, write
+from lowrank.formats.writers import Choices
 from lowrank.models.sd_single import published_config
 from lowrank.naming import flux as flux_names
 from lowrank.naming import places
@@ -62,7 +62,7 @@ class Weights:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
 def test_export_matrix_read_back(family, method, to, saved, tmp_path):
-    adapter = read(saved(family, method))
+    adapter = read_adapter(saved(family, method))
     if to in ("lycoris", "qrlora"):
         adapter = only(adapter, "unet")
     target = tmp_path / ("out" if FORMATS[to].folder else "out.safetensors")
@@ -84,7 +84,7 @@ def test_export_matrix_read_back(family, method, to, saved, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["dora", "qrlora"])
 def test_forward_verification_of_diffusers_model(family, method, saved, bases, tmp_path):
-    adapter, model = only(read(saved(family, method)), "unet"), files.denoiser(family)
+    adapter, model = only(read_adapter(saved(family, method)), "unet"), files.denoiser(family)
     plain = files.answer(family, model)
     live = files.network(family, method, model, None, bases)
     live.load_weights(str(saved(family, method)))
@@ -98,7 +98,7 @@ def test_forward_verification_of_diffusers_model(family, method, saved, bases, t
 
 
 def test_broken_export_is_refused(saved, tmp_path):
-    adapter, path = only(read(saved("sd15", "lora")), "unet"), tmp_path / "out.safetensors"
+    adapter, path = only(read_adapter(saved("sd15", "lora")), "unet"), tmp_path / "out.safetensors"
     for to in ("kohya", "diffusers", "lycoris"):
         write(adapter, to, path, Choices())
         state = load_file(path)
@@ -259,7 +259,7 @@ def test_joined_layers_of_unequal_parts(tmp_path):
     torch.testing.assert_close(
         torch.cat(last.chunk(2)[::-1]), adapter.layers[LayerPath("unet", "norm_out.linear")].delta()
     )
-    back = read(path)
+    back = read_adapter(path)
     assert verify.difference(adapter, back) <= 1e-6
     assert {one.rank for one in back.layers.values()} == {2, 3, 1}  # each its own again
 
@@ -287,7 +287,7 @@ def test_shared_down_is_written_once(tmp_path):
         "lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.tensor(2.0),
     }
     save_file(state, tmp_path / "in.safetensors")
-    parted = read(tmp_path / "in.safetensors")
+    parted = read_adapter(tmp_path / "in.safetensors")
     assert sorted(place.path for place in parted.layers) == [
         f"transformer_blocks.0.attn.to_{one}" for one in "kqv"
     ]
@@ -313,12 +313,40 @@ def test_diffusers_reads_kohya_flux_at_full_width(tmp_path):
         assert distance(layer, Delta(up, down, 1.0)) <= 1e-6 * layer.norm()
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_mixed_alphas_of_attention_layers_reach_diffusers(family, saved, tmp_path):
+    """diffusers reads one alpha for all attention layers of a kohya file: `writers._with_common_alpha`."""
+    adapter = only(read_adapter(saved(family, "lora")), "unet")
+    alphas = (0.5, 1.0, 3.0)
+    layers = {
+        place: layer._replace(scale=alphas[index % 3] / layer.rank)
+        for index, (place, layer) in enumerate(adapter.layers.items())
+    }
+    mixed, target = replace(adapter, layers=layers), tmp_path / "out.safetensors"
+    write(mixed, "kohya", target, Choices())
+    checked = verify.check_export(mixed, "kohya", target, Choices())
+    assert "diffusers" in {result.reader for result in checked}
+    state = load_file(target)
+    assert len({float(value) for key, value in state.items() if key.endswith(".alpha")}) == 1
+
+
+def test_mixed_alphas_outside_of_attention_are_written_as_they_are(saved, tmp_path):
+    adapter = only(read_adapter(saved("sd15", "lora")), "unet")
+    other = next(place for place in adapter.layers if ".attn" not in place.path)
+    layers = {**adapter.layers, other: adapter.layers[other]._replace(scale=0.125)}
+    mixed, target = replace(adapter, layers=layers), tmp_path / "out.safetensors"
+    write(mixed, "kohya", target, Choices())
+    state = load_file(target)
+    assert len({float(value) for key, value in state.items() if key.endswith(".alpha")}) == 2
+    assert verify.check_export(mixed, "kohya", target, Choices())
+
+
 # ---------- DoRA's two conventions
 
 
 def test_lengths_in_both_norm_conventions(saved, tmp_path):
     """m·(W + ΔW)/‖W + ΔW‖, as LyCORIS divides (by ‖W + ΔW‖) and as ComfyUI does for outputs (by ‖W‖)."""
-    adapter = only(read(saved("sdxl", "dora")), "unet")
+    adapter = only(read_adapter(saved("sdxl", "dora")), "unet")
     base = Weights(files.denoiser("sdxl"))
     for norm in ("merged", "base"):
         write(adapter, "kohya", tmp_path / "out.safetensors", Choices(None, norm, base))
@@ -336,10 +364,10 @@ def test_lengths_in_both_norm_conventions(saved, tmp_path):
 
 
 def test_joined_dora_layer_needs_base(saved, tmp_path):
-    adapter = only(read(saved("flux", "dora")), "unet")
+    adapter = only(read_adapter(saved("flux", "dora")), "unet")
     part = {p: one for p, one in adapter.layers.items() if not p.path.endswith("proj_mlp")}
     adapter = Adapter("probe", "flux", part)
-    with pytest.raises(Refused, match="proj_mlp has no length of its own"):
+    with pytest.raises(Refused, match="proj_mlp has no DoRA magnitude"):
         write(adapter, "kohya", tmp_path / "out.safetensors", Choices())
     base = Weights(files.denoiser("flux"))
     write(adapter, "kohya", tmp_path / "out.safetensors", Choices(base=base))
@@ -358,7 +386,7 @@ def test_metadata_read_by_web_interfaces(saved, tmp_path):
         ("sdxl", "sdxl_base_v1-0", "networks.lora"),
         ("flux", "flux1", "networks.lora_flux"),
     ):
-        write(read(saved(family, "delta_r")), "kohya", tmp_path / "out.safetensors", Choices())
+        write(read_adapter(saved(family, "delta_r")), "kohya", tmp_path / "out.safetensors", Choices())
         with safe_open(tmp_path / "out.safetensors", "pt") as file:
             told = file.metadata()
         assert told["ss_base_model_version"] == version and told["ss_network_module"] == module
@@ -382,7 +410,7 @@ def test_half_precision_rounding_is_reported(name, dtype, most, saved, tmp_path,
 
 
 def test_rank_reduction_reports_its_loss(saved, tmp_path, capsys):
-    adapter = read(saved("sd15", "qrlora"))
+    adapter = read_adapter(saved("sd15", "qrlora"))
     small, loss = resize(adapter, 3)
     assert {one.rank for one in small.layers.values()} == {3}
     apart = {p: distance(one, small.layers[p]) for p, one in adapter.layers.items()}
@@ -408,7 +436,7 @@ def test_merged_folder_and_file_equal_live_adapter(method, tiny_sdxl, bases, tmp
     live = files.network("sdxl", method, unet, None, bases)
     live.save_weights(str(tmp_path / "in.safetensors"), None, {})
     ours = files.answer("sdxl", unet)
-    adapter = read(tmp_path / "in.safetensors")
+    adapter = read_adapter(tmp_path / "in.safetensors")
     hashed = (tiny_sdxl / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     lost = base_checkpoint.merge(
         base_checkpoint.BaseCheckpoint(tiny_sdxl), adapter.layers, tmp_path / "merged", {}
@@ -470,7 +498,7 @@ def test_merge_reads_shards_and_rounds_once(tmp_path, monkeypatch):
 
 def test_merge_into_base_errors(saved, tiny_sd, tmp_path):
     base = base_checkpoint.BaseCheckpoint(tiny_sd)
-    adapter = read(saved("flux", "lora"))
+    adapter = read_adapter(saved("flux", "lora"))
     with pytest.raises(Refused, match="is not in"):
         base_checkpoint.merge(base, adapter.layers, tmp_path / "out", {})
     wrong = {LayerPath("unet", "mid_block.attentions.0.proj_in"): _random(8, 8, 2)}

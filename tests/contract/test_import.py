@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from lowrank.adapter_file import read_adapter_file
 from lowrank.cli import export, importing, inspection
-from lowrank.cli.adapter import read
 from lowrank.combine.mixture import read_mixture
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint
 from lowrank.formats.delta import Delta, distance
-from lowrank.formats.formats import FORMATS, Choices
+from lowrank.formats.read import read_adapter
 from lowrank.formats.verify import difference
-from lowrank.formats.write import only, write
+from lowrank.formats.write import FORMATS, only, write
+from lowrank.formats.writers import Choices
 from lowrank.naming import keys
 from lowrank.naming.flux_join import join_layers, strength
 from lowrank.naming.places import LayerPath
@@ -36,13 +36,13 @@ from networks import lora
 )
 @pytest.mark.slow
 def test_export_import_round_trip(family, method, to, bases, tmp_path, capsys):
-    adapter = read(files.save(tmp_path, family, method, bases, text=to != "lycoris"))
+    adapter = read_adapter(files.save(tmp_path, family, method, bases, text=to != "lycoris"))
     target = tmp_path / ("out" if FORMATS[to].folder else "out.safetensors")
     write(adapter, to, target, Choices(flat_clip=export.flat_clip()))
     words = ["--base", family] if family == "sdxl" else []
     assert importing.main([str(target), str(tmp_path / "back.safetensors"), *words]) == 0
     assert "read back, at most" in capsys.readouterr().out
-    back = read(tmp_path / "back.safetensors")
+    back = read_adapter(tmp_path / "back.safetensors")
     assert difference(adapter, back) <= 1e-6 and back.family == family
     assert back.metadata["lowrank.method"] == ("dora" if method == "dora" else "lora")
     assert back.metadata["lowrank.imported_from"] == target.name and back.metadata["ss_steps"] == "7"
@@ -60,7 +60,7 @@ def test_official_qr_lora_files(method, bases, tmp_path):
     (tmp_path / "base" / "transformer").mkdir(parents=True)
     model.save_pretrained(tmp_path / "base" / "transformer")
     source = files.save(tmp_path, "flux", method, bases, text=False)
-    adapter = read(source)
+    adapter = read_adapter(source)
     official = tmp_path / "official.safetensors"
     write(adapter, "qrlora", official, Choices())
     told = load_file(official)
@@ -71,7 +71,7 @@ def test_official_qr_lora_files(method, bases, tmp_path):
     if method == "qrlora":
         words += ["--method", "qrlora", "--model", str(tmp_path / "base"), "--basis_cache_dir", str(bases)]
     assert importing.main(words) == 0
-    back = read(tmp_path / "back.safetensors")
+    back = read_adapter(tmp_path / "back.safetensors")
     assert back.metadata["lowrank.method"] == method
     assert difference(adapter, back) <= 1e-4  # Q₀R₀ is computed anew, from W
 
@@ -88,7 +88,7 @@ def test_lora_projected_on_basis(method, bases, tmp_path, capsys):
     words += ["--model", str(tmp_path / "base"), "--basis_cache_dir", str(bases)]
     assert importing.main(words) == 0
     out = capsys.readouterr().out
-    adapter, made = read(source), read(tmp_path / "out.safetensors")
+    adapter, made = read_adapter(source), read_adapter(tmp_path / "out.safetensors")
     lost = sum(distance(one, made.layers[p]) ** 2 for p, one in adapter.layers.items()) ** 0.5
     whole = sum(one.norm() ** 2 for one in adapter.layers.values()) ** 0.5
     assert f"{lost / whole:.2%} of ‖ΔW‖ is lost" in out and 0.01 < lost / whole < 1
@@ -132,7 +132,7 @@ def test_peft_scales_from_config(tmp_path):
         ({"lora_alpha": 8, "alpha_pattern": {"^attn.to_q": 1}}, 2.0),
     ):
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
-        assert read(folder).layers[LayerPath("unet", path)].scale == scale
+        assert read_adapter(folder).layers[LayerPath("unet", path)].scale == scale
     for config, why in (
         ({"peft_type": "LOHA", "lora_alpha": 1}, "LOHA"),
         ({"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {"(a+)+$": 1}}, "no plain name"),
@@ -141,10 +141,10 @@ def test_peft_scales_from_config(tmp_path):
     ):
         (folder / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(Refused, match=why):
-            read(tmp_path)
+            read_adapter(tmp_path)
     with pytest.raises(Refused, match=r"has no adapter_config\.json"):
         (tmp_path / "none").mkdir()
-        read(tmp_path / "none")
+        read_adapter(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -163,11 +163,13 @@ def test_alpha_in_header_in_every_tool(config, scale, tmp_path, capsys):
     state[f"transformer.{path}.lora_B.weight"] = torch.ones(5, 4)
     save_file(state, tmp_path / "in.safetensors", {"lora_adapter_metadata": json.dumps(config)})
     want = scale * torch.full((5, 6), 4.0)
-    assert torch.equal(read(tmp_path / "in.safetensors").layers[LayerPath("unet", path)].delta(), want)
+    assert torch.equal(
+        read_adapter(tmp_path / "in.safetensors").layers[LayerPath("unet", path)].delta(), want
+    )
     for main in (export.main, importing.main):
         words = [str(tmp_path / "in.safetensors"), str(target)]
         assert main([*words, *(("--to", "diffusers") if main is export.main else ())]) == 0
-        assert torch.equal(read(target).layers[LayerPath("unet", path)].delta(), want)
+        assert torch.equal(read_adapter(target).layers[LayerPath("unet", path)].delta(), want)
     pairs = read_mixture([tmp_path / "in.safetensors"]).pairs
     (name,) = pairs.modules
     assert torch.equal(pairs.up(name) @ pairs.down(name, [1.0]), want)
@@ -270,7 +272,7 @@ def test_mixed_precisions_are_read(dtype, tmp_path, capsys):
     path, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file(state, path)
     assert export.main([str(path), str(target)]) == 0
-    back, wide = read(target), state[f"{A}.lora_up.weight"].float().flatten(1)
+    back, wide = read_adapter(target), state[f"{A}.lora_up.weight"].float().flatten(1)
     mine = back.layers[LayerPath("unet", "mid_block.attentions.0.proj_in")]
     torch.testing.assert_close(mine.up.float(), wide)
     assert inspection.main([str(path)]) == 0 and str(dtype).removeprefix("torch.") in capsys.readouterr().out
@@ -371,7 +373,7 @@ def read_and_write_many(n: int, folder, capsys) -> float:
     path = folder / f"{n}.safetensors"
     save_file(state, path)
     started = time.process_time()
-    adapter = read(path)
+    adapter = read_adapter(path)
     assert len(adapter.layers) == n and len(adapter.not_understood) == 7 * n + 20
     assert f"{7 * n + 20} keys are not read by this program" in capsys.readouterr().out
     write(adapter, "kohya", folder / "out.safetensors", Choices())
@@ -406,7 +408,7 @@ def test_time_is_linear_in_number_of_keys(tmp_path, capsys):
         (["--base", "flux", "--tlora_min_rank", "1"], "is not in flux; leave --base out"),
         (["--tlora_min_rank", "0"], "--tlora_min_rank 0 is below 1"),
         (["--tlora_min_rank", "1", "--tlora_alpha", "-1"], "--tlora_alpha -1 is not above 0"),
-        (["--tlora_min_rank", "1", "--method", "lora"], "--method lora is none"),
+        (["--tlora_min_rank", "1", "--method", "lora"], "--method is lora; leave one out"),
     ],
 )
 def test_flags_that_do_not_fit_file(words, said, tmp_path):
@@ -417,7 +419,7 @@ def test_flags_that_do_not_fit_file(words, said, tmp_path):
 
 
 def test_only_one_part(bases, tmp_path):
-    adapter = read(files.save(tmp_path, "sd15", "lora"))
+    adapter = read_adapter(files.save(tmp_path, "sd15", "lora"))
     assert {p.part for p in only(adapter, "text").layers} == {"te1"}
     assert {p.part for p in only(adapter, "unet").layers} == {"unet"}
     with pytest.raises(Refused, match="no layer of the text part"):

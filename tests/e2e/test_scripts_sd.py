@@ -16,10 +16,10 @@ from lowrank.cli.sd_train import main as sd
 from lowrank.cli.sd_train import main_sdxl as sdxl
 from lowrank.cli.similarity import main as similarity
 from lowrank.errors import Refused
-from lowrank.formats.formats import Choices
 from lowrank.formats.read import read_adapter
 from lowrank.formats.verify import difference
 from lowrank.formats.write import write
+from lowrank.formats.writers import Choices
 
 pytestmark = pytest.mark.slow  # whole runs
 

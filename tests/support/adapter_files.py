@@ -60,7 +60,7 @@ HOSTILE = {
     "whole numbers": ({**whole(A), UP: torch.ones(64, 2, dtype=torch.int8)}, "no plain floating-point"),
     "two models": ({**whole(A), **whole(FLUX_KEY)}, "two models at once"),
     "one layer twice": ({**whole(A), **TWICE}, "twice"),
-    "another kind": ({f"{A}.hada_w1_a": torch.ones(2, 2)}, "no adapter this program knows"),
+    "another kind": ({f"{A}.hada_w1_a": torch.ones(2, 2)}, "no adapter that is known here"),
     "not ours": (
         {"layer.lora_down.weight": torch.ones(2, 4), "layer.lora_up.weight": torch.ones(4, 2)},
         "no layer of SD",

@@ -19,11 +19,11 @@ from lowrank.combine.mixture import read_mixture
 from lowrank.combine.pair_sum import PairSum
 from lowrank.errors import Refused
 from lowrank.formats.delta import delta_of
-from lowrank.formats.formats import Choices
 from lowrank.formats.read import read_adapter
 from lowrank.formats.residual import check_residual, write_residual
 from lowrank.formats.verify import difference
 from lowrank.formats.write import write
+from lowrank.formats.writers import Choices
 
 
 def as_lora(source, target):
@@ -159,7 +159,7 @@ def test_mixtures_refuse_what_does_not_belong_together(flux, saved, cache, tmp_p
         read_mixture([style]).attach(smaller)
     with pytest.raises(Refused, match="not in"):
         read_mixture([style]).attach(FluxTransformer2DModel(**{**FLUX, "num_layers": 0}))
-    with pytest.raises(Refused, match="holds no adapter"):
+    with pytest.raises(Refused, match="has no adapter"):
         torch_file = tmp_path / "none.safetensors"
         save_file({"x": torch.zeros(1)}, torch_file)
         read_adapter(torch_file)
@@ -322,5 +322,5 @@ def test_a_magnitude_is_not_left_out_silently(saved, tmp_path):
     save_file(state, tmp_path / "dora.safetensors")
     with pytest.raises(Refused, match="DoRA magnitude"):
         PairSum([read_adapter(tmp_path / "dora.safetensors")])
-    with pytest.raises(Refused, match="made by dora, whose change is no pair of thin matrices"):
+    with pytest.raises(Refused, match="made by dora, whose change is no pair of low-rank factors"):
         read_mixture([tmp_path / "dora.safetensors"]).save(tmp_path / "out.safetensors", (1.0,), {})

@@ -19,8 +19,7 @@ from toys import network, shake
 
 from lowrank.adapters.targets import find
 from lowrank.bases.basis_file import for_layers, random_basis, read_basis, weight_basis, write_basis
-from lowrank.combine.collection import gather, read_updates
-from lowrank.combine.shared_basis import Extraction, extract
+from lowrank.combine.shared_basis import Extraction, extract, find_files, read_updates
 from lowrank.combine.sketch import Sketch, without
 from lowrank.errors import Refused
 from tools.extract_universal_basis import main
@@ -82,7 +81,7 @@ def collection(folder: Path, count: int = 6, shared: int | None = 3, rank: int =
 
 
 def basis_of(folder: Path, **how):
-    return extract(gather([folder])[0], Extraction(**how), progress=False)
+    return extract(find_files([folder])[0], Extraction(**how), progress=False)
 
 
 def angle(first: Tensor, second: Tensor) -> float:
@@ -437,7 +436,7 @@ def test_mixed_ranks_copies_and_files_without_adapters(tmp_path):
     shutil.copy(folder / "3.safetensors", folder / "again.safetensors")
     save_file({"first_stage_model.decoder.weight": torch.ones(3)}, folder / "vae.safetensors")
     save_file({k: 0 * v for k, v in kohya(pairs(4, 2, 3)).items()}, folder / "zero.safetensors")
-    files, copies = gather([folder])
+    files, copies = find_files([folder])
     found = extract(files, Extraction(tau=1.0), progress=False)
     assert +copies == {"copies of another file": 1} and found.loras == 4
     assert found.other == {"files without an adapter": 1, "layers that are zero": 3}

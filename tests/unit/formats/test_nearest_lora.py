@@ -12,13 +12,12 @@ from toys import shake
 
 from lowrank.adapters.targets import as_passed
 from lowrank.cli import export
-from lowrank.cli.adapter import read
 from lowrank.cli.calibrate import nearest_lora
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, verify
-from lowrank.formats.formats import FORMATS, Choices
 from lowrank.formats.read import read_adapter
-from lowrank.formats.write import only, write
+from lowrank.formats.write import FORMATS, only, write
+from lowrank.formats.writers import Choices
 from lowrank.models.family import Source
 from lowrank.models.flux import FLUX
 from lowrank.models.sd import SD15
@@ -86,7 +85,7 @@ def saved(tmp_path_factory, request):
 @pytest.mark.slow
 def test_every_format_holds_the_nearest_lora(family, method, saved, tmp_path):
     base, source, nearest, told = saved(family, method)
-    adapter, routed = read(nearest), read_adapter(source, strict=False).method
+    adapter, routed = read_adapter(nearest), read_adapter(source, strict=False).method
     assert any(place.part == "te1" for place in adapter.layers)
     assert adapter.fact("exported_from") == method and "2 experts become one up" in told
     error, (worst, _, name) = (
@@ -115,7 +114,7 @@ def test_every_format_holds_the_nearest_lora(family, method, saved, tmp_path):
 def test_where_experts_are_alike_nothing_is_lost(family, method, saved, tmp_path):
     """In one forward of the model, text encoders apart: the routed network against the exported files."""
     base, source, nearest, _ = saved(family, method, alike=True)
-    adapter = only(read(nearest), "unet")
+    adapter = only(read_adapter(nearest), "unet")
     assert float(adapter.fact("unrouted_error")) < 1e-5
     write(adapter, "diffusers", tmp_path / "out.safetensors", Choices())
     apart = export.forward_difference(
@@ -123,7 +122,7 @@ def test_where_experts_are_alike_nothing_is_lost(family, method, saved, tmp_path
     )
     assert apart <= 1e-5
     base, source, nearest, _ = saved(family, method)  # and experts that differ are not lost track of
-    adapter = only(read(nearest), "unet")
+    adapter = only(read_adapter(nearest), "unet")
     write(adapter, "diffusers", tmp_path / "out.safetensors", Choices())
     apart = export.forward_difference(
         str(source), adapter, "diffusers", tmp_path / "out.safetensors", str(base)

@@ -169,7 +169,7 @@ def test_damaged_schedule_error(what, tmp_path):
         ("{", "is no JSON"),
         (
             '{"algo": "tlora", "linear_dim": 64}',
-            "is of a file of rank 64 and .* has 8; put its own beside it",
+            "is for rank 64 and .* has rank 8; put the adapter's own configuration beside it",
         ),
         ('{"algo": "tlora", "tlora_min_rank": []}', r"tlora_min_rank \[\]"),
     ],

@@ -1,10 +1,11 @@
-"""Hosts without weights for other programs to put an adapter on, and what each layer answers there.
+"""Hosts without weights for other programs to put an adapter on, and the outputs of the loaded layers.
 
-A host has the right name and size and takes no memory (`static.phantom`).
+A host has a layer's name and size and takes no memory (`delta.phantom`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from lowrank.naming.places import LayerPath
 
 
 class Checked(NamedTuple):
-    """Who read the file, how many layers it found, and the worst relative difference of a layer."""
+    """Which program read the file, how many layers, and the worst relative difference of a layer."""
 
     reader: str
     layers: int
@@ -25,27 +26,27 @@ class Checked(NamedTuple):
 
 
 class Unread(ValueError):
-    """A library found other layers in the file than it holds."""
+    """A library read other layers from a file than the file has."""
 
 
 class Tree(nn.Module):
-    """A model of nothing but the layers that an adapter is for, under their own dotted names."""
+    """A model with only the layers of an adapter, under their dotted names."""
 
     def put(self, path: str, layer: nn.Module) -> None:
-        """Hang a layer in, making what it hangs on."""
+        """Add a layer, and the modules above it."""
         *parents, last = path.split(".")
-        at: nn.Module = self
+        parent: nn.Module = self
         for name in parents:
-            if name not in at._modules:
-                at.add_module(name, nn.Module())
-            at = at.get_submodule(name)
-        at.add_module(last, layer)
+            if name not in parent._modules:
+                parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(last, layer)
 
 
 def hosts(
     layers: Mapping[LayerPath, Delta], part: str, name: Callable[[LayerPath], str] = lambda place: place.path
 ) -> Tree:
-    """The layers of one part on a tree; with DoRA their rows are as long as the change is."""
+    """A tree with a host for each layer of one part."""
     tree = Tree()
     for place, layer in layers.items():
         if place.part == part:
@@ -54,22 +55,18 @@ def hosts(
 
 
 def host(layer: Delta) -> nn.Module:
-    """A phantom host for a layer."""
-    ins = layer.down.shape[1] // _area(layer)
+    """A phantom host for a layer: its weight is zero, or with DoRA has rows of the size of ΔW's."""
+    width = layer.down.shape[1]
     row = None
     if layer.magnitude is not None:
-        row = torch.linspace(-1, 1, layer.down.shape[1])
+        row = torch.linspace(-1, 1, width)
         row = row * (layer.norm() / layer.up.shape[0] ** 0.5 + 1e-3) / row.norm()
-    return phantom(layer.up.shape[0], ins, layer.kernel, row)
+    return phantom(layer.up.shape[0], width // math.prod(layer.kernel), layer.kernel, row)
 
 
-def _area(layer: Delta) -> int:
-    return int(torch.tensor(layer.kernel).prod()) if layer.kernel else 1
-
-
-def answers(layer: Delta, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(what the layer with W′ answers to x, what the host alone does), in float64."""
-    if layer.magnitude is None:  # the phantom's weight is zero, so that only the change answers
+def outputs(layer: Delta, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(output of the adapted layer for x, output of the host alone), in float64."""
+    if layer.magnitude is None:  # the phantom's weight is zero, so that only the change has an output
         h = apply_thin(layer, x.double())
         return h, torch.zeros_like(h)
 
@@ -94,22 +91,18 @@ def apply_thin(layer: Delta, x: Tensor) -> Tensor:
 
 
 def compared(pairs: Sequence[tuple[LayerPath, Delta, nn.Module]], reader: str) -> Checked:
-    """Ask each loaded layer one question and compare with ΔW."""
+    """Compare the outputs of loaded layers with ΔW, one random input for each."""
     worst = 0.0
-    made = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for place, layer, module in pairs:
-        ins = layer.down.shape[1] // _area(layer)
-        x = torch.randn((1, ins, 3, 3) if layer.kernel else (2, ins), generator=made)
+        width = layer.down.shape[1] // math.prod(layer.kernel)
+        x = torch.randn((1, width, 3, 3) if layer.kernel else (2, width), generator=generator)
         with torch.no_grad():
-            told = module(x).double()
-        want, base = answers(layer, _weight(module), x)
-        size = float((want - base).norm())
-        worst = max(worst, float((told - want).norm()) / max(size, 1e-30))
-        if told.shape != want.shape:
-            raise Unread(f"{reader} answers {tuple(told.shape)} for {place.path}")
+            output = module(x).double()
+        base_layer: Any = getattr(module, "base_layer", module)
+        expected, base = outputs(layer, base_layer.weight.detach(), x)
+        if output.shape != expected.shape:
+            raise Unread(f"{reader} gives outputs of {tuple(output.shape)} for {place.path}")
+        size = float((expected - base).norm())
+        worst = max(worst, float((output - expected).norm()) / max(size, 1e-30))
     return Checked(reader, len(pairs), worst)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    inner: Any = getattr(module, "base_layer", module)
-    return inner.weight.detach()
