@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,6 @@ class Models:
     held: dict[str, Any] = field(default_factory=dict)  # what loading remembers: a single file's table
 
 
-def stack_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Captions' dictionaries as one of (B, …) tensors."""
-    return {key: torch.stack([one[key] for one in encoded]) for key in encoded[0]}
-
-
-def bare(denoiser: Any) -> Any:
-    """The model inside a DistributedDataParallel."""
-    return denoiser if hasattr(denoiser, "config") else denoiser.module
-
-
 @dataclass(frozen=True)
 class Family:
     """Facts and functions of one model family. `options` is the family's frozen dataclass of switches."""
@@ -118,9 +108,9 @@ class Family:
     # sampler=None) → PIL images
     sample: Callable[..., list]
     model_hash: Callable[[Models | Source | str, str], str]  # (…, role) → 64 hex digits
-    stack_text: Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]] = stack_text
-    # (original sizes, crops' top left corners, target sizes), each (B, 2) of y, x → more conditions, or none
-    size_conditions: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] = lambda *sizes: {}
+    # (original sizes, crops' top left corners, target sizes), each (B, 2) of y, x → more conditions;
+    # None for a family whose denoiser is not conditioned on sizes
+    size_conditions: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None
 
 
 def latent_scale(models: Models) -> int:

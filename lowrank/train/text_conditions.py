@@ -16,6 +16,11 @@ from lowrank.models.family import Family, FamilyOptions, Models, align, release
 from lowrank.train.job import RunningJob
 
 
+def stack_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The encoded texts of B captions as one dict of (B, …) tensors."""
+    return {name: torch.stack([caption[name] for caption in encoded]) for name in encoded[0]}
+
+
 class TextConditions:
     """Captions to conditions on the model's device: each encoded once where captions can be listed.
 
@@ -80,8 +85,7 @@ class TextConditions:
                 encoded = self._family.encode_text(self._models, list(captions), self._switches)
         else:
             encoded = [self._entry(caption) for caption in captions]
-        stacked = self._family.stack_text(encoded)
-        return {name: value.to(self._device) for name, value in stacked.items()} | trained
+        return {name: value.to(self._device) for name, value in stack_text(encoded).items()} | trained
 
     def _key(self, caption: str) -> str:
         return key("text", caption, self._hash, self._switches)
