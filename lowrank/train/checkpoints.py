@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import torch
 from accelerate import Accelerator
 
 from lowrank.errors import Refused
@@ -66,19 +65,24 @@ class Progress:
     position: int = 0
 
 
+class Stateful(Protocol):
+    """What a checkpoint keeps besides adapter, optimizer and scheduler: it adds a file of its own."""
+
+    def save(self, folder: Path) -> None: ...
+
+
 def save_state(
     folder: Path,
     accelerator: Accelerator,
     network: KohyaNetwork,
     progress: Progress,
-    run: Mapping[str, Any],
+    run: Mapping[str, object],
     metadata: Mapping[str, str],
-    extra: Callable[[Path], None] | None = None,
+    parts: Iterable[Stateful] = (),
 ) -> None:
     """Write a whole checkpoint folder: adapter in full precision, optimizer, scheduler, RNG, progress.
 
-    Every process calls this; `run` says what a resumed run must agree on (module, rank, seed, data), `extra`
-    may add files.
+    Every process calls this. `run` is the fingerprint that a resumed run must match; `parts` add their files.
     """
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
@@ -91,8 +95,8 @@ def save_state(
         accelerator.save_state(str(part))
         accelerator.wait_for_everyone()
         network.save_weights(str(part / WEIGHTS), None, dict(metadata))
-        if extra is not None:
-            extra(part)
+        for stateful in parts:
+            stateful.save(part)
         files = {file.name: sha256(file) for file in sorted(part.iterdir())}
         state = {
             "current_step": progress.step,
@@ -174,7 +178,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state["run"], *counts)
 
 
-def agree(checkpoint: Checkpoint, run: Mapping[str, Any]) -> None:
+def agree(checkpoint: Checkpoint, run: Mapping[str, object]) -> None:
     """Raise `Refused` for the first setting in which the run of a checkpoint is not this `run`."""
     for key, value in run.items():
         before = checkpoint.run.get(key)
@@ -185,7 +189,7 @@ def agree(checkpoint: Checkpoint, run: Mapping[str, Any]) -> None:
             )
 
 
-def _difference(name: str, old: Any, new: Any) -> str:
+def _difference(name: str, old: object, new: object) -> str:
     if name in _HASHED:
         return f"it had {_HASHED[name]} than this run"
     if isinstance(old, Mapping) and isinstance(new, Mapping):  # network_args
@@ -198,7 +202,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 
 def load_state(
-    checkpoint: Checkpoint, accelerator: Accelerator, network: KohyaNetwork, run: Mapping[str, Any]
+    checkpoint: Checkpoint, accelerator: Accelerator, network: KohyaNetwork, run: Mapping[str, object]
 ) -> Progress:
     """Continue from a checkpoint. Raises `Refused` if it belongs to another run."""
     agree(checkpoint, run)
@@ -224,18 +228,3 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(
         (p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:])
     )
-
-
-def save_dtype(precision: str | None) -> torch.dtype | None:
-    """`--save_precision`: None keeps the training dtype."""
-    table = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return table[precision]
-
-
-def expired(step: int, every: int | None, keep: int | None, name: Callable[[int], Path]) -> Path | None:
-    """kohya's rule for step files: the one at (step − keep − 1) rounded down to `every` goes."""
-    if not every or not keep:
-        return None
-    old = step - keep - 1
-    old -= old % every
-    return name(old) if old > 0 else None

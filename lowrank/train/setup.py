@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from lowrank.adapters.network import AdapterNetwork
 from lowrank.config.train import TrainOptions
 from lowrank.data.loader import Loader
 from lowrank.data.summary import dataset_summary
@@ -172,20 +171,6 @@ def announce(job: RunningJob, loader: Loader, plan: RunPlan, network: KohyaNetwo
         f"\n  total optimization steps: {plan.steps}\n  trained parameters: {trained:,}",
         flush=True,
     )
-
-
-def network_facts(job: RunningJob, network: KohyaNetwork) -> dict[str, object]:
-    """The values of the metadata that depend on the network as made, and on the device."""
-    options = job.options.network
-    rank, alpha = options.network_dim, options.network_alpha
-    if isinstance(network, AdapterNetwork) and (layers := network.layers()):
-        rank, alpha = layers[0].rank, float(layers[0].alpha)
-    return {
-        "network_module": options.network_module,
-        "network_dim": rank,
-        "network_alpha": alpha,
-        "mixed_precision": job.accelerator.mixed_precision,
-    }
 
 
 def base_rate(job: RunningJob) -> float:

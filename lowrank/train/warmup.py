@@ -8,6 +8,7 @@ have trained on without them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -45,7 +46,7 @@ def warm_up(run: Run, abm: Warmup | None) -> None:
     """Run the method's stages, then ABM. Raises `Refused` as they do."""
     stages = (*_own(run.network), *([abm] if abm else []))
     for stage in stages:
-        run.log.say(f"warm-up: {stage.name}")
+        run.log.message(f"warm-up: {stage.name}")
         with _left_as_it_was(run):
             stage.run(run.network, samples(run))
             _agree(run)
@@ -53,10 +54,8 @@ def warm_up(run: Run, abm: Warmup | None) -> None:
 
 def training_batches(run: Run) -> Iterator[Batch]:
     """The training's batches of this process, epoch after epoch without end."""
-    epoch, per_step = 0, run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes
-    while True:
-        yield from run.loader.epoch(epoch, max_train_steps=run.steps, batches_per_step=per_step)
-        epoch += 1
+    for epoch in itertools.count():
+        yield from run.batches(epoch)
 
 
 def noise(run: Run, batch: Batch) -> torch.Generator:

@@ -336,7 +336,7 @@ def test_ups_of_layers_that_were_not_drawn_stand_still_bit_for_bit():
         routers = [layer.router.detach().clone() for layer in net.layers()]
         optimizer.zero_grad()
         loss().backward()
-        sampler.let_through(step)
+        sampler.mask_gradients(step)
         optimizer.step()
         learned = {layer.name for layer in net.layers() if not torch.equal(layer.up, before[layer.name])}
         assert learned == sampler.learning(step) and len(learned) == 3
@@ -360,7 +360,7 @@ def test_a_layer_that_nobody_reads_ends_below_the_others():
     for step in range(40):
         optimizer.zero_grad()
         loss().backward()
-        told = sampler.let_through(step)
+        told = sampler.mask_gradients(step)
         assert (told.keys() == {"updates/loss_rise"}) == (step > 0)
         optimizer.step()
     assert strengths == [layer.multiplier for layer in net.layers()]
