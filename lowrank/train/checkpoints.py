@@ -1,7 +1,7 @@
-"""What a run leaves on disk, and how it goes on from there: file names, checkpoints, resume.
+"""File names of a run, its checkpoint folders, and how a run resumes from one.
 
-A checkpoint folder is filled under a temporary name and renamed once it is whole; `train_state.json` lists
-every file with its SHA-256, so a half-written or altered folder is recognised.
+A checkpoint folder is written under a temporary name and renamed when it is complete; `train_state.json`
+lists every file with its SHA-256, so that an incomplete or altered folder is refused.
 """
 
 from __future__ import annotations
@@ -20,21 +20,18 @@ from lowrank.files import atomic_folder, part_of, sha256
 from lowrank.train.network_module import KohyaNetwork
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-DIFFUSERS, KOHYAS = "pytorch_lora_weights", "last"  # stems of a run's last file, where the run has no name
+DIFFUSERS, KOHYAS = "pytorch_lora_weights", "last"  # stems of the final file without --output_name
 STATE = "train_state.json"
 
 
 @dataclass(frozen=True)
 class Names:
-    """Where things go.
-
-    With an output name kohya's file names are used; without one, `unnamed` is the last file's.
-    """
+    """The paths of a run's files. With an output name they are kohya's; else the final file is `unnamed`."""
 
     output_dir: Path
     output_name: str | None
     extension: str = "safetensors"
-    unnamed: str = DIFFUSERS  # stem of the last file without an output name
+    unnamed: str = DIFFUSERS  # stem of the final file without an output name
 
     def final(self) -> Path:
         return self.output_dir / f"{self.output_name or self.unnamed}.{self.extension}"
@@ -128,18 +125,18 @@ def find_state(wanted: str, output_dir: Path) -> Path:
     )
 
 
-# facts that are kept as a hash, in words
+# settings that are kept as a hash, in words
 _HASHED = {
     "base": "another base model",
     "base_weights": "other --base_weights or their multipliers",
     "pictures": "other pictures, masks, captions or repeats",
 }
-CONTENT = "sha256:"  # begins the fact of a file that is known by its content
+CONTENT = "sha256:"  # prefix of a setting that is a file, kept by its content
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint folder that was read and hashed once: what its run was, and how far it was."""
+    """A whole checkpoint folder that was read and hashed once: the settings and progress of its run."""
 
     folder: Path
     run: Mapping[str, object]
@@ -155,9 +152,9 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder, every file compared with its SHA-256.
+    """Read the checkpoint in a folder and compare every file with its SHA-256.
 
-    Raises `Refused` for a folder that `save_state` did not write so.
+    Raises `Refused` for a folder that is not as `save_state` wrote it.
     """
     try:
         state = json.loads((folder / STATE).read_text())
@@ -179,7 +176,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def agree(checkpoint: Checkpoint, run: Mapping[str, object]) -> None:
-    """Raise `Refused` for the first setting in which the run of a checkpoint is not this `run`."""
+    """Raise `Refused` for the first setting of a checkpoint that differs from this `run`."""
     for key, value in run.items():
         before = checkpoint.run.get(key)
         if before != value:
@@ -217,7 +214,7 @@ def remove(path: Path) -> None:
 
 
 def prune(folders: list[Path], keep: int | None, newest: Path) -> None:
-    """Delete the oldest written so that `keep` remain (None: all); `newest`, which is whole, always does."""
+    """Delete the oldest folders until `keep` remain (None: keep all); `newest` is never deleted."""
     others = sorted((f for f in folders if f != newest), key=lambda folder: folder.stat().st_mtime_ns)
     for path in others[: max(0, len(others) + 1 - keep)] if keep else []:
         remove(path)

@@ -1,4 +1,4 @@
-"""Captions to the conditions of the denoiser: encoded once, or at every step where text encoders train."""
+"""Captions to the conditions of the denoiser: encoded once, or at every step if text encoders train."""
 
 from __future__ import annotations
 

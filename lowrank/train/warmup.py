@@ -1,4 +1,4 @@
-"""Stages before step 0: they see the run's own batches and leave nothing behind but the adapter's values.
+"""Warm-up stages before step 0: they read the run's batches and change only the adapter's values.
 
 They run once, after --network_weights are loaded, and never in a resumed run, whose checkpoint holds what
 they made. Their noise is drawn from streams of their own (decision 4), so that a run trains on what it would
@@ -64,7 +64,7 @@ def noise(run: Run, batch: Batch) -> torch.Generator:
 
 
 def samples(run: Run) -> WarmupBatches:
-    """What a stage is given of a run."""
+    """The batches, losses and logging that a stage gets from a run."""
     accelerator = run.accelerator
 
     def losses(batch: Batch) -> Callable[[], Tensor]:
@@ -92,7 +92,7 @@ def log(run: Run, values: Mapping[str, float], step: int) -> None:
 
 @contextlib.contextmanager
 def _left_as_it_was(run: Run) -> Iterator[None]:
-    """Random streams, gradients, modes and who needs gradients, whatever a stage does to them."""
+    """Restore random streams, gradients, training mode and requires_grad after a stage."""
     network: nn.Module = run.network
     training, trained = network.training, [p.requires_grad for p in network.parameters()]
     on_gpu = run.accelerator.device.type == "cuda"
@@ -109,7 +109,7 @@ def _left_as_it_was(run: Run) -> Iterator[None]:
 
 @torch.no_grad()
 def _agree(run: Run) -> None:
-    """Of several processes all go on from the first one's values, bit for bit."""
+    """Give every process the values of the first one, bit for bit."""
     if run.accelerator.num_processes > 1:
         for tensor in (*run.network.parameters(), *run.network.buffers()):
             value: Any = broadcast(tensor.detach().clone())
