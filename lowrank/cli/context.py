@@ -231,6 +231,8 @@ def _drawn(
 
 
 def _sizes(family: Family, group: list[Batch]) -> dict[str, Tensor]:
+    if family.size_conditions is None:
+        return {}
     sizes = zip(*((one.original_sizes, one.crop_top_lefts, one.target_sizes) for one in group), strict=True)
     return family.size_conditions(*(torch.cat(column) for column in sizes))
 

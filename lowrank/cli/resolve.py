@@ -81,7 +81,7 @@ def _with_lycoris(parsed: Parsed[T]) -> Parsed[T]:
     for flag in ("lora_init_method", "lora_layers", "dim_from_weights", "network_train_text_encoder_only"):
         if parsed.value(flag):
             raise Refused(
-                f"{parsed.flag(flag)} and {label} both say what is adapted, and how; give one of them"
+                f"{parsed.flag(flag)} and {label} both choose what is adapted, and how; give one of them"
             )
     arguments = pairs(parsed.flag("network_args"), network.network_args)
     if "dropout" in file.arguments and network.network_dropout is not None:

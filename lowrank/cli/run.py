@@ -1,4 +1,4 @@
-"""How a script runs: its main by name, an exit code, and one sentence where something is wrong."""
+"""Run the main of a script by name: one sentence for an error of the user, and an exit code."""
 
 from __future__ import annotations
 

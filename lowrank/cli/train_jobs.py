@@ -6,14 +6,17 @@ from lowrank.cli.resolve import with_network
 from lowrank.config.command_line import Parsed
 from lowrank.config.flux import FluxTrainOptions
 from lowrank.config.sd import SdTrainOptions, SdxlTrainOptions
-from lowrank.models.family import Source
+from lowrank.config.train import TrainOptions
+from lowrank.models.family import Family, FamilyOptions, Source
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SD15, SdOptions
 from lowrank.models.sdxl import SDXL
 from lowrank.objective.diffusion import Diffusion
 from lowrank.objective.flow import Flow
+from lowrank.objective.objective import 
+from lowrank.objective.objective import Objective
 from lowrank.train.checkpoints import DIFFUSERS, KOHYAS
-from lowrank.train.job import Script, TrainJob, train_job
+from lowrank.train.job import Script, TrainJob
 from lowrank.train.prompts import Prompt
 from lowrank.train.run import launch
 
@@ -33,14 +36,14 @@ def sd_job(parsed: Parsed[SdTrainOptions]) -> TrainJob:
     parsed = with_network(parsed, "networks.lora")
     generation, source = parsed.options.generation, _sd_source(parsed.options, parsed.options.generation.v2)
     switches = sd_switches(parsed.options, generation.clip_skip)
-    return train_job(parsed, _SD, SD15, source, switches, Diffusion(**vars(parsed.options.objective)))
+    return _job(parsed, _SD, SD15, source, switches, Diffusion(**vars(parsed.options.objective)))
 
 
 def sdxl_job(parsed: Parsed[SdxlTrainOptions]) -> TrainJob:
     """The job of SDXL training. Raises `Refused` for arguments that the network does not take."""
     parsed = with_network(parsed, "networks.lora")
     source, switches = _sd_source(parsed.options), sd_switches(parsed.options)
-    return train_job(parsed, _SD, SDXL, source, switches, Diffusion(**vars(parsed.options.objective)))
+    return _job(parsed, _SD, SDXL, source, switches, Diffusion(**vars(parsed.options.objective)))
 
 
 def flux_job(parsed: Parsed[FluxTrainOptions]) -> TrainJob:
@@ -62,7 +65,28 @@ def flux_job(parsed: Parsed[FluxTrainOptions]) -> TrainJob:
         t5xxl_max_token_length=flux.t5xxl_max_token_length,
         apply_t5_attn_mask=flux.apply_t5_attn_mask,
     )
-    return train_job(parsed, _FLUX, FLUX, source, switches, Flow(**vars(parsed.options.objective)))
+    return _job(parsed, _FLUX, FLUX, source, switches, Flow(**vars(parsed.options.objective)))
+
+
+def _job(
+    parsed: Parsed[TrainOptions],
+    script: Script,
+    family: Family,
+    source: Source,
+    switches: FamilyOptions,
+    objective: Objective,
+) -> TrainJob:
+    return TrainJob(
+        options=parsed.options,
+        script=script,
+        family=family,
+        source=source,
+        switches=switches,
+        objective=objective,
+        command=parsed.command,
+        config=parsed.toml(),
+        notes=parsed.notes,
+    )
 
 
 def _sd_source(options: SdxlTrainOptions, v2: bool = False) -> Source:

@@ -68,16 +68,6 @@ class Models:
     held: dict[str, Any] = field(default_factory=dict)  # kept by loading: the table of a single file
 
 
-def stack_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The dictionaries of B captions as one dictionary of (B, …) tensors."""
-    return {key: torch.stack([caption[key] for caption in encoded]) for key in encoded[0]}
-
-
-def bare(denoiser: Any) -> Any:
-    """The model inside a DistributedDataParallel."""
-    return denoiser if hasattr(denoiser, "config") else denoiser.module
-
-
 class Load(Protocol):
     """Find a model and load parts of it."""
 
@@ -136,9 +126,9 @@ class Family(Generic[Options]):
     pipeline: Callable[[Models], Any]  # the stock pipeline around the present denoiser
     sample: Sample[Options]
     model_hash: Callable[[Models | Source | str, str], str]  # (…, role) → 64 hex digits
-    stack_text: Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]] = stack_text
-    # (original sizes, crops' top left corners, target sizes), each (B, 2) of y, x → more conditions, or none
-    size_conditions: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] = lambda *sizes: {}
+    # (original sizes, crops' top left corners, target sizes), each (B, 2) of y, x → more conditions;
+    # None for a family whose denoiser is not conditioned on sizes
+    size_conditions: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None
 
 
 def latent_scale(models: Models) -> int:

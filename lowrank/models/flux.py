@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowrank.config.flux import FluxModel
 from lowrank.errors import Refused
-from lowrank.models.family import Family, FamilyOptions, Models, bare, latent_scale
+from lowrank.models.family import Family, FamilyOptions, Models, latent_scale
 from lowrank.models.flux_load import add_flux_components, load_flux, model_hash
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 
@@ -136,7 +136,7 @@ def _attention(
 
 
 def denoise(
-    denoiser: nn.Module,
+    denoiser: Any,  # the class of diffusers
     noisy: Tensor,
     timesteps: Tensor,
     text: Mapping[str, Tensor],
@@ -152,18 +152,17 @@ def denoise(
         raise Refused(
             f"latents of {h}×{w} cannot be packed 2×2; their sides must be even, so give another --resolution"
         )
-    model, device = bare(denoiser), noisy.device
-    guidance = None
-    if model.config.guidance_embeds:
+    device, guidance = noisy.device, None
+    if denoiser.config.guidance_embeds:
         guidance = torch.full((B,), options.guidance_scale, device=device, dtype=torch.float32)
-    tokens = pack(noisy.to(model.dtype))  # (B, N, 4C)
-    t5 = text["t5"].to(device, model.dtype).expand(B, -1, -1)  # (B, L, D₂)
+    tokens = pack(noisy.to(denoiser.dtype))  # (B, N, 4C)
+    t5 = text["t5"].to(device, denoiser.dtype).expand(B, -1, -1)  # (B, L, D₂)
     out = denoiser(
         hidden_states=tokens,
         timestep=timesteps / 1000,
         guidance=guidance,
         encoder_hidden_states=t5,
-        pooled_projections=text["pooled"].to(device, model.dtype).expand(B, -1),
+        pooled_projections=text["pooled"].to(device, denoiser.dtype).expand(B, -1),
         txt_ids=torch.zeros(t5.shape[1], 3, device=device),
         img_ids=image_ids(h, w, device),
         joint_attention_kwargs=_attention(text, B, tokens.shape[1], options, device),
@@ -182,7 +181,7 @@ def pipeline(models: Models) -> FluxPipeline:
         scheduler=type(models.scheduler).from_config(models.scheduler.config),
         vae=models.vae,
         **no_text,
-        transformer=bare(models.denoiser),
+        transformer=models.denoiser,
     )
 
 

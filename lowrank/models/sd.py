@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank.config.sd import Generation, SdModel
 from lowrank.models import clip_text
-from lowrank.models.family import Family, FamilyOptions, Models, bare, latent_scale
+from lowrank.models.family import Family, FamilyOptions, Models, latent_scale
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 from lowrank.models.samplers import build_sampler as sampler_of
 from lowrank.models.sd_load import add_sd_components, is_v2, load_sd, model_hash
@@ -95,7 +95,7 @@ def empty(models: Models) -> UNet2DConditionModel:
 
 
 def denoise(
-    denoiser: nn.Module,
+    denoiser: Any,  # the class of diffusers
     noisy: Tensor,
     timesteps: Tensor,
     text: Mapping[str, Tensor],
@@ -106,17 +106,17 @@ def denoise(
     `noisy` (B, C, h, w), `timesteps` (B,) in 0..999; `text` of B captions or of one for all, for SDXL with
     `pooled` and with the `time_ids` of the pictures.
     """
-    model, device, B = bare(denoiser), noisy.device, len(noisy)
+    device, B = noisy.device, len(noisy)
     added = {}
     if "pooled" in text:
         added["added_cond_kwargs"] = {
-            "text_embeds": text["pooled"].to(device, model.dtype).expand(B, -1),
+            "text_embeds": text["pooled"].to(device, denoiser.dtype).expand(B, -1),
             "time_ids": text["time_ids"].to(device).expand(B, -1),
         }
     return denoiser(
-        noisy.to(model.dtype),
+        noisy.to(denoiser.dtype),
         timesteps.to(device),
-        encoder_hidden_states=text["context"].to(device, model.dtype).expand(B, -1, -1),
+        encoder_hidden_states=text["context"].to(device, denoiser.dtype).expand(B, -1, -1),
         **added,
         return_dict=False,
     )[0]
@@ -133,7 +133,7 @@ def pipeline(models: Models, sampler: str | None = None) -> StableDiffusionPipel
     return StableDiffusionPipeline(
         scheduler=sampler_of(sampler, models.configs["scheduler"]),
         vae=models.vae,
-        unet=bare(models.denoiser),
+        unet=models.denoiser,
         **nothing,
         requires_safety_checker=False,
     )

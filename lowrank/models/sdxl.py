@@ -17,7 +17,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from lowrank.models import clip_text
-from lowrank.models.family import Family, Models, bare
+from lowrank.models.family import Family, Models
 from lowrank.models.samplers import build_sampler as sampler_of
 from lowrank.models.sd import PLAIN, SD15, SdOptions, encode_text, sample
 from lowrank.models.sd_load import load_xl, model_hash_xl
@@ -50,7 +50,7 @@ def pipeline(models: Models, sampler: str | None = None) -> StableDiffusionXLPip
     return StableDiffusionXLPipeline(
         scheduler=sampler_of(sampler, models.configs["scheduler"]),
         vae=models.vae,
-        unet=bare(models.denoiser),
+        unet=models.denoiser,
         **nothing,
         add_watermarker=False,
     )

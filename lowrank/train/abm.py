@@ -39,13 +39,13 @@ from lowrank.train.abm_hooks import Boundaries, activations, depth_weights
 from lowrank.train.attach import check_base
 from lowrank.train.job import RunningJob
 from lowrank.train.loop import Forward, Run, average_gradients, batch_generator
-from lowrank.train.validation import PLACES
+from lowrank.train.validation import NOISE_LEVELS
 from lowrank.train.warmup import NOISE, abm_name, log, noise, training_batches
 
 logger = logging.getLogger(__name__)
 
 HARMFUL = 1.005  # the guard's limit of the loss after ABM, relative to before
-MEASURED = 2  # batches that the guard measures, at each of PLACES
+MEASURED = 2  # batches that the guard measures, at each of NOISE_LEVELS
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ class _Stage:
         self.measured = list(itertools.islice(measured.epoch(0), MEASURED))
 
     def work(self) -> None:
-        abm, say = self.abm, self.run.log.say
+        abm, message = self.abm, self.run.log.message
         with contextlib.ExitStack() as stack:
             self.teacher_forward, self.as_teacher = stack.enter_context(_teaching(self.run, abm.abm_teacher))
             self.boundaries = self._survey()
@@ -178,9 +178,9 @@ class _Stage:
             self._tell(before, 0)
             agreed = before.agreement == 1
             if agreed and (abm.abm_margin == 0 or (abm.abm_guard and abm.abm_teacher == "base")):
-                say(
-                    f"ABM is left out: every pre-activation already has the sign that {abm.abm_teacher} "
-                    "gives it, so there is nothing to learn (give --abm_teacher FILE)"
+                message(
+                    "ABM is skipped: every pre-activation already has the sign that the teacher "
+                    f"{abm.abm_teacher} gives it; give --abm_teacher FILE with a trained adapter"
                 )
                 return
             values = [p.detach().clone() for p in self.network.parameters()]
@@ -196,9 +196,12 @@ class _Stage:
                 with torch.no_grad():
                     for parameter, value in zip(self.network.parameters(), values, strict=True):
                         parameter.copy_(value)
-                say(f"ABM did harm and is undone ({summary}); --no-abm_guard would keep it")
+                message(
+                    f"ABM is undone: it raised the loss or lowered the share of equal signs ({summary}); "
+                    "give --no-abm_guard to keep its result"
+                )
             else:
-                say(f"ABM: {summary}")
+                message(f"ABM: {summary}")
 
     # ------------------------------------------------------------------ passes
 
@@ -256,9 +259,9 @@ class _Stage:
         self.network.eval()
         for index, batch in enumerate(self.measured):
             if index % accelerator.num_processes == accelerator.process_index:
-                for number, place in enumerate(PLACES):
+                for number, level in enumerate(NOISE_LEVELS):
                     same = partial(batch_generator, self.run.seed, NOISE // 2 - number, batch.position)
-                    differing, losses = self._compare("count", batch, same, place)
+                    differing, losses = self._compare("count", batch, same, level)
                     assert losses is not None  # "count" goes to the end
                     sums += torch.stack([losses.mean().float(), differing, torch.ones_like(differing)])
         self.network.train()

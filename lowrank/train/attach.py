@@ -1,4 +1,4 @@
-"""What a run does to the model: merge files into it, freeze it, put the network on it, free the rest."""
+"""Prepare the model of a run: load its components, merge files, freeze it, attach the network."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_components(job: RunningJob, models: Models, roles: tuple[str, ...]) -> None:
-    """The named parts, in memory so that equal runs compute equal bits, whatever file they came from."""
+    """Load components, aligned in memory so that equal weights of any file give equal bits."""
     job.family.add(models, roles)
     align(models)
 
 
 def keep_vae(models: Models, encoded: bool, draws: bool) -> None:
-    """Free the VAE once latents are encoded, or move it to the CPU where pictures are drawn."""
+    """Free the VAE after latents are encoded, or move it to the CPU if previews need it."""
     if encoded and draws:
         move(models, ("vae",), "cpu")
     elif encoded:
@@ -55,7 +55,7 @@ def merge_base_weights(job: RunningJob, models: Models) -> None:
 
 
 def adapt(job: RunningJob, models: Models, encoders: list[nn.Module]) -> KohyaNetwork:
-    """Freeze the denoiser and put the network on it."""
+    """Freeze the denoiser and attach the network to it."""
     train = job.options.train
     models.denoiser.requires_grad_(False).eval()
     choose_attention(job.options.xformers, models.denoiser)
@@ -78,7 +78,7 @@ def check_base(job: RunningJob, models: Models, path: str) -> None:
 
 
 def choose_attention(xformers: bool, denoiser: Any) -> None:
-    """xformers' kernels where they are asked for and can be had; else torch's own."""
+    """Use the attention of xformers if it is requested and available; warn if it is not available."""
     if not xformers:
         return
     if importlib.util.find_spec("xformers") and denoiser.device.type == "cuda":
@@ -103,4 +103,4 @@ def _prepare_network(
     if train.full_fp16 or train.full_bf16:
         network.to(dtype)
     if job.options.network.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
-        raise Refused("--scale_weight_norms is not offered by this network module; leave it out")
+        raise Refused("this network module does not support --scale_weight_norms; leave it out")

@@ -1,6 +1,4 @@
-"""What is refused before anything is cached: files and folders that cannot be used, a network that does not
-fit the model, a checkpoint of another run.
-"""
+"""Checks before anything is cached: files, folders, the fit of network and model, the resumed run."""
 
 from __future__ import annotations
 
@@ -31,11 +29,11 @@ from lowrank.train.network_module import KohyaNetwork
 
 logger = logging.getLogger(__name__)
 
-_PLACES = ("basis_cache", "svd_cache_path")  # network arguments that say where something is kept
-_BEGINNING = 1 << 16  # bytes of a picture that distinguish it from others, with its size
+_CACHE_ARGUMENTS = ("basis_cache", "svd_cache_path")  # network arguments that name a cache folder or file
+_BEGINNING = 1 << 16  # bytes of a picture that are hashed; with its size they distinguish it from others
 
 
-# ------------------------------------------------------------------ before the model is looked at
+# ------------------------------------------------------------------ before the model is read
 
 
 def check_paths(options: TrainOptions, names: Names) -> Checkpoint | None:
@@ -64,29 +62,29 @@ def check_paths(options: TrainOptions, names: Names) -> Checkpoint | None:
 
 
 def _refuse_to_overwrite(names: Names) -> None:
-    """A run's folder is its own: another run's checkpoints would be pruned or resumed by mistake.
+    """Refuse a folder with checkpoints of another run: they would be pruned or resumed by mistake.
 
-    Adapter files with kohya's names are written over, as kohya's trainers do; others are kept.
+    Adapter files with kohya's names are overwritten, as by kohya's trainers; others are refused too.
     """
     final, keeps = names.final(), names.output_name or names.unnamed == KOHYAS
     earlier = checkpoints.checkpoints(names.output_dir) or ([] if keeps else [final] * final.exists())
     if earlier:
         raise Refused(
-            f"{names.output_dir} holds {earlier[-1].name} of an earlier run; go on with --resume latest, or "
-            "name another --output_dir"
+            f"{names.output_dir} holds {earlier[-1].name} of an earlier run; continue with --resume latest, "
+            "or give another --output_dir"
         )
     if final.exists():
-        logger.warning("%s of an earlier run will be written over", final)
+        logger.warning("%s of an earlier run will be overwritten", final)
 
 
-# ------------------------------------------------------------------ before its weights do their work
+# ------------------------------------------------------------------ before weights are loaded
 
 
 def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNetwork | None]:
-    """(denoiser, network) without values, on which every file that the options name was tried.
+    """Create denoiser and network without values, and load every file that the options name into them.
 
-    Raises `Refused` for a rank, a target or a file that does not fit the model. Of foreign modules, which may
-    need values, both are None.
+    Raises `Refused` for a rank, a target or a file that does not fit the model. Returns None for both with a
+    foreign network module, which may need values.
     """
     weights = job.options.network.network_weights
     for path in (*(path for path, _ in job.base_weights), *([weights] if weights else [])):
@@ -107,7 +105,7 @@ def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNe
 
 
 def _shapes(encoders: Sequence[Any]) -> list[nn.Module]:
-    """transformers' models again, without values."""
+    """Copies of transformers' models without values."""
     with torch.device("meta"):
         return [type(encoder)(encoder.config) for encoder in encoders]
 
@@ -115,18 +113,24 @@ def _shapes(encoders: Sequence[Any]) -> list[nn.Module]:
 # ------------------------------------------------------------------ a resumed run
 
 
-def run_fingerprint(job: RunningJob, loader: Loader, models: Models) -> dict[str, Any]:
-    """What a run that resumes from this one must agree on, as JSON keeps it.
+def run_fingerprint(job: RunningJob, loader: Loader, models: Models) -> dict[str, object]:
+    """The settings that a resumed run must share with this one, in the form that JSON keeps.
 
-    The optimizer's state is matched by position, and other differences would change the run or be ignored
-    without a warning. How long a run is, and what it saves or draws, may change.
+    The optimizer's state is matched by position, and other differences would silently change the run or be
+    ignored. The length of the run, and what it saves or draws, may change.
     """
     examples = [place.example for place in loader.placed]
     pictures = [
-        (e.path.name, *(_seen(path) for path in (e.path, e.mask) if path), e.captions, e.repeats, e.is_reg)
+        (
+            e.path.name,
+            *(_picture_id(path) for path in (e.path, e.mask) if path),
+            e.captions,
+            e.repeats,
+            e.is_reg,
+        )
         for e in examples
     ]
-    arguments = {k: _content(v) for k, v in job.arguments.items() if k not in _PLACES}
+    arguments = {k: _content(v) for k, v in job.arguments.items() if k not in _CACHE_ARGUMENTS}
     facts = {spec.name: value for spec, value in declared(job.options) if spec.flag.resume} | {
         "network_module": job.networks.__name__,
         "text_encoders_trained": job.options.trains_text,
@@ -142,21 +146,21 @@ def run_fingerprint(job: RunningJob, loader: Loader, models: Models) -> dict[str
     return json.loads(json.dumps(facts))
 
 
-def _seen(picture: Path) -> tuple[int, str]:
-    """A picture's size in bytes and the hash of its beginning: quick for 100,000 of them."""
+def _picture_id(picture: Path) -> tuple[int, str]:
+    """A picture's size in bytes and the hash of its beginning: fast enough for 100,000 pictures."""
     return picture.stat().st_size, sha256(picture, _BEGINNING)
 
 
 def _content(argument: str) -> str:
-    """A network argument, or the hash of the file that it names: a file may move, and may not change."""
+    """A network argument, or the hash of the file that it names: the file may move, but not change."""
     return checkpoints.CONTENT + sha256(argument) if os.path.isfile(argument) else argument
 
 
-def check_resumed(job: RunningJob, fingerprint: Mapping[str, Any], steps: int) -> None:
+def check_resumed(job: RunningJob, fingerprint: Mapping[str, object], steps: int) -> None:
     """Raise `Refused` for a --resume of another run, or of a later step than this run's `steps`."""
     if job.resumed is None:
         return
-    if job.options.data.skip_bad_images:  # which these are is known when all were decoded
+    if job.options.data.skip_bad_images:  # bad images are only known after all are decoded
         unknown = ("pictures", "batches_per_epoch")
         fingerprint = {name: value for name, value in fingerprint.items() if name not in unknown}
     checkpoints.agree(job.resumed, fingerprint)
@@ -164,9 +168,9 @@ def check_resumed(job: RunningJob, fingerprint: Mapping[str, Any], steps: int) -
 
 
 def refuse_ended(job: RunningJob, step: int, steps: int) -> None:
-    """Raise `Refused` for a state behind the run's last step, or at it where the last file was written."""
+    """Raise `Refused` for a state past the last step, or at the last step of a run with its final file."""
     if step > steps or (step == steps and job.names.final().exists()):
         raise Refused(
             f"{job.options.train.resume} is at step {step} and the run ends at {steps}; raise "
-            "--max_train_steps or --max_train_epochs to go on from it"
+            "--max_train_steps or --max_train_epochs to continue from it"
         )

@@ -1,19 +1,18 @@
-"""What a run leaves on disk, and how it goes on from there: file names, checkpoints, resume.
+"""File names of a run, its checkpoint folders, and how a run resumes from one.
 
-A checkpoint folder is filled under a temporary name and renamed once it is whole; `train_state.json` lists
-every file with its SHA-256, so a half-written or altered folder is recognised.
+A checkpoint folder is written under a temporary name and renamed when it is complete; `train_state.json`
+lists every file with its SHA-256, so that an incomplete or altered folder is refused.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import torch
 from accelerate import Accelerator
 
 from lowrank.errors import Refused
@@ -21,21 +20,18 @@ from lowrank.files import atomic_folder, part_of, sha256
 from lowrank.train.network_module import KohyaNetwork
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-DIFFUSERS, KOHYAS = "pytorch_lora_weights", "last"  # stems of a run's last file, where the run has no name
+DIFFUSERS, KOHYAS = "pytorch_lora_weights", "last"  # stems of the final file without --output_name
 STATE = "train_state.json"
 
 
 @dataclass(frozen=True)
 class Names:
-    """Where things go.
-
-    With an output name kohya's file names are used; without one, `unnamed` is the last file's.
-    """
+    """The paths of a run's files. With an output name they are kohya's; else the final file is `unnamed`."""
 
     output_dir: Path
     output_name: str | None
     extension: str = "safetensors"
-    unnamed: str = DIFFUSERS  # stem of the last file without an output name
+    unnamed: str = DIFFUSERS  # stem of the final file without an output name
 
     def final(self) -> Path:
         return self.output_dir / f"{self.output_name or self.unnamed}.{self.extension}"
@@ -66,19 +62,24 @@ class Progress:
     position: int = 0
 
 
+class Stateful(Protocol):
+    """What a checkpoint keeps besides adapter, optimizer and scheduler: it adds a file of its own."""
+
+    def save(self, folder: Path) -> None: ...
+
+
 def save_state(
     folder: Path,
     accelerator: Accelerator,
     network: KohyaNetwork,
     progress: Progress,
-    run: Mapping[str, Any],
+    run: Mapping[str, object],
     metadata: Mapping[str, str],
-    extra: Callable[[Path], None] | None = None,
+    parts: Iterable[Stateful] = (),
 ) -> None:
     """Write a whole checkpoint folder: adapter in full precision, optimizer, scheduler, RNG, progress.
 
-    Every process calls this; `run` says what a resumed run must agree on (module, rank, seed, data), `extra`
-    may add files.
+    Every process calls this. `run` is the fingerprint that a resumed run must match; `parts` add their files.
     """
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
@@ -91,8 +92,8 @@ def save_state(
         accelerator.save_state(str(part))
         accelerator.wait_for_everyone()
         network.save_weights(str(part / WEIGHTS), None, dict(metadata))
-        if extra is not None:
-            extra(part)
+        for stateful in parts:
+            stateful.save(part)
         files = {file.name: sha256(file) for file in sorted(part.iterdir())}
         state = {
             "current_step": progress.step,
@@ -124,18 +125,18 @@ def find_state(wanted: str, output_dir: Path) -> Path:
     )
 
 
-# facts that are kept as a hash, in words
+# settings that are kept as a hash, in words
 _HASHED = {
     "base": "another base model",
     "base_weights": "other --base_weights or their multipliers",
     "pictures": "other pictures, masks, captions or repeats",
 }
-CONTENT = "sha256:"  # begins the fact of a file that is known by its content
+CONTENT = "sha256:"  # prefix of a setting that is a file, kept by its content
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint folder that was read and hashed once: what its run was, and how far it was."""
+    """A whole checkpoint folder that was read and hashed once: the settings and progress of its run."""
 
     folder: Path
     run: Mapping[str, object]
@@ -151,9 +152,9 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder, every file compared with its SHA-256.
+    """Read the checkpoint in a folder and compare every file with its SHA-256.
 
-    Raises `Refused` for a folder that `save_state` did not write so.
+    Raises `Refused` for a folder that is not as `save_state` wrote it.
     """
     try:
         state = json.loads((folder / STATE).read_text())
@@ -174,8 +175,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state["run"], *counts)
 
 
-def agree(checkpoint: Checkpoint, run: Mapping[str, Any]) -> None:
-    """Raise `Refused` for the first setting in which the run of a checkpoint is not this `run`."""
+def agree(checkpoint: Checkpoint, run: Mapping[str, object]) -> None:
+    """Raise `Refused` for the first setting of a checkpoint that differs from this `run`."""
     for key, value in run.items():
         before = checkpoint.run.get(key)
         if before != value:
@@ -185,7 +186,7 @@ def agree(checkpoint: Checkpoint, run: Mapping[str, Any]) -> None:
             )
 
 
-def _difference(name: str, old: Any, new: Any) -> str:
+def _difference(name: str, old: object, new: object) -> str:
     if name in _HASHED:
         return f"it had {_HASHED[name]} than this run"
     if isinstance(old, Mapping) and isinstance(new, Mapping):  # network_args
@@ -198,7 +199,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 
 def load_state(
-    checkpoint: Checkpoint, accelerator: Accelerator, network: KohyaNetwork, run: Mapping[str, Any]
+    checkpoint: Checkpoint, accelerator: Accelerator, network: KohyaNetwork, run: Mapping[str, object]
 ) -> Progress:
     """Continue from a checkpoint. Raises `Refused` if it belongs to another run."""
     agree(checkpoint, run)
@@ -213,7 +214,7 @@ def remove(path: Path) -> None:
 
 
 def prune(folders: list[Path], keep: int | None, newest: Path) -> None:
-    """Delete the oldest written so that `keep` remain (None: all); `newest`, which is whole, always does."""
+    """Delete the oldest folders until `keep` remain (None: keep all); `newest` is never deleted."""
     others = sorted((f for f in folders if f != newest), key=lambda folder: folder.stat().st_mtime_ns)
     for path in others[: max(0, len(others) + 1 - keep)] if keep else []:
         remove(path)
@@ -224,18 +225,3 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(
         (p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:])
     )
-
-
-def save_dtype(precision: str | None) -> torch.dtype | None:
-    """`--save_precision`: None keeps the training dtype."""
-    table = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return table[precision]
-
-
-def expired(step: int, every: int | None, keep: int | None, name: Callable[[int], Path]) -> Path | None:
-    """kohya's rule for step files: the one at (step − keep − 1) rounded down to `every` goes."""
-    if not every or not keep:
-        return None
-    old = step - keep - 1
-    old -= old % every
-    return name(old) if old > 0 else None

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained parameters: a few megabytes beside them."""
+"""An exponential moving average (EMA) of the trained parameters."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lowrank.tensors import read_tensors, write_tensors
 
 
 class Ema:
-    """θ̄ ← d·θ̄ + (1 − d)·θ after every step; `applied()` puts θ̄ in the parameters' place for a block."""
+    """θ̄ ← d·θ̄ + (1 − d)·θ after every step; `applied()` sets the parameters to θ̄ for a block."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self._parameters, self._decay = list(parameters), decay
         self.restart()
 
     def restart(self) -> None:
-        """Average from where the parameters are now."""
+        """Restart the average from the current parameters."""
         self._means = [p.detach().float().clone() for p in self._parameters]
 
     @torch.no_grad()
@@ -30,7 +30,7 @@ class Ema:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The averages in the parameters' place, and the parameters back afterwards, bit for bit."""
+        """Set the parameters to the averages for a block, then restore them bit for bit."""
         raw = [p.detach().clone() for p in self._parameters]
         self._set(self._means)
         try:

@@ -1,4 +1,4 @@
-"""A training job: what a script asks for as typed records, and the same once this machine has checked it."""
+"""A training job: the typed records of a command line, and the job once its options are checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from types import ModuleType
 from accelerate import Accelerator
 from torch import nn
 
-from lowrank.config.command_line import Parsed
 from lowrank.config.train import TrainOptions
 from lowrank.files import sha256
 from lowrank.models.family import Family, FamilyOptions, Source
@@ -22,16 +21,16 @@ from lowrank.train.prompts import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """What distinguishes one training script from another, besides its options and its family."""
+    """What differs between training scripts besides options and model family."""
 
     tracker: str  # the log folder's name
-    unnamed: str  # stem of the last file without --output_name
-    prompt: Prompt  # defaults of a prompt for pictures
+    unnamed: str  # stem of the final file without --output_name
+    prompt: Prompt  # default values of a preview prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """What to train. `source` gets its precision and device when the run starts."""
+    """What to train. The run sets the precision and device of `source` when it starts."""
 
     options: TrainOptions
     script: Script
@@ -44,31 +43,9 @@ class TrainJob:
     notes: tuple[str, ...] = ()
 
 
-def train_job(
-    parsed: Parsed[TrainOptions],
-    script: Script,
-    family: Family,
-    source: Source,
-    switches: FamilyOptions,
-    objective: Objective,
-) -> TrainJob:
-    """The job of a parsed command line."""
-    return TrainJob(
-        options=parsed.options,
-        script=script,
-        family=family,
-        source=source,
-        switches=switches,
-        objective=objective,
-        command=parsed.command,
-        config=parsed.toml(),
-        notes=parsed.notes,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunningJob(TrainJob):
-    """A job that was checked as far as options alone allow. `resumed` is the checkpoint of --resume."""
+    """A job whose options have been checked, with its devices. `resumed` is the checkpoint of --resume."""
 
     accelerator: Accelerator
     names: Names
@@ -86,11 +63,11 @@ class RunningJob(TrainJob):
 
     @cached_property
     def base_weight_hashes(self) -> list[tuple[str, float]]:
-        """What --base_weights change the model by: each file's SHA-256 and its strength."""
+        """The SHA-256 of each --base_weights file, and its strength."""
         return [(sha256(path), strength) for path, strength in self.base_weights]
 
     def create(self, denoiser: nn.Module, encoders: list[nn.Module], weights: str | None) -> KohyaNetwork:
-        """The network on a denoiser; on the meta device it has shapes and no values."""
+        """Create the network and attach it; a denoiser on the meta device gives a network without values."""
         network = self.options.network
         return network_module.create(
             self.networks,

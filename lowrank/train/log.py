@@ -1,10 +1,10 @@
-"""Records of a run: TensorBoard, a loss CSV, a progress bar, and the run folder's configuration."""
+"""The log of a run: trackers, loss.csv, the progress bar, and the files that describe the run."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.metadata
-import importlib.util
 import platform
 import time
 from collections import deque
@@ -22,19 +22,13 @@ from lowrank.files import atomic
 BINS = 4  # of the timestep range 0..1000
 BIN_NAMES = tuple(f"t{1000 * i // BINS}-{1000 * (i + 1) // BINS}" for i in range(BINS))
 _PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "safetensors",
-    "bitsandbytes",
-    "numpy",
-    "pillow",
+    *("torch", "diffusers", "transformers", "accelerate"),
+    *("safetensors", "bitsandbytes", "numpy", "pillow"),
 )
 
 
 class Meter:
-    """Sums of one optimizer step's losses on the device: read back once per step."""
+    """Sums of the losses of one optimizer step, kept on the device and read once per step."""
 
     def __init__(self, components: Sequence[str], device: torch.device) -> None:
         self.components = tuple(components)
@@ -42,7 +36,7 @@ class Meter:
         self._batches = 0
 
     def add(self, components: Mapping[str, Tensor], per_sample: Tensor, timesteps: Tensor) -> None:
-        """One micro-batch: scalar components, unweighted losses (B,) and timesteps (B,) in 0..1000."""
+        """Add a micro-batch: scalar components, unweighted losses (B,) and timesteps (B,) in 0..1000."""
         parts = torch.stack([components[name].detach().float() for name in self.components])
         bins = (timesteps * BINS / 1000).long().clamp(0, BINS - 1)
         sums = torch.zeros(BINS, device=parts.device).index_add_(0, bins, per_sample.detach().float())
@@ -51,7 +45,7 @@ class Meter:
         self._batches += 1
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """Means over the step's micro-batches and processes, by name (None: an empty bin); starts anew."""
+        """Means over micro-batches and processes by name, None for an empty bin; resets the sums."""
         means = accelerator.reduce(self._sums, "sum") / (self._batches * accelerator.num_processes)
         values, n = means.tolist(), 1 + len(self.components)
         losses: dict[str, float | None] = dict(zip(("loss", *self.components), values[:n], strict=True))
@@ -63,7 +57,7 @@ class Meter:
 
 
 class RunLog:
-    """Writes each step's numbers; made on every process, writing on the main one only."""
+    """Writes the numbers of each step; every process has one, and only the main process writes."""
 
     def __init__(
         self, accelerator: Accelerator, folder: Path, components: Sequence[str], total: int, window: int
@@ -75,7 +69,7 @@ class RunLog:
         self._total, self._images = total, 0
 
     def begin(self, step: int) -> None:
-        """Start at a step: a continued run's rows after it are dropped, and the bar begins there."""
+        """Start loss.csv and the progress bar at a step; a resumed run drops the rows after it."""
         self._started = time.monotonic()
         self._bar = tqdm(
             total=self._total,
@@ -105,7 +99,7 @@ class RunLog:
         images: int,
         extra: Mapping[str, float],
     ) -> None:
-        """One optimizer step: losses, learning rates by group description, pictures seen, further scalars."""
+        """Log an optimizer step: losses, learning rates by group, number of images, other scalars."""
         loss = losses["loss"] or 0.0
         self._recent.append(loss)
         self._of_epoch.append(loss)
@@ -122,7 +116,7 @@ class RunLog:
             if name != "loss" and value is not None:
                 scalars[f"loss/{name}"] = value
         scalars |= {f"lr/{name.strip()}": rate for name, rate in rates.items()} | dict(extra)
-        if "lr/textencoder 1" in scalars:  # the one name that dashboards know
+        if "lr/textencoder 1" in scalars:  # the name that kohya's dashboards read
             scalars.setdefault("lr/textencoder", scalars["lr/textencoder 1"])
         self._accelerator.log(scalars, step=step)
         if self._accelerator.is_main_process:
@@ -132,21 +126,21 @@ class RunLog:
                     csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
             except OSError as error:
                 raise Refused(
-                    f"could not write {self._csv}: {error}; free space and go on with --resume latest"
+                    f"could not write {self._csv}: {error}; free disk space and continue with --resume latest"
                 ) from error
 
     def epoch(self, epoch: int) -> None:
-        """The mean loss of the steps since the last call, as kohya logs it at the end of an epoch."""
+        """Log the mean loss of the steps since the last call under kohya's tag, at the end of an epoch."""
         if self._of_epoch:
             self._accelerator.log(
                 {"loss/epoch_average": sum(self._of_epoch) / len(self._of_epoch)}, step=epoch
             )
             self._of_epoch.clear()
 
-    def held_out(self, value: float, kind: str, at: int) -> None:
-        """The held-out loss at a step or after an epoch (`kind`), and how far above the training loss it is.
+    def validation(self, value: float, kind: str, at: int) -> None:
+        """Log the validation loss after a "step" or "epoch" (`kind`), and its excess over the moving average.
 
-        kohya's tags: the step's is compared with the moving average, the epoch's with the same.
+        The tags are kohya's.
         """
         recent = sum(self._recent) / max(1, len(self._recent))
         scalars = {
@@ -154,10 +148,10 @@ class RunLog:
             f"loss/validation/{kind}_divergence": value - recent,
         }
         self._accelerator.log(scalars, step=at)
-        self.say(f"validation loss after {kind} {at}: {value:.6f} (training {recent:.6f})")
+        self.message(f"validation loss after {kind} {at}: {value:.6f} (training {recent:.6f})")
 
-    def say(self, text: str) -> None:
-        """A line above the bar, on the main process."""
+    def message(self, text: str) -> None:
+        """Print a line above the progress bar, on the main process."""
         if self._accelerator.is_main_process:
             tqdm.write(text)
 
@@ -167,24 +161,13 @@ class RunLog:
 
 
 def describe_run(folder: Path, config: str, command: str) -> None:
-    """Write the resolved configuration and the versions that ran it."""
+    """Write config.toml, every option of the run, and versions.txt, the packages, device and command."""
     with atomic(folder / "config.toml") as part:
         part.write_text(config)
-    versions = [
-        f"{name}=={importlib.metadata.version(name)}"
-        for name in _PACKAGES
-        if importlib.util.find_spec({"pillow": "PIL"}.get(name, name))
-    ]
+    versions = [f"python=={platform.python_version()}"]
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name}=={importlib.metadata.version(name)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     with atomic(folder / "versions.txt") as part:
-        part.write_text(
-            "\n".join(
-                [
-                    f"python=={platform.python_version()}",
-                    *versions,
-                    f"# device: {device}",
-                    f"# command: {command}",
-                    "",
-                ]
-            )
-        )
+        part.write_text("\n".join([*versions, f"# device: {device}", f"# command: {command}"]) + "\n")

@@ -1,4 +1,4 @@
-"""The loop: draw noise, predict, compare, step. Everything else is around it.
+"""The training loop: draw noise, predict, compare, step.
 
 Randomness is stateless: the noise, timestep and dropout of a batch depend only on (seed, epoch, position), so
 a resumed run, another number of processes, or a validation in between changes nothing.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 
 from lowrank.data.loader import Batch, Loader
+from lowrank.errors import Refused
 from lowrank.models.family import Models
 from lowrank.objective.objective import Objective
 from lowrank.train.checkpoints import Progress
@@ -27,12 +28,12 @@ from lowrank.train.job import RunningJob
 from lowrank.train.log import Meter, RunLog
 from lowrank.train.network_module import KohyaNetwork
 from lowrank.train.text_conditions import TextConditions
-from lowrank.train.watch import first_not_finite, refuse_not_finite
+from lowrank.train.watch import first_not_finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """From a batch to its losses: what training and validation have in common."""
+    """The losses of a batch, computed alike by training, validation and warm-up stages."""
 
     accelerator: Accelerator
     network: KohyaNetwork
@@ -54,20 +55,23 @@ class Forward:
 
 
 def run_forward(job: RunningJob, models: Models, network: KohyaNetwork, text: TextConditions) -> Forward:
-    """The forward of a job on its model: latents drawn anew for each batch, conditions of text and sizes."""
+    """The forward of a job: latents are drawn from the moments for each batch, text may be cached."""
     family, device = job.family, job.accelerator.device
 
     def latents(batch: Batch, generator: torch.Generator) -> Tensor:
         moments = batch.encoded
         if moments is None:
-            assert batch.pixels is not None  # a batch has one or the other
+            assert batch.pixels is not None  # a batch has pixels or encodings
             with torch.no_grad():
                 moments = family.encode_images(models, batch.pixels)
         return family.latents(models, moments.to(device), generator)
 
     def conditions(batch: Batch) -> dict[str, Tensor]:
+        encoded = text(batch.captions)
+        if family.size_conditions is None:
+            return encoded
         sizes = family.size_conditions(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
-        return text(batch.captions) | {name: value.to(device) for name, value in sizes.items()}
+        return encoded | {name: value.to(device) for name, value in sizes.items()}
 
     def denoise(noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         return family.denoise(models.denoiser, noisy, timesteps, conditions, job.switches)
@@ -84,7 +88,7 @@ def run_forward(job: RunningJob, models: Models, network: KohyaNetwork, text: Te
 
 @dataclass(kw_only=True)
 class Run:
-    """All that the loop touches."""
+    """Everything that the loop uses."""
 
     forward: Forward
     denoiser: nn.Module
@@ -101,9 +105,9 @@ class Run:
     log: RunLog
     after_step: Callable[[Progress], bool]  # saves and draws; True to stop
     after_epoch: Callable[[Progress], None]
-    last_good: Callable[[], Path | None]
-    # called with a step before its gradients are used: may drop some, returns what to log
-    let_through: Callable[[int], dict[str, float]] | None
+    last_checkpoint: Callable[[], Path | None]
+    # called with the step before the optimizer uses the gradients: may drop some, returns scalars to log
+    mask_gradients: Callable[[int], dict[str, float]] | None
 
     @property
     def accelerator(self) -> Accelerator:
@@ -113,9 +117,14 @@ class Run:
     def network(self) -> KohyaNetwork:
         return self.forward.network
 
+    def batches(self, epoch: int, position: int = 0) -> Iterator[Batch]:
+        """This process's batches of an epoch, from a position on."""
+        per_step = self.accelerator.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.loader.epoch(epoch, position, max_train_steps=self.steps, batches_per_step=per_step)
+
 
 class Micro(NamedTuple):
-    """One micro-batch: the scalar to differentiate, its parts, and what is logged by timestep."""
+    """The losses of one micro-batch: the scalar to differentiate, its parts, and each sample's."""
 
     total: Tensor
     components: dict[str, Tensor]
@@ -124,7 +133,7 @@ class Micro(NamedTuple):
 
 
 def loss_components(network: KohyaNetwork) -> tuple[str, ...]:
-    """Names of the loss's parts: error of the images, error of the regularisation images, the penalties."""
+    """Names of the parts of the loss: training images, regularisation images, the method's penalties."""
     return ("mse", "prior", *(penalty.name for penalty in _penalties(network)))
 
 
@@ -133,14 +142,14 @@ def _penalties(network: KohyaNetwork) -> tuple:
 
 
 def batch_generator(seed: int, epoch: int, position: int) -> torch.Generator:
-    """The generator of one batch; torch's global one is seeded too, for dropout."""
+    """The generator of one batch; also seeds torch's global generator, which dropout uses."""
     digest = hashlib.sha256(f"{seed},{epoch},{position}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[8:15], "big"))
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def at_timesteps(network: KohyaNetwork, timesteps: Tensor) -> AbstractContextManager:
-    """Give a network of ours the timesteps for a block; other modules of the contract do not use them."""
+    """Set the timesteps on a network of ours for a block; foreign network modules do not use them."""
     denoise_at = getattr(network, "denoise_at", None)
     return denoise_at(timesteps) if denoise_at else nullcontext()
 
@@ -163,14 +172,15 @@ def micro_step(run: Run, batch: Batch) -> Micro:
 def _fit(masks: Tensor, latents: Tensor) -> Tensor:
     if masks.shape[-2:] == latents.shape[-2:]:
         return masks
-    # the area average, as in the cache
-    return torch.nn.functional.adaptive_avg_pool2d(masks, (latents.shape[-2], latents.shape[-1]))
+    return nn.functional.adaptive_avg_pool2d(
+        masks, (latents.shape[-2], latents.shape[-1])
+    )  # the area average, as in the cache
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
-    """Mean over processes in one message.
+    """Average the gradients over processes in one message.
 
-    The network's own forward is never called, so DDP's hooks would not run.
+    DistributedDataParallel cannot do it: the network's own forward is never called, so its hooks do not run.
     """
     if accelerator.num_processes == 1:
         return
@@ -181,32 +191,30 @@ def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) 
 
 
 def train(run: Run, progress: Progress) -> Progress:
-    """Run until `run.steps` optimizer steps are done.
+    """Train until `run.steps` optimizer steps are done, or `run.after_step` stops the run.
 
     Raises `Refused` at the first loss or gradient that is not finite.
     """
     accelerator, network = run.accelerator, run.network
     meter = Meter(loss_components(network), accelerator.device)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    images, announced = 0, None
+    images = 0
     run.log.begin(progress.step)
     while progress.step < run.steps:
-        if announced != progress.epoch:
-            run.log.say(f"\nepoch {progress.epoch + 1}/{run.epochs}")  # GUIs read this line
-            announced = progress.epoch
+        run.log.message(f"\nepoch {progress.epoch + 1}/{run.epochs}")  # GUIs read this line
         network.on_epoch_start(run.text_encoders, run.denoiser)
-        for batch in _batches(run, progress):
+        for batch in run.batches(progress.epoch, progress.position):
             if hasattr(network, "on_step_start"):
                 network.on_step_start(run.text_encoders, run.denoiser)
             with accelerator.accumulate(network):
                 micro = micro_step(run, batch)
                 if not torch.isfinite(micro.total):
-                    _blame(run, progress, batch, "the loss")
+                    _refuse_not_finite(run, progress, batch, "the loss")
                 accelerator.backward(micro.total)
                 meter.add(micro.components, micro.per_sample, micro.timesteps)
                 images += len(batch.examples) * accelerator.num_processes
                 if accelerator.sync_gradients:
-                    extra = run.let_through(progress.step) if run.let_through else {}
+                    extra = run.mask_gradients(progress.step) if run.mask_gradients else {}
                     average_gradients(accelerator, parameters)
                     extra |= _clip(run, progress, batch, parameters)
                 run.optimizer.step()
@@ -219,7 +227,7 @@ def train(run: Run, progress: Progress) -> Progress:
                     extra |= _limit_norms(network, run.scale_weight_norms, accelerator.device)
                 named = list(zip(run.group_names, run.optimizer.param_groups, strict=False))
                 rates = {name: group["lr"] for name, group in named}
-                # Prodigy and D-Adaptation find a factor d of the rate themselves
+                # Prodigy and D-Adaptation estimate a factor d of the rate
                 extra |= {f"lr/d*lr/{name.strip()}": g["d"] * g["lr"] for name, g in named if "d" in g}
                 run.log.step(progress.step, progress.epoch + 1, meter.read(accelerator), rates, images, extra)
                 images = 0
@@ -230,21 +238,13 @@ def train(run: Run, progress: Progress) -> Progress:
     return progress
 
 
-def _batches(run: Run, progress: Progress) -> Iterator[Batch]:
-    per_step = run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes
-    return run.loader.epoch(
-        progress.epoch, progress.position, max_train_steps=run.steps, batches_per_step=per_step
-    )
-
-
 def _clip(run: Run, progress: Progress, batch: Batch, parameters: list[nn.Parameter]) -> dict[str, float]:
     if not run.max_grad_norm:
         return {}
     norm: Any = run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
-    # fp16: the scaler skips steps whose gradients overflow, and goes on
-    scaled = run.accelerator.scaler is not None
-    if not scaled and not torch.isfinite(norm):
-        _blame(run, progress, batch, "the gradient")
+    # with a gradient scaler (fp16) an overflow is normal: the scaler skips the step and lowers its scale
+    if run.accelerator.scaler is None and not torch.isfinite(norm):
+        _refuse_not_finite(run, progress, batch, "the gradient")
     return {"norm/gradient": float(norm)}
 
 
@@ -257,8 +257,12 @@ def _limit_norms(network: KohyaNetwork, limit: float, device: torch.device) -> d
     }
 
 
-def _blame(run: Run, progress: Progress, batch: Batch, what: str) -> None:
-    where = first_not_finite(run.denoiser, lambda: micro_step(run, batch))
-    refuse_not_finite(
-        what, progress.step + 1, [example.path for example in batch.examples], where, run.last_good()
+def _refuse_not_finite(run: Run, progress: Progress, batch: Batch, what: str) -> NoReturn:
+    module = first_not_finite(run.denoiser, lambda: micro_step(run, batch))
+    images = ", ".join(str(example.path) for example in batch.examples)
+    checkpoint = run.last_checkpoint()
+    kept = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint has been written yet"
+    raise Refused(
+        f"{what} is not finite at step {progress.step + 1}: first in {module}, with {images}; {kept}; lower "
+        "--learning_rate, use --mixed_precision bf16, or remove the image"
     )

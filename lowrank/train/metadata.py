@@ -1,4 +1,4 @@
-"""Metadata of the files a run writes: kohya's `ss_*` keys, Stability's modelspec, our own facts.
+"""Metadata of the files of a run: kohya's `ss_*` keys, Stability's modelspec, and `lowrank.*`.
 
 An option is written where its declaration has a `metadata` key (`config.flag.Flag`).
 """
@@ -12,20 +12,21 @@ import mimetypes
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank import __version__
-from lowrank.config.train import declared
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.config.train import TrainOptions, declared
 from lowrank.data import summary
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import sha256
 from lowrank.models.family import Models
 from lowrank.train.job import RunningJob
+from lowrank.train.network_module import KohyaNetwork
 from lowrank.train.schedule import RunPlan
 
-# Keys of kohya's list that a script or this trainer lacks, with kohya's values of an unset option.
+# kohya's keys of options that a script or this trainer lacks, with kohya's value of the unset option.
 _OFF = {
     **dict.fromkeys(
         ("clip_skip", "max_token_length", "noise_offset", "multires_noise_iterations", "min_snr_gamma")
@@ -46,47 +47,42 @@ MINIMUM = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """What the metadata of a run are made of, besides the clock."""
-
-    job: RunningJob
-    models: Models
-    loader: Loader
-    held: Loader | None
-    plan: RunPlan
-    optimizer: str
-    network: Mapping[str, object]  # network_module, network_dim, network_alpha, mixed_precision
-
-
-def of_run(run: RunFacts) -> dict[str, str]:
-    """All that is known when training begins."""
-    job, family, loader = run.job, run.job.family, run.loader
-    options, minimal = job.options, job.options.saving.no_metadata
-    base_hash = family.model_hash(run.models, "denoiser")
-    base = _named("sd_model", run.models.source.path, base_hash)
+def at_start(
+    job: RunningJob,
+    models: Models,
+    network: KohyaNetwork,
+    *,
+    loader: Loader,
+    held_out: Loader | None,
+    plan: RunPlan,
+    optimizer: str,
+) -> dict[str, str]:
+    """The metadata that are known when training begins; `optimizer` is kohya's text for its class."""
+    family, options, minimal = job.family, job.options, job.options.saving.no_metadata
+    base_hash = family.model_hash(models, "denoiser")
+    base = _named("sd_model", models.source.path, base_hash)
     counts = summary.dataset_summary(loader)
-    values = _OFF | _option_values(run) | dict(run.network) | base
+    values = _OFF | _option_values(options) | _network_values(job, network) | base
     values |= {
         "session_id": uuid.uuid4().int % 2**31,
         "training_started_at": time.time(),
-        "optimizer": run.optimizer,
+        "optimizer": optimizer,
         "seed": job.seed,
         "num_train_images": counts["num_train_images"],
-        "num_validation_images": 0 if run.held is None else len(run.held.placed),
+        "num_validation_images": 0 if held_out is None else len(held_out.placed),
         "num_reg_images": counts["num_reg_images"],
         "num_batches_per_epoch": len(loader),
-        "num_epochs": run.plan.epochs,
-        "max_train_steps": run.plan.steps,
-        "v2": family.base_model_version(run.models).startswith("sd_v2"),
-        "base_model_version": family.base_model_version(run.models),
+        "num_epochs": plan.epochs,
+        "max_train_steps": plan.steps,
+        "v2": family.base_model_version(models).startswith("sd_v2"),
+        "base_model_version": family.base_model_version(models),
         "sd_scripts_commit_hash": f"lowrank {__version__}",
         "batch_size_per_device": options.train.train_batch_size,
         "tag_frequency": json.dumps(summary.tag_frequency(loader)),
         "dataset_dirs": json.dumps(summary.dataset_dirs(loader)),
     }
-    if run.models.source.vae:
-        values |= _named("vae", run.models.source.vae, family.model_hash(run.models, "vae"))
+    if models.source.vae:
+        values |= _named("vae", models.source.vae, family.model_hash(models, "vae"))
     if job.arguments:
         values["network_args"] = json.dumps(job.arguments)
     if options.data.dataset_config:
@@ -102,7 +98,7 @@ def of_run(run: RunFacts) -> dict[str, str]:
     facts = {f"ss_{name}": str(value) for name, value in values.items()}
     if minimal:
         facts = {name: value for name, value in facts.items() if name in MINIMUM}
-    facts |= _modelspec(run)
+    facts |= _modelspec(job, models, loader)
     facts |= {
         "lowrank.version": __version__,
         "lowrank.base_hash": base_hash,
@@ -111,9 +107,9 @@ def of_run(run: RunFacts) -> dict[str, str]:
     return facts if minimal else facts | {"lowrank.command": job.command}
 
 
-def _option_values(run: RunFacts) -> dict[str, object]:
-    """The options that are written, by their keys without `ss_`."""
-    options, values = run.job.options, {}
+def _option_values(options: TrainOptions) -> dict[str, object]:
+    """The options with a metadata key, by that key without `ss_`."""
+    values: dict[str, object] = {}
     for spec, value in declared(options):
         key, per_folder = spec.flag.metadata, spec.flag.per_folder
         if key and not (per_folder and options.data.dataset_config):
@@ -123,10 +119,24 @@ def _option_values(run: RunFacts) -> dict[str, object]:
     return values
 
 
-def _named(role: str, where: str, known: str) -> dict[str, str]:
-    """Name and hashes of a base: of one file kohya's two (old: 64 KiB at 1 MiB), of a folder ours."""
-    path = Path(where)
-    name, old, new = path.name if path.exists() else where, known[:8], known
+def _network_values(job: RunningJob, network: KohyaNetwork) -> dict[str, object]:
+    """The values of the network as created, and the precision in use."""
+    options = job.options.network
+    rank, alpha = options.network_dim, options.network_alpha
+    if isinstance(network, AdapterNetwork) and (layers := network.layers()):
+        rank, alpha = layers[0].rank, float(layers[0].alpha)
+    return {
+        "network_module": options.network_module,
+        "network_dim": rank,
+        "network_alpha": alpha,
+        "mixed_precision": job.accelerator.mixed_precision,
+    }
+
+
+def _named(role: str, location: str, model_hash: str) -> dict[str, str]:
+    """Name and hashes of a model: for one file kohya's two (the old one of 64 KiB at 1 MiB), else ours."""
+    path = Path(location)
+    name, old, new = path.name if path.exists() else location, model_hash[:8], model_hash
     if path.is_file():
         with open(path, "rb") as file:
             file.seek(0x100000)
@@ -135,12 +145,13 @@ def _named(role: str, where: str, known: str) -> dict[str, str]:
     return {f"{role}_name": name, f"{role}_hash": old, f"new_{role}_hash": new}
 
 
-def _modelspec(run: RunFacts) -> dict[str, str]:
-    job, family, saving = run.job, run.job.family, run.job.options.saving
-    width, height = run.loader.datasets[0].resolution
+def _modelspec(job: RunningJob, models: Models, loader: Loader) -> dict[str, str]:
+    """Stability's modelspec keys."""
+    family, saving = job.family, job.options.saving
+    width, height = loader.datasets[0].resolution
     spec: dict[str, object] = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{family.architecture(run.models)}/lora",
+        "architecture": f"{family.architecture(models)}/lora",
         "implementation": family.implementation,
         "resolution": f"{width}x{height}",
         "title": saving.metadata_title or saving.output_name or f"LoRA@{time.strftime('%Y%m%d%H%M%S')}",
@@ -156,7 +167,7 @@ def _modelspec(run: RunFacts) -> dict[str, str]:
         "preprocessor": saving.metadata_preprocessor,
         "is_negative_embedding": saving.metadata_is_negative_embedding,
     }
-    predicted = family.prediction(run.models)
+    predicted = family.prediction(models)
     if predicted != "flow":
         spec["prediction_type"] = "v" if predicted == "v_prediction" else predicted
     if job.objective.timestep_range is not None:

@@ -29,9 +29,6 @@ from lowrank.errors import Refused, nearest
 log = logging.getLogger(__name__)
 
 
-# ---------- optimizers
-
-
 class Chosen(NamedTuple):
     """An optimizer that can be made: its class, and its arguments besides parameters and rate."""
 
@@ -141,12 +138,12 @@ def _switched(optimizer: Any, training: bool) -> Iterator[None]:
     if not schedule_free(inner) or before == training:
         yield
         return
-    there, back = (inner.train, inner.eval) if training else (inner.eval, inner.train)
-    there()
+    switch, restore = (inner.train, inner.eval) if training else (inner.eval, inner.train)
+    switch()
     try:
         yield
     finally:
-        back()
+        restore()
 
 
 def import_class(path: str, flag: str, home: str, names: Iterable[str] = ()) -> Any:
@@ -202,7 +199,6 @@ def _parameters(make: type) -> Mapping[str, inspect.Parameter]:
 
 def _takes(make: type, key: str) -> bool:
     parameters = _parameters(make)
-    return key in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-
-
-# ---------- schedules
+    return key in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )

@@ -1,4 +1,4 @@
-"""Pictures: one from a prompt and a seed, files of them, and those that are drawn while training."""
+"""Draw pictures from prompts and seeds: one, a set of files, and the previews during training."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lowrank.files import atomic
 from lowrank.models.family import Family, FamilyOptions, Models, move, release
 from lowrank.train.job import RunningJob
 from lowrank.train.prompts import Prompt, read_prompts
+from lowrank.train.text_conditions import stack_text
 from lowrank.train.watch import evaluation_mode
 
 
@@ -30,8 +31,8 @@ def draw_picture(
     prompt: Prompt,
     seed: int,
 ) -> Image.Image:
-    """One picture of the models as they are; `text` gives the conditions of captions."""
-    against = text((prompt.negative_prompt or "",)) if prompt.scale > 1 else None
+    """Draw one picture with the models in memory; `text` maps captions to conditions."""
+    negative = text((prompt.negative_prompt or "",)) if prompt.scale > 1 else None
     return family.sample(
         models,
         text((prompt.prompt,)),
@@ -40,7 +41,7 @@ def draw_picture(
         width=prompt.width,
         steps=prompt.sample_steps,
         generator=torch.Generator().manual_seed(seed),
-        negative=against,
+        negative=negative,
         scale=prompt.scale,
         guidance=prompt.guidance_scale,
         sampler=prompt.sample_sampler,
@@ -54,12 +55,12 @@ def draw_files(
     files: Mapping[Path, tuple[Prompt, int]],
     title: str,
 ) -> None:
-    """Draw a picture for each file from its prompt and seed; the whole model is there before, none after."""
+    """Draw each file from its prompt and seed; the model must be loaded whole, and is released."""
     prompts = [prompt for prompt, _ in files.values()]
     texts = dict.fromkeys(
         text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or "")
     )
-    encoded = {text: family.stack_text(family.encode_text(models, [text], switches)) for text in texts}
+    encoded = {text: stack_text(family.encode_text(models, [text], switches)) for text in texts}
     release(models, ("text",))
     for path, (prompt, seed) in tqdm(files.items(), desc=title):
         image = draw_picture(family, models, switches, lambda captions: encoded[captions[0]], prompt, seed)
@@ -69,31 +70,21 @@ def draw_files(
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """Which pictures are drawn and when. `draw(prompt, seed) -> image` runs the stock pipeline."""
+    """The pictures to draw during training, and when. `draw(prompt, seed)` runs the stock pipeline."""
 
     prompts: Sequence[Prompt]
     draw: Callable[[Prompt, int], Image.Image]
     folder: Path
-    name: str  # goes before the file names, may be empty
+    name: str  # prefix of the file names, may be empty
     per_prompt: int = 1
     seed: int | None = None
     every_epochs: int | None = None
     every_steps: int | None = None
 
-    def due(self, *, epoch: int | None = None, step: int | None = None) -> bool:
-        """Whether to draw pictures after this epoch (from 1) or step; epochs win, as in kohya's."""
-        if not self.prompts:
-            return False
-        if epoch is not None:
-            return bool(self.every_epochs) and epoch % self.every_epochs == 0
-        if self.every_epochs or not self.every_steps or step is None:
-            return False
-        return step % self.every_steps == 0
-
     def run(self, accelerator: Accelerator, network: nn.Module, tag: str, step: int) -> list[Path]:
-        """Draw all on the main process: files `{name_}{tag}_{index:02d}_{time}_{seed}.png`.
+        """Draw every prompt on the main process to `{name_}{tag}_{index:02d}_{time}_{seed}.png`.
 
-        TensorBoard gets them as `validation`, wandb under kohya's names `sample_{index}`.
+        TensorBoard gets the pictures as `validation`, wandb under kohya's names `sample_{index}`.
         """
         if not accelerator.is_main_process or not self.prompts:
             accelerator.wait_for_everyone()
@@ -117,29 +108,29 @@ class Preview:
                     batch = numpy.stack([array for array in arrays if array.shape == shape])
                     tracker.writer.add_images("validation", batch, step, dataformats="NHWC")
             elif tracker.name == "wandb":
-                import wandb  # pyright: ignore[reportMissingImports]  # only when asked for
+                import wandb  # pyright: ignore[reportMissingImports]  # imported only if it is used
 
-                shown = {
+                samples = {
                     f"sample_{index}": wandb.Image(image, caption=prompt.prompt)
                     for index, (image, (prompt, _)) in enumerate(zip(images, jobs, strict=True))
                 }
-                tracker.log(shown, step=step)
+                tracker.log(samples, step=step)
         accelerator.wait_for_everyone()
         return paths
 
 
 def describe(prompt: Prompt, seed: int) -> str:
-    """The settings of a picture in the field's usual text form."""
-    facts: dict[str, object] = {"Steps": prompt.sample_steps}
+    """The settings of a picture in the text form of the common web interfaces."""
+    settings: dict[str, object] = {"Steps": prompt.sample_steps}
     if prompt.sample_sampler:
-        facts["Sampler"] = prompt.sample_sampler
+        settings["Sampler"] = prompt.sample_sampler
     if prompt.scale > 1:
-        facts["CFG scale"] = f"{prompt.scale:g}"
+        settings["CFG scale"] = f"{prompt.scale:g}"
     if prompt.guidance_scale is not None:
-        facts["Guidance"] = f"{prompt.guidance_scale:g}"
-    facts |= {"Seed": seed, "Size": f"{prompt.width}x{prompt.height}"}
-    against = f"\nNegative prompt: {prompt.negative_prompt}" if prompt.negative_prompt else ""
-    return f"{prompt.prompt}{against}\n{', '.join(f'{name}: {fact}' for name, fact in facts.items())}"
+        settings["Guidance"] = f"{prompt.guidance_scale:g}"
+    settings |= {"Seed": seed, "Size": f"{prompt.width}x{prompt.height}"}
+    negative = f"\nNegative prompt: {prompt.negative_prompt}" if prompt.negative_prompt else ""
+    return f"{prompt.prompt}{negative}\n{', '.join(f'{name}: {value}' for name, value in settings.items())}"
 
 
 def save_png(path: Path, image: Image.Image, parameters: str) -> None:
@@ -151,22 +142,24 @@ def save_png(path: Path, image: Image.Image, parameters: str) -> None:
 
 
 def preview_prompts(job: RunningJob, models: Models) -> list[Prompt]:
-    """What to draw while training: --sample_prompts, or --validation_prompt. Raises `Refused`."""
+    """The prompts to draw during training, from --sample_prompts or --validation_prompt. Raises `Refused`."""
     sampling, samplers = job.options.sampling, job.options.samplers
     width, height = job.options.sizes.resolution
-    default, found = replace(job.script.prompt, width=width, height=height), []
+    default, prompts = replace(job.script.prompt, width=width, height=height), []
     if sampling.sample_prompts:
-        found = read_prompts(sampling.sample_prompts, default, job.family.bucket_step(models))
+        prompts = read_prompts(sampling.sample_prompts, default, job.family.bucket_step(models))
     elif sampling.validation_prompt:
-        found = [replace(default, prompt=sampling.validation_prompt)]
-    for prompt in found:
+        prompts = [replace(default, prompt=sampling.validation_prompt)]
+    for prompt in prompts:
         name = prompt.sample_sampler
         if name is not None and name not in samplers:
-            way_out = "this model has its own; leave it out"
-            if samplers:
-                way_out = f"give one of {', '.join(samplers)}"
-            raise Refused(f"the sampler {name!r} of a prompt is unknown{nearest(name, samplers)}; {way_out}")
-    return found
+            hint = (
+                f"give one of {', '.join(samplers)}"
+                if samplers
+                else "this model has one sampler; leave it out"
+            )
+            raise Refused(f"the sampler {name!r} of a prompt is unknown{nearest(name, samplers)}; {hint}")
+    return prompts
 
 
 def run_preview(
@@ -175,7 +168,7 @@ def run_preview(
     prompts: Sequence[Prompt],
     text: Callable[[tuple[str, ...]], Mapping[str, Tensor]],
 ) -> Preview:
-    """The pictures of a run, and when they are drawn."""
+    """The previews of a run. Without --sample_prompts, steps or epochs: every --validation_epochs."""
     sampling, sampler = job.options.sampling, job.options.sampler
 
     def picture(prompt: Prompt, seed: int) -> Image.Image:
@@ -183,10 +176,8 @@ def run_preview(
             move(models, ("vae",), job.accelerator.device)
         return draw_picture(job.family, models, job.switches, text, prompt, seed)
 
-    by_file = bool(sampling.sample_prompts)
-    epochs = sampling.sample_every_n_epochs or (
-        None if by_file or sampling.sample_every_n_steps else sampling.validation_epochs
-    )
+    by_file, steps = bool(sampling.sample_prompts), sampling.sample_every_n_steps
+    epochs = sampling.sample_every_n_epochs or (None if by_file or steps else sampling.validation_epochs)
     return Preview(
         prompts=[replace(prompt, sample_sampler=prompt.sample_sampler or sampler) for prompt in prompts],
         draw=picture,
@@ -194,6 +185,6 @@ def run_preview(
         name=job.names.output_name or "",
         per_prompt=1 if by_file else sampling.num_validation_images,
         seed=job.options.train.seed,
-        every_epochs=epochs,
-        every_steps=sampling.sample_every_n_steps,
+        every_epochs=epochs if prompts else None,
+        every_steps=steps if prompts and not epochs else None,  # epochs win, as in kohya's scripts
     )

@@ -1,4 +1,4 @@
-"""One training run from its job: read the data, cache it, put the network on the model, loop, save."""
+"""A training run: check the job, read and cache the data, attach the network, train, save."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from lowrank.train.prompts import Prompt
 from lowrank.train.saving import Saver
 from lowrank.train.schedule import RunPlan, build_scheduler, check_schedule, plan_run
 from lowrank.train.text_conditions import TextConditions, text_conditions
-from lowrank.train.validation import held_out_loss
+from lowrank.train.validation import validation_loss
 
 logger = logging.getLogger(__name__)
 
 
 def launch(job: TrainJob) -> int:
-    """Train, and return the exit code. Raises `Refused`."""
+    """Check a job, lock its output folder and train; return the exit code. Raises `Refused`."""
     options, saving = job.options, job.options.saving
-    assert saving.output_dir is not None  # each script has a default or asks for it
+    assert saving.output_dir is not None  # each script has a default or requires it
     folder = Path(saving.output_dir)
     names = Names(folder, saving.output_name, saving.save_model_as, job.script.unnamed)
     resumed = check.check_paths(options, names)
@@ -62,6 +62,7 @@ def launch(job: TrainJob) -> int:
 
 
 def _launch(job: RunningJob) -> int:
+    """Read and encode the data with one part of the model at a time in memory, attach the network, train."""
     options, family, accelerator = job.options, job.family, job.accelerator
     source = setup.run_source(job)
     models = family.load(source, ())
@@ -76,33 +77,33 @@ def _launch(job: RunningJob) -> int:
         multiple=family.bucket_step(models),
         workers=options.data.max_data_loader_n_workers,
     )
-    held = loader.held_out()
+    held_out = loader.held_out()
     loader = loader.shard(accelerator.process_index, accelerator.num_processes)
-    shapes, rehearsal = check.rehearse(job, models)
+    denoiser_shapes, network_shapes = check.rehearse(job, models)
     if options.abm.abm_enabled and job.resumed is None:
-        abm.check_abm(job, models, shapes)
+        abm.check_abm(job, models, denoiser_shapes)
     if options.train.dry_run:
-        plan = _plan(job, loader)
-        return dry_run.show(job, loader, plan, shapes, rehearsal, DTYPES[accelerator.mixed_precision])
+        dtype = DTYPES[accelerator.mixed_precision]
+        return dry_run.show(job, loader, _plan(job, loader), denoiser_shapes, network_shapes, dtype)
     if job.resumed is not None:
         check.check_resumed(job, check.run_fingerprint(job, loader, models), _plan(job, loader).steps)
 
     prompts = preview_prompts(job, models)
-    drawn = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
+    texts = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
     load_components(job, models, ("text", "vae"))
     if text_merged := changes_text(job):
-        load_components(job, models, ("denoiser",))  # one file's layers for both are merged in one call
+        load_components(job, models, ("denoiser",))  # a file is merged into both in one call
         merge_base_weights(job, models)
-    text = text_conditions(job, models, [loader] if held is None else [loader, held], drawn)
+    text = text_conditions(job, models, [loader] if held_out is None else [loader, held_out], texts)
     loader = data.encode_latents(job, loader, models)
-    if held is not None:
-        held = data.encode_latents(job, held, models)
-    keep_vae(models, loader.encoded and (held is None or held.encoded), bool(prompts))
+    if held_out is not None:
+        held_out = data.encode_latents(job, held_out, models)
+    keep_vae(models, loader.encoded and (held_out is None or held_out.encoded), bool(prompts))
     load_components(job, models, ("denoiser",))
     if not text_merged:
         merge_base_weights(job, models)
     network = adapt(job, models, text.encoders)
-    return _train(job, models, loader, held, text, prompts, network)
+    return _train(job, models, loader, held_out, text, prompts, network)
 
 
 def _seed(given: int | None, resumed: Checkpoint | None) -> int:
@@ -111,18 +112,16 @@ def _seed(given: int | None, resumed: Checkpoint | None) -> int:
     return random.SystemRandom().randrange(2**31) if resumed is None else resumed.seed
 
 
-# ------------------------------------------------------------------ the run
-
-
 def _train(
     job: RunningJob,
     models: Models,
     loader: Loader,
-    held: Loader | None,
+    held_out: Loader | None,
     text: TextConditions,
     prompts: list[Prompt],
     network: KohyaNetwork,
 ) -> int:
+    """Build what the loop needs, resume or warm up, train, and save the final file."""
     options, accelerator, plan = job.options, job.accelerator, _plan(job, loader)
     groups, group_names = optimizer_groups(
         network, options.optimizer.text_encoder_lr, options.optimizer.unet_lr, setup.base_rate(job)
@@ -130,39 +129,36 @@ def _train(
     optimizer_name, optimizer_args, optimizer = optim.build_optimizer(groups, options.optimizer)
     scheduler = build_scheduler(optimizer, options.optimizer, plan.steps, accelerator.num_processes)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
-    facts = metadata.of_run(
-        metadata.RunFacts(
-            job=job,
-            models=models,
-            loader=loader,
-            held=held,
-            plan=plan,
-            optimizer=f"{optimizer_name}({optimizer_args})",
-            network=setup.network_facts(job, network),
-        )
-    )
     forward = run_forward(job, models, network, text)
-    # kohya averages over one epoch; an epoch of one step would average nothing
+    # the moving average covers one epoch, as in kohya's scripts, or 20 steps if an epoch has one step
     window = plan.steps_per_epoch if plan.steps_per_epoch > 1 else 20
     folder = job.names.output_dir
     log = RunLog(accelerator, folder, loss_components(network), plan.steps, window)
-    sampler = layer_sampling.layer_sampler(network, forward, held, loader, job.seed)
+    sampler = layer_sampling.layer_sampler(network, forward, held_out, loader, job.seed)
     saver = Saver(
         job=job,
         network=network,
         optimizer=optimizer,
-        metadata=facts,
+        metadata=metadata.at_start(
+            job,
+            models,
+            network,
+            loader=loader,
+            held_out=held_out,
+            plan=plan,
+            optimizer=f"{optimizer_name}({optimizer_args})",
+        ),
         fingerprint=check.run_fingerprint(job, loader, models),
         plan=plan,
         log=log,
         preview=run_preview(job, models, prompts, text),
-        validation=held_out_loss(options.validation, held, forward.losses, job.seed),
+        validation=validation_loss(options.validation, held_out, forward.losses, job.seed),
         layer_sampler=sampler,
     )
     progress = Progress() if job.resumed is None else saver.resume(job.resumed)
     if progress.step >= plan.steps:
         check.refuse_ended(job, progress.step, plan.steps)
-        saver.finish(progress)  # the run was stopped between its last checkpoint and its last file
+        saver.finish(progress)  # the run had stopped between its last checkpoint and its final file
         return 0
     if accelerator.is_main_process:
         describe_run(folder, job.config, job.command)
@@ -184,14 +180,14 @@ def _train(
         log=log,
         after_step=saver.after_step,
         after_epoch=saver.after_epoch,
-        last_good=saver.last_good,
-        let_through=sampler.let_through if sampler else None,
+        last_checkpoint=saver.last_checkpoint,
+        mask_gradients=sampler.mask_gradients if sampler else None,
     )
     if job.resumed is None:
-        boundaries = abm.stage(options.abm, run, held) if options.abm.abm_enabled else None
+        abm_stage = abm.stage(options.abm, run, held_out) if options.abm.abm_enabled else None
         with memory.tf32(options.train.allow_tf32):
-            warmup.warm_up(run, boundaries)
-        saver.warmed_up()
+            warmup.warm_up(run, abm_stage)
+        saver.after_warmup()
     if options.sampling.sample_at_first and progress.step == 0:
         saver.draw("e000000", 0)
     try:
@@ -217,13 +213,13 @@ def _plan(job: RunningJob, loader: Loader) -> RunPlan:
 
 @contextlib.contextmanager
 def _stoppable(saver: Saver) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) ends the run at the next step, saving it; the second ends it at once."""
+    """End the run at the first Ctrl-C or SIGTERM after its step, with a checkpoint; at the second at once."""
 
     def stop(number, _frame):
         if saver.stop_asked:
             raise KeyboardInterrupt
         saver.stop_asked = True
-        logger.warning("stopping: a checkpoint is written after this step; once more to stop at once")
+        logger.warning("stopping after this step with a checkpoint; press Ctrl-C again to stop without one")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

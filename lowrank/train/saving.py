@@ -1,12 +1,12 @@
-"""What is written while a run goes on, and when: checkpoints, states, adapter files, pictures."""
+"""Saving during a run: which files, checkpoints, pictures and measurements are due, and which old ones go."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from lowrank.train import checkpoints, hub, metadata, optim
@@ -20,9 +20,16 @@ from lowrank.train.preview import Preview
 from lowrank.train.schedule import RunPlan
 from lowrank.train.validation import ValidationLoss
 
+# --save_precision, and what --upcast_before_saving means; None keeps the dtype of training
+_PRECISIONS = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _due(count: int, every: int | None) -> bool:
+    return bool(every) and count % every == 0
+
 
 class Saver:
-    """Called after every step and epoch; knows what is due and what may go."""
+    """Saves, draws and measures what is due after a step or an epoch; the loop calls it after each."""
 
     def __init__(
         self,
@@ -31,7 +38,7 @@ class Saver:
         network: KohyaNetwork,
         optimizer: AcceleratedOptimizer,
         metadata: Mapping[str, str],
-        fingerprint: Mapping[str, Any],
+        fingerprint: Mapping[str, object],
         plan: RunPlan,
         log: RunLog,
         preview: Preview,
@@ -42,86 +49,103 @@ class Saver:
         self._accelerator, self._network, self._optimizer = job.accelerator, network, optimizer
         self._run_metadata, self._fingerprint, self._plan = metadata, fingerprint, plan
         self._log, self._preview, self._validation = log, preview, validation
-        self._good: Path | None = None
+        self._last_checkpoint: Path | None = None
         self.stop_asked = self.stopped = False
         decay = job.options.train.ema_decay
         self._ema = Ema(network.parameters(), decay) if decay else None
-        self._stateful = [part for part in (self._ema, layer_sampler) if part]  # more of a checkpoint
-        every = self._options.save_every_n_epochs
+        self._stateful = [part for part in (self._ema, layer_sampler) if part]  # saved in checkpoints too
+        self._every_epochs = self._options.save_every_n_epochs
         if self._options.save_n_epoch_ratio:
-            every = max(1, plan.epochs // self._options.save_n_epoch_ratio)
-        self._every_epochs = every
+            self._every_epochs = max(1, plan.epochs // self._options.save_n_epoch_ratio)
 
     # ------------------------------------------------------------------ when
 
     def after_step(self, progress: Progress) -> bool:
-        """Save and draw what is due after this step; True when the run shall stop here."""
-        options, step = self._options, progress.step
+        """Save, draw and measure what is due after this step; return True if the run must stop here."""
+        options, step, last = self._options, progress.step, progress.step >= self._plan.steps
         if self._ema:
             self._ema.update()
-        last = step >= self._plan.steps
-        if options.checkpointing_steps and (step % options.checkpointing_steps == 0 or last):
-            self._checkpoint(progress)
-        if options.save_every_n_steps and step % options.save_every_n_steps == 0 and not last:
-            self._write(self._names.step(step), progress, options.save_state)
-            self._expire(step, options.save_every_n_steps)
-        if self._preview.due(step=step) and not last:
+        if options.checkpointing_steps and (last or _due(step, options.checkpointing_steps)):
+            self._save_checkpoint(progress)
+        if _due(step, options.save_every_n_steps) and not last:
+            self._save_adapter(self._names.step(step), progress, options.save_state)
+            self._remove_old_steps(step)
+        if _due(step, self._preview.every_steps) and not last:
             self.draw(f"{step:06d}", step)
-        if self._validation and self._validation.due(step=step):
-            self._measure("step", step)
-        if last and progress.position == self._plan.batches:  # the loop ends before it ends the epoch
+        if self._validation and _due(step, self._validation.every_steps):
+            self._validate(self._validation, "step", step)
+        if last and progress.position == self._plan.batches:  # the loop returns before it ends this epoch
             self._end_epoch(progress.epoch + 1)
         if self.stop_asked and not last:
-            self._checkpoint(progress)
+            self._save_checkpoint(progress)
             self.stopped = True
-            self._log.say(f"stopped at step {step}; go on with --resume {self._good}")
+            self._log.message(f"stopped after step {step}; continue with --resume {self._last_checkpoint}")
         return self.stopped
 
     def after_epoch(self, progress: Progress) -> None:
-        """Save and draw what is due after an epoch; `progress.epoch` counts the epochs that ended."""
+        """Save, draw and measure what is due after an epoch; `progress.epoch` epochs have ended."""
         epoch = progress.epoch
         self._end_epoch(epoch)
-        if self._every_epochs and epoch % self._every_epochs == 0:
-            path = self._names.epoch(epoch)
-            self._write(path, progress, self._options.save_state)
-            self._expire_epochs(epoch)
-        if self._preview.due(epoch=epoch):
+        if _due(epoch, self._every_epochs):
+            self._save_adapter(self._names.epoch(epoch), progress, self._options.save_state)
+            self._remove_old_epochs(epoch)
+        if _due(epoch, self._preview.every_epochs):
             self.draw(f"e{epoch:06d}", progress.step)
 
-    def finish(self, progress: Progress) -> None:
-        """The final file, and the final pictures."""
-        options = self._options
-        final = self._names.final()
-        self._write(final, progress, options.save_state or options.save_state_on_train_end)
-        self.draw("final", progress.step)
-        self._log.say(f"model saved. {final}")
+    def _end_epoch(self, epoch: int) -> None:
+        self._log.epoch(epoch)
+        if self._validation and _due(epoch, self._validation.every_epochs):
+            self._validate(self._validation, "epoch", epoch)
 
-    def last_good(self) -> Path | None:
+    def finish(self, progress: Progress) -> None:
+        """Save the final file and draw the final pictures."""
+        options, final = self._options, self._names.final()
+        self._save_adapter(final, progress, options.save_state or options.save_state_on_train_end)
+        self.draw("final", progress.step)
+        self._log.message(f"model saved. {final}")
+
+    def after_warmup(self) -> None:
+        """Restart the average: the warm-up stages changed the adapter's values."""
+        if self._ema:
+            self._ema.restart()
+
+    def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint of this run."""
-        return self._good
+        return self._last_checkpoint
 
     # ------------------------------------------------------------------ what
 
-    def _metadata(self, progress: Progress) -> dict[str, str]:
-        begun = progress.epoch + (progress.position > 0)
-        return metadata.at_save(
-            self._run_metadata, step=progress.step, epoch=begun, minimum=self._options.no_metadata
-        )
+    def draw(self, tag: str, step: int) -> None:
+        """Draw the pictures of the adapter as it would be saved."""
+        with self._averaged():
+            self._preview.run(self._accelerator, self._network, tag, step)
 
-    def _checkpoint(self, progress: Progress) -> None:
-        folder = self._names.checkpoint(progress.step)
-        self._state(folder, progress)
+    def _validate(self, validation: ValidationLoss, kind: str, count: int) -> None:
+        with self._averaged():
+            loss = validation.measure(self._accelerator, self._network)
+        self._log.validation(loss, kind, count)
+
+    def _save_adapter(self, path: Path, progress: Progress, with_state: bool) -> None:
+        precision = "float" if self._options.upcast_before_saving else self._options.save_precision
         if self._accelerator.is_main_process:
-            kept = self._options.checkpoints_total_limit
-            checkpoints.prune(checkpoints.checkpoints(self._names.output_dir), kept, folder)
+            self._log.message(f"saving checkpoint: {path}")
+            with self._averaged():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._network.save_weights(str(path), _PRECISIONS[precision], self._metadata(progress))
+            hub.upload(self._hub, path)
+        self._accelerator.wait_for_everyone()
+        if with_state:
+            self._save_state(self._names.state(path), progress)
 
-    def _state(self, folder: Path, progress: Progress) -> None:
-        self._log.say(f"saving checkpoint: {folder}")
+    def _save_checkpoint(self, progress: Progress) -> None:
+        folder = self._names.checkpoint(progress.step)
+        self._save_state(folder, progress)
+        if self._accelerator.is_main_process:
+            limit = self._options.checkpoints_total_limit
+            checkpoints.prune(checkpoints.checkpoints(self._names.output_dir), limit, folder)
 
-        def extra(part: Path) -> None:
-            for state in self._stateful:
-                state.save(part)
-
+    def _save_state(self, folder: Path, progress: Progress) -> None:
+        self._log.message(f"saving checkpoint: {folder}")
         checkpoints.save_state(
             folder,
             self._accelerator,
@@ -129,87 +153,67 @@ class Saver:
             progress,
             self._fingerprint,
             self._metadata(progress),
-            extra,
+            self._stateful,
         )
-        self._good = folder
-
-    def _write(self, path: Path, progress: Progress, with_state: bool) -> None:
-        options = self._options
-        precision = "float" if options.upcast_before_saving else options.save_precision
-        if self._accelerator.is_main_process:
-            self._log.say(f"saving checkpoint: {path}")
-            with self._shown():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._network.save_weights(
-                    str(path), checkpoints.save_dtype(precision), self._metadata(progress)
-                )
-            hub.upload(self._hub, path)
-        self._accelerator.wait_for_everyone()
-        if with_state:
-            self._state(self._names.state(path), progress)
-
-    def draw(self, tag: str, step: int) -> None:
-        """Pictures of the adapter as it would be saved."""
-        with self._shown():
-            self._preview.run(self._accelerator, self._network, tag, step)
-
-    def _end_epoch(self, epoch: int) -> None:
-        self._log.epoch(epoch)
-        if self._validation and self._validation.due(epoch=epoch):
-            self._measure("epoch", epoch)
-
-    def _measure(self, kind: str, at: int) -> None:
-        assert self._validation is not None  # the callers look
-        with self._shown():
-            value = self._validation.measure(self._accelerator, self._network)
-        self._log.held_out(value, kind, at)
-
-    @contextlib.contextmanager
-    def _shown(self):
-        """What is saved and drawn: schedule-free optimizers' averages, and the EMA where there is one."""
-        with (
-            optim.averaged_weights(self._optimizer),
-            self._ema.applied() if self._ema else contextlib.nullcontext(),
-        ):
-            yield
-
-    def _expire_epochs(self, epoch: int) -> None:
-        files, every = self._options.save_last_n_epochs, self._every_epochs or 1
-        states = self._options.save_last_n_epochs_state or files
-        if files and epoch - files * every > 0:
-            self._remove(self._names.epoch(epoch - files * every))
-        if states and epoch - states * every > 0:
-            self._remove(self._names.state(self._names.epoch(epoch - states * every)))
-
-    def _expire(self, step: int, every: int) -> None:
-        options = self._options
-        states = options.save_last_n_steps_state or options.save_last_n_steps
-        for keep, name in (
-            (options.save_last_n_steps, self._names.step),
-            (states, lambda n: self._names.state(self._names.step(n))),
-        ):
-            gone = checkpoints.expired(step, every, keep, name)
-            if gone is not None:
-                self._remove(gone)
-
-    def _remove(self, path: Path) -> None:
-        if self._accelerator.is_main_process and path.exists():
-            self._log.say(f"removing old checkpoint: {path}")
-            checkpoints.remove(path)
-
-    def warmed_up(self) -> None:
-        """The adapter now starts elsewhere, and so does its average."""
-        if self._ema:
-            self._ema.restart()
+        self._last_checkpoint = folder
 
     def resume(self, checkpoint: Checkpoint) -> Progress:
-        """Continue from a checkpoint."""
+        """Load the states of a checkpoint; return how far it is."""
         progress = checkpoints.load_state(checkpoint, self._accelerator, self._network, self._fingerprint)
-        for state in self._stateful:
-            state.load(checkpoint.folder)
-        self._good = checkpoint.folder
-        self._log.say(
+        for part in self._stateful:
+            part.load(checkpoint.folder)
+        self._last_checkpoint = checkpoint.folder
+        self._log.message(
             f"resumed from {checkpoint.folder}: step {progress.step}, epoch {progress.epoch + 1}, batch "
             f"{progress.position + 1}"
         )
         return progress
+
+    def _metadata(self, progress: Progress) -> dict[str, str]:
+        epoch = progress.epoch + (progress.position > 0)
+        return metadata.at_save(
+            self._run_metadata, step=progress.step, epoch=epoch, minimum=self._options.no_metadata
+        )
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The values to save and draw: the averages of a schedule-free optimizer, and the EMA if it is on."""
+        ema = self._ema.applied() if self._ema else contextlib.nullcontext()
+        with optim.averaged_weights(self._optimizer), ema:
+            yield
+
+    # ------------------------------------------------------------------ what goes
+
+    def _remove_old_steps(self, step: int) -> None:
+        """kohya's rule for step files: the one at (step − limit − 1), rounded down to `every`, goes."""
+        options, every = self._options, self._options.save_every_n_steps or 1
+        self._remove_old(
+            self._names.step,
+            lambda limit: (step - limit - 1) // every * every,
+            options.save_last_n_steps,
+            options.save_last_n_steps_state,
+        )
+
+    def _remove_old_epochs(self, epoch: int) -> None:
+        options, every = self._options, self._every_epochs or 1
+        self._remove_old(
+            self._names.epoch,
+            lambda limit: epoch - limit * every,
+            options.save_last_n_epochs,
+            options.save_last_n_epochs_state,
+        )
+
+    def _remove_old(
+        self,
+        name: Callable[[int], Path],
+        old: Callable[[int], int],
+        files: int | None,
+        states: int | None,
+    ) -> None:
+        """Remove a file and a state folder; `old` maps a limit to the step or epoch that is over it."""
+        if not self._accelerator.is_main_process:
+            return
+        for limit, path_of in ((files, name), (states or files, lambda n: self._names.state(name(n)))):
+            if limit and old(limit) > 0 and (path := path_of(old(limit))).exists():
+                self._log.message(f"removing old checkpoint: {path}")
+                checkpoints.remove(path)

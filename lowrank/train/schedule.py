@@ -135,8 +135,10 @@ def build_scheduler(
         return _custom(optimizer, options, processes)
     if name.startswith("adafactor:"):
         raise Refused(f"--lr_scheduler {name} is only for --optimizer_type Adafactor; use constant")
-    curve = rate_factor(name, _curve(optimizer, options, total_steps))
-    return LambdaLR(optimizer, lambda step: curve(step // processes))
+    factor = rate_factor(name, _curve(optimizer, options, total_steps))
+    if processes == 1:
+        return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, lambda step: factor(step // processes))
 
 
 def _curve(optimizer: torch.optim.Optimizer, options: Options, total_steps: int) -> Curve:

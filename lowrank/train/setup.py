@@ -1,4 +1,4 @@
-"""Devices, trackers and messages of a run, made from its options."""
+"""Devices, trackers and log messages of a run, from its options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from lowrank.adapters.network import AdapterNetwork
 from lowrank.config.train import TrainOptions
 from lowrank.data.loader import Loader
 from lowrank.data.summary import dataset_summary
@@ -29,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def run_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
-    """accelerate's record of processes, device and precision.
+    """Create the Accelerator: processes, device and precision.
 
-    Raises `Refused` for a GPU that is named and not there, and for switches that need another precision.
+    Raises `Refused` for a named GPU that torch does not find, and for flags that need another precision.
     """
     train = options.train
     trackers, logs = _trackers(options, folder)
@@ -44,7 +43,7 @@ def run_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if named and accelerator.device.type == "cpu" and not os.environ.get("ACCELERATE_USE_CPU") == "true":
         raise Refused(
-            f"CUDA_VISIBLE_DEVICES={named} names a GPU, and torch finds none to use here; give `cpu` for the "
+            f"CUDA_VISIBLE_DEVICES={named} names a GPU, but torch finds none; give `cpu` as "
             "GPU_ID, or check the driver and torch's CUDA build"
         )
     used = accelerator.mixed_precision
@@ -64,7 +63,7 @@ def run_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
 
 
 def _trackers(options: TrainOptions, folder: Path) -> tuple[str | None, Path]:
-    """accelerate's name of the trackers, and the folder of their logs; wandb is logged in to."""
+    """accelerate's name of the trackers and the folder of their logs; logs in to wandb."""
     logging = options.logging
     trackers, logs = logging.log_with, folder / "logs"
     if logging.logging_dir:
@@ -76,7 +75,7 @@ def _trackers(options: TrainOptions, folder: Path) -> tuple[str | None, Path]:
                 f"--log_with {trackers} needs the package wandb; run pip install wandb, or give --log_with "
                 "tensorboard"
             )
-        import wandb  # pyright: ignore[reportMissingImports]  # only when asked for
+        import wandb  # pyright: ignore[reportMissingImports]  # imported only if it is used
 
         if logging.wandb_api_key:
             wandb.login(key=logging.wandb_api_key)
@@ -84,19 +83,19 @@ def _trackers(options: TrainOptions, folder: Path) -> tuple[str | None, Path]:
 
 
 def _precision(options: TrainOptions) -> str | None:
-    """--mixed_precision; fp16, which accelerate offers on GPUs alone, is fp32 where there is none."""
+    """--mixed_precision, or "no" for fp16 without a GPU, where accelerate does not support it."""
     asked = options.train.mixed_precision
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if gpu and os.environ.get("ACCELERATE_USE_CPU") != "true":
         return asked
     if (asked or os.environ.get("ACCELERATE_MIXED_PRECISION")) != "fp16" or options.train.full_fp16:
         return asked
-    logger.warning("there is no GPU, and mixed precision fp16 needs one: this run computes in fp32")
+    logger.warning("mixed precision fp16 needs a GPU and there is none: this run computes in fp32")
     return "no"
 
 
 def scale_fp16_gradients(scaler: Any) -> None:
-    """Let a gradient scaler unscale gradients of fp16 parameters, which torch forbids by default."""
+    """Allow a gradient scaler to unscale gradients of fp16 parameters, which torch forbids by default."""
     unscale = scaler._unscale_grads_
     scaler._unscale_grads_ = lambda optimizer, scale, found, _allow_fp16: unscale(
         optimizer, scale, found, True
@@ -104,7 +103,7 @@ def scale_fp16_gradients(scaler: Any) -> None:
 
 
 def start_trackers(job: RunningJob) -> None:
-    """Begin TensorBoard or wandb; the folder is kohya's with --logging_dir, else the script's."""
+    """Start TensorBoard or wandb; the log folder has kohya's name with --logging_dir, else the script's."""
     logging = job.options.logging
     name = logging.log_tracker_name or ("network_train" if logging.logging_dir else job.script.tracker)
     run = logging.wandb_run_name
@@ -115,7 +114,7 @@ def start_trackers(job: RunningJob) -> None:
 
 
 def start_log(job: TrainJob, accelerator: Accelerator) -> None:
-    """Set the log's level and file, quieten libraries, and log the notes of the command line."""
+    """Set the level and file of the log, silence libraries, and log the notes of the command line."""
     options = job.options.logging
     try:
         logging.basicConfig(format="%(message)s", filename=options.console_log_file)
@@ -130,7 +129,7 @@ def start_log(job: TrainJob, accelerator: Accelerator) -> None:
 
 
 def run_source(job: RunningJob) -> Source:
-    """Where the base model is, and in which precision and place it is loaded."""
+    """The location of the base model, with the precision and device of the run."""
     return replace(
         job.source,
         dtype=DTYPES[job.accelerator.mixed_precision],
@@ -140,8 +139,8 @@ def run_source(job: RunningJob) -> Source:
 
 
 def check_prediction(objective: Objective, family: Family, models: Models) -> None:
-    """Refuse a base that predicts velocities where noise is the target; warn of other differences."""
-    if objective.zero_terminal_snr:  # pictures are then drawn on that schedule too
+    """Refuse a base with v-prediction if the target is noise; warn of other differences."""
+    if objective.zero_terminal_snr:  # previews must use the same schedule
         models.configs["scheduler"] = {**models.configs["scheduler"], "rescale_betas_zero_snr": True}
     predicted = family.prediction(models)
     if predicted == objective.prediction:
@@ -157,7 +156,7 @@ def check_prediction(objective: Objective, family: Family, models: Models) -> No
 
 
 def announce(job: RunningJob, loader: Loader, plan: RunPlan, network: KohyaNetwork) -> None:
-    """The facts of the run in kohya's wording, which GUIs read."""
+    """Print the sizes of the run in kohya's wording, which GUIs parse."""
     if not job.accelerator.is_main_process:
         return
     train, counts = job.options.train, dataset_summary(loader)
@@ -174,22 +173,8 @@ def announce(job: RunningJob, loader: Loader, plan: RunPlan, network: KohyaNetwo
     )
 
 
-def network_facts(job: RunningJob, network: KohyaNetwork) -> dict[str, object]:
-    """The values of the metadata that depend on the network as made, and on the device."""
-    options = job.options.network
-    rank, alpha = options.network_dim, options.network_alpha
-    if isinstance(network, AdapterNetwork) and (layers := network.layers()):
-        rank, alpha = layers[0].rank, float(layers[0].alpha)
-    return {
-        "network_module": options.network_module,
-        "network_dim": rank,
-        "network_alpha": alpha,
-        "mixed_precision": job.accelerator.mixed_precision,
-    }
-
-
 def base_rate(job: RunningJob) -> float:
-    """--learning_rate, with --scale_lr for the whole batch of a step."""
+    """--learning_rate, multiplied with --scale_lr by the number of images in a step."""
     train, optimizer = job.options.train, job.options.optimizer
     if not optimizer.scale_lr:
         return optimizer.learning_rate

@@ -1,4 +1,4 @@
-"""Captions to the conditions of the denoiser: encoded once, or at every step where text encoders train."""
+"""Captions to the conditions of the denoiser: encoded once, or at every step if text encoders train."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from lowrank.errors import Refused
 from lowrank.files import cache_folder
 from lowrank.models.family import Family, FamilyOptions, Models, align, release
 from lowrank.train.job import RunningJob
+
+
+def stack_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The encoded texts of B captions as one dict of (B, …) tensors."""
+    return {name: torch.stack([caption[name] for caption in encoded]) for name in encoded[0]}
 
 
 class TextConditions:
@@ -80,8 +85,7 @@ class TextConditions:
                 encoded = self._family.encode_text(self._models, list(captions), self._switches)
         else:
             encoded = [self._entry(caption) for caption in captions]
-        stacked = self._family.stack_text(encoded)
-        return {name: value.to(self._device) for name, value in stacked.items()} | trained
+        return {name: value.to(self._device) for name, value in stack_text(encoded).items()} | trained
 
     def _key(self, caption: str) -> str:
         return key("text", caption, self._hash, self._switches)

@@ -1,4 +1,4 @@
-"""Stages before step 0: they see the run's own batches and leave nothing behind but the adapter's values.
+"""Warm-up stages before step 0: they read the run's batches and change only the adapter's values.
 
 They run once, after --network_weights are loaded, and never in a resumed run, whose checkpoint holds what
 they made. Their noise is drawn from streams of their own (decision 4), so that a run trains on what it would
@@ -8,6 +8,7 @@ have trained on without them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -45,7 +46,7 @@ def warm_up(run: Run, abm: Warmup | None) -> None:
     """Run the method's stages, then ABM. Raises `Refused` as they do."""
     stages = (*_own(run.network), *([abm] if abm else []))
     for stage in stages:
-        run.log.say(f"warm-up: {stage.name}")
+        run.log.message(f"warm-up: {stage.name}")
         with _left_as_it_was(run):
             stage.run(run.network, samples(run))
             _agree(run)
@@ -53,10 +54,8 @@ def warm_up(run: Run, abm: Warmup | None) -> None:
 
 def training_batches(run: Run) -> Iterator[Batch]:
     """The training's batches of this process, epoch after epoch without end."""
-    epoch, per_step = 0, run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes
-    while True:
-        yield from run.loader.epoch(epoch, max_train_steps=run.steps, batches_per_step=per_step)
-        epoch += 1
+    for epoch in itertools.count():
+        yield from run.batches(epoch)
 
 
 def noise(run: Run, batch: Batch) -> torch.Generator:
@@ -65,7 +64,7 @@ def noise(run: Run, batch: Batch) -> torch.Generator:
 
 
 def samples(run: Run) -> WarmupBatches:
-    """What a stage is given of a run."""
+    """The batches, losses and logging that a stage gets from a run."""
     accelerator = run.accelerator
 
     def losses(batch: Batch) -> Callable[[], Tensor]:
@@ -93,7 +92,7 @@ def log(run: Run, values: Mapping[str, float], step: int) -> None:
 
 @contextlib.contextmanager
 def _left_as_it_was(run: Run) -> Iterator[None]:
-    """Random streams, gradients, modes and who needs gradients, whatever a stage does to them."""
+    """Restore random streams, gradients, training mode and requires_grad after a stage."""
     network: nn.Module = run.network
     training, trained = network.training, [p.requires_grad for p in network.parameters()]
     on_gpu = run.accelerator.device.type == "cuda"
@@ -110,7 +109,7 @@ def _left_as_it_was(run: Run) -> Iterator[None]:
 
 @torch.no_grad()
 def _agree(run: Run) -> None:
-    """Of several processes all go on from the first one's values, bit for bit."""
+    """Give every process the values of the first one, bit for bit."""
     if run.accelerator.num_processes > 1:
         for tensor in (*run.network.parameters(), *run.network.buffers()):
             value: Any = broadcast(tensor.detach().clone())

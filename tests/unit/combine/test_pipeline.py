@@ -20,6 +20,7 @@ from lowrank.models.flux import FLUX
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
 from lowrank.train.network_module import find_module
+from lowrank.train.text_conditions import stack_text
 from networks import tlora
 
 STEPS, R = 5, 8
@@ -301,7 +302,7 @@ def test_stock_pipelines_open_the_ranks_of_each_step(stock, tmp_path):
     family, models = stock
     path = saved(tmp_path / "a.safetensors", models.denoiser, target=None)
     said = family.encode_text(models, ["a cat", ""], family.options())
-    text, negative = (family.stack_text([one]) for one in said)
+    text, negative = (stack_text([one]) for one in said)
     side = 8 * family.bucket_step(models)
 
     def draw() -> torch.Tensor:

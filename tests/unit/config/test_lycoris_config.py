@@ -281,10 +281,10 @@ def test_a_saved_configuration_is_read_back(tmp_path):
         (("--network_module", "lora"), "--network_module is lora, and .* means networks.tlora; give one"),
         (("--rank", "16"), "--rank is 16, and .* means 64"),
         (("--network_alpha", "1"), "--network_alpha is 1.0, and .* means 32.0"),
-        (("--lora_init_method", "qr"), "both say what is adapted"),
-        (("--lora_layers", "attn.to_q"), "both say what is adapted"),
+        (("--lora_init_method", "qr"), "both choose what is adapted"),
+        (("--lora_layers", "attn.to_q"), "both choose what is adapted"),
         (("--network_args", "target_module=Attention"), "target_module=Attention, and .*,FeedForward"),
-        (("--network_train_text_encoder_only",), "both say"),
+        (("--network_train_text_encoder_only",), "both choose"),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from lowrank.models.family import Source
 from lowrank.models.sd import SD15, SdOptions
 from lowrank.models.sdxl import SDXL
 from lowrank.models.weighting import weighted
+from lowrank.train.text_conditions import stack_text
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_trained_text_is_the_encoded_with_gradient(name, request):
     models = request.getfixturevalue(name)
     family = {"sd": SD15, "sdxl": SDXL}[name]
     captions, options = ["a (cat:1.2)", "two dogs"], SdOptions(None, 150, True)
-    expected = family.stack_text(family.encode_text(models, captions, options))
+    expected = stack_text(family.encode_text(models, captions, options))
     assert len(family.keep_trained_text(models)) == len(models.text_encoders) == (1 if name == "sd" else 2)
     layers = [encoder.get_submodule(path) for encoder in models.text_encoders for path in paths(encoder)]
     try:

@@ -14,6 +14,7 @@ from files import FLUX_DEV
 from lowrank.errors import Refused
 from lowrank.models.family import Models, Source, latent_scale
 from lowrank.models.flux import FLUX, FluxOptions, image_ids, pack, unpack
+from lowrank.train.text_conditions import stack_text
 from tools.make_tiny_flux import make
 
 CAPTIONS = ["a <c> dog in <s> style", "a [sks] dog", "a dog", "<s>", "<c>", "[sks]", "a cat", ""]
@@ -31,7 +32,7 @@ def stock(folder):
 
 
 def text_of(models: Models, *captions: str, **options) -> dict:
-    return FLUX.stack_text(FLUX.encode_text(models, list(captions), FluxOptions(**options)))
+    return stack_text(FLUX.encode_text(models, list(captions), FluxOptions(**options)))
 
 
 # ---------- the tiny model
@@ -156,7 +157,7 @@ def test_text_equals_encode_prompt(models, stock, length):
     encoded = FLUX.encode_text(models, CAPTIONS, FluxOptions(t5xxl_max_token_length=length))
     with torch.no_grad():
         t5, pooled, _ = stock.encode_prompt(CAPTIONS, max_sequence_length=length or 64)
-    stacked = FLUX.stack_text(encoded)
+    stacked = stack_text(encoded)
     assert stacked["t5"].shape == (len(CAPTIONS), length or 64, 64)
     assert torch.allclose(stacked["t5"], t5, atol=1e-5) and torch.allclose(
         stacked["pooled"], pooled, atol=1e-5

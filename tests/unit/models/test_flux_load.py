@@ -18,6 +18,7 @@ from lowrank.models import components, family, flux_load, flux_single
 from lowrank.models.family import Models, Source
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.single import Checkpoint
+from lowrank.train.text_conditions import stack_text
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -32,7 +33,7 @@ def broken(folder, tmp_path):
 
 
 def text_of(models: Models, *captions: str, **options) -> dict:
-    return FLUX.stack_text(FLUX.encode_text(models, list(captions), FluxOptions(**options)))
+    return stack_text(FLUX.encode_text(models, list(captions), FluxOptions(**options)))
 
 
 # ---------- loading, releasing

@@ -12,6 +12,7 @@ from lowrank.errors import Refused
 from lowrank.models import memory
 from lowrank.models.family import Models
 from lowrank.models.flux import FLUX, FluxOptions
+from lowrank.train.text_conditions import stack_text
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -19,7 +20,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def text_of(models: Models, *captions: str, **options) -> dict:
-    return FLUX.stack_text(FLUX.encode_text(models, list(captions), FluxOptions(**options)))
+    return stack_text(FLUX.encode_text(models, list(captions), FluxOptions(**options)))
 
 
 def gradients(model, text, between=None):

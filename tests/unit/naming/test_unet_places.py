@@ -15,6 +15,7 @@ from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
 from lowrank.naming import keys
 from lowrank.train.network_module import create, find_module
+from lowrank.train.text_conditions import stack_text
 
 FAMILIES = {"sd15": SD15, "sdxl": SDXL}
 
@@ -183,9 +184,10 @@ def answer(kind: str, models, unet, encoders):
     """What a prompt and a U-Net give: the encoded text, and a prediction."""
     family = FAMILIES[kind]
     models.text_encoders = tuple(encoders)
-    text = family.stack_text(family.encode_text(models, ["a cat on the beach"]))
+    text = stack_text(family.encode_text(models, ["a cat on the beach"]))
     sizes = torch.tensor([[64, 64]])
-    text |= family.size_conditions(sizes, sizes * 0, sizes)
+    if family.size_conditions is not None:
+        text |= family.size_conditions(sizes, sizes * 0, sizes)
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         return text["context"], family.denoise(unet, z, torch.tensor([300]), text)

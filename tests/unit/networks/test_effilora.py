@@ -336,7 +336,7 @@ def test_ups_of_undrawn_layers_do_not_change():
         routers = [layer.router.detach().clone() for layer in net.layers()]
         optimizer.zero_grad()
         loss().backward()
-        sampler.let_through(step)
+        sampler.mask_gradients(step)
         optimizer.step()
         learned = {layer.name for layer in net.layers() if not torch.equal(layer.up, before[layer.name])}
         assert learned == sampler.learning(step) and len(learned) == 3
@@ -360,7 +360,7 @@ def test_importance_of_unused_layer():
     for step in range(40):
         optimizer.zero_grad()
         loss().backward()
-        told = sampler.let_through(step)
+        told = sampler.mask_gradients(step)
         assert (told.keys() == {"updates/loss_rise"}) == (step > 0)
         optimizer.step()
     assert strengths == [layer.multiplier for layer in net.layers()]

@@ -114,7 +114,7 @@ def on(model: nn.Module, module=lora, rank: int = 4, **more) -> AdapterNetwork:
 
 
 def run_of(model: nn.Module, network: AdapterNetwork, target: nn.Module | None = None) -> Run:
-    accelerator, said = Accelerator(cpu=True), []
+    accelerator, messages = Accelerator(cpu=True), []
     forward = Forward(
         accelerator=accelerator,
         network=network,
@@ -123,7 +123,7 @@ def run_of(model: nn.Module, network: AdapterNetwork, target: nn.Module | None =
         conditions=lambda batch: {},
         denoise=lambda noisy, t, conditions: model(noisy),
     )
-    log = SimpleNamespace(say=said.append, said=said)
+    log = SimpleNamespace(message=messages.append, messages=messages)
     optimizer = torch.optim.AdamW(network.parameters())
     return Run(
         forward=forward,
@@ -141,8 +141,8 @@ def run_of(model: nn.Module, network: AdapterNetwork, target: nn.Module | None =
         log=log,
         after_step=None,
         after_epoch=None,
-        last_good=None,
-        let_through=None,
+        last_checkpoint=None,
+        mask_gradients=None,
     )
 
 
@@ -235,7 +235,7 @@ def test_the_base_teaches_a_fresh_adapter_nothing(module, bases):
     before = values(run.network)
     for given in (options(abm_margin=0.0, abm_guard=False), options()):
         warmup.warm_up(run, abm.stage(given, run, None))
-        assert "is left out" in run.log.said[-1] and equal(before, values(run.network))
+        assert "ABM is skipped" in run.log.messages[-1] and equal(before, values(run.network))
     warmup.warm_up(run, abm.stage(options(abm_guard=False), run, None))  # asked for by name, it runs
     assert not equal(before, values(run.network))
 
@@ -305,7 +305,7 @@ def test_a_teacher_of_the_task_helps_and_leaves_nothing_else_behind(planted):
             losses = [told["warm-up/abm/loss"] for _, told in logged if len(told) == 1]
             assert len(signs) == 2 and signs[1] > signs[0] + 0.05
             assert len(losses) == steps and losses[-1] < 0.7 * losses[0]
-            assert "ABM: loss" in run.log.said[-1]
+            assert "ABM: loss" in run.log.messages[-1]
         assert torch.equal(torch.get_rng_state(), start) and not run.optimizer.state
         assert all(p.grad is None and p.requires_grad for p in run.network.parameters())
         assert {layer.multiplier for layer in run.network.layers()} == {1.0}
@@ -367,7 +367,7 @@ def test_abm_guard_reverts_a_harmful_warmup(planted):
     before = values(run.network)
     given = options(abm_teacher=str(planted[0]), abm_steps=10)
     warmup.warm_up(run, abm.stage(given, run, None))
-    assert "did harm and is undone" in run.log.said[-1] and equal(before, values(run.network))
+    assert "ABM is undone" in run.log.messages[-1] and equal(before, values(run.network))
     warmup.warm_up(run, abm.stage(replace(given, abm_guard=False), run, None))
     assert not equal(before, values(run.network))
 
@@ -524,7 +524,7 @@ def test_the_trainer_gives_a_stage_its_own_losses():
     run.accelerator.log = lambda told, step: logged.append(told)
     start = torch.get_rng_state()
     warmup.warm_up(run, None)
-    assert run.log.said == ["warm-up: basis grad from 40 samples"] and len(logged) == 10
+    assert run.log.messages == ["warm-up: basis grad from 40 samples"] and len(logged) == 10
     assert all(told["warm-up/basis/loss"] > 0 for told in logged)
     last = network.layers()[-1]
     assert angle(last.basis_up, U) < 1e-3  # its error is U times a number, whatever the sample
@@ -598,8 +598,8 @@ def test_sdxl_and_flux(arguments, flux_arguments, teachers, tiny_sdxl, tmp_path,
     assert sdxl(arguments("xl", *more, "--abm_teacher", str(teachers("sdxl")), model=tiny_sdxl)) == 0
     more = ("--network_module", "networks.dora", "--max_train_steps", "1", "--gradient_checkpointing", *ABM)
     assert flux(flux_arguments("flux", *more, "--abm_teacher", str(teachers("flux")))) == 0
-    said = capsys.readouterr().out
-    assert said.count("ABM: loss") == 2 and "equal signs" in said
+    output = capsys.readouterr().out
+    assert output.count("ABM: loss") == 2 and "equal signs" in output
     assert load_file(tmp_path / "xl" / "cat.safetensors")
 
 
