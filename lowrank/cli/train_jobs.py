@@ -13,7 +13,6 @@ from lowrank.models.sd import SD15, SdOptions
 from lowrank.models.sdxl import SDXL
 from lowrank.objective.diffusion import Diffusion
 from lowrank.objective.flow import Flow
-from lowrank.objective.objective import 
 from lowrank.objective.objective import Objective
 from lowrank.train.checkpoints import DIFFUSERS, KOHYAS
 from lowrank.train.job import Script, TrainJob
