@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "data": {"config"},
     "objective": {"config"},
     "adapters": {"config"},
-    "models": set(),
+    "models": {"config"},  # the declarations of a family's options
     "laplace": {"adapters"},
     "bases": {"adapters", "laplace"},
     "formats": {"adapters", "bases"},
