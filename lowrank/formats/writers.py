@@ -347,8 +347,8 @@ def write_qrlora(adapter: Adapter, choices: Choices) -> list[Written]:
     """
     if adapter.family != "flux":
         raise Refused(
-            f"--to qrlora writes for the official QR-LoRA code, which is for FLUX, and {adapter.source} is for "
-            f"{adapter.family}; use --to kohya"
+            f"--to qrlora writes for the official QR-LoRA code, which is for FLUX, and {adapter.source} is "
+            f"for {adapter.family}; use --to kohya"
         )
     state: dict[str, Tensor] = {}
     q, r = keys.QR_BASIS
