@@ -19,7 +19,7 @@ from lowrank.combine.mixture import read_mixture
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint
 from lowrank.formats.delta import Delta, distance
-from lowrank.formats.read import read_adapter
+from lowrank.formats.read import read_adapter, read_and_report
 from lowrank.formats.verify import difference
 from lowrank.formats.write import FORMATS, only, write
 from lowrank.formats.writers import Choices
@@ -373,7 +373,7 @@ def read_and_write_many(n: int, folder, capsys) -> float:
     path = folder / f"{n}.safetensors"
     save_file(state, path)
     started = time.process_time()
-    adapter = read_adapter(path)
+    adapter = read_and_report(path)
     assert len(adapter.layers) == n and len(adapter.not_understood) == 7 * n + 20
     assert f"{7 * n + 20} keys are not read by this program" in capsys.readouterr().out
     write(adapter, "kohya", folder / "out.safetensors", Choices())
