@@ -19,7 +19,7 @@ from lowrank.formats.read import Adapter, read_adapter, read_and_report
 from lowrank.formats.verify import difference
 from lowrank.models.family import DTYPES
 from lowrank.naming import places
-from lowrank.tensors import read_names, write_tensors
+from lowrank.tensors import write_tensors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,14 +29,15 @@ def main(argv: list[str] | None = None) -> int:
         raise Refused(f"{args.target} is no .safetensors name, and a native file is one; give one")
     if Path(args.target).resolve() == Path(args.source).resolve():
         raise Refused(f"{args.target} is the file that is read, which is not overwritten; give another name")
-    if not Path(args.source).is_dir() and any(name.endswith(".alpha_up") for name in read_names(args.source)):
+    raw = open_adapter_file(args.source)
+    if any(name.endswith(".alpha_up") for name in raw.state):
         raise Refused(
             f"{args.source} is a file of the null-LoRA fork (alpha_up, alpha_down), which does not have "
             "its basis; convert it with tools/legacy_files.py and the basis file that it was trained with"
         )
     config = _schedule(args)
     start = _Start(args)
-    adapter = read_and_report(open_adapter_file(args.source), args.base, schedule=config or None, start=start)
+    adapter = read_and_report(raw, args.base, schedule=config or None, start=start)
     if args.method in ("auto", tlora.METHOD) and _is_tlora(adapter, args.method, bool(config)):
         return _import_tlora(args, adapter, start)
     method = method_of(adapter) if args.method == "auto" else args.method
