@@ -145,7 +145,7 @@ def _as_named(adapter: Adapter, place: LayerPath) -> Delta:
 def merge_adapters(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
     """Clones with Σ weights·ΔW. Static adapters are added first, and on one basis keep their rank.
 
-    Raises `Refused` for adapters of different bases, or without a layer in common.
+    Raises `Refused` for adapters of different bases.
     """
     if not all(file.static for file in files):
         for file, weight in zip(files, weights, strict=True):
