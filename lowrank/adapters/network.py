@@ -317,8 +317,8 @@ class AdapterNetwork(nn.Module):
     def _check_shared(self, name: str, layers: Mapping[str, Roles], source: str) -> None:
         """Raise `Refused` if the shared tensor of a layer differs from that of its owner."""
         role, owner = self.factor.shared, self._owners.get(name, name)
-        own, shared = (layers.get(layer, {}).get(role or "") for layer in (name, owner))
-        if own is not None and shared is not None and not torch.equal(own, shared):
+        layer_roles, shared = (layers.get(layer, {}).get(role or "") for layer in (name, owner))
+        if layer_roles is not None and shared is not None and not torch.equal(layer_roles, shared):
             raise Refused(
                 f"{source} has different {role} tensors for {name} and {owner}, which share one; "
                 "use the file as it was saved"

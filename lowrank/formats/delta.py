@@ -70,10 +70,10 @@ def _inner(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> Te
     return (left * right).sum().clamp_min(0)
 
 
-def distance(one: Delta, other: Delta) -> float:
+def distance(first: Delta, second: Delta) -> float:
     """‖ΔW − ΔW′‖_F of two layers, without forming either and without cancelling: QR of the joined factors."""
-    up = torch.cat([one.scale * one.up.double(), -other.scale * other.up.double()], 1)
-    down = torch.cat([one.down.double(), other.down.double()])
+    up = torch.cat([first.scale * first.up.double(), -second.scale * second.up.double()], 1)
+    down = torch.cat([first.down.double(), second.down.double()])
     if up.shape[1] >= min(up.shape[0], down.shape[1]):
         return float(torch.linalg.norm(up @ down))
     left = torch.linalg.qr(up, mode="r")[1] if up.shape[0] > up.shape[1] else up

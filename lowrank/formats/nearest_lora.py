@@ -122,7 +122,7 @@ def _static(layer: AdaptedLayer, moments: Tensor) -> tuple[dict[str, Tensor], Lo
 @contextlib.contextmanager
 def _gathered(network: AdapterNetwork) -> Iterator[dict[str, Tensor]]:
     """Σ u′ u′ᵀ by layer name, of all that goes through the hosts within the block, without dropout."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def watch(layer: AdaptedLayer):
         def before(_host, inputs):
@@ -130,7 +130,7 @@ def _gathered(network: AdapterNetwork) -> Iterator[dict[str, Tensor]]:
                 _, D = layer.factors()
                 wide = layer.hidden(inputs[0].to(D.dtype), D)
             wide = (wide.movedim(1, -1) if layer.conv else wide).flatten(0, -2).double()  # (N, E·R)
-            found[layer.name] = found.get(layer.name, 0) + wide.T @ wide
+            tensors[layer.name] = tensors.get(layer.name, 0) + wide.T @ wide
 
         return before
 
@@ -138,7 +138,7 @@ def _gathered(network: AdapterNetwork) -> Iterator[dict[str, Tensor]]:
     training = network.training
     network.eval()
     try:
-        yield found
+        yield tensors
     finally:
         network.train(training)
         for handle in handles:

@@ -207,10 +207,12 @@ def _by_diffusers(path: Path, adapter: Adapter) -> Checked:
 def _beside(adapter: Adapter) -> Iterator[tuple[str, Any]]:
     """Hosts of FLUX's layers without an adapter, which are zeros in a joined layer of kohya's files."""
     for place, layer in adapter.layers.items():
-        own = _joined(place, adapter)
-        for path, other in flux_names.modules(own.module) if own is not None and own.total > 1 else ():
-            if own is not None and place._replace(path=path) not in adapter.layers:
-                outs = layer.up.shape[0] // (own.stop - own.start) * (other.stop - other.start)
+        joined = _joined(place, adapter)
+        for path, other in (
+            flux_names.modules(joined.module) if joined is not None and joined.total > 1 else ()
+        ):
+            if joined is not None and place._replace(path=path) not in adapter.layers:
+                outs = layer.up.shape[0] // (joined.stop - joined.start) * (other.stop - other.start)
                 yield path, phantom(outs, layer.down.shape[1], ())
 
 
