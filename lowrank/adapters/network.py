@@ -330,12 +330,12 @@ class AdapterNetwork(nn.Module):
         Raises `Refused` if that is impossible, or if the base gives another basis than the file names.
         """
         frozen = self.factor.frozen
-        if self.factor.unique:
+        if self.factor.not_recomputable:
             raise Refused(
-                f"{source} leaves out {', '.join(sorted(frozen))} of {names[0]}, which {self.factor.unique} "
-                "and nowhere else; use the file that has them"
+                f"{source} leaves out {', '.join(sorted(frozen))} of {names[0]}, which "
+                f"{self.factor.not_recomputable} and nowhere else; use the file that has them"
             )
-        self.start(names, frozen | set(self.factor.record))
+        self.start(names, frozen | set(self.factor.saved_only))
         want, have = metadata.get("lowrank.basis_hash"), self.start_metadata.get("basis_hash")
         if want and have and want != have:
             raise Refused(

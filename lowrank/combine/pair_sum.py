@@ -110,7 +110,7 @@ class PairSum:
             factor, kernel = method.require_factor(), adapter.layers[place].kernel
             chain = factor.chains[0]
             roles = {chain.up[0]: self.up(name), chain.down[-1]: down}
-            for role in factor.record:
+            for role in factor.saved_only:
                 if role in first:
                     roles[role] = first[role].float() * adapter.layers[place].scale
             sides = factor.sides()

@@ -164,7 +164,7 @@ def _projected(
             whole = layer.norm() ** 2
             inside = float(kept.double().square().sum())
             error, total = max(0.0, whole - inside), total + whole
-            roles = {chain.up[0]: Q, **dict.fromkeys(factor.record, R), chain.down[-1]: kept}
+            roles = {chain.up[0]: Q, **dict.fromkeys(factor.saved_only, R), chain.down[-1]: kept}
             share = math.sqrt(error / whole) if whole else 0.0
             worst = max(worst, (share, place.path))
         lost += error

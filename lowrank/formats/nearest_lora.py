@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.adapters.experts import beside
+from lowrank.adapters.experts import stacked_ups
 from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.magnitude import in_peft_shape
 from lowrank.adapters.network import AdapterNetwork
@@ -54,7 +54,7 @@ def least_squares(ups: Tensor, moments: Tensor) -> tuple[Tensor, Lost]:
     ups (E, O, R), moments M (E·R, E·R) as a sum or mean of u′ u′ᵀ; computed in float64.
     """
     E, _, R = ups.shape
-    B, M = beside(ups).double(), moments.double()  # (O, E·R), (E·R, E·R)
+    B, M = stacked_ups(ups).double(), moments.double()  # (O, E·R), (E·R, E·R)
     S = torch.eye(R, dtype=M.dtype, device=M.device).repeat(1, E)  # (R, E·R)
     mean, C = ups.double().mean(0), S @ M @ S.T
     rest = B - mean @ S  # what the mean does not explain: B̄ = mean + rest·M Sᵀ·C⁺

@@ -69,7 +69,7 @@ class LayerSampler:
         updates, validation = self._updates, self._validation
         chosen = self._drawn(PROBED, step, max(1, min(updates.probed, len(self._layers) // 2)), -1.0)
         full = validation.measure(self._accelerator, self._network)
-        with suppressed((self._layers[name] for name in sorted(chosen)), updates.faint):
+        with suppressed((self._layers[name] for name in sorted(chosen)), updates.suppressed_share):
             after = validation.measure(self._accelerator, self._network)
         rise = (after - full) / full
         for name in sorted(chosen) if math.isfinite(rise) else ():  # a loss in fp16 may overflow
