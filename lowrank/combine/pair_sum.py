@@ -165,8 +165,8 @@ def _check_one_family(adapters: Sequence[Adapter]) -> None:
         families.setdefault(_family(adapter), adapter.source)
     families.pop("", None)
     if len(families) > 1:
-        (first, one), (second, other) = list(families.items())[:2]
-        raise Refused(f"{one} is for {first} and {other} is for {second}; merge adapters of one model")
+        (first, file), (second, other) = list(families.items())[:2]
+        raise Refused(f"{file} is for {first} and {other} is for {second}; merge adapters of one model")
 
 
 def _family(adapter: Adapter) -> str:

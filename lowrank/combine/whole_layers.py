@@ -100,8 +100,8 @@ def _difference(host: Any, layer: ForeignLayer) -> tuple[Tensor | None, Tensor |
             f"{layer.module} in {layer.source} changes {len(bias)} numbers of a bias and the layer has "
             f"{len(W)}; the adapter is for another base"
         )
-    own = host.weight.dtype if host.weight.is_floating_point() else torch.float32
-    return (None if change is None else change.to(own), None if bias is None else bias.to(own))
+    stored = host.weight.dtype if host.weight.is_floating_point() else torch.float32
+    return (None if change is None else change.to(stored), None if bias is None else bias.to(stored))
 
 
 def _is_rms(host: nn.Module) -> bool:

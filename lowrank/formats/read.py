@@ -29,7 +29,7 @@ from lowrank.adapters.network_module import method_made_by
 from lowrank.errors import Refused
 from lowrank.formats import tlora
 from lowrank.formats.delta import LORA, Delta, delta_of, is_orthogonal, method_for, swapped
-from lowrank.formats.foreign import ForeignLayer, refuse_foreign, split
+from lowrank.formats.foreign import ForeignLayer, Split, refuse_foreign, split
 from lowrank.naming import flux as flux_names
 from lowrank.naming.places import LayerPath, adapter_family, check_family, places
 
@@ -103,14 +103,8 @@ def read_adapter(
     raw = file if isinstance(file, RawFile) else open_adapter_file(file)
     method = method_made_by(raw.metadata, raw.source)
     contents = read_adapter_file(raw, method.file_roles() if method else ())
-    whole = split(contents, raw.state, None if foreign else (damaged := {}))
+    whole = _split(contents, raw, foreign)
     contents = replace(contents, layers=whole.pairs)
-    if not contents.layers and not (foreign and whole.foreign):
-        if not foreign and damaged:
-            raise Refused(next(iter(damaged.values())))
-        if whole.foreign:
-            refuse_foreign(whole.foreign.values(), raw.source)
-        _refuse_no_adapter(contents)
     if contents.may_be_official_qr:
         logger.warning(
             "%s is read as a plain LoRA; if it is an official QR-LoRA file, which has the same keys and no "
@@ -140,6 +134,19 @@ def read_adapter(
     if foreign:
         adapter = replace(adapter, modules={**whole.modules, **adapter.modules})
     return adapter if at is None or gate is None else baked(adapter, at)
+
+
+def _split(contents: AdapterFile, raw: RawFile, foreign: bool) -> Split:
+    """The file's layers by kind. Raises `Refused` where none of them can be used."""
+    damaged: dict[str, str] = {}
+    whole = split(contents, raw.state, None if foreign else damaged)
+    if not whole.pairs and not (foreign and whole.foreign):
+        if damaged:
+            raise Refused(next(iter(damaged.values())))
+        if whole.foreign:
+            refuse_foreign(whole.foreign.values(), raw.source)
+        _refuse_no_adapter(contents)
+    return whole
 
 
 def read_and_report(file: str | Path | RawFile, family: str | None = None, **options: Any) -> Adapter:
