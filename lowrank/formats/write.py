@@ -80,9 +80,7 @@ def readers_of(adapter: Adapter, to: str) -> str:
     """The programs that read a format, and what one of them drops of this adapter."""
     dora = any(layer.magnitude is not None for layer in adapter.layers.values())
     if to == "diffusers" and dora:
-        return (
-            "diffusers (ComfyUI drops the lengths of a DoRA here; --to kohya --dora_norm base has them)"
-        )
+        return "diffusers (ComfyUI drops the lengths of a DoRA here; --to kohya --dora_norm base has them)"
     return FORMATS[to].readers
 
 
