@@ -27,7 +27,7 @@ from lowrank.formats.read import Adapter, baked, read_adapter, read_and_report
 from lowrank.formats.resize import Loss, RankRule, as_pairs, resize
 from lowrank.formats.tlora import export_lycoris, ranks_of
 from lowrank.formats.verify import difference
-from lowrank.formats.write import FORMATS, only, write
+from lowrank.formats.write import only, readers_of, write
 from lowrank.formats.writers import Choices
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
@@ -119,7 +119,7 @@ def _export(args: Export, adapter: Adapter, live: str | RawFile) -> int:
         base.check(adapter.layers)
     choices = Choices(dtype, args.dora_norm, base, flat_clip())
     files = write(adapter, args.to, args.target, choices)
-    print(f"{', '.join(map(str, files))}: {described(adapter)}; read by {FORMATS[args.to].readers}")
+    print(f"{', '.join(map(str, files))}: {described(adapter)}; read by {readers_of(adapter, args.to)}")
     if args.verify != "off":
         checked = verify.check_export(adapter, args.to, Path(args.target), choices)
         for result in checked:

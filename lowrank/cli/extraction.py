@@ -14,7 +14,7 @@ from lowrank.formats import verify
 from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.extraction import Extracted, extract_adapter
 from lowrank.formats.resize import RankRule
-from lowrank.formats.write import FORMATS, check_target, write
+from lowrank.formats.write import check_target, readers_of, write
 from lowrank.formats.writers import Choices
 from lowrank.models.family import DTYPES
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     choices = Choices(DTYPES[args.dtype] if args.dtype else None, base=base, flat_clip=flat_clip())
     files = write(adapter, args.to, args.target, choices)
     print("\n".join(_summary(extracted)))
-    print(f"{', '.join(map(str, files))}: {described(adapter)}; read by {FORMATS[args.to].readers}")
+    print(f"{', '.join(map(str, files))}: {described(adapter)}; read by {readers_of(adapter, args.to)}")
     for result in verify.check_export(adapter, args.to, Path(args.target), choices):
         print(
             result.note

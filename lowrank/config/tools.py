@@ -297,6 +297,9 @@ class Inspect:
     """Files to inspect"""
 
     files: tuple[str, ...] = path((), "adapter files of any program", required=True)
+    model: str | None = path(
+        None, "base model, to measure the ΔW of OFT, GLoRA, IA3 and LoKr with DoRA, which depends on it"
+    )
     json: bool = option(False, "print everything as one JSON document")
     layers: bool = option(False, "print a line for each layer instead of each block")
     metadata: bool = option(False, "print the file's metadata verbatim")

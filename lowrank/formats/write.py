@@ -76,6 +76,14 @@ def write(adapter: Adapter, to: str, target: str | Path, choices: Choices) -> li
     return written
 
 
+def readers_of(adapter: Adapter, to: str) -> str:
+    """The programs that read a format, and what one of them drops of this adapter."""
+    dora = any(layer.magnitude is not None for layer in adapter.layers.values())
+    if to == "diffusers" and dora:
+        return "diffusers (ComfyUI drops the lengths of a DoRA here; --to kohya --dora_norm base has them)"
+    return FORMATS[to].readers
+
+
 def check_target(to: str, target: Path) -> None:
     """Raise `Refused` for a file where a format is a folder, and for the name of no safetensors file."""
     folder = FORMATS[to].folder
