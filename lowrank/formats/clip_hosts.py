@@ -45,7 +45,8 @@ def clip_hosts(layers: Mapping[LayerPath, Delta], part: str) -> tuple[nn.Module,
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, host(layer))
         names[place] = name
-    for parameter in model.parameters():
+    parameters: Any = model.parameters()
+    for parameter in parameters:
         parameter._is_hf_initialized = True  # transformers would draw weights that a file does not have
     return model, names
 
