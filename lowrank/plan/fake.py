@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,20 +68,20 @@ def _in_fp32(operation: Callable, *args, **kwargs):
         return operation(*args, **kwargs)
 
 
-def _apply_in_place(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+def _apply_in_place(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
     """nn.Module._apply for tensors without values.
 
     torch's own swaps such parameters and fails, because FakeTensorMode keeps weak references to them (2.13).
     """
-    for child in module.children() if recurse else ():
+    for child in self.children() if recurse else ():
         child._apply(fn)
-    for parameter in module._parameters.values():
+    for parameter in self._parameters.values():
         if parameter is not None:
             parameter.data = fn(parameter.data)
-    for name, buffer in module._buffers.items():
+    for name, buffer in self._buffers.items():
         if buffer is not None:
-            module._buffers[name] = fn(buffer)
-    return module
+            self._buffers[name] = fn(buffer)
+    return self
 
 
 @contextlib.contextmanager
