@@ -9,6 +9,7 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.config.train import TrainOptions
 from lowrank.data import summary
 from lowrank.data.loader import Loader
+from lowrank.models import blocks
 from lowrank.train import setup, warmup
 from lowrank.train.job import RunningJob
 from lowrank.train.network_module import KohyaNetwork, optimizer_groups
@@ -74,14 +75,16 @@ def _show_layers(network: AdapterNetwork, job: RunningJob) -> None:
 
 
 def _show_memory(denoiser: nn.Module, network: nn.Module, options: TrainOptions, dtype: torch.dtype) -> None:
-    train, optimizer = options.train, options.optimizer
+    optimizer = options.optimizer
     trained = sum(p.numel() for p in network.parameters())
     frozen = sum(b.numel() for b in network.buffers())
     base = sum(p.numel() for p in denoiser.parameters())
-    width = 1 if train.fp8_base or train.fp8_base_unet else dtype.itemsize
+    on_device, on_host = blocks.base_bytes(
+        denoiser, dtype, options.memory.storage, options.memory.blocks_to_swap
+    )
     states = 2 if "8bit" in optimizer.optimizer_type.lower() or optimizer.use_8bit_adam else 8
     parts = {
-        "base weights": base * width,
+        "base weights": on_device,
         "frozen factors": frozen * dtype.itemsize,
         "trained factors": trained * 4,
         "gradients": trained * 4,
@@ -90,6 +93,8 @@ def _show_memory(denoiser: nn.Module, network: nn.Module, options: TrainOptions,
     print(f"parameters: {trained:,} trained, {frozen:,} frozen, {base:,} in the base")
     for name, size in parts.items():
         print(f"  {name}: {size / GIB:.2f} GiB")
+    if on_host:
+        print(f"  base weights in host memory: {on_host / GIB:.2f} GiB")
     print(
         f"  together {sum(parts.values()) / GIB:.2f} GiB, and activations (least with "
         "--gradient_checkpointing)"
