@@ -14,7 +14,7 @@ from lowrank import adapter_file
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused
-from lowrank.models import memory
+from lowrank.models import blocks, memory
 from lowrank.models.family import DTYPES, Models, align, move, release
 from lowrank.naming.keys import is_text_encoder
 from lowrank.tensors import read_metadata, read_names
@@ -56,13 +56,15 @@ def merge_base_weights(job: RunningJob, models: Models) -> None:
 
 def adapt(job: RunningJob, models: Models, encoders: list[nn.Module]) -> KohyaNetwork:
     """Freeze the denoiser and attach the network to it."""
-    train = job.options.train
-    models.denoiser.requires_grad_(False).eval()
-    choose_attention(job.options.xformers, models.denoiser)
-    if train.fp8_base or train.fp8_base_unet:
-        memory.store_in_fp8(models.denoiser, DTYPES[job.accelerator.mixed_precision])
+    denoiser, kind, swap = models.denoiser, job.options.memory.storage, job.options.memory.blocks_to_swap
+    denoiser.requires_grad_(False).eval()
+    choose_attention(job.options.xformers, denoiser)
+    if kind or swap:
+        blocks.freeze_base(denoiser)
     torch.manual_seed(job.seed)
-    network = job.create(models.denoiser, encoders, job.options.network.network_weights)
+    network = job.create(denoiser, encoders, job.options.network.network_weights)
+    if kind or swap:  # after adapters have read what they need of the weights
+        blocks.store_base(denoiser, kind, swap, job.accelerator.device)
     _prepare_network(job, network, models, encoders)
     return network
 
