@@ -146,7 +146,8 @@ class Magnitude:
 class Penalty:
     """A term added to the loss and logged by name: `value(network) -> scalar`.
 
-    Instead of `value`, `prepare(network)` may be given; it returns `value` when the layers are attached.
+    Instead of `value`, `prepare(network)` may be given; it returns `value` when the layers have the values
+    that training starts from.
     """
 
     name: str

@@ -144,10 +144,6 @@ class AdapterNetwork(nn.Module):
             if apply_unet if self.targets[name].part == "unet" else apply_text_encoder:
                 layer.attach()
                 self.add_module(name, layer)
-        for penalty in self.method.penalty:
-            value = penalty.prepare(self) if penalty.prepare else penalty.value
-            assert value is not None  # a penalty has `prepare` or `value`
-            self._penalties[penalty.name] = value
         if apply_unet:
             self.clock.attach(unet)
 
@@ -208,7 +204,12 @@ class AdapterNetwork(nn.Module):
         """Do nothing: the forwards of layers are recomputed with those of their hosts."""
 
     def prepare_grad_etc(self, text_encoder, unet) -> None:
+        """Make the parameters trainable; the values of this moment are where penalties start from."""
         self.requires_grad_(True)
+        for penalty in self.method.penalty:
+            value = penalty.prepare(self) if penalty.prepare else penalty.value
+            assert value is not None  # a penalty has `prepare` or `value`
+            self._penalties[penalty.name] = value
 
     def on_epoch_start(self, text_encoder, unet) -> None:
         self.train()

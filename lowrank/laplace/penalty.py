@@ -22,7 +22,7 @@ from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.penalty import Spectrum
 from lowrank.adapters.targets import host_shape
 from lowrank.errors import Refused
-from lowrank.laplace.context_file import LEGACY, Context, Curvature, weight_fingerprint
+from lowrank.laplace.context_file import GAUSS_NEWTON, LEGACY, Context, Curvature, weight_fingerprint
 from lowrank.naming import keys
 
 logger = logging.getLogger(__name__)
@@ -37,16 +37,28 @@ class Group:
     layers: list[AdaptedLayer]
     S: Spectrum
     G: Spectrum
+    h: Tensor | None = None  # (n, R), E[(D₀x)²]: the penalty is of U alone
 
-    def value(self, measure: Callable[..., Tensor]) -> Tensor:
-        """Return Σ s²·measure(…) over the layers; curvatures are moved to the parameters' device."""
+    def value(self) -> Tensor:
+        """Return Σ s²·tr(UᵀGU · DSDᵀ) over the layers; curvatures are moved to the parameters' device."""
         pairs = [_thin(layer) for layer in self.layers]
         U, D = torch.stack([up for up, _ in pairs]), torch.stack([down for _, down in pairs])
         dtype = torch.promote_types(U.dtype, torch.float32)
         if self.S.main.device != U.device or self.S.main.dtype != dtype:
             self.S, self.G = _to(self.S, U.device, dtype), _to(self.G, U.device, dtype)
+            self.h = None if self.h is None else self.h.to(U.device, dtype)
         s = torch.tensor([layer.scale * _strength(layer) for layer in self.layers], dtype=dtype)
-        return (measure(U.to(dtype), D.to(dtype), self.S, self.G) * s.square().to(U.device)).sum()
+        if self.h is None:
+            sizes = penalty.kronecker(U.to(dtype), D.to(dtype), self.S, self.G)
+        else:
+            sizes = penalty.ranks_apart(U.to(dtype), self.h, self.G)
+        return (sizes * s.square().to(U.device)).sum()
+
+    def at_start(self) -> Group:
+        """Return a group that penalises U alone, with the present D as D₀."""
+        D = torch.stack([_thin(layer)[1].detach() for layer in self.layers]).float()
+        S = _to(self.S, D.device, D.dtype)
+        return Group(self.layers, self.S, self.G, torch.diagonal(S.form(D.mT), dim1=-2, dim2=-1))
 
 
 def bind_penalty(network: Any, context: Context, strength: float, source: str) -> Callable[[Any], Tensor]:
@@ -77,8 +89,8 @@ def bind_penalty(network: Any, context: Context, strength: float, source: str) -
     return _laplace(
         {layer: context.layers[name] for layer, name in matches.items()},
         strength,
-        penalty.ranks_apart if context.curvature == "lora_diag" else penalty.kronecker,
         source,
+        up_alone=context.curvature == "lora_diag",
     )
 
 
@@ -88,11 +100,11 @@ def isotropic(network: Any, strength: float) -> Callable[[Any], Tensor]:
     for layer in network.layers():
         O, I = host_shape(layer.host)
         layers[layer] = Curvature(*(Spectrum(None, None, torch.ones(n)) for n in (I, O)))
-    return _laplace(layers, strength, penalty.kronecker, "isotropic")
+    return _laplace(layers, strength, "isotropic")
 
 
 def _laplace(
-    layers: Mapping[AdaptedLayer, Curvature], strength: float, measure: Callable[..., Tensor], source: str
+    layers: Mapping[AdaptedLayer, Curvature], strength: float, source: str, up_alone: bool = False
 ) -> Callable[[Any], Tensor]:
     total = sum(
         float(curvature.G.main.double().sum() * curvature.S.main.double().sum())
@@ -105,11 +117,13 @@ def _laplace(
             "make it again with more samples"
         )
     groups, factor = _grouped(layers), strength / 2 * weights / total
+    if up_alone:
+        groups = [group.at_start() for group in groups]
 
     def value(network: Any) -> Tensor:
         if not strength:  # with λ = 0 the run equals, bit for bit, one without
             return torch.zeros((), device=next(network.parameters()).device)
-        return factor * torch.stack([group.value(measure) for group in groups]).sum()
+        return factor * torch.stack([group.value() for group in groups]).sum()
 
     return value
 

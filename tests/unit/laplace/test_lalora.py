@@ -226,10 +226,9 @@ def test_penalty_in_float64():
     assert torch.autograd.gradcheck(lambda U, D: penalty.kronecker(U, D, S, G), (U, D))
     flat = Spectrum(None, None, torch.ones(2, 9).double()), Spectrum(None, None, torch.ones(2, 7).double())
     torch.testing.assert_close(penalty.kronecker(U, D, *flat), W.square().sum((1, 2)))
-    alone = penalty.ranks_apart(U, D, S, G)
+    h = torch.stack([(D[:, r, None] @ dense(S) @ D[:, r, :, None]).flatten() for r in range(4)], dim=1)
     each = sum(penalty.kronecker(U[..., r : r + 1], D[..., r : r + 1, :], S, G) for r in range(4))
-    torch.testing.assert_close(alone, each)
-    assert torch.autograd.grad(alone.sum(), D, allow_unused=True)[0] is None
+    torch.testing.assert_close(penalty.ranks_apart(U, h, G), each)
 
 
 def joined(kind: str, method: Method, rank: int = 4, alpha: float = 3.0):
@@ -279,6 +278,27 @@ def test_full_curvature_equals_full_rank_sketch(tmp_path):
             )
         )
     assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_lora_diag_penalises_up_alone_at_starting_down(tmp_path):
+    """One U costs the same wherever D has moved since training started; D has no gradient."""
+    _, context = measured("linear", "lora_diag", rank=24)
+    write_context(tmp_path / "c.safetensors", context)
+    pull = lalora.penalty(lalora.Options(str(tmp_path / "c.safetensors"), 1.0))
+    _, made = joined("linear", lora.method(lora.Options()) | pull)
+    started = {layer.name: layer.down.detach().clone() for layer in made.layers()}
+    shake(made)
+    total, mean, count = 0.0, 0.0, 0
+    for layer in made.layers():
+        S, G = (dense(side).double() for side in context.layers[layer.name])
+        U, D_0 = layer.up.detach().double(), started[layer.name].double()
+        assert not torch.equal(layer.down.detach(), started[layer.name])
+        total += float(layer.scale**2 * ((U.T @ G @ U).diagonal() * (D_0 @ S @ D_0.T).diagonal()).sum())
+        mean, count = mean + float(G.trace() * S.trace()), count + U.shape[0] * D_0.shape[1]
+    value = made.penalties()["lalora"]
+    assert float(value.detach()) == pytest.approx(0.5 * total / (mean / count), rel=1e-5)
+    downs = [layer.roles()["down"] for layer in made.layers()]
+    assert torch.autograd.grad(value, downs, allow_unused=True) == (None,) * len(downs)
 
 
 def test_penalty_of_experts_uses_their_mean(tmp_path):
