@@ -72,7 +72,7 @@ class Measure:
     curvature: str = option(
         "kfac_lr",
         "kfac: S and G in full; kfac_lr: their largest eigenpairs and a diagonal; diag: diagonals; "
-        "lora_diag: the paper's diagonal of a LoRA's factors",
+        "lora_diag: for a penalty of a LoRA's up factor alone, rank by rank",
         choices=("kfac", "kfac_lr", "diag", "lora_diag"),
     )
     kfac_rank: int = option(16, "number of eigenpairs kept of each of S and G", low=1, high=4096)

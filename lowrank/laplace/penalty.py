@@ -2,6 +2,7 @@
 
     (λ/2) Σ_l tr(UᵀGU · DSDᵀ)·s²/c        c = Σ_l tr(G)·tr(S) / Σ_l O·I
 
+A `lora_diag` context penalises U alone: (λ/2) Σ_l Σ_r (UᵀGU)_rr (D₀SD₀ᵀ)_rr·s²/c, D₀ as training starts.
 c is the mean curvature per weight over the penalised layers, so that λ has the same meaning for every base
 model, loss and number of samples. Layers of one shape are computed together.
 """
@@ -69,6 +70,12 @@ def bind_penalty(network: Any, context: Context, strength: float, source: str) -
     """
     if context.curvature == LEGACY:
         return _bind_coordinates(network, context, strength, source)
+    if context.metadata.get("lowrank.fisher") != GAUSS_NEWTON:
+        logger.warning(
+            "%s holds the empirical Fisher matrix, which weighs a timestep by the base model's error there; "
+            "calc_lalora_context.py of this version measures the Gauss-Newton matrix: make the file again",
+            source,
+        )
     by_key = {keys.flat(name): name for name in context.layers}
     matches: dict[AdaptedLayer, str] = {}
     for layer in network.layers():
