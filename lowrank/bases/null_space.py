@@ -65,7 +65,8 @@ def least_active(
     """Return the output directions of least gradient and the input directions of least activity, by layer.
 
     They are the last eigenvectors of G = E[g gᵀ] and S = E[x xᵀ] in the context file `path`, which
-    calc_lalora_context.py makes. Raises `Refused` if the file lacks a layer or has it in another shape.
+    `calc_lalora_context.py --curvature kfac` makes. Raises `Refused` if the file lacks a layer, has it in
+    another shape, or has only its largest eigenpairs, from which the least active directions do not follow.
     """
     context = read_context(path)
     layers = {keys.flat(name): layer for name, layer in context.layers.items()}
@@ -78,18 +79,21 @@ def least_active(
                 f"{path} has {content} for {name}, whose weight is {tuple(weight.shape)}; make it again with "
                 "calc_lalora_context.py for this base model and these targets"
             )
-        up, down = (_last_eigenvectors(side, width, weight.device) for side in (layer.G, layer.S))
-        spaces[name] = Null(up, down.mT.contiguous())
+        up, down = (_last_eigenvectors(side, width, path, name) for side in (layer.G, layer.S))
+        spaces[name] = Null(up.to(weight.device), down.mT.contiguous().to(weight.device))
     return spaces
 
 
-def _last_eigenvectors(moment: Spectrum, width: int, device: torch.device) -> Tensor:
-    """Return the h eigenvectors (n, h) of V·diag(v)·Vᵀ + diag(d) with the smallest eigenvalues."""
-    vectors, values, diagonal = (None if part is None else part.to(device, torch.float64) for part in moment)
-    dense = torch.zeros((), device=device) if diagonal is None else diagonal.diag()
-    if vectors is not None and values is not None:
-        dense = dense + (vectors * values) @ vectors.mT
-    return torch.linalg.eigh(dense)[1][:, :width].float()
+def _last_eigenvectors(moment: Spectrum, width: int, path: str | Path, name: str) -> Tensor:
+    """Return the eigenvectors (n, h) of the h smallest eigenvalues of a moment that has all eigenpairs."""
+    vectors, values, size = moment.vectors, moment.values, len(moment.main)
+    if vectors is None or values is None or vectors.shape[1] < size:
+        count = 0 if vectors is None else vectors.shape[1]
+        raise Refused(
+            f"{path} has {count} of {size} eigenpairs of {name}, and null_source=activation needs the last "
+            "ones; make it again with --curvature kfac (fewer layers with --target need less memory)"
+        )
+    return vectors[:, values.argsort()[:width]]
 
 
 def _inverse(triangle: Tensor, limit: float) -> Tensor | None:

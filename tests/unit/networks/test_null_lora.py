@@ -11,10 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import HOSTS, base, shake
 
+from lowrank.adapters.targets import find
 from lowrank.bases import null_space
 from lowrank.bases.null_space import least_used, nullity
 from lowrank.cli import importing
 from lowrank.errors import Refused
+from lowrank.laplace.context_file import write_context
+from lowrank.laplace.fisher import Fisher
 from lowrank.tensors import read_metadata
 from tools import legacy_files
 
@@ -143,6 +146,29 @@ def test_least_used_of_large_weight_has_least_energy(shape):
             least = torch.cat([s, torch.zeros(n - len(s)).double()]).sort().values[:12].norm()
             # directions are fp32: an angle of 6e-8 to the largest direction, whose σ is 1, in 12 of them
             assert float(energy.norm()) == pytest.approx(float(least), rel=1e-4, abs=1e-6)
+
+
+def test_least_active_directions_need_all_eigenpairs(tmp_path):
+    """kfac gives the last eigenvectors of E[xxᵀ] and E[ggᵀ]; a file of the largest eigenpairs is refused."""
+    model = base("linear")
+    torch.manual_seed(0)
+    x = torch.randn(64, 5, 24) * torch.arange(1, 25) ** -1.0
+    files = {}
+    for curvature in ("kfac", "kfac_lr", "diag"):
+        fisher = Fisher(find("unet", model, target="."), curvature, 4, 0, "cpu")
+        with fisher.watching():
+            fisher.add(64, lambda: model(x).flatten(1).sum(1) + model(x).square().flatten(1).sum(1))
+        files[curvature] = str(tmp_path / f"{curvature}.safetensors")
+        write_context(files[curvature], fisher.context({}))
+    options = {"null_source": "activation", "lalora_context_path": files["kfac"]}
+    layer = made("null_lora", model, **options).layers()[0]
+    rows = x.flatten(0, 1).double()
+    least = torch.linalg.eigvalsh(rows.mT @ rows)[:3].sum()
+    energy = (rows @ layer.null_down.double().mT).square().sum()
+    assert float(energy) == pytest.approx(float(least), rel=1e-3)  # the moment is fp32
+    for curvature, count in (("kfac_lr", 4), ("diag", 0)):
+        with pytest.raises(Refused, match=rf"{count} of \d+ eigenpairs of .*--curvature kfac"):
+            made("null_lora", base("linear"), **(options | {"lalora_context_path": files[curvature]}))
 
 
 def test_adaptive_ranks_follow_the_nullity():
