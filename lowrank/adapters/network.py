@@ -78,6 +78,7 @@ class AdapterNetwork(nn.Module):
         self.leave_out: frozenset[str] = frozenset()  # roles that are not saved
         self._backup: dict[str, Tensor] = {}
         self._penalties: dict[str, Callable[[Any], Tensor]] = {}
+        self._in_kohyas_trainer = False
         self._add_penalties: Callable[[nn.Module], None] | None = None  # in kohya's trainers
         self.set_multiplier(multiplier)
 
@@ -183,6 +184,19 @@ class AdapterNetwork(nn.Module):
             if role != self.factor.shared or self._owners[layer.name] == layer.name
         ]
 
+    def decay_targets(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters that weight decay must pull to another value than 0, with this value.
+
+        If an initial copy U₀·D₀ is subtracted, decay of U and D to 0 would make ΔW = −U₀·D₀.
+        """
+        starts = self.factor.starts()
+        return [
+            (parameter, getattr(layer, starts[role]))
+            for layer in self.layers()
+            for role, parameter in layer.roles().items()
+            if role in starts
+        ]
+
     def prepare_optimizer_params_with_multiple_te_lrs(self, text_encoder_lr, unet_lr, default_lr=None):
         """Return optimizer groups and their names.
 
@@ -195,7 +209,10 @@ class AdapterNetwork(nn.Module):
         role_rates = {
             (part, role): factor for part in part_rates for role, factor in self.method.rates.items()
         }
-        return rates.groups(self.tagged(), part_rates, role_rates | self.role_rates)
+        groups, names = rates.groups(self.tagged(), part_rates, role_rates | self.role_rates)
+        if self._in_kohyas_trainer and self.factor.copy:  # its optimizer can decay to 0 only
+            groups = [{**group, "weight_decay": 0.0} for group in groups]
+        return groups, names
 
     def prepare_optimizer_params(self, text_encoder_lr, unet_lr, default_lr=None):
         return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
@@ -229,6 +246,7 @@ class AdapterNetwork(nn.Module):
 
     def prepare_network(self, args: Any) -> None:
         """Take the options of kohya's trainers, the only callers. Raises `Refused`, see `check_trainer`."""
+        self._in_kohyas_trainer = True
         kohya_trainer.check_trainer(self.method, args)
         self._add_penalties = kohya_trainer.pull(args) if self.method.penalty else None
 

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from lowrank.adapters.network import AdapterNetwork
 from lowrank.config.flag import pairs
 from lowrank.data.loader import Loader
 from lowrank.files import only_writer
@@ -127,6 +128,8 @@ def _train(
         network, options.optimizer.text_encoder_lr, options.optimizer.unet_lr, setup.base_rate(job)
     )
     optimizer_name, optimizer_args, optimizer = optim.build_optimizer(groups, options.optimizer)
+    if isinstance(network, AdapterNetwork):
+        optim.decay_towards(optimizer, network.decay_targets())
     scheduler = build_scheduler(optimizer, options.optimizer, plan.steps, accelerator.num_processes)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     forward = run_forward(job, models, network, text)
