@@ -142,7 +142,9 @@ def test_plain_start_has_standard_deviation_of_one_over_rank(rank):
     model = base("linear")
     torch.manual_seed(0)
     layer = tlora.create_network(1.0, rank, None, None, [], model, target=".", orthogonal="False").layers()[0]
-    assert float(layer.down.detach().std()) == pytest.approx(1 / rank, rel=0.35)  # 96 and 384 numbers: 5 of 1/√(2n)
+    assert float(layer.down.detach().std()) == pytest.approx(
+        1 / rank, rel=0.35
+    )  # 96 and 384 numbers: 5 of 1/√(2n)
 
 
 def test_singular_values_of_gaussian_matrix():
