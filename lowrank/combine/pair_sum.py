@@ -63,9 +63,11 @@ class PairSum:
             if len(set(shapes.values())) > 1:
                 sizes = " and ".join(f"{o}×{n} in {adapters[i].source}" for i, (o, n) in shapes.items())
                 raise Refused(f"{self.modules[name]} is {sizes}; merge adapters of one base")
-        frozen = {name: [_frozen_up(*owner) for owner in own] for name, own in owners.items()}
+        frozen = {
+            name: [_frozen_up(*owner) for owner in layer_owners] for name, layer_owners in owners.items()
+        }
         self.shared = {name for name, ups in frozen.items() if _equal(ups)}
-        self._first = {name: own[0] for name, own in owners.items()}
+        self._first = {name: layer_owners[0] for name, layer_owners in owners.items()}
 
     @property
     def adapts_text(self) -> bool:
@@ -108,7 +110,7 @@ class PairSum:
             factor, kernel = method.require_factor(), adapter.layers[place].kernel
             chain = factor.chains[0]
             roles = {chain.up[0]: self.up(name), chain.down[-1]: down}
-            for role in factor.record:
+            for role in factor.saved_only:
                 if role in first:
                     roles[role] = first[role].float() * adapter.layers[place].scale
             sides = factor.sides()
@@ -165,7 +167,7 @@ def _frozen_up(adapter: Adapter, place: LayerPath) -> Tensor | None:
 
 def _equal(tensors: Sequence[Tensor | None]) -> bool:
     first = tensors[0]
-    return first is not None and all(one is not None and torch.equal(first, one) for one in tensors)
+    return first is not None and all(tensor is not None and torch.equal(first, tensor) for tensor in tensors)
 
 
 def _with_kernel(value: Tensor, sides: Sequence[str], kernel: Sequence[int]) -> Tensor:
@@ -225,8 +227,8 @@ class AttachedPairs:
     def set(self, weights: Sequence[float]) -> None:
         for layer in self.network.layers():
             down = self.pairs.down(self._names[layer.name], weights)
-            own = layer.get_buffer("down")
-            own.copy_(down.reshape(own.shape))
+            buffer = layer.get_buffer("down")
+            buffer.copy_(down.reshape(buffer.shape))
 
 
 def _hosts(pairs: PairSum, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> dict:

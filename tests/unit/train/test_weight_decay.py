@@ -11,6 +11,7 @@ import torch
 from toys import base
 
 from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.rates import decay_targets
 from lowrank.config.flags_training import Optimizer as Options
 from lowrank.errors import Refused
 from lowrank.train.optim import build_optimizer, decay_towards
@@ -56,7 +57,7 @@ def test_weight_decay_pulls_to_initial_copy(name):
         [{"params": list(layer.roles().values())}],
         Options(optimizer_type=name, learning_rate=0.05, optimizer_args=("weight_decay=0.5",)),
     )[2]
-    decay_towards(made, network.decay_targets())
+    decay_towards(made, decay_targets(network))
     other = getattr(torch.optim, name)(apart.changes.values(), lr=0.05, weight_decay=0.5)
     for _ in range(5):
         ((model.first(x) - wanted).square().mean()).backward()
@@ -75,7 +76,7 @@ def test_weight_decay_alone_keeps_the_base(module, given):
     model = base("linear")
     network = adapted(model, module, **given)
     made = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.1)
-    decay_towards(made, network.decay_targets())
+    decay_towards(made, decay_targets(network))
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for _ in range(3):
@@ -95,7 +96,7 @@ def test_weight_decay_of_adafactor_with_a_copy_is_refused():
             ),
         )[2]
         with pytest.raises(Refused, match="decay to the start") if refused else contextlib.nullcontext():
-            decay_towards(made, network.decay_targets())
+            decay_towards(made, decay_targets(network))
 
 
 def test_kohyas_trainer_does_not_decay_factors_with_a_copy():
