@@ -141,7 +141,11 @@ def _grouped(layers: Mapping[AdaptedLayer, Curvature]) -> list[Group]:
         shapes = (None if part is None else part.shape for side in curvature for part in side)
         by_shape[(layer.rank, *shapes)].append(layer)
     return [
-        Group(members, *(_stacked([layers[layer][side] for layer in members]) for side in (0, 1)))
+        Group(
+            members,
+            _stacked([layers[layer].S for layer in members]),
+            _stacked([layers[layer].G for layer in members]),
+        )
         for members in by_shape.values()
     ]
 
