@@ -170,6 +170,8 @@ class AdapterNetwork(nn.Module):
 
     def penalties(self) -> dict[str, Tensor]:
         """Return the method's penalties at the current parameters, by name."""
+        if not self._penalties:
+            self._prepare_penalties()
         return {name: value(self) for name, value in self._penalties.items()}
 
     # ------------------------------------------------------------------ training, as kohya's trainers do it
@@ -210,6 +212,9 @@ class AdapterNetwork(nn.Module):
     def prepare_grad_etc(self, text_encoder, unet) -> None:
         """Make the parameters trainable; the values of this moment are where penalties start from."""
         self.requires_grad_(True)
+        self._prepare_penalties()
+
+    def _prepare_penalties(self) -> None:
         for penalty in self.method.penalty:
             value = penalty.prepare(self) if penalty.prepare else penalty.value
             assert value is not None  # a penalty has `prepare` or `value`
