@@ -252,6 +252,11 @@ def _numbered(parent: Path, option: str, values: Mapping[str, Any]) -> list[Subs
             )
     if not subsets:
         loose = sum(Path(entry.name).suffix.lower() in suffixes() for entry in os.scandir(parent))
+        if loose and (match := _REPEATS.fullmatch(parent.resolve().name)) and int(match[1]) >= 1:
+            raise Refused(
+                f"{option} {parent} is itself a folder <repeats>_<class> with {loose} images; give the "
+                f"folder that holds it: --{option} {parent.resolve().parent}"
+            )
         content = f"only {loose} images directly in it" if loose else describe_content(parent)
         raise Refused(
             f"{option} {parent} has no subfolder named <repeats>_<class>: {content}; "

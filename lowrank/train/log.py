@@ -101,6 +101,7 @@ class RunLog:
     ) -> None:
         """Log an optimizer step: losses, learning rates by group, number of images, other scalars."""
         loss = losses["loss"] or 0.0
+        rates = {name: float(rate) for name, rate in rates.items()}  # an Adafactor's own rate is a tensor
         self._recent.append(loss)
         self._of_epoch.append(loss)
         average = sum(self._recent) / len(self._recent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import ProjectConfiguration
 
 from lowrank.config.train import TrainOptions
@@ -94,6 +96,24 @@ def _precision(options: TrainOptions) -> str | None:
     return "no"
 
 
+def _precision_notes(options: TrainOptions, used: str) -> list[str]:
+    """A line that names the precision in use where accelerate has one and --mixed_precision has not."""
+    if options.train.mixed_precision:
+        return []
+    computes = "fp32" if used == "no" else f"mixed precision {used}"
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return [f"--mixed_precision is not given: this run computes in {computes}, as accelerate launch asks"]
+    file = Path(default_config_file)
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    match = re.search(r"mixed_precision[\"']?\s*:\s*[\"']?(\w+)", text)  # YAML or JSON
+    if match is None or (configured := match[1]) == "no":
+        return []
+    return [
+        f"--mixed_precision is not given: this run computes in {computes}. {file} has {configured}, which "
+        f"only `accelerate launch` reads; give --mixed_precision {configured} to use it"
+    ]
+
+
 def scale_fp16_gradients(scaler: Any) -> None:
     """Allow a gradient scaler to unscale gradients of fp16 parameters, which torch forbids by default."""
     unscale = scaler._unscale_grads_
@@ -124,7 +144,7 @@ def start_log(job: TrainJob, accelerator: Accelerator) -> None:
     for noisy in ("httpx", "huggingface_hub", "PIL", "matplotlib", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if accelerator.is_main_process:
-        for note in job.notes:
+        for note in (*job.notes, *_precision_notes(job.options, accelerator.mixed_precision)):
             logger.warning("%s", note)
 
 
