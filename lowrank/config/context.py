@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank.config.command_line import CommandLine, Parsed
-from lowrank.config.flag import SEEDS, option, path, resolution
+from lowrank.config.flag import SEEDS, ending, option, path, resolution
 from lowrank.config.flags_data import Buckets
 from lowrank.config.flags_training import PRECISIONS
 from lowrank.config.sd import token_length
@@ -60,6 +60,7 @@ class Sources:
         None,
         "ending of caption files (unset: .txt if there are any, else .caption)",
         aliases=("--caption_extention", "--captions_ext"),
+        convert=ending,
     )
     skip_bad_images: bool = option(False, "leave out images that cannot be read, and list them")
 

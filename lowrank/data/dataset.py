@@ -117,7 +117,7 @@ class Example:
 
     `captions` is one line, or with `enable_wildcard` every line of the caption file; `size` is (w, h) after
     the EXIF orientation; `subset` is the index in `Dataset.subsets`; `mask` is a file of
-    `conditioning_data_dir`.
+    `conditioning_data_dir`; `captioned` is False if the class tokens replace a missing caption.
     """
 
     path: Path
@@ -127,6 +127,7 @@ class Example:
     is_reg: bool
     subset: int
     mask: Path | None = None
+    captioned: bool = True
 
 
 _GROUPS = {"captions": Captions, "augmentation": Augmentation, "masks": Masks}

@@ -18,12 +18,13 @@ from accelerate.utils import ProjectConfiguration
 
 from lowrank.config.train import TrainOptions
 from lowrank.data.loader import Loader
-from lowrank.data.summary import dataset_summary
+from lowrank.data.summary import dataset_summary, describe
 from lowrank.errors import Refused
 from lowrank.models.family import DTYPES, Family, Models, Source
 from lowrank.objective.objective import Objective
 from lowrank.train.job import RunningJob, TrainJob
 from lowrank.train.network_module import KohyaNetwork
+from lowrank.train.overview import describe_layers
 from lowrank.train.schedule import RunPlan
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,20 @@ def start_trackers(job: RunningJob) -> None:
         raise Refused(f"the log folder cannot be written to ({error}); name another --logging_dir") from error
 
 
+class _Once(logging.Filter):
+    """Lets a message of a library through once; every message of this program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logged: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key = (record.name, record.getMessage())
+        new = key not in self._logged
+        self._logged.add(key)
+        return new or record.name.startswith(("lowrank", "networks"))
+
+
 def start_log(job: TrainJob, accelerator: Accelerator) -> None:
     """Set the level and file of the log, silence libraries, and log the notes of the command line."""
     options = job.options.logging
@@ -143,6 +158,10 @@ def start_log(job: TrainJob, accelerator: Accelerator) -> None:
     logging.getLogger().setLevel(options.console_log_level if accelerator.is_main_process else "ERROR")
     for noisy in ("httpx", "huggingface_hub", "PIL", "matplotlib", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    once = _Once()
+    for name in ("", "transformers", "diffusers", "accelerate", "bitsandbytes"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(once)
     if accelerator.is_main_process:
         for note in (*job.notes, *_precision_notes(job.options, accelerator.mixed_precision)):
             logger.warning("%s", note)
@@ -181,6 +200,7 @@ def announce(job: RunningJob, loader: Loader, plan: RunPlan, network: KohyaNetwo
         return
     train, counts = job.options.train, dataset_summary(loader)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    print("\n".join([*describe(loader), *describe_layers(network)]))
     print(
         f"running training\n  num train images * repeats: {counts['num_train_images']}"
         f"\n  num reg images: {counts['num_reg_images']}"

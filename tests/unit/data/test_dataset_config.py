@@ -7,6 +7,7 @@ import json
 import pytest
 from PIL import Image
 
+from lowrank.config.sd import SD_TRAIN
 from lowrank.data.dataset_config import from_config
 from lowrank.errors import Refused
 
@@ -57,6 +58,20 @@ image_dir = "a"
 caption_dropout_rate = 0
 """
 )
+
+
+def test_caption_extension_gets_its_dot(tmp_path):
+    (tmp_path / "cat").mkdir()
+    text = (
+        f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{tmp_path / "cat"}"\ncaption_extension = "txt"\n'
+    )
+    (tmp_path / "set.toml").write_text(text)
+    (dataset,) = from_config(tmp_path / "set.toml")
+    assert dataset.subsets[0].captions.caption_extension == ".txt"
+    for given, used in (("txt", ".txt"), (".caption", ".caption")):
+        line = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "x", "--output_dir", "x"]
+        line += ["--network_module", "networks.lora", "--caption_extension", given]
+        assert SD_TRAIN.parse(line).options.captions.caption_extension == used
 
 
 def test_lookup_order(write):
