@@ -201,7 +201,8 @@ def train(run: Run, progress: Progress) -> Progress:
     images = 0
     run.log.begin(progress.step)
     while progress.step < run.steps:
-        run.log.message(f"\nepoch {progress.epoch + 1}/{run.epochs}")  # GUIs read this line
+        if len(run.loader) > accelerator.gradient_accumulation_steps:  # one-step epochs: the bar is enough
+            run.log.message(f"\nepoch {progress.epoch + 1}/{run.epochs}")  # GUIs read this line
         network.on_epoch_start(run.text_encoders, run.denoiser)
         for batch in run.batches(progress.epoch, progress.position):
             if hasattr(network, "on_step_start"):
