@@ -44,6 +44,9 @@ class Subset:
     class_tokens: str | None = option(None, "caption of images without a caption file")
     is_reg: bool = option(False, "regularisation images")
     metadata_file: str | None = path(None, "file that lists the images and their captions")
+    diff_output_preservation: bool = option(
+        False, "the adapter must keep what the base model predicts for these images"
+    )
     captions: Captions = field(default_factory=Captions)
     augmentation: Augmentation = field(default_factory=Augmentation)
     masks: Masks = field(default_factory=Masks)

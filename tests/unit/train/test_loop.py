@@ -10,10 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from toys import base, network, probes
+from toys import base, network, probes, shake
 
+from lowrank.objective.diffusion import Diffusion
+from lowrank.objective.flow import Flow
 from lowrank.train.log import BIN_NAMES, Meter
-from lowrank.train.loop import batch_generator, loss_components
+from lowrank.train.loop import Forward, batch_generator, loss_components
+from lowrank.train.network_module import find_module
 from lowrank.train.preview import Preview
 from lowrank.train.prompts import Prompt
 
@@ -48,6 +51,44 @@ def test_a_meter_gives_means_over_micro_batches_and_timestep_bins():
         {"mse": torch.tensor(1.0), "prior": torch.tensor(0.0)}, torch.tensor([1.0]), torch.tensor([0.0])
     )
     assert meter.read(Accelerator(cpu=True))["loss"] == 1.0  # reading resets
+
+
+@pytest.mark.parametrize("objective", [Diffusion(), Flow(), Flow(model_prediction_type="sigma_scaled")])
+def test_differential_output_preservation(objective):
+    """The target of the chosen samples is what the base predicts, in the form that the loss compares."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16)).requires_grad_(False)
+    made = find_module("networks.lora").create_network(1.0, 4, 4.0, None, [], model, target=".")
+    made.apply_to([], model, False, True)
+    made.prepare_grad_etc([], model)
+    shake(made)
+    latents = torch.randn(3, 1, 4, 4)
+    forward = Forward(
+        accelerator=Accelerator(cpu=True),
+        network=made,
+        objective=objective,
+        latents=lambda batch, generator: latents,
+        conditions=lambda batch: {"scale": torch.tensor([1.0, 2.0, 3.0])},
+        denoise=lambda noisy, times, conditions: (
+            conditions["scale"][:, None, None, None] * model(noisy.flatten(1)).reshape(-1, 1, 4, 4)
+        ),
+    )
+    chosen = torch.tensor([False, True, True])
+    plain, _ = forward.losses(SimpleNamespace(masks=None, preserved=None), batch_generator(0, 0, 0))
+    losses, _ = forward.losses(SimpleNamespace(masks=None, preserved=chosen), batch_generator(0, 0, 0))
+    drawn = objective.draw(latents, batch_generator(0, 0, 0))
+    scale = torch.tensor([1.0, 2.0, 3.0])[:, None]
+    x = drawn.noisy.flatten(1)
+    layer = model[0]
+    base_output = scale * torch.nn.functional.linear(x, layer.weight, layer.bias)
+    change = scale * torch.nn.functional.linear(x, made.layers()[0].delta_weight())
+    outputs = [value.reshape(-1, 1, 4, 4) for value in (base_output, base_output + change)]
+    wanted = objective.losses(outputs[1], drawn._replace(target=objective.compared(outputs[0], drawn)))
+    assert losses[0] == plain[0] and not torch.isclose(losses[1:], plain[1:]).any()
+    torch.testing.assert_close(losses[1:], wanted[1:])
+    assert made.layers()[0].multiplier == 1.0
+    losses[1:].sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in made.parameters())
 
 
 def test_a_penalty_is_a_component_of_the_loss(bases):
