@@ -214,7 +214,7 @@ def hub_tokenizer(
     except (OSError, ValueError) as error:
         raise Refused(
             f"the tokenizer {name} is not here and cannot be fetched; put its files into "
-            f"{beside or kept or '--tokenizer_cache_dir/' + place}"
+            f"{kept or '--tokenizer_cache_dir/' + place}{f' or {beside}' if beside else ''}"
         ) from error
     if kept is not None and not there:
         model.save_pretrained(kept)

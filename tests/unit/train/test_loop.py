@@ -101,19 +101,19 @@ def test_a_penalty_is_a_component_of_the_loss(bases):
 
 
 def test_trackers_get_the_pictures(tmp_path, monkeypatch):
-    """wandb's under kohya's names with their prompts, TensorBoard's stacked where they are of one size."""
+    """wandb's under kohya's names with their prompts, TensorBoard's under one tag for each prompt."""
     told: dict[str, list] = {"wandb": [], "tensorboard": []}
     monkeypatch.setitem(
         sys.modules, "wandb", SimpleNamespace(Image=lambda image, caption: (image.size, caption))
     )
 
-    def add_images(tag, batch, step, dataformats):
-        told["tensorboard"].append((tag, batch.shape, step))
+    def add_image(tag, image, step, dataformats):
+        told["tensorboard"].append((tag, image.shape, step))
 
     accelerator = Accelerator(cpu=True)
     accelerator.trackers = [
         SimpleNamespace(name="wandb", log=lambda values, step: told["wandb"].append((values, step))),
-        SimpleNamespace(name="tensorboard", writer=SimpleNamespace(add_images=add_images)),
+        SimpleNamespace(name="tensorboard", writer=SimpleNamespace(add_image=add_image)),
     ]
     prompts = [Prompt("a cat", width=8, height=8, seed=1), Prompt("a dog", width=16, height=8, seed=1)]
     preview = Preview(
@@ -124,5 +124,5 @@ def test_trackers_get_the_pictures(tmp_path, monkeypatch):
     )
     paths = preview.run(accelerator, torch.nn.Linear(1, 1), "e000000", 7)
     assert told["wandb"] == [({"sample_0": ((8, 8), "a cat"), "sample_1": ((16, 8), "a dog")}, 7)]
-    assert sorted(told["tensorboard"]) == [("validation", (1, 8, n, 3), 7) for n in (8, 16)]
+    assert told["tensorboard"] == [("validation/00", (8, 8, 3), 7), ("validation/01", (8, 16, 3), 7)]
     assert [path.name[:14] for path in paths] == ["cat_e000000_00", "cat_e000000_01"]
