@@ -37,7 +37,8 @@ def write_sheet(folder: Path, name: str, prompts: Sequence[str]) -> Path | None:
     }
     if not cells:
         return None
-    page = sheet(cells, name or folder.parent.name, None, _row_name, lambda column: prompts[column])
+    title = name or folder.parent.name
+    page = sheet(cells, title, None, _row_name, lambda column: str(prompts[column]))
     path = sheet_path(folder, name)
     with atomic(path) as part:
         page.save(part, "PNG")
