@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find
 from lowrank.laplace.context_file import read_context, write_context
-from lowrank.laplace.fisher import Fisher
+from lowrank.laplace.fisher import Fisher, gauss_newton_draw
 from networks import lalora, lora
 
 UNET = Path(__file__).parent.parent / "configs" / "models" / "sd15.json"
@@ -80,12 +80,19 @@ def main() -> None:
     text = torch.randn(1, 77, model.config.cross_attention_dim, device=device)
     timestep = torch.tensor([500], device=device)
 
-    def losses(x: torch.Tensor = noisy) -> torch.Tensor:
-        prediction = model(x, timestep, encoder_hidden_states=text, return_dict=False)[0]
+    signs = torch.randint_like(noisy, 0, 2) * 2 - 1
+
+    def losses(prediction: torch.Tensor) -> torch.Tensor:
         return (prediction - noisy).square().flatten(1).mean(1)
 
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        return model(x, timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+    def draws() -> torch.Tensor:
+        return gauss_newton_draw(losses, predict(noisy), signs)
+
     def plain() -> None:
-        losses(noisy.clone().requires_grad_()).sum().backward()
+        losses(predict(noisy.clone().requires_grad_())).sum().backward()
 
     times: dict[str, list[float]] = {name: [] for name in ("plain", "kfac_lr", "diag", "step", "penalty")}
     measures = {name: Fisher(find("unet", model), name, 16, 0, device) for name in ("kfac_lr", "diag")}
@@ -93,7 +100,7 @@ def main() -> None:
         spent = {"plain": seconds(plain, device)}
         for name, fisher in measures.items():
             with fisher.watching():
-                spent[name] = seconds(partial(fisher.add, 1, losses), device)
+                spent[name] = seconds(partial(fisher.add, 1, draws), device)
         if turn:  # the first turn is a warm-up
             for name, duration in spent.items():
                 times[name].append(duration)
@@ -110,7 +117,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
     def step() -> None:
-        losses().sum().backward()
+        losses(predict(noisy)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import os
@@ -79,8 +80,13 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         yield part
+        probe = part / ".mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
         for file in part.rglob("*"):
             if file.is_file():
+                file.chmod(mode)  # safetensors 0.8 writes files that only their owner can read
                 _sync(file)
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -141,6 +147,15 @@ def only_writer(folder: Path) -> Iterator[None]:
             yield
         finally:
             file.unlink(missing_ok=True)
+
+
+def decoded(data: bytes) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
+
+    Raises `UnicodeDecodeError` for other bytes.
+    """
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if marked else "utf-8-sig")
 
 
 def sha256(path: str | os.PathLike, first: int | None = None) -> str:

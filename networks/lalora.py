@@ -2,16 +2,18 @@
 
     loss + (λ/2) Σ tr(UᵀGU · DSDᵀ)·s²/c, a sum over the layers        ΔW = s·U·D, s = alpha/rank
 
-S = E[x xᵀ] (I×I) and G = E[g gᵀ] (O×O) of each layer: x is the layer's input and g the gradient at its
-output. `calc_lalora_context.py` measures both on source data and writes them to a context file. ½ of the sum
-before the division by c approximates the rise of the base model's loss on the source data, to second order.
-So changes in directions without curvature are free. c is the mean curvature per weight, so that λ has the
-same meaning for every model. The result is an ordinary LoRA file. `penalty(options)` adds the penalty to any
-method.
+S = E[x xᵀ] (I×I) and G = E[g gᵀ] (O×O) of each layer: x is the layer's input and g the gradient at its output
+of the prediction with random signs, so that S ⊗ G approximates the Gauss–Newton matrix of the squared error.
+`calc_lalora_context.py` measures both on source data and writes them to a context file. ½ of the sum before
+the division by c approximates the rise of the base model's loss on the source data, to second order and layer
+by layer. So changes in directions without curvature are free. c is the mean curvature per weight, so that λ
+has the same meaning for every model. The result is an ordinary LoRA file. `penalty(options)` adds the penalty
+to any method.
 
 Difference from the paper: we take the curvature of W, not of U and D. At U = 0 the loss has no gradient in D,
 so the Fisher matrix of D is 0. With the curvature of U and D, two factorisations of one ΔW would also be
-penalised differently. The paper's diagonal version is `--curvature lora_diag` of the context script.
+penalised differently. `--curvature lora_diag` of the context script is the nearest to the paper's diagonal:
+it penalises U alone, by E[g²]·E[(D₀x)²] in place of E[g²(D₀x)²], with D₀ as training starts.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ class Options:
     null_threshold: float = 1e-3
     """null_adaptive_rank counts singular values up to this fraction of the largest as null"""
     svd_cache_path: str | None = None
-    """file that caches the null spaces between runs (default: no cache)"""
+    """folder that caches null spaces, default $LOWRANK_CACHE/null or ~/.cache/lowrank/null"""
     lalora_context_path: str | None = None
-    """context file made by calc_lalora_context.py, required by null_source=activation"""
+    """context file of calc_lalora_context.py --curvature kfac, required by null_source=activation"""
 
     def __post_init__(self) -> None:
         if self.null_source not in SOURCES:
@@ -60,7 +60,8 @@ class Options:
             )
         if self.null_source == "activation" and not self.lalora_context_path:
             raise Refused(
-                "null_source=activation needs lalora_context_path, a file made by calc_lalora_context.py"
+                "null_source=activation needs lalora_context_path, a file made by calc_lalora_context.py "
+                "--curvature kfac"
             )
         if not 0 < self.null_threshold < 1:
             raise Refused(f"null_threshold {self.null_threshold:g} is not between 0 and 1; 1e-3 is usual")

@@ -6,8 +6,10 @@
 M(t) keeps the first r(t) = ⌊((T − t)/T)^α (R − R_min)⌋ + R_min of R ranks (eq. 3, 6), T = 1000; each sample
 of a batch has its own t. P₀ (O×R), Λ₀ (R) and Q₀ (R×I) are R singular components, in descending order, of a
 random matrix with entries of standard deviation 1/R, or of W: the last, the middle or the principal ones. As
-in the paper, P and Q are orthogonal at the start and not constrained later. Defaults are those of the paper:
-the last components of a random matrix, R_min = R/2, s = 1.
+in the paper, P and Q are orthogonal at the start and not constrained later. The plain form starts from U = 0
+and a random D with the same entries. "N(0, 1/R)" in the paper names this deviation, not a variance. Defaults
+are those of the paper on SDXL: the last components of a random matrix, R_min = R/2, s = 1. On FLUX the paper
+uses the plain form.
 
 Differences from the authors' code: it uses one t for a whole batch, and computes the SVD of a random matrix
 for each layer. We draw P, Λ and Q directly, with equal distribution. P and Q come from QR of thin Gaussian
@@ -17,6 +19,7 @@ layer shape.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
@@ -94,13 +97,22 @@ def start(weights, ranks, scales, options: Options) -> Start:
     return values, metadata
 
 
+def plain_start(weights, ranks, scales) -> Start:
+    """Return D (R, I) with entries of standard deviation 1/R and U = 0, as in the authors' code."""
+    values = {}
+    for name, weight in weights.items():
+        (outs, ins), R = weight.shape, ranks[name]
+        values[name] = {"down": torch.randn(R, ins) / R, "up": torch.zeros(outs, R)}
+    return values, {}
+
+
 def gate(schedule: Schedule) -> Gate:
     """Return a gate that follows `schedule`; a layer of lower rank opens ranks in proportion."""
     return Gate(schedule.open, schedule.metadata, lambda rank: gate(schedule.for_rank(rank)))
 
 
 def method(options: Options) -> Method:
-    factor = LORA_FACTOR
+    factor = dataclasses.replace(LORA_FACTOR, start=plain_start)
     if options.orthogonal:
         factor = Factor(
             partial(start, options=options),

@@ -80,6 +80,11 @@ class Factor:
         roles = {role for chain in self.chains for role in (*chain.up, *chain.down)}
         return frozenset(roles.union(self.copies)) - set(self.trained)
 
+    def starts(self) -> dict[str, str]:
+        """Return the role of the initial copy of each trained role that has one."""
+        pairs = zip((*self.chains[0].up, *self.chains[0].down), self.copies, strict=True) if self.copy else ()
+        return {role: start for role, start in pairs if role in self.trained}
+
     def sides(self) -> dict[str, tuple[str, ...]]:
         """Return the dimensions of each role's tensor as words: "outputs", "rank", "inputs".
 
@@ -146,7 +151,8 @@ class Magnitude:
 class Penalty:
     """A term added to the loss and logged by name: `value(network) -> scalar`.
 
-    Instead of `value`, `prepare(network)` may be given; it returns `value` when the layers are attached.
+    Instead of `value`, `prepare(network)` may be given; it returns `value` when the layers have the values
+    that training starts from.
     """
 
     name: str

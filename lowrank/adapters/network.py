@@ -78,6 +78,7 @@ class AdapterNetwork(nn.Module):
         self.leave_out: frozenset[str] = frozenset()  # roles that are not saved
         self._backup: dict[str, Tensor] = {}
         self._penalties: dict[str, Callable[[Any], Tensor]] = {}
+        self._in_kohyas_trainer = False
         self._add_penalties: Callable[[nn.Module], None] | None = None  # in kohya's trainers
         self.set_multiplier(multiplier)
 
@@ -144,10 +145,6 @@ class AdapterNetwork(nn.Module):
             if apply_unet if self.targets[name].part == "unet" else apply_text_encoder:
                 layer.attach()
                 self.add_module(name, layer)
-        for penalty in self.method.penalty:
-            value = penalty.prepare(self) if penalty.prepare else penalty.value
-            assert value is not None  # a penalty has `prepare` or `value`
-            self._penalties[penalty.name] = value
         if apply_unet:
             self.clock.attach(unet)
 
@@ -173,6 +170,8 @@ class AdapterNetwork(nn.Module):
 
     def penalties(self) -> dict[str, Tensor]:
         """Return the method's penalties at the current parameters, by name."""
+        if not self._penalties:
+            self._prepare_penalties()
         return {name: value(self) for name, value in self._penalties.items()}
 
     # ------------------------------------------------------------------ training, as kohya's trainers do it
@@ -199,7 +198,10 @@ class AdapterNetwork(nn.Module):
         role_rates = {
             (part, role): factor for part in part_rates for role, factor in self.method.rates.items()
         }
-        return rates.groups(self.tagged(), part_rates, role_rates | self.role_rates)
+        groups, names = rates.groups(self.tagged(), part_rates, role_rates | self.role_rates)
+        if self._in_kohyas_trainer and self.factor.copy:  # its optimizer can decay to 0 only
+            groups = [{**group, "weight_decay": 0.0} for group in groups]
+        return groups, names
 
     def prepare_optimizer_params(self, text_encoder_lr, unet_lr, default_lr=None):
         return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
@@ -208,7 +210,15 @@ class AdapterNetwork(nn.Module):
         """Do nothing: the forwards of layers are recomputed with those of their hosts."""
 
     def prepare_grad_etc(self, text_encoder, unet) -> None:
+        """Make the parameters trainable; the values of this moment are where penalties start from."""
         self.requires_grad_(True)
+        self._prepare_penalties()
+
+    def _prepare_penalties(self) -> None:
+        for penalty in self.method.penalty:
+            value = penalty.prepare(self) if penalty.prepare else penalty.value
+            assert value is not None  # a penalty has `prepare` or `value`
+            self._penalties[penalty.name] = value
 
     def on_epoch_start(self, text_encoder, unet) -> None:
         self.train()
@@ -228,6 +238,7 @@ class AdapterNetwork(nn.Module):
 
     def prepare_network(self, args: Any) -> None:
         """Take the options of kohya's trainers, the only callers. Raises `Refused`, see `check_trainer`."""
+        self._in_kohyas_trainer = True
         kohya_trainer.check_trainer(self.method, args)
         self._add_penalties = kohya_trainer.pull(args) if self.method.penalty else None
 

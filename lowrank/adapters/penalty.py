@@ -55,10 +55,10 @@ def kronecker(U: Tensor, D: Tensor, S: Spectrum, G: Spectrum) -> Tensor:
     return (G.form(U) * S.form(D.mT)).sum((-2, -1)).clamp_min(0)  # rounding can make it negative
 
 
-def ranks_apart(U: Tensor, D: Tensor, S: Spectrum, G: Spectrum) -> Tensor:
-    """Return Σ_r (UᵀGU)_rr (DSDᵀ)_rr (…,) without gradient in D: the diagonal Laplace penalty around U = 0.
+def ranks_apart(U: Tensor, h: Tensor, G: Spectrum) -> Tensor:
+    """Return Σ_r (UᵀGU)_rr·h_r (…,) for U (…, O, R) and h (…, R), where h_r = E[(D₀x)_r²].
 
-    At U = 0 the loss has no gradient in D, so the precision of D is 0 and that of U_or is E[g_o²]·E[(Dx)_r²].
+    The penalty of U alone, rank by rank, at the D₀ where training starts: the diagonal of U's curvature in
+    Kronecker factors. At U = 0 the loss has no gradient in D, so D has none.
     """
-    rows = torch.diagonal(S.form(D.detach().mT), dim1=-2, dim2=-1)
-    return (torch.diagonal(G.form(U), dim1=-2, dim2=-1) * rows).sum(-1)
+    return (torch.diagonal(G.form(U), dim1=-2, dim2=-1) * h).sum(-1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.nn import Parameter
 
 
@@ -55,6 +56,20 @@ def groups(
         [{"params": params, "lr": rate} for _, _, rate, params in kept],
         [kohya_names.get(name, name) + ("" if factor == 1 else " plus") for name, factor, _, _ in kept],
     )
+
+
+def decay_targets(network: Any) -> list[tuple[Parameter, Tensor]]:
+    """Return the parameters that weight decay must pull to another value than 0, each with this value.
+
+    If an initial copy U₀·D₀ is subtracted, decay of U and D to 0 would make ΔW = −U₀·D₀.
+    """
+    starts = network.factor.starts()
+    return [
+        (parameter, getattr(layer, starts[role]))
+        for layer in network.layers()
+        for role, parameter in layer.roles().items()
+        if role in starts
+    ]
 
 
 def _rate(part_rate: float, speed: Speed) -> float:

@@ -2,7 +2,7 @@
 
 Two runs share Q only if they start from equal numbers, so a cache entry is named by a hash of the weight's
 bytes, shape and dtype, the rank, and the version of the algorithm. Its file contains `q` and `r` in fp32 and
-a checksum of both.
+a checksum of both. `cached_pairs` keeps other pairs of factors, (O, r) and (r, I), in the same way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +65,11 @@ def decompose(weight: Tensor, rank: int, *, seed: int = 0, name: str = "the weig
     return QrBasis(q.float(), r.float())
 
 
-def weight_key(weight: Tensor, rank: int) -> str:
-    """Return a basis' cache key: SHA-256 of the weight's bytes, shape, dtype, the rank and `VERSION`."""
-    digest = hashlib.sha256(json.dumps([VERSION, rank, str(weight.dtype), list(weight.shape)]).encode())
+def weight_key(weight: Tensor, rank: int, version: str | None = None) -> str:
+    """Return a cache key: SHA-256 of the weight's bytes, shape, dtype, the rank and the version."""
+    digest = hashlib.sha256(
+        json.dumps([version or VERSION, rank, str(weight.dtype), list(weight.shape)]).encode()
+    )
     for rows in weight.detach().split(max(1, HASHED // weight.shape[1])):
         digest.update(rows.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -94,7 +96,8 @@ def bases(
     layer. `device`: where to compute (default: the weight's device); the basis is returned on the weight's
     device. `cache=None`: no cache. Raises `Refused`, before computing, if a layer is smaller than the rank.
     """
-    return _load_or_compute(weights, _survey(weights, dict.fromkeys(weights, rank)), cache, progress, device)
+    layers = _survey(weights, dict.fromkeys(weights, rank))
+    return _load_or_compute(weights, layers, cache, progress, _decompose_on(device))
 
 
 def start_basis(
@@ -102,20 +105,46 @@ def start_basis(
 ) -> tuple[dict[str, QrBasis], dict[str, str]]:
     """Return `bases` with a rank for each layer, and their metadata; `cache=None` is the default folder."""
     layers = _survey(weights, ranks)
-    by_name = _load_or_compute(weights, layers, cache or cache_folder("basis"), progress, None)
+    folder = cache or cache_folder("basis")
+    by_name = _load_or_compute(weights, layers, folder, progress, _decompose_on(None))
     return by_name, {"basis_hash": _combined({name: layer.key for name, layer in layers.items()})}
+
+
+def cached_pairs(
+    weights: Mapping[str, Tensor],
+    ranks: Mapping[str, int],
+    cache: str | Path,
+    compute: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    version: str,
+    title: str,
+) -> dict[str, QrBasis]:
+    """Return `compute(weight, rank)`, fp32 (O, r) and (r, I), of every weight, read from or added to a cache.
+
+    `version` names the function and is part of the cache keys; `title` is that of the progress bar.
+    """
+    layers = _survey(weights, ranks, version)
+    return _load_or_compute(
+        weights, layers, cache, True, lambda weight, rank, _: QrBasis(*compute(weight, rank)), title
+    )
+
+
+def _decompose_on(device: torch.device | str | None) -> Callable[[Tensor, int, str], QrBasis]:
+    """Return a function that computes the basis of a named weight on `device` (None: the weight's)."""
+    return lambda weight, rank, name: decompose(weight.to(device or weight.device), rank, name=name)
 
 
 def _combined(keys: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(keys.items())).encode()).hexdigest()
 
 
-def _survey(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, _Layer]:
+def _survey(
+    weights: Mapping[str, Tensor], ranks: Mapping[str, int], version: str | None = None
+) -> dict[str, _Layer]:
     layers = {}
     for name in weights:
         weight, rank = weights[name], ranks[name]
         check_rank(weight, rank, name)
-        layers[name] = _Layer(weight_key(weight, rank), tuple(weight.shape), rank, weight.device)
+        layers[name] = _Layer(weight_key(weight, rank, version), tuple(weight.shape), rank, weight.device)
     return layers
 
 
@@ -124,18 +153,18 @@ def _load_or_compute(
     layers: Mapping[str, _Layer],
     cache: str | Path | None,
     progress: bool,
-    device: torch.device | str | None,
+    compute: Callable[[Tensor, int, str], QrBasis],
+    title: str = "basis",
 ) -> dict[str, QrBasis]:
-    def compute(name: str) -> QrBasis:
-        weight = weights[name]
-        return decompose(weight.to(device or weight.device), layers[name].rank, name=name)
+    def compute_layer(name: str) -> QrBasis:
+        return compute(weights[name], layers[name].rank, name)
 
     def bar(names: list[str]) -> Iterable[str]:
-        return tqdm(names, desc="basis", unit="layer", file=sys.stderr, disable=not (progress and names))
+        return tqdm(names, desc=title, unit="layer", file=sys.stderr, disable=not (progress and names))
 
     by_name: dict[str, QrBasis] = {}
     if cache is None:
-        by_name = {name: compute(name) for name in bar(list(layers))}
+        by_name = {name: compute_layer(name) for name in bar(list(layers))}
     else:
         folder = Path(cache)
         for name, layer in layers.items():  # a complete cache needs no lock, and may be read-only
@@ -145,7 +174,7 @@ def _load_or_compute(
         with _locked(folder) if missing else contextlib.nullcontext():
             for name in bar(missing):
                 cached = _read_or_none(folder, layers[name])
-                by_name[name] = cached or _write(folder, layers[name], compute(name))
+                by_name[name] = cached or _write(folder, layers[name], compute_layer(name))
     return {name: QrBasis(*(x.to(layer.device) for x in by_name[name])) for name, layer in layers.items()}
 
 

@@ -24,8 +24,8 @@ from lowrank.data.cache import Cache
 from lowrank.data.loader import Batch, Loader
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
-from lowrank.laplace.context_file import Context, write_context
-from lowrank.laplace.fisher import Fisher
+from lowrank.laplace.context_file import GAUSS_NEWTON, Context, write_context
+from lowrank.laplace.fisher import Fisher, gauss_newton_draw
 from lowrank.models import blocks, memory
 from lowrank.models.family import Family, FamilyOptions, Models, Source, align, release
 from lowrank.models.flux import FLUX, FluxOptions
@@ -202,33 +202,42 @@ def _run(
     total = 0.0
     with fisher.watching(), tqdm(total=count, desc="curvature", unit="sample") as bar:
         for group in picture_groups(loader, count, size):
-            latents, drawn = _drawn(family, models, objective, group, seed, device)
+            drawn, signs = _drawn(family, models, objective, group, seed, device)
+            losses: list[Tensor] = []
 
-            def losses(group: list[Batch] = group, drawn: Draw = drawn) -> Tensor:
+            def draws(
+                group: list[Batch] = group,
+                drawn: Draw = drawn,
+                signs: Tensor = signs,
+                losses: list[Tensor] = losses,
+            ) -> Tensor:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     conditions = text([sample.captions[0] for sample in group]) | _sizes(family, group)
                     prediction = family.denoise(
                         models.denoiser, drawn.noisy, drawn.timesteps, conditions, switches
                     )
-                return objective.losses(prediction, drawn)
+                losses.append(objective.losses(prediction.detach(), drawn))
+                return gauss_newton_draw(lambda f: objective.losses(f, drawn), prediction, signs)
 
-            # the sum over a sample in place of its mean, as a half-precision backward needs
-            total += float(fisher.add(len(group), losses, scale=float(latents[0].numel())).sum())
+            # √N times a draw has gradients near 1, as a half-precision backward needs
+            fisher.add(len(group), draws, scale=float(signs[0].numel()) ** 0.5)
+            total += float(losses[0].sum())
             bar.update(len(group))
     return total / count
 
 
 def _drawn(
     family: Family, models: Models, objective: Objective, group: list[Batch], seed: int, device: torch.device
-) -> tuple[Tensor, Draw]:
-    """Latents, and noise and timesteps, which a picture has from its own place in its epoch."""
-    latents, draws = [], []
+) -> tuple[Draw, Tensor]:
+    """Noise and timesteps, and signs (B, C, h, w), which a picture has from its own place in its epoch."""
+    draws, signs = [], []
     for sample in group:
         generator = batch_generator(seed, sample.epoch, sample.position)
         assert sample.encoded is not None
-        latents.append(family.latents(models, sample.encoded.to(device), generator))
-        draws.append(objective.draw(latents[-1], generator))
-    return torch.cat(latents), Draw(*(torch.cat(column) for column in zip(*draws, strict=True)))
+        draws.append(objective.draw(family.latents(models, sample.encoded.to(device), generator), generator))
+        signs.append(torch.randint(0, 2, draws[-1].target.shape, generator=generator).mul_(2).sub_(1))
+    drawn = Draw(*(torch.cat(column) for column in zip(*draws, strict=True)))
+    return drawn, torch.cat(signs).to(drawn.target)
 
 
 def _sizes(family: Family, group: list[Batch]) -> dict[str, Tensor]:
@@ -271,6 +280,7 @@ def _facts(
     measure, rank = parsed.options.measure, parsed.options.measure.kfac_rank
     facts = {
         "version": __version__,
+        "fisher": GAUSS_NEWTON,
         "base_model": Path(models.source.path).name,
         "base_model_version": family.base_model_version(models),
         "base_hash": family.model_hash(models, "denoiser"),

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from lowrank.adapter_file import check_base
 from lowrank.adapters.targets import find
 from lowrank.cli.base_model import base, model_family, own_side
-from lowrank.cli.contact_sheet import sheet
 from lowrank.combine.mixture import Entry, Mixture, read_mixture, shares
 from lowrank.config.command_line import Parsed
 from lowrank.config.tools import INFERENCE_MERGE, Merge
@@ -24,6 +23,7 @@ from lowrank.files import writable_folder
 from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.read import refuse_masked
 from lowrank.formats.residual import check_residual, residual_file
+from lowrank.models.contact_sheet import sheet
 from lowrank.models.family import Family, Models
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank.config.command_line import CommandLine, Parsed
-from lowrank.config.flag import SEEDS, option, path, resolution
+from lowrank.config.flag import SEEDS, ending, option, path, resolution
 from lowrank.config.flags_data import Buckets
 from lowrank.config.flags_training import PRECISIONS
 from lowrank.config.sd import token_length
@@ -60,6 +60,7 @@ class Sources:
         None,
         "ending of caption files (unset: .txt if there are any, else .caption)",
         aliases=("--caption_extention", "--captions_ext"),
+        convert=ending,
     )
     skip_bad_images: bool = option(False, "leave out images that cannot be read, and list them")
 
@@ -72,7 +73,7 @@ class Measure:
     curvature: str = option(
         "kfac_lr",
         "kfac: S and G in full; kfac_lr: their largest eigenpairs and a diagonal; diag: diagonals; "
-        "lora_diag: the paper's diagonal of a LoRA's factors",
+        "lora_diag: for a penalty of a LoRA's up factor alone, rank by rank",
         choices=("kfac", "kfac_lr", "diag", "lora_diag"),
     )
     kfac_rank: int = option(16, "number of eigenpairs kept of each of S and G", low=1, high=4096)

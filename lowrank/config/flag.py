@@ -144,6 +144,11 @@ def comma_words(text: str) -> tuple[str, ...]:
     return words
 
 
+def ending(text: str) -> str:
+    """A file's ending, with its dot: `txt` is `.txt`."""
+    return text if not text or text.startswith(".") else f".{text}"
+
+
 def file_name(text: str) -> str:
     """A file name without folder, to which endings and step numbers are added."""
     if not text or any(mark in text for mark in "/\\\0") or text in (".", ".."):

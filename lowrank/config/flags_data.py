@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank.config.flag import SEEDS, option, path, resolution
+from lowrank.config.flag import SEEDS, ending, option, path, resolution
 
 MAX_SIDE = 16384  # pixels
 
@@ -147,6 +147,7 @@ class Captions:
         "ending of caption files (unset: .caption, and with --instance_data_dir caption files are not "
         "looked for)",
         aliases=("--caption_extention",),
+        convert=ending,
     )
     caption_separator: str = option(",", "text between the tags of a caption")
     shuffle_caption: bool = option(False, "shuffle the tags of a caption", metadata=True, per_folder=True)

@@ -60,7 +60,7 @@ class Merge:
         (), "comma list of further adapters at fixed strengths: a.safetensors=0.7", convert=comma_words
     )
     negative_prompt: str | None = option(None, "prompt of what the pictures should not show; not for FLUX")
-    num_inference_steps: int = option(50, "denoising steps", low=1, high=1000)
+    num_inference_steps: int = option(50, "denoising steps", low=1, high=1000, aliases=("--num_steps",))
     guidance_scale: float | None = option(
         None,
         "strength of the prompt: distilled guidance for FLUX (unset: 3.5), CFG for SD (unset: 7.5)",

@@ -110,7 +110,7 @@ def _vary_tags(
         rng.shuffle(middle)
     if options.caption_tag_dropout_rate > 0:
         middle = [tag for tag in middle if rng.random() >= options.caption_tag_dropout_rate]
-    # joined by the folder's own separator, as sd-scripts does since its PR 2390 (before: always ", ")
+    # sd-scripts joins with ", " whatever the separator is, so that a list split at ";" is not one any more
     return f"{options.caption_separator} ".join(head + middle + tail)
 
 

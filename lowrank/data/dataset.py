@@ -44,6 +44,9 @@ class Subset:
     class_tokens: str | None = option(None, "caption of images without a caption file")
     is_reg: bool = option(False, "regularisation images")
     metadata_file: str | None = path(None, "file that lists the images and their captions")
+    diff_output_preservation: bool = option(
+        False, "the adapter must keep what the base model predicts for these images"
+    )
     captions: Captions = field(default_factory=Captions)
     augmentation: Augmentation = field(default_factory=Augmentation)
     masks: Masks = field(default_factory=Masks)
@@ -117,7 +120,7 @@ class Example:
 
     `captions` is one line, or with `enable_wildcard` every line of the caption file; `size` is (w, h) after
     the EXIF orientation; `subset` is the index in `Dataset.subsets`; `mask` is a file of
-    `conditioning_data_dir`.
+    `conditioning_data_dir`; `captioned` is False if the class tokens replace a missing caption.
     """
 
     path: Path
@@ -127,6 +130,7 @@ class Example:
     is_reg: bool
     subset: int
     mask: Path | None = None
+    captioned: bool = True
 
 
 _GROUPS = {"captions": Captions, "augmentation": Augmentation, "masks": Masks}
@@ -252,6 +256,11 @@ def _numbered(parent: Path, option: str, values: Mapping[str, Any]) -> list[Subs
             )
     if not subsets:
         loose = sum(Path(entry.name).suffix.lower() in suffixes() for entry in os.scandir(parent))
+        if loose and (match := _REPEATS.fullmatch(parent.resolve().name)) and int(match[1]) >= 1:
+            raise Refused(
+                f"{option} {parent} is itself a folder <repeats>_<class> with {loose} images; give the "
+                f"folder that holds it: --{option} {parent.resolve().parent}"
+            )
         content = f"only {loose} images directly in it" if loose else describe_content(parent)
         raise Refused(
             f"{option} {parent} has no subfolder named <repeats>_<class>: {content}; "

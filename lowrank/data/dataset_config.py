@@ -26,7 +26,6 @@ _NOT_WITH_METADATA = ("is_reg", "class_tokens", "caption_extension")  # a metada
 _WITHOUT_EFFECT = {  # keys of sd-scripts that change nothing here
     "network_multiplier": "it has no effect in sd-scripts either",
     "cache_info": "scanning reads only the heads of files and needs no cache",
-    "custom_attributes": "this trainer does not read them",
 }
 _UNSUPPORTED = {  # keys of sd-scripts that would change the training
     "face_crop_aug_range": "crop the images beforehand, or set random_crop",
@@ -90,6 +89,8 @@ class _Reader:
         for key, value in table.items():
             if key in known:
                 kept[key] = value
+            elif key == "custom_attributes":
+                kept |= self._attributes(where, value)
             elif key in _WITHOUT_EFFECT:
                 log.warning("%s, %s: %s is ignored: %s", self._path, where, key, _WITHOUT_EFFECT[key])
             elif key in _UNSUPPORTED:
@@ -105,6 +106,19 @@ class _Reader:
                 )
                 raise self._refused(where, f"unknown key {key!r}{way_out}")
         return kept
+
+    def _attributes(self, where: str, value: object) -> dict[str, Any]:
+        """The part of `custom_attributes` that sd-scripts uses: differential output preservation."""
+        if not isinstance(value, dict):
+            raise self._refused(where, f"custom_attributes is {_shown(value)}, not a table")
+        if unused := [key for key in value if key != "diff_output_preservation"]:
+            log.warning(
+                "%s, %s: custom_attributes %s has no effect; only diff_output_preservation is used",
+                self._path,
+                where,
+                ", ".join(unused),
+            )
+        return {key: value[key] for key in value if key not in unused}
 
     def tables(self, where: str, value: object) -> list[object]:
         """A non-empty list of tables."""

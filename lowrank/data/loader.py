@@ -51,6 +51,7 @@ class Batch:
     crop_top_lefts: Tensor  # (B, 2) top, left: SDXL's crop condition
     target_sizes: Tensor  # (B, 2) H, W
     masks: Tensor | None  # (B, 1, H or h, W or w) in [0, 1]
+    preserved: Tensor | None = None  # (B,) True: the target is the base's prediction; None: for no image
 
 
 class Loader:
@@ -274,6 +275,7 @@ class Loader:
             crop_top_lefts=torch.tensor(corners),
             target_sizes=torch.tensor([bucket[::-1]] * len(members)),
             masks=_stack_masks([mask for _, mask in rows], stacked.shape[-2:]),
+            preserved=_preserved(members),
         )
 
 
@@ -291,6 +293,11 @@ def _load_pixels(
         alpha=image.subset.masks.alpha_mask,
         mask_file=image.example.mask,
     )
+
+
+def _preserved(members: Sequence[Placed]) -> Tensor | None:
+    flags = [image.subset.diff_output_preservation for image in members]
+    return torch.tensor(flags) if any(flags) else None
 
 
 def _stack_masks(masks: list[Tensor | None], size: torch.Size) -> Tensor | None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank.data import images, metadata_file
+from lowrank.data import caption_files, images, metadata_file
 from lowrank.data.captions import varies_tags
 from lowrank.data.dataset import Dataset, Example, Subset, describe_content
 from lowrank.data.plan import place_image
@@ -19,7 +19,21 @@ from lowrank.files import existing_folder
 
 log = logging.getLogger(__name__)
 _SKIP = "or give --skip_bad_images"
-_ENDINGS = (".txt", ".caption")  # of caption files: the usual one, and the default of kohya sd-scripts
+# endings of pictures that no training reads; kohya's scripts leave them out without a word
+_UNREAD = (
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".jfif",
+    ".jpe",
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".psd",
+    ".tga",
+    ".ico",
+)
 
 
 def _is_file(entry: os.DirEntry) -> bool:
@@ -84,7 +98,9 @@ def _scan_subset(dataset: Dataset, index: int, bad: list[str]) -> list[Example]:
             bad.append(str(error))
             continue
         modes.setdefault(head.mode, []).append(path.name)
-        examples.append(Example(path, captions, head.size, subset.num_repeats, subset.is_reg, index, mask))
+        captioned = not known or subset.metadata_file is not None
+        repeats, reg = subset.num_repeats, subset.is_reg
+        examples.append(Example(path, captions, head.size, repeats, reg, index, mask, captioned))
     _log_surprises(subset, modes, examples)
     return examples
 
@@ -112,7 +128,7 @@ def _list_images(subset: Subset, bad: list[str]) -> list[metadata_file.Entry]:
             foreign[0],
         )
     entries: list[metadata_file.Entry] = []
-    unread: list[str] = []
+    missing: list[str] = []
     first: dict[str, str] = {}
     for name in image_names:
         stem = os.path.splitext(name)[0]
@@ -125,19 +141,26 @@ def _list_images(subset: Subset, bad: list[str]) -> list[metadata_file.Entry]:
         first[stem] = name
         has_file = extension is not None and stem + extension in names
         entries.append((folder / name, () if has_file else (subset.class_tokens or "",)))
-        if extension is not None and not has_file:
-            unread += [stem + ending for ending in _ENDINGS if stem + ending in names]
+        if not has_file:
+            missing.append(name)
+    if extension is not None:
+        caption_files.warn_of_missing(folder, extension, subset.class_tokens, missing, len(first), names)
+    _warn_of_formats(folder, names)
+    return entries
+
+
+def _warn_of_formats(folder: Path, names: set[str]) -> None:
+    """Name pictures in formats that are not read."""
+    endings = [ending for ending in _UNREAD if ending not in images.suffixes()]
+    unread = sorted(name for name in names if os.path.splitext(name)[1].lower() in endings)
     if unread:
         log.warning(
-            "%s: %d images have a caption file that is not read (first: %s), as caption_extension is %s; "
-            "give --caption_extension %s to read them",
+            "%s: %d pictures are left out, as their formats are not read: %s; save them as PNG, JPEG or WebP "
+            "(a .jfif or .jpe file is a JPEG: rename it to .jpg)",
             folder,
             len(unread),
-            unread[0],
-            extension,
-            os.path.splitext(unread[0])[1],
+            caption_files.shorten(unread),
         )
-    return entries
 
 
 def _images(names: set[str]) -> list[str]:
@@ -216,6 +239,15 @@ def _warn_of_unused_masks(dataset: Dataset, examples: list[Example]) -> None:
 def _log_surprises(subset: Subset, modes: dict[str, list[str]], examples: list[Example]) -> None:
     """Log what a user may not expect: converted pixels, empty captions, a separator without effect."""
     folder, mark = subset.image_dir, subset.captions.keep_tokens_separator
+    transparent = [name for mode in ("RGBA", "LA", "PA", "La", "RGBa") for name in modes.get(mode, ())]
+    if transparent and not subset.masks.alpha_mask:
+        log.info(
+            "%s: %d images have an alpha channel, which is dropped: transparent pixels show the colour "
+            "that is stored under them (%s); give --alpha_mask to train only what is opaque",
+            folder,
+            len(transparent),
+            caption_files.shorten(transparent),
+        )
     for mode, names in modes.items():
         if mode == "CMYK" or mode == "I" or mode.startswith("I;16"):
             log.info(

@@ -45,6 +45,7 @@ def dataset_summary(loader: Loader) -> dict[str, Any]:
                         "is_reg": subset.is_reg,
                         "repeats": subset.num_repeats,
                         "images": _count(examples, index),
+                        "captions": sum(e.subset == index and e.captioned for e in examples),
                     }
                     for index, subset in enumerate(dataset.subsets)
                 ],
@@ -56,6 +57,22 @@ def dataset_summary(loader: Loader) -> dict[str, Any]:
             for dataset, examples, group in zip(loader.datasets, loader.examples, loader.groups, strict=True)
         ],
     }
+
+
+def describe(loader: Loader) -> list[str]:
+    """Lines for people: the folders with pictures, repeats and captions, and the buckets."""
+    lines = []
+    for number, dataset in enumerate(dataset_summary(loader)["datasets"]):
+        width, height = dataset["resolution"]
+        lines.append(f"dataset {number}: {width}×{height}, batch {dataset['batch_size']}")
+        for place in dataset["folders"]:
+            kind = "regularisation" if place["is_reg"] else "training"
+            lines.append(
+                f"  {place['image_dir']}: {place['images']} {kind} images × {place['repeats']}, "
+                f"{place['captions']} with captions"
+            )
+        lines += [f"  bucket {bucket}: {count}" for bucket, count in dataset["buckets"].items()]
+    return lines
 
 
 def tag_frequency(loader: Loader, index: int | None = None) -> dict[str, dict[str, int]]:

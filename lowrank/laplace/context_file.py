@@ -1,11 +1,14 @@
 """Context files: the curvature of the base model's loss on source data, for each layer's weight.
 
-For a layer y = W x of a sample n with T positions, x (T, I) is its input and g = ∂ℓₙ/∂y (T, O):
+For a layer y = W x of a sample n with T positions, x (T, I) is its input and g = ∂qₙ/∂y (T, O), where qₙ is a
+random combination of the model's prediction (`lowrank.laplace.fisher.gauss_newton_draw`):
 
     S = E_n[ Σ_t x xᵀ / T ]        G = E_n[ Σ_t g gᵀ ]        ½ vec(ΔW)ᵀ(S ⊗ G)vec(ΔW) ≈ the rise of the loss
 
-This is the Kronecker-factored Fisher matrix ("expand", arXiv 2311.00636) of the base model's weights. It does
-not depend on the adapter, so one file serves every method and rank.
+This is the Kronecker-factored Gauss–Newton matrix ("expand", arXiv 2311.00636) of the base model's weights,
+which for a squared error is the Fisher matrix. It does not depend on the adapter, so one file serves every
+method and rank. Files without `lowrank.fisher` in their metadata hold the empirical Fisher matrix, from
+gradients of the loss itself: it weighs a sample by its squared error.
 
 A file has `<kohya name>.S_vec` (I, K), `.S_val` (K,), `.S_diag` (I,), S = V·diag(v)·Vᵀ + diag(d), and the
 same keys for G. `kfac`: all eigenpairs, no diagonal; `kfac_lr`: the largest K and a diagonal; `diag`: a
@@ -31,6 +34,7 @@ from lowrank.tensors import read_tensors, write_tensors
 
 KIND = "lalora_context"
 CURVATURES = ("kfac", "kfac_lr", "diag", "lora_diag")
+GAUSS_NEWTON = "gauss-newton"  # value of lowrank.fisher in the metadata
 LEGACY = "coordinates"  # file of the fork's script: precisions of a universal network's coordinates
 PROBED = 8  # rows of a weight that its fingerprint uses
 # by curvature: whether S and G have vectors, and a diagonal

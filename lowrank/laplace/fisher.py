@@ -1,9 +1,9 @@
-"""Measure S = E[x xᵀ] and G = E[g gᵀ] of layers while the base model computes its loss on source data.
+"""Measure S = E[x xᵀ] and G = E[g gᵀ] of layers while the base model predicts on source data.
 
-Hooks on the layers read x in the forward and g = ∂ℓₙ/∂y in the backward. The losses of a batch are summed,
-and no sample's loss depends on another sample, so g is the gradient of one sample's loss: the result does not
-depend on the batch size or the loss scale, and on autocast only by its rounding. Weights need no gradient: if
-an output has no graph, a new one starts there.
+Hooks on the layers read x in the forward and g = ∂qₙ/∂y in the backward, where qₙ is one number of a sample
+(`gauss_newton_draw`). The numbers of a batch are summed, and none depends on another sample: the result does
+not depend on the batch size or the scale of the backward, and on autocast only by its rounding. Weights need
+no gradient: if an output has no graph, a new one starts there.
 """
 
 from __future__ import annotations
@@ -120,6 +120,20 @@ def gradients_of(host: Layer, g: Tensor) -> Tensor:
     return g.reshape(-1, g.shape[-1])
 
 
+def gauss_newton_draw(losses: Callable[[Tensor], Tensor], prediction: Tensor, signs: Tensor) -> Tensor:
+    """Return q (B,): q_n = Σ_i √h_i·η_i·f_i for the prediction f (B, …), random signs η, and h = ∂²ℓ_n/∂f².
+
+    Over the signs, E[∇q ∇qᵀ] = Jᵀ diag(h) J, J = ∂f/∂θ: the Gauss–Newton matrix of ℓ_n, which does not depend
+    on the residual (arXiv 1412.1193, §6). `losses` (B,) must be a sum over the elements of f, so that its
+    second derivative is diagonal; for a mean of squares over N elements h is 2/N.
+    """
+    leaf = prediction.detach().float().requires_grad_()
+    with torch.enable_grad():
+        (first,) = torch.autograd.grad(losses(leaf).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((first * signs).sum(), leaf)  # h ⊙ η
+    return ((second * signs).clamp_min(0).sqrt() * signs * prediction).flatten(1).sum(1)
+
+
 class Fisher:
     """Sums of S and G of layers over samples; hooks are attached only inside `with fisher.watching():`."""
 
@@ -153,25 +167,24 @@ class Fisher:
             for handle in handles:
                 handle.remove()
 
-    def add(self, samples: int, losses: Callable[[], Tensor], scale: float = 1.0) -> Tensor:
-        """Add a batch and return its losses (B,).
+    def add(self, samples: int, draws: Callable[[], Tensor], scale: float = 1.0) -> None:
+        """Add a batch.
 
-        `losses()` runs the model and returns ℓ (B,); `scale` multiplies them in the backward and is divided
-        out. Raises `Refused` for a loss that is not finite.
+        `draws()` runs the model and returns q (B,), one number of each sample; `scale` multiplies them in the
+        backward and is divided out. Raises `Refused` for a number that is not finite.
         """
         self._counting, self._scale = samples, scale
         with torch.enable_grad():
             try:
-                values = losses()
+                values = draws()
             finally:
                 self._counting = 0  # gradient checkpointing runs the forward again in the backward
             (values.sum() * scale).backward()
         self.samples += samples
         if not torch.isfinite(values).all():
             raise Refused(
-                "the loss of the base model is not finite; use --mixed_precision bf16 or --no_half_vae"
+                "the prediction of the base model is not finite; use --mixed_precision bf16 or --no_half_vae"
             )
-        return values.detach()
 
     def _forward(self, target: Target, _module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         if not output.requires_grad:

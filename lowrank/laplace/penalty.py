@@ -2,6 +2,7 @@
 
     (λ/2) Σ_l tr(UᵀGU · DSDᵀ)·s²/c        c = Σ_l tr(G)·tr(S) / Σ_l O·I
 
+A `lora_diag` context penalises U alone: (λ/2) Σ_l Σ_r (UᵀGU)_rr (D₀SD₀ᵀ)_rr·s²/c, D₀ as training starts.
 c is the mean curvature per weight over the penalised layers, so that λ has the same meaning for every base
 model, loss and number of samples. Layers of one shape are computed together.
 """
@@ -22,7 +23,7 @@ from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.penalty import Spectrum
 from lowrank.adapters.targets import host_shape
 from lowrank.errors import Refused
-from lowrank.laplace.context_file import LEGACY, Context, Curvature, weight_fingerprint
+from lowrank.laplace.context_file import GAUSS_NEWTON, LEGACY, Context, Curvature, weight_fingerprint
 from lowrank.naming import keys
 from lowrank.tensors import has_values
 
@@ -38,16 +39,28 @@ class Group:
     layers: list[AdaptedLayer]
     S: Spectrum
     G: Spectrum
+    h: Tensor | None = None  # (n, R), E[(D₀x)²]: the penalty is of U alone
 
-    def value(self, measure: Callable[..., Tensor]) -> Tensor:
-        """Return Σ s²·measure(…) over the layers; curvatures are moved to the parameters' device."""
+    def value(self) -> Tensor:
+        """Return Σ s²·tr(UᵀGU · DSDᵀ) over the layers; curvatures are moved to the parameters' device."""
         pairs = [_thin(layer) for layer in self.layers]
         U, D = torch.stack([up for up, _ in pairs]), torch.stack([down for _, down in pairs])
         dtype = torch.promote_types(U.dtype, torch.float32)
         if self.S.main.device != U.device or self.S.main.dtype != dtype:
             self.S, self.G = _to(self.S, U.device, dtype), _to(self.G, U.device, dtype)
+            self.h = None if self.h is None else self.h.to(U.device, dtype)
         s = torch.tensor([layer.scale * _strength(layer) for layer in self.layers], dtype=dtype)
-        return (measure(U.to(dtype), D.to(dtype), self.S, self.G) * s.square().to(U.device)).sum()
+        if self.h is None:
+            sizes = penalty.kronecker(U.to(dtype), D.to(dtype), self.S, self.G)
+        else:
+            sizes = penalty.ranks_apart(U.to(dtype), self.h, self.G)
+        return (sizes * s.square().to(U.device)).sum()
+
+    def at_start(self) -> Group:
+        """Return a group that penalises U alone, with the present D as D₀."""
+        D = torch.stack([_thin(layer)[1].detach() for layer in self.layers]).float()
+        S = _to(self.S, D.device, D.dtype)
+        return Group(self.layers, self.S, self.G, torch.diagonal(S.form(D.mT), dim1=-2, dim2=-1))
 
 
 def bind_penalty(network: Any, context: Context, strength: float, source: str) -> Callable[[Any], Tensor]:
@@ -58,6 +71,12 @@ def bind_penalty(network: Any, context: Context, strength: float, source: str) -
     """
     if context.curvature == LEGACY:
         return _bind_coordinates(network, context, strength, source)
+    if context.metadata.get("lowrank.fisher") != GAUSS_NEWTON:
+        logger.warning(
+            "%s holds the empirical Fisher matrix, which weighs a timestep by the base model's error there; "
+            "calc_lalora_context.py of this version measures the Gauss-Newton matrix: make the file again",
+            source,
+        )
     by_key = {keys.flat(name): name for name in context.layers}
     matches: dict[AdaptedLayer, str] = {}
     for layer in network.layers():
@@ -78,8 +97,8 @@ def bind_penalty(network: Any, context: Context, strength: float, source: str) -
     return _laplace(
         {layer: context.layers[name] for layer, name in matches.items()},
         strength,
-        penalty.ranks_apart if context.curvature == "lora_diag" else penalty.kronecker,
         source,
+        up_alone=context.curvature == "lora_diag",
     )
 
 
@@ -89,11 +108,11 @@ def isotropic(network: Any, strength: float) -> Callable[[Any], Tensor]:
     for layer in network.layers():
         O, I = host_shape(layer.host)
         layers[layer] = Curvature(*(Spectrum(None, None, torch.ones(n)) for n in (I, O)))
-    return _laplace(layers, strength, penalty.kronecker, "isotropic")
+    return _laplace(layers, strength, "isotropic")
 
 
 def _laplace(
-    layers: Mapping[AdaptedLayer, Curvature], strength: float, measure: Callable[..., Tensor], source: str
+    layers: Mapping[AdaptedLayer, Curvature], strength: float, source: str, up_alone: bool = False
 ) -> Callable[[Any], Tensor]:
     total = sum(
         float(curvature.G.main.double().sum() * curvature.S.main.double().sum())
@@ -106,11 +125,13 @@ def _laplace(
             "make it again with more samples"
         )
     groups, factor = _grouped(layers), strength / 2 * weights / total
+    if up_alone:
+        groups = [group.at_start() for group in groups]
 
     def value(network: Any) -> Tensor:
         if not strength:  # with λ = 0 the run equals, bit for bit, one without
             return torch.zeros((), device=next(network.parameters()).device)
-        return factor * torch.stack([group.value(measure) for group in groups]).sum()
+        return factor * torch.stack([group.value() for group in groups]).sum()
 
     return value
 
@@ -121,7 +142,11 @@ def _grouped(layers: Mapping[AdaptedLayer, Curvature]) -> list[Group]:
         shapes = (None if part is None else part.shape for side in curvature for part in side)
         by_shape[(layer.rank, *shapes)].append(layer)
     return [
-        Group(members, *(_stacked([layers[layer][side] for layer in members]) for side in (0, 1)))
+        Group(
+            members,
+            _stacked([layers[layer].S for layer in members]),
+            _stacked([layers[layer].G for layer in members]),
+        )
         for members in by_shape.values()
     ]
 

@@ -130,7 +130,12 @@ def empty_text(models: Models) -> list[tuple[nn.Module, int]]:
 
 def _tokenizers(models: Models) -> tuple[Any, ...]:
     if single.is_file(models.root):
-        return tuple(single.hub_tokenizer(*names, models.source) for names in flux_single.TOKENIZERS.items())
+        return tuple(
+            single.hub_tokenizer(kind, name, models.source, beside=Path(models.root).parent / folder)
+            for (kind, name), folder in zip(
+                flux_single.TOKENIZERS.items(), ("tokenizer", "tokenizer_2"), strict=True
+            )
+        )
     folders = ((CLIPTokenizer, "tokenizer"), (T5TokenizerFast, "tokenizer_2"))
     return tuple(components.folder_tokenizer(kind, models.root, name) for kind, name in folders)
 

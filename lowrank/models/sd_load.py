@@ -229,8 +229,10 @@ def _tokenizers(models: Models) -> tuple[Any, ...]:
             components.folder_tokenizer(CLIPTokenizer, models.root, name) for _, name, _ in _encoders(models)
         )
     tokenizers = tuple(
-        single.hub_tokenizer(CLIPTokenizer, name, models.source, within)
-        for name, within in TOKENIZERS[_kind(models)]
+        single.hub_tokenizer(CLIPTokenizer, name, models.source, within, models.root.parent / folder)
+        for (name, within), folder in zip(
+            TOKENIZERS[_kind(models)], ("tokenizer", "tokenizer_2"), strict=False
+        )
     )
     for second in tokenizers[1:]:  # OpenCLIP pads with 0, and its tokenizer on the hub with the end token
         if second.pad_token_id == second.eos_token_id:

@@ -193,8 +193,16 @@ def filled_encoder(
     return model
 
 
-def hub_tokenizer(kind: Any, name: str, source: Source, subfolder: str | None = None) -> Any:
-    """A tokenizer by its hub id: from `--tokenizer_cache_dir`/<id with / as _>, fetched if absent."""
+def hub_tokenizer(
+    kind: Any, name: str, source: Source, subfolder: str | None = None, beside: Path | None = None
+) -> Any:
+    """A tokenizer by its hub id: from the folder `beside` the model's file, if it is there.
+
+    Otherwise from `--tokenizer_cache_dir`/<id with / as _>, fetched if absent.
+    """
+    if beside is not None and beside.is_dir():
+        with reading(kind.__name__, beside):
+            return kind.from_pretrained(beside, local_files_only=True)
     place = name.replace("/", "_")
     kept = Path(source.tokenizer_cache_dir) / place if source.tokenizer_cache_dir else None
     there = kept is not None and kept.is_dir()
@@ -206,7 +214,7 @@ def hub_tokenizer(kind: Any, name: str, source: Source, subfolder: str | None = 
     except (OSError, ValueError) as error:
         raise Refused(
             f"the tokenizer {name} is not here and cannot be fetched; put its files into "
-            f"{kept or '--tokenizer_cache_dir/' + place}"
+            f"{kept or '--tokenizer_cache_dir/' + place}{f' or {beside}' if beside else ''}"
         ) from error
     if kept is not None and not there:
         model.save_pretrained(kept)

@@ -187,6 +187,10 @@ class Diffusion(DiffusionOptions):
         levels = self.multires_noise_iterations or 0
         return pyramid_noise(epsilon, levels, self.multires_noise_discount, generator)
 
+    def compared(self, prediction: Tensor, drawn: Draw) -> Tensor:
+        """A prediction of the model in the form that is compared with the target: as it is."""
+        return prediction.to(drawn.target.dtype)
+
     def losses(
         self, prediction: Tensor, drawn: Draw, *, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
@@ -198,7 +202,7 @@ class Diffusion(DiffusionOptions):
         width = None
         if self.loss_type in PSEUDO_HUBER:
             width = self._width(drawn.timesteps)
-        error = elementwise(self.loss_type, prediction.to(drawn.target.dtype), drawn.target, width)
+        error = elementwise(self.loss_type, self.compared(prediction, drawn), drawn.target, width)
         return per_sample(error, mask, weight) * self.weight(drawn.timesteps).to(error)
 
     def _width(self, timesteps: Tensor) -> Tensor:

@@ -155,6 +155,11 @@ class Flow(FlowOptions):
         noisy = interpolate(x0, torch.stack(inputs).to(x0), sigma)
         return Draw(noisy, velocity(x0, torch.stack(clean).to(x0)), sigma, STEPS * sigma)
 
+    def compared(self, prediction: Tensor, drawn: Draw) -> Tensor:
+        """A velocity in the form that is compared with the target, by `model_prediction_type`."""
+        v = prediction.to(drawn.target.dtype)
+        return model_prediction(self.model_prediction_type, v, drawn.noisy, drawn.sigma)
+
     def losses(
         self, prediction: Tensor, drawn: Draw, *, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
@@ -163,8 +168,7 @@ class Flow(FlowOptions):
         `prediction` (B, C, h, w) is the model's velocity in any dtype; `mask` (B, 1, h, w); `weight` (B,), 1
         or the prior loss weight.
         """
-        v = prediction.to(drawn.target.dtype)
-        compared = model_prediction(self.model_prediction_type, v, drawn.noisy, drawn.sigma)
+        compared = self.compared(prediction, drawn)
         width = None
         if self.loss_type in PSEUDO_HUBER:
             width = huber_width(self.huber_schedule, drawn.timesteps, self.huber_c, self.huber_scale)

@@ -41,6 +41,10 @@ class Objective(Protocol):
         """Noisy samples of `latents` and what the model should predict from them."""
         ...
 
+    def compared(self, prediction: Tensor, drawn: Draw) -> Tensor:
+        """A prediction of the model in the form that is compared with the target."""
+        ...
+
     def losses(
         self, prediction: Tensor, drawn: Draw, *, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:

@@ -28,7 +28,7 @@ from lowrank.train.network_module import KohyaNetwork
 
 logger = logging.getLogger(__name__)
 
-_CACHE_ARGUMENTS = ("basis_cache", "svd_cache_path")  # network arguments that name a cache folder or file
+_CACHE_ARGUMENTS = ("basis_cache", "svd_cache_path")  # network arguments that name a cache folder
 _BEGINNING = 1 << 16  # bytes of a picture that are hashed; with its size they distinguish it from others
 
 

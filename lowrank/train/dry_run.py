@@ -27,17 +27,7 @@ def show(
     phases: Sequence[Phase],
 ) -> int:
     """Print the tables and return 0; `denoiser` and `network` have no values, or are None (other modules)."""
-    facts = summary.dataset_summary(loader)
-    for number, dataset in enumerate(facts["datasets"]):
-        print(
-            f"dataset {number}: {dataset['resolution'][0]}×{dataset['resolution'][1]}, batch "
-            f"{dataset['batch_size']}"
-        )
-        for place in dataset["folders"]:
-            kind = "regularisation" if place["is_reg"] else "training"
-            print(f"  {place['image_dir']}: {place['images']} {kind} images × {place['repeats']}")
-        for bucket, count in dataset["buckets"].items():
-            print(f"  bucket {bucket}: {count}")
+    print("\n".join(summary.describe(loader)))
     captions = loader.captions()
     print(
         f"captions: {'open-ended' if captions is None else ', '.join(map(repr, captions[:3]))}"

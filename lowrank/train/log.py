@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib.metadata
 import platform
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from lowrank.errors import Refused
 from lowrank.files import atomic
 
+INTERVAL = 30.0  # seconds between two lines of progress where the output is no terminal
 BINS = 4  # of the timestep range 0..1000
 BIN_NAMES = tuple(f"t{1000 * i // BINS}-{1000 * (i + 1) // BINS}" for i in range(BINS))
 _PACKAGES = (
@@ -70,13 +72,15 @@ class RunLog:
 
     def begin(self, step: int) -> None:
         """Start loss.csv and the progress bar at a step; a resumed run drops the rows after it."""
-        self._started = time.monotonic()
+        self._started = self._printed = time.monotonic()
+        main, self._begun = self._accelerator.is_main_process, step
+        self._in_lines = main and not sys.stderr.isatty()  # a file or a pipe: lines in place of a bar
         self._bar = tqdm(
             total=self._total,
             initial=step,
             desc="steps",
             dynamic_ncols=True,
-            disable=not self._accelerator.is_main_process,
+            disable=not main or self._in_lines,
         )
         if not self._accelerator.is_main_process:
             return
@@ -101,16 +105,18 @@ class RunLog:
     ) -> None:
         """Log an optimizer step: losses, learning rates by group, number of images, other scalars."""
         loss = losses["loss"] or 0.0
+        rates = {name: float(rate) for name, rate in rates.items()}  # an Adafactor's own rate is a tensor
         self._recent.append(loss)
         self._of_epoch.append(loss)
         average = sum(self._recent) / len(self._recent)
         self._images += images
         speed = self._images / (time.monotonic() - self._started)
-        first = next(iter(rates.values()), 0.0)
+        base = [rate for name, rate in rates.items() if not name.endswith(" plus")]  # not LoRA+'s
+        first = next(iter(base or rates.values()), 0.0)
+        numbers = f"loss={loss:.4f}, avr_loss={average:.4f}, lr={first:.3g}, images/s={speed:.2f}"
         self._bar.update()
-        self._bar.set_postfix_str(
-            f"loss={loss:.4f}, avr_loss={average:.4f}, lr={first:.3g}, images/s={speed:.2f}"
-        )
+        self._bar.set_postfix_str(numbers)
+        self._print_progress(step, numbers)
         scalars = {"loss/current": loss, "loss/average": average}
         for name, value in losses.items():
             if name != "loss" and value is not None:
@@ -128,6 +134,18 @@ class RunLog:
                 raise Refused(
                     f"could not write {self._csv}: {error}; free disk space and continue with --resume latest"
                 ) from error
+
+    def _print_progress(self, step: int, numbers: str) -> None:
+        """Without a terminal: print the bar as a line after the first and last step, and each `INTERVAL`."""
+        now = time.monotonic()
+        due = now - self._printed >= INTERVAL or step in (self._begun + 1, self._total)
+        if self._in_lines and due:
+            self._printed, elapsed = now, now - self._started
+            rate = (step - self._begun) / elapsed if elapsed else None
+            line = tqdm.format_meter(
+                step, self._total, elapsed, prefix="steps", postfix=numbers, rate=rate, ncols=120
+            )
+            print(line, file=sys.stderr, flush=True)
 
     def epoch(self, epoch: int) -> None:
         """Log the mean loss of the steps since the last call under kohya's tag, at the end of an epoch."""

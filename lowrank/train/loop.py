@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lowrank.data.loader import Batch, Loader
 from lowrank.errors import Refused
 from lowrank.models.family import Models
-from lowrank.objective.objective import Objective
+from lowrank.objective.objective import Draw, Objective
 from lowrank.train.checkpoints import Progress
 from lowrank.train.job import RunningJob
 from lowrank.train.log import Meter, RunLog
@@ -51,9 +51,30 @@ class Forward:
         latents = self.latents(batch, generator)  # (B, C, h, w)
         drawn = self.objective.draw(latents, generator, at)
         with self.accelerator.autocast(), at_timesteps(self.network, drawn.timesteps):
-            prediction = self.denoise(drawn.noisy, drawn.timesteps, self.conditions(batch))
+            conditions = self.conditions(batch)
+            prediction = self.denoise(drawn.noisy, drawn.timesteps, conditions)
+        if batch.preserved is not None:
+            drawn = self._preserving(batch.preserved.to(latents.device), drawn, conditions)
         mask = None if batch.masks is None else _fit(batch.masks.to(latents.device), latents)
         return self.objective.losses(prediction, drawn, mask=mask), drawn.timesteps
+
+    @torch.no_grad()
+    def _preserving(self, chosen: Tensor, drawn: Draw, conditions: Mapping[str, Tensor]) -> Draw:
+        """The draw with the base's own prediction as the target of the `chosen` samples (B,).
+
+        sd-scripts' differential output preservation: the adapter is off for one more pass of these samples.
+        """
+        part = Draw(*(value[chosen.to(value.device)] for value in drawn))
+        inputs = {name: value[chosen.to(value.device)] for name, value in conditions.items()}
+        self.network.set_multiplier(0.0)
+        try:
+            with self.accelerator.autocast(), at_timesteps(self.network, part.timesteps):
+                prediction = self.denoise(part.noisy, part.timesteps, inputs)
+        finally:
+            self.network.set_multiplier(1.0)
+        target = drawn.target.clone()
+        target[chosen.to(target.device)] = self.objective.compared(prediction, part).to(target)
+        return drawn._replace(target=target)
 
 
 def run_forward(job: RunningJob, models: Models, network: KohyaNetwork, text: TextConditions) -> Forward:
@@ -208,7 +229,8 @@ def train(run: Run, progress: Progress) -> Progress:
     images = 0
     run.log.begin(progress.step)
     while progress.step < run.steps:
-        run.log.message(f"\nepoch {progress.epoch + 1}/{run.epochs}")  # GUIs read this line
+        if len(run.loader) > accelerator.gradient_accumulation_steps:  # one-step epochs: the bar is enough
+            run.log.message(f"\nepoch {progress.epoch + 1}/{run.epochs}")  # GUIs read this line
         network.on_epoch_start(run.text_encoders, run.denoiser)
         for batch in run.batches(progress.epoch, progress.position):
             if hasattr(network, "on_step_start"):

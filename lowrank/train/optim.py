@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lowrank.config.flag import literals
 from lowrank.config.flags_training import Optimizer as Options
@@ -112,6 +113,33 @@ def build_optimizer(
     if schedule_free(optimizer):
         optimizer.train()  # pyright: ignore[reportAttributeAccessIssue]
     return name, text, optimizer
+
+
+def decay_towards(optimizer: torch.optim.Optimizer, targets: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Let weight decay pull each parameter θ of `targets` to its θ₀: in a step the optimizer sees θ − θ₀.
+
+    Gradients and updates are the same for both; only weight decay uses the parameter's value. Raises
+    `Refused` for optimizers that use the value in other ways, if their weight decay is not 0.
+    """
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    pairs = [(parameter, start) for parameter, start in targets if id(parameter) in trained]
+    if not pairs or not any(group.get("weight_decay") for group in optimizer.param_groups):
+        return
+    name = type(optimizer).__name__
+    if schedule_free(optimizer) or name == "Adafactor":
+        raise Refused(
+            f"weight decay of {name} would pull this method's factors to 0, which erases the base model's "
+            "strongest directions; give --optimizer_args weight_decay=0, or use AdamW, whose decay to the "
+            "start is supported"
+        )
+
+    @torch.no_grad()
+    def shift(sign: int) -> None:
+        starts = [start.to(parameter) for parameter, start in pairs]
+        torch._foreach_add_([parameter for parameter, _ in pairs], starts, alpha=sign)
+
+    optimizer.register_step_pre_hook(lambda *_: shift(-1))
+    optimizer.register_step_post_hook(lambda *_: shift(1))
 
 
 def schedule_free(optimizer: Any) -> bool:

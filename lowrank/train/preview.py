@@ -18,6 +18,7 @@ from lowrank.errors import Refused, nearest
 from lowrank.files import atomic
 from lowrank.models.family import Family, FamilyOptions, Models, move, release
 from lowrank.train.job import RunningJob
+from lowrank.train.preview_sheet import write_sheet
 from lowrank.train.prompts import Prompt, read_prompts
 from lowrank.train.text_conditions import stack_text
 from lowrank.train.watch import evaluation_mode
@@ -77,14 +78,16 @@ class Preview:
     folder: Path
     name: str  # prefix of the file names, may be empty
     per_prompt: int = 1
-    seed: int | None = None
+    seed: int = 0
     every_epochs: int | None = None
     every_steps: int | None = None
 
     def run(self, accelerator: Accelerator, network: nn.Module, tag: str, step: int) -> list[Path]:
         """Draw every prompt on the main process to `{name_}{tag}_{index:02d}_{time}_{seed}.png`.
 
-        TensorBoard gets the pictures as `validation`, wandb under kohya's names `sample_{index}`.
+        Each prompt has its seed, so that its pictures differ only by the adapter. A sheet of all tags and
+        prompts grows beside them. TensorBoard gets the pictures as `validation/{index:02d}`, wandb under
+        kohya's names `sample_{index}`.
         """
         if not accelerator.is_main_process or not self.prompts:
             accelerator.wait_for_everyone()
@@ -93,20 +96,19 @@ class Preview:
         with evaluation_mode(network), torch.no_grad(), accelerator.autocast():
             jobs = [(prompt, copy) for prompt in self.prompts for copy in range(self.per_prompt)]
             for index, (prompt, copy) in enumerate(jobs):
-                seed = prompt.seed if prompt.seed is not None else self.seed
-                seed = (torch.seed() % 2**32 if seed is None else seed) + copy
+                seed = (self.seed if prompt.seed is None else prompt.seed) + copy
                 image = self.draw(prompt, seed)
                 stem = f"{self.name}_" if self.name else ""
                 path = self.folder / f"{stem}{tag}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}_{seed}.png"
                 save_png(path, image, describe(prompt, seed))
                 paths.append(path)
                 images.append(image)
+        write_sheet(self.folder, self.name, [prompt.prompt for prompt, _ in jobs])
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
-                arrays = [numpy.asarray(image) for image in images]
-                for shape in {array.shape for array in arrays}:  # TensorBoard stacks equal sizes only
-                    batch = numpy.stack([array for array in arrays if array.shape == shape])
-                    tracker.writer.add_images("validation", batch, step, dataformats="NHWC")
+                for index, image in enumerate(images):
+                    array = numpy.asarray(image)
+                    tracker.writer.add_image(f"validation/{index:02d}", array, step, dataformats="HWC")
             elif tracker.name == "wandb":
                 import wandb  # pyright: ignore[reportMissingImports]  # imported only if it is used
 
@@ -186,7 +188,7 @@ def run_preview(
         folder=job.names.output_dir / "sample",
         name=job.names.output_name or "",
         per_prompt=1 if by_file else sampling.num_validation_images,
-        seed=job.options.train.seed,
+        seed=job.seed,
         every_epochs=epochs if prompts else None,
         every_steps=steps if prompts and not epochs else None,  # epochs win, as in kohya's scripts
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank.config.flag import SEEDS
 from lowrank.errors import Refused, nearest
-from lowrank.files import parse_toml
+from lowrank.files import decoded, parse_toml
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +123,14 @@ def read_prompts(
     `[[prompt.subset]]`. `.json`: a list of lines or objects. Raises `Refused` naming file and entry."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = decoded(path.read_bytes())
+    except OSError as error:
         raise Refused(f"{flag} {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise Refused(
+            f"{flag} {path} is neither UTF-8 nor UTF-16 ({error.reason} at byte {error.start}); save it as "
+            "UTF-8"
+        ) from error
     if path.suffix == ".txt":
         lines = [(f"{path} line {i}", line.strip()) for i, line in enumerate(text.splitlines(), 1)]
         entries: list[tuple[str, Any]] = [(where, line) for where, line in lines if line and line[0] != "#"]

@@ -12,6 +12,8 @@ from pathlib import Path
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.rates import decay_targets
 from lowrank.config.flag import pairs
 from lowrank.data.loader import Loader
 from lowrank.files import only_writer
@@ -194,6 +196,8 @@ def _optimizer(
         network, options.text_encoder_lr, options.unet_lr, setup.base_rate(job)
     )
     name, arguments, optimizer = optim.build_optimizer(groups, options)
+    if isinstance(network, AdapterNetwork):
+        optim.decay_towards(optimizer, decay_targets(network))
     scheduler = build_scheduler(optimizer, options, plan.steps, job.accelerator.num_processes)
     return (*job.accelerator.prepare(optimizer, scheduler), f"{name}({arguments})", group_names)
 

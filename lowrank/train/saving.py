@@ -72,10 +72,11 @@ class Saver:
             self._remove_old_steps(step)
         if _due(step, self._preview.every_steps) and not last:
             self.draw(f"{step:06d}", step)
-        if self._validation and _due(step, self._validation.every_steps):
+        every = self._validation.every_steps if self._validation else None
+        if self._validation and every and (last or _due(step, every)):
             self._validate(self._validation, "step", step)
-        if last and progress.position == self._plan.batches:  # the loop returns before it ends this epoch
-            self._end_epoch(progress.epoch + 1)
+        if last:  # the loop returns before it ends this epoch, which may be a part of one
+            self._end_epoch(progress.epoch + 1, last=True)
         if self.stop_asked and not last:
             self._save_checkpoint(progress)
             self.stopped = True
@@ -92,9 +93,11 @@ class Saver:
         if _due(epoch, self._preview.every_epochs):
             self.draw(f"e{epoch:06d}", progress.step)
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int, last: bool = False) -> None:
+        """Log the mean loss of an epoch, and measure what is due; at the end of the run it always is."""
         self._log.epoch(epoch)
-        if self._validation and _due(epoch, self._validation.every_epochs):
+        every = self._validation.every_epochs if self._validation else None
+        if self._validation and every and (last or _due(epoch, every)):
             self._validate(self._validation, "epoch", epoch)
 
     def finish(self, progress: Progress) -> None:

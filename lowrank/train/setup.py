@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,16 +13,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import ProjectConfiguration
 
 from lowrank.config.train import TrainOptions
 from lowrank.data.loader import Loader
-from lowrank.data.summary import dataset_summary
+from lowrank.data.summary import dataset_summary, describe
 from lowrank.errors import Refused
 from lowrank.models.family import DTYPES, Family, Models, Source
 from lowrank.objective.objective import Objective
 from lowrank.train.job import RunningJob, TrainJob
 from lowrank.train.network_module import KohyaNetwork
+from lowrank.train.overview import describe_layers
 from lowrank.train.schedule import RunPlan
 
 logger = logging.getLogger(__name__)
@@ -95,6 +98,24 @@ def _precision(options: TrainOptions) -> str | None:
     return "no"
 
 
+def _precision_notes(options: TrainOptions, used: str) -> list[str]:
+    """A line that names the precision in use where accelerate has one and --mixed_precision has not."""
+    if options.train.mixed_precision:
+        return []
+    computes = "fp32" if used == "no" else f"mixed precision {used}"
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return [f"--mixed_precision is not given: this run computes in {computes}, as accelerate launch asks"]
+    file = Path(default_config_file)
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    match = re.search(r"mixed_precision[\"']?\s*:\s*[\"']?(\w+)", text)  # YAML or JSON
+    if match is None or (configured := match[1]) == "no":
+        return []
+    return [
+        f"--mixed_precision is not given: this run computes in {computes}. {file} has {configured}, which "
+        f"only `accelerate launch` reads; give --mixed_precision {configured} to use it"
+    ]
+
+
 def scale_fp16_gradients(scaler: Any) -> None:
     """Allow a gradient scaler to unscale gradients of fp16 parameters, which torch forbids by default."""
     unscale = scaler._unscale_grads_
@@ -114,6 +135,20 @@ def start_trackers(job: RunningJob) -> None:
         raise Refused(f"the log folder cannot be written to ({error}); name another --logging_dir") from error
 
 
+class _Once(logging.Filter):
+    """Lets a message of a library through once; every message of this program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logged: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key = (record.name, record.getMessage())
+        new = key not in self._logged
+        self._logged.add(key)
+        return new or record.name.startswith(("lowrank", "networks"))
+
+
 def start_log(job: TrainJob, accelerator: Accelerator) -> None:
     """Set the level and file of the log, silence libraries, and log the notes of the command line."""
     options = job.options.logging
@@ -124,8 +159,12 @@ def start_log(job: TrainJob, accelerator: Accelerator) -> None:
     logging.getLogger().setLevel(options.console_log_level if accelerator.is_main_process else "ERROR")
     for noisy in ("httpx", "huggingface_hub", "PIL", "matplotlib", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    once = _Once()
+    for name in ("", "transformers", "diffusers", "accelerate", "bitsandbytes"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(once)
     if accelerator.is_main_process:
-        for note in job.notes:
+        for note in (*job.notes, *_precision_notes(job.options, accelerator.mixed_precision)):
             logger.warning("%s", note)
 
 
@@ -163,6 +202,7 @@ def announce(job: RunningJob, loader: Loader, plan: RunPlan, network: KohyaNetwo
         return
     train, counts = job.options.train, dataset_summary(loader)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    print("\n".join([*describe(loader), *describe_layers(network)]))
     print(
         f"running training\n  num train images * repeats: {counts['num_train_images']}"
         f"\n  num reg images: {counts['num_reg_images']}"

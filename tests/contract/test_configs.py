@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 from repository import ROOT
 
 from lowrank.cli.resolve import with_network
+from lowrank.config.flag import pairs
 from lowrank.config.flux import FLUX_TRAIN
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
 from lowrank.data.dataset_config import from_config
@@ -42,6 +46,23 @@ def test_sd_config_parses(path):
     assert parsed.notes == ()
     assert facade_of(find_module(parsed.value("network_module"))) is not None
     Diffusion(**vars(parsed.options.objective))
+
+
+def test_sdxl_tlora_trains_the_layers_of_the_paper():
+    """560 linear layers, as the paper counts them, of the real U-Net's sizes, with weight decay 1e-4."""
+    from diffusers import UNet2DConditionModel  # pyright: ignore
+
+    parsed = SDXL_TRAIN.parse(
+        ["--config_file", str(ROOT / "configs" / "sdxl_tlora.toml"), "--train_data_dir", "x"]
+    )
+    arguments = pairs("--network_args", parsed.options.network.network_args)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            json.loads((ROOT / "configs/models/sdxl.json").read_text(encoding="utf-8"))["unet"]
+        )
+    network = find_module("networks.tlora").create_network(1.0, 64, None, None, [], unet, **arguments)
+    assert len(network.layers()) == 560 and all(not layer.conv for layer in network.layers())
+    assert chosen(parsed.options.optimizer).arguments == {"weight_decay": 1e-4}
 
 
 def test_dataset_config_is_scanned(monkeypatch):

@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sd_run import one_thread
 
-from lowrank.cli.contact_sheet import _shortened, sheet
 from lowrank.cli.flux_train import main as train
 from lowrank.cli.merge import _check_sides, _names
 from lowrank.cli.merge import main as merge
 from lowrank.cli.residual import main as residual
 from lowrank.errors import Refused
+from lowrank.models.contact_sheet import _shortened, sheet
 from lowrank.tensors import write_tensors
 
 pytestmark = pytest.mark.slow  # whole runs

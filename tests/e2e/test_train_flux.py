@@ -156,7 +156,7 @@ def test_output_folder_of_a_run(arguments, tmp_path):
     assert {"loss/current", "loss/average", "loss/mse", "loss/prior", "lr/unet", "norm/gradient"} <= set(
         events.Tags()["scalars"]
     )
-    assert "validation" in events.Tags()["images"]
+    assert "validation/00" in events.Tags()["images"]
     again = [
         "--config_file",
         str(run / "config.toml"),

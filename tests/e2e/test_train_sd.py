@@ -340,6 +340,22 @@ def test_validation_loss_does_not_change_training(arguments, tmp_path):
     assert len(scalars(tmp_path / "logs2")["loss/validation/epoch_average"]) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "when", [(), ("--validate_every_n_steps", "50"), ("--validate_every_n_epochs", "50")]
+)
+def test_validation_at_the_end_of_a_run_inside_its_first_epoch(when, arguments, tmp_path):
+    """Pictures that are held out are measured at least once, and a part of an epoch has a mean loss."""
+    more = ("--validation_split", "0.34", "--max_train_steps", "2", "--network_train_unet_only")
+    more = (*more, "--cache_latents", "--logging_dir", str(tmp_path / "logs"))
+    assert sd(arguments("run", *more, *when, "--network_args", "target=mid_block.*to_q")) == 0
+    logged = scalars(tmp_path / "logs")
+    kind = "step" if "--validate_every_n_steps" in when else "epoch"
+    assert len(logged[f"loss/validation/{kind}_average"]) == 1
+    mean = sum(float(row["loss"]) for row in rows(tmp_path / "run")) / 2
+    assert logged["loss/epoch_average"] == [pytest.approx(mean, rel=1e-5)]
+
+
 def test_validation_loss_is_repeatable(arguments, tmp_path):
     more = ("--validation_split", "0.34", "--validate_every_n_steps", "1", "--learning_rate", "1e-30")
     assert sd(arguments("run", *more, "--logging_dir", str(tmp_path / "logs"))) == 0

@@ -100,6 +100,13 @@ def test_a_mistake_is_one_sentence_and_can_be_skipped(tmp_path, caplog, spoil, v
     assert next(made.epoch(0)).encoded.shape == (1, 3, 8, 8)
 
 
+def test_class_folder_as_train_data_dir_advises_its_parent(tmp_path):
+    image(tmp_path / "10_cat" / "a.png")
+    with pytest.raises(Refused) as refused:
+        from_folders(tmp_path / "10_cat")
+    assert str(refused.value).endswith(f"give the folder that holds it: --train_data_dir {tmp_path}")
+
+
 def test_a_folder_without_a_number_is_said_and_alone_is_refused(tmp_path, caplog):
     image(tmp_path / "cat" / "a.png")
     with pytest.raises(Refused, match=r"has no subfolder named <repeats>_<class>: .*; move the images into"):

@@ -7,6 +7,7 @@ import json
 import pytest
 from PIL import Image
 
+from lowrank.config.sd import SD_TRAIN
 from lowrank.data.dataset_config import from_config
 from lowrank.errors import Refused
 
@@ -57,6 +58,20 @@ image_dir = "a"
 caption_dropout_rate = 0
 """
 )
+
+
+def test_caption_extension_gets_its_dot(tmp_path):
+    (tmp_path / "cat").mkdir()
+    text = (
+        f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{tmp_path / "cat"}"\ncaption_extension = "txt"\n'
+    )
+    (tmp_path / "set.toml").write_text(text)
+    (dataset,) = from_config(tmp_path / "set.toml")
+    assert dataset.subsets[0].captions.caption_extension == ".txt"
+    for given, used in (("txt", ".txt"), (".caption", ".caption")):
+        line = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "x", "--output_dir", "x"]
+        line += ["--network_module", "networks.lora", "--caption_extension", given]
+        assert SD_TRAIN.parse(line).options.captions.caption_extension == used
 
 
 def test_lookup_order(write):
@@ -234,8 +249,24 @@ metadata_file = "b/meta.json"
     assert (one.value("resize_interpolation"), two.value("resize_interpolation")) == ("area", "bicubic")
     assert (one.masks.conditioning_data_dir, two.metadata_file) == ("b", "b/meta.json")
     assert str(two.image_dir) == "b" and one.masks.alpha_mask and two.augmentation.flip_aug
-    for key in ("network_multiplier", "cache_info", "custom_attributes"):
+    for key in ("network_multiplier", "cache_info"):
         assert f"{key} is ignored" in caplog.text
+    assert "custom_attributes a has no effect; only diff_output_preservation is used" in caplog.text
+
+
+def test_differential_output_preservation_of_a_subset(write, tmp_path):
+    """In `custom_attributes`, as in sd-scripts, of one subset or of all in a dataset."""
+    table = "custom_attributes = { diff_output_preservation = true }\n"
+    (dataset,) = from_config(write("[[datasets]]" + SUBSETS + table))
+    assert [subset.diff_output_preservation for subset in dataset.subsets] == [False, True]
+    (dataset,) = from_config(write("[[datasets]]\n" + table + SUBSETS))
+    assert [subset.diff_output_preservation for subset in dataset.subsets] == [True, True]
+    with pytest.raises(Refused, match="custom_attributes is 3"):
+        from_config(write("[[datasets]]\ncustom_attributes = 3\n" + SUBSETS))
+    with pytest.raises(Refused, match="diff_output_preservation"):
+        from_config(
+            write("[[datasets]]" + SUBSETS + "custom_attributes = { diff_output_preservation = 7 }\n")
+        )
 
 
 def test_the_command_line_s_masks_are_for_training_images(write):

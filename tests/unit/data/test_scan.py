@@ -63,7 +63,52 @@ def test_captions_of_another_ending_are_told(tmp_path, caplog):
     caplog.clear()
     (dataset,) = from_folders(tmp_path, caption_extension=".txt")
     scan(dataset)
-    assert not caplog.text
+    assert "1 of 3 images have no .txt file" in caplog.text and "is not read" not in caplog.text
+
+
+def test_missing_captions_are_named_with_their_reason(tmp_path, caplog):
+    for index in range(5):
+        save(tmp_path / "10_cat" / f"{index}.png")
+    for name in ("0.txt", "1.TXT", "2.png.txt", "3.caption"):
+        (tmp_path / "10_cat" / name).write_text("a cat")
+    (dataset,) = from_folders(tmp_path, caption_extension=".txt")
+    examples = scan(dataset)
+    assert [(example.captions, example.captioned) for example in examples] == [
+        (("a cat",), True),
+        *[(("cat",), False)] * 4,
+    ]
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    message = record.getMessage()
+    assert "4 of 5 images have no .txt file and train on 'cat': 1.png, 2.png, 3.png, 4.png" in message
+    assert "1.TXT differ in capitals: rename them to end in .txt" in message
+    assert "2.png.txt have the image's ending" in message and "the first to 2.txt" in message
+    assert "(first: 3.caption)" in message and "give --caption_extension .caption" in message
+
+
+def test_folder_without_any_caption_is_no_warning(tmp_path, caplog):
+    for index in range(7):
+        save(tmp_path / "10_cat" / f"{index}.png")
+    caplog.set_level("INFO")
+    scan(*from_folders(tmp_path, caption_extension=".txt"))
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "7 of 7 images have no .txt file and train on 'cat': 0.png, 1.png" in caplog.text
+    assert "4.png and 2 more" in caplog.text
+
+
+def test_unread_formats_and_transparent_pictures_are_named(tmp_path, caplog):
+    folder = tmp_path / "1_cat"
+    save(folder / "a.png")
+    Image.new("RGBA", (16, 16)).save(folder / "b.png")
+    for name in ("c.gif", "d.tif", "e.JFIF", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    caplog.set_level("INFO")
+    (dataset,) = from_folders(tmp_path)
+    assert len(scan(dataset)) == 2
+    assert "3 pictures are left out, as their formats are not read: c.gif, d.tif, e.JFIF" in caplog.text
+    assert "1 images have an alpha channel, which is dropped" in caplog.text and "(b.png)" in caplog.text
+    caplog.clear()
+    scan(*from_folders(tmp_path, alpha_mask=True))
+    assert "alpha channel" not in caplog.text
 
 
 def test_class_images_are_regularisation_images(tmp_path):

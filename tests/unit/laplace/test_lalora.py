@@ -27,7 +27,7 @@ from lowrank.config.context import CALC_CONTEXT
 from lowrank.errors import Refused
 from lowrank.laplace import penalty as laplace_penalty
 from lowrank.laplace.context_file import read_context, weight_fingerprint, write_context
-from lowrank.laplace.fisher import Fisher, Moment, inputs_of
+from lowrank.laplace.fisher import Fisher, Moment, gauss_newton_draw, inputs_of
 from lowrank.models.family import Source
 from lowrank.models.sd import SD15, SdOptions
 from lowrank.train.prompts import Prompt
@@ -202,6 +202,60 @@ def test_sketch_accuracy():
     assert not zero.spectrum(1).main.any() and torch.isfinite(zero.spectrum(1).vectors).all()
 
 
+def hadamard(size: int) -> Tensor:
+    """Signs (N, N) whose rows are orthogonal: the mean over the rows is the mean over all signs."""
+    made = torch.ones(1, 1).double()
+    while len(made) < size:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made
+
+
+def squared_error_draw(prediction: Tensor, target: Tensor, signs: Tensor) -> Tensor:
+    """A draw for the mean of squares."""
+    return gauss_newton_draw(lambda f: (f - target).square().flatten(1).mean(1), prediction, signs)
+
+
+def test_gauss_newton_draws_equal_hessian_of_squared_error():
+    """For a model that is linear in θ the Gauss–Newton matrix is the Hessian, whatever the residual is."""
+    torch.manual_seed(0)
+    x, target = torch.randn(4, 3).double(), 5 * torch.randn(1, 4, 2).double()
+    theta = torch.randn(6).double().requires_grad_()
+
+    def predict(theta: Tensor) -> Tensor:
+        return (x @ theta.reshape(3, 2))[None]
+
+    def losses(f: Tensor) -> Tensor:
+        return 0.7 * (f - target).square().flatten(1).mean(1)
+
+    mean = torch.zeros(6, 6).double()
+    for signs in hadamard(8):
+        draw = gauss_newton_draw(losses, predict(theta), signs.reshape(1, 4, 2))
+        (g,) = torch.autograd.grad(draw.sum(), theta)
+        mean += torch.outer(g, g) / 8
+    whole = torch.autograd.functional.hessian(lambda theta: losses(predict(theta)).sum(), theta)
+    torch.testing.assert_close(mean, whole, rtol=1e-6, atol=1e-9)  # the second derivative is taken in fp32
+
+
+def test_curvature_predicts_rise_of_loss():
+    """½ vec(ΔW)ᵀ(S ⊗ G)vec(ΔW) is what the mean loss rises by, at the base and far from its target."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(12, 16)).requires_grad_(False), torch.randn(1024, 12)
+    x = x * torch.arange(1, 13) / 6
+    step, signs = 0.1 * torch.randn(16, 12), torch.randint(0, 2, (1024, 16)).float() * 2 - 1
+    found = []
+    for far in (0.0, 3.0):
+        target = model(x) + far * torch.randn(1024, 16)
+        fisher = Fisher(find("unet", model, target="."), "kfac", 4, 0, "cpu")
+        with fisher.watching():
+            fisher.add(1024, lambda target=target: squared_error_draw(model(x), target, signs))
+        found.append(fisher.context({}).layers["lora_unet_0"])
+    torch.testing.assert_close(dense(found[0].G), dense(found[1].G), rtol=1e-5, atol=1e-7)
+    rise = float((x @ step.T).square().mean())
+    told = 0.5 * float((dense(found[0].G) @ step @ dense(found[0].S) * step).sum())
+    # 1024 samples of 16 signs: off-diagonal entries of G err by 1/√1024 of its diagonal
+    assert told == pytest.approx(rise, rel=0.1)
+
+
 # ---------- the penalty
 
 
@@ -226,10 +280,9 @@ def test_penalty_in_float64():
     assert torch.autograd.gradcheck(lambda U, D: penalty.kronecker(U, D, S, G), (U, D))
     flat = Spectrum(None, None, torch.ones(2, 9).double()), Spectrum(None, None, torch.ones(2, 7).double())
     torch.testing.assert_close(penalty.kronecker(U, D, *flat), W.square().sum((1, 2)))
-    alone = penalty.ranks_apart(U, D, S, G)
+    h = torch.stack([(D[:, r, None] @ dense(S) @ D[:, r, :, None]).flatten() for r in range(4)], dim=1)
     each = sum(penalty.kronecker(U[..., r : r + 1], D[..., r : r + 1, :], S, G) for r in range(4))
-    torch.testing.assert_close(alone, each)
-    assert torch.autograd.grad(alone.sum(), D, allow_unused=True)[0] is None
+    torch.testing.assert_close(penalty.ranks_apart(U, h, G), each)
 
 
 def joined(kind: str, method: Method, rank: int = 4, alpha: float = 3.0):
@@ -279,6 +332,27 @@ def test_full_curvature_equals_full_rank_sketch(tmp_path):
             )
         )
     assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_lora_diag_penalises_up_alone_at_starting_down(tmp_path):
+    """One U costs the same wherever D has moved since training started; D has no gradient."""
+    _, context = measured("linear", "lora_diag", rank=24)
+    write_context(tmp_path / "c.safetensors", context)
+    pull = lalora.penalty(lalora.Options(str(tmp_path / "c.safetensors"), 1.0))
+    _, made = joined("linear", lora.method(lora.Options()) | pull)
+    started = {layer.name: layer.down.detach().clone() for layer in made.layers()}
+    shake(made)
+    total, mean, count = 0.0, 0.0, 0
+    for layer in made.layers():
+        S, G = (dense(side).double() for side in context.layers[layer.name])
+        U, D_0 = layer.up.detach().double(), started[layer.name].double()
+        assert not torch.equal(layer.down.detach(), started[layer.name])
+        total += float(layer.scale**2 * ((U.T @ G @ U).diagonal() * (D_0 @ S @ D_0.T).diagonal()).sum())
+        mean, count = mean + float(G.trace() * S.trace()), count + U.shape[0] * D_0.shape[1]
+    value = made.penalties()["lalora"]
+    assert float(value.detach()) == pytest.approx(0.5 * total / (mean / count), rel=1e-5)
+    downs = [layer.roles()["down"] for layer in made.layers()]
+    assert torch.autograd.grad(value, downs, allow_unused=True) == (None,) * len(downs)
 
 
 def test_penalty_of_experts_uses_their_mean(tmp_path):
@@ -351,7 +425,8 @@ def test_penalty_halves_forgetting_at_little_cost(seed, tmp_path):
     def context(name: str, x: Tensor, wanted: Tensor) -> str:
         fisher = Fisher(find("unet", model, target="."), "kfac_lr", 16, 0, "cpu")
         with fisher.watching():
-            fisher.add(64, lambda: (model(x) - wanted).square().flatten(1).mean(1))
+            signs = torch.randint(0, 2, wanted.shape).float() * 2 - 1
+            fisher.add(64, lambda: squared_error_draw(model(x), wanted, signs))
         write_context(tmp_path / name, fisher.context({}))
         return str(tmp_path / name)
 

@@ -68,6 +68,18 @@ def file_source(folder, **more) -> Source:
     )
 
 
+def test_tokenizers_beside_a_single_file(kind, folders, tmp_path):
+    """The file in a folder that also has `tokenizer` needs no cache folder and no network."""
+    shutil.copy(folders[kind] / "single" / "model.safetensors", tmp_path / "model.safetensors")
+    for name in ("tokenizer", "tokenizer_2"):
+        if (folders[kind] / name).is_dir():
+            shutil.copytree(folders[kind] / name, tmp_path / name)
+    models = FAMILIES[kind].load(Source(str(tmp_path / "model.safetensors"), dtype=torch.float32), ("text",))
+    wanted = FAMILIES[kind].load(Source(str(folders[kind]), dtype=torch.float32), ("text",))
+    for tokenizer, other in zip(models.tokenizers, wanted.tokenizers, strict=True):
+        assert tokenizer("a cat").input_ids == other("a cat").input_ids
+
+
 def conditions(family, models, *captions, options=PLAIN, size=64):
     text = stack_text(family.encode_text(models, list(captions), options))
     if family.size_conditions is None:

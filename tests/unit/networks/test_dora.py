@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -38,6 +40,20 @@ def peft_twin(kind: str, ours):
         vector = layer.lora_magnitude_vector["default"]
         vector.weight.data = own.magnitude.detach().reshape(vector.weight.shape).clone()
     return model, layers
+
+
+def test_loraplus_speeds_up_alone():
+    """Only U is in LoRA+'s fast group; the lengths m keep the rate of the down, unlike PEFT's."""
+    arguments = {"target": ".", "loraplus_lr_ratio": "16"}
+    made = importlib.import_module("networks.dora").create_network(
+        1.0, 4, 4.0, None, [], base("linear"), **arguments
+    )
+    made.apply_to([], None, False, False)
+    groups, _ = made.prepare_optimizer_params_with_multiple_te_lrs(None, 1e-4, 1e-4)
+    rates = {id(p): round(group["lr"] / 1e-4) for group in groups for p in group["params"]}
+    for layer in made.layers():
+        found = {role: rates[id(p)] for role, p in layer.roles().items()}
+        assert found == {"up": 16, "down": 1, "magnitude": 1}
 
 
 @pytest.mark.parametrize("kind", HOSTS)

@@ -11,9 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import HOSTS, base, shake
 
+from lowrank.adapters.targets import find
+from lowrank.bases import null_space
 from lowrank.bases.null_space import least_used, nullity
 from lowrank.cli import importing
 from lowrank.errors import Refused
+from lowrank.laplace.context_file import write_context
+from lowrank.laplace.fisher import Fisher
 from lowrank.tensors import read_metadata
 from tools import legacy_files
 
@@ -102,22 +106,69 @@ def test_parameters_and_live_gradients():
         )
 
 
-def test_svd_cache(tmp_path):
-    cache = tmp_path / "null.safetensors"
-    plain = made("null_lora", base("linear"))
-    first = made("null_lora", base("linear"), svd_cache_path=str(cache))
-    stamp = cache.stat().st_mtime_ns
-    again = made("null_lora", base("linear"), svd_cache_path=str(cache))
-    assert cache.stat().st_mtime_ns == stamp
-    for a, b, c in zip(plain.layers(), first.layers(), again.layers(), strict=True):
-        assert torch.equal(a.null_up, b.null_up) and torch.equal(a.null_down, c.null_down)
+def test_null_spaces_are_cached(tmp_path, monkeypatch):
+    """In the default folder or a named one: computed once for each weight and rank."""
+    computed = []
+
+    def counted(weight, width):
+        computed.append(width)
+        return least_used(weight, width)
+
+    monkeypatch.setattr(null_space, "least_used", counted)
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path))
+    first, again = made("null_lora", base("linear")), made("null_lora", base("linear"))
+    assert computed == [3, 3] and len(list((tmp_path / "null").glob("*.safetensors"))) == 2
+    for a, b in zip(first.layers(), again.layers(), strict=True):
+        assert torch.equal(a.null_up, b.null_up) and torch.equal(a.null_down, b.null_down)
     other = base("linear")
     with torch.no_grad():
         other.first.weight.mul_(1.001)
-    with pytest.raises(Refused, match=r"svd_cache_path .* another weight"):
-        made("null_lora", other, svd_cache_path=str(cache))
-    with pytest.raises(Refused, match="svd_cache_path"):
-        made("null_lora", base("linear"), rank=8, svd_cache_path=str(cache))
+    made("null_lora", other)
+    made("null_lora", base("linear"), rank=8)
+    made("null_lora", base("linear"), svd_cache_path=str(tmp_path / "named"))
+    assert computed == [3, 3, 3, 4, 4, 3, 3]
+    (tmp_path / "old.safetensors").touch()
+    with pytest.raises(Refused, match=r"svd_cache_path .* is a file"):
+        made("null_lora", base("linear"), svd_cache_path=str(tmp_path / "old.safetensors"))
+
+
+@pytest.mark.parametrize("shape", [(580, 580), (590, 580), (580, 650)])
+def test_least_used_of_large_weight_has_least_energy(shape):
+    """Large enough for block Krylov; σ falls as i^-1, and a singular weight takes the full SVD."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=generator).double())[0]
+    v = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=generator).double())[0]
+    spectrum = torch.arange(1, min(shape) + 1).double() ** -1
+    for s in (spectrum, torch.cat([spectrum[:-4], torch.zeros(4).double()])):
+        W = (u * s) @ v.mT
+        null = least_used(W, 12)
+        for energy, n in ((null.up.double().mT @ W, shape[0]), (W @ null.down.double().mT, shape[1])):
+            least = torch.cat([s, torch.zeros(n - len(s)).double()]).sort().values[:12].norm()
+            # directions are fp32: an angle of 6e-8 to the largest direction, whose σ is 1, in 12 of them
+            assert float(energy.norm()) == pytest.approx(float(least), rel=1e-4, abs=1e-6)
+
+
+def test_least_active_directions_need_all_eigenpairs(tmp_path):
+    """kfac gives the last eigenvectors of E[xxᵀ] and E[ggᵀ]; a file of the largest eigenpairs is refused."""
+    model = base("linear")
+    torch.manual_seed(0)
+    x = torch.randn(64, 5, 24) * torch.arange(1, 25) ** -1.0
+    files = {}
+    for curvature in ("kfac", "kfac_lr", "diag"):
+        fisher = Fisher(find("unet", model, target="."), curvature, 4, 0, "cpu")
+        with fisher.watching():
+            fisher.add(64, lambda: model(x).flatten(1).sum(1) + model(x).square().flatten(1).sum(1))
+        files[curvature] = str(tmp_path / f"{curvature}.safetensors")
+        write_context(files[curvature], fisher.context({}))
+    options = {"null_source": "activation", "lalora_context_path": files["kfac"]}
+    layer = made("null_lora", model, **options).layers()[0]
+    rows = x.flatten(0, 1).double()
+    least = torch.linalg.eigvalsh(rows.mT @ rows)[:3].sum()
+    energy = (rows @ layer.null_down.double().mT).square().sum()
+    assert float(energy) == pytest.approx(float(least), rel=1e-3)  # the moment is fp32
+    for curvature, count in (("kfac_lr", 4), ("diag", 0)):
+        with pytest.raises(Refused, match=rf"{count} of \d+ eigenpairs of .*--curvature kfac"):
+            made("null_lora", base("linear"), **(options | {"lalora_context_path": files[curvature]}))
 
 
 def test_adaptive_ranks_follow_the_nullity():

@@ -130,6 +130,23 @@ def test_fresh_adapter_equals_base(sig_type, data):
                 torch.testing.assert_close(S.data, values[tlora.component_slice(sig_type, len(values), 4)])
 
 
+@pytest.mark.parametrize("rank", [4, 16])
+def test_plain_start_has_standard_deviation_of_one_over_rank(rank):
+    torch.manual_seed(0)
+    values, _ = tlora.plain_start({"a": torch.zeros(20, 4096)}, {"a": rank}, {"a": 1.0})
+    down, up = values["a"]["down"], values["a"]["up"]
+    assert down.shape == (rank, 4096) and up.shape == (20, rank) and not up.any()
+    # the deviation of n normal numbers errs by 1/√(2n), 0.6 % for 16384 of them: 4 of these
+    assert float(down.std()) == pytest.approx(1 / rank, rel=0.022)
+    assert abs(float(down.mean())) < 4 / rank / down.numel() ** 0.5
+    model = base("linear")
+    torch.manual_seed(0)
+    layer = tlora.create_network(1.0, rank, None, None, [], model, target=".", orthogonal="False").layers()[0]
+    assert float(layer.down.detach().std()) == pytest.approx(
+        1 / rank, rel=0.35
+    )  # 96 and 384 numbers: 5 of 1/√(2n)
+
+
 def test_singular_values_of_gaussian_matrix():
     """By the mean of each over 200 draws; a singular value of 20×32 varies by about 0.3/√200 = 0.02."""
     torch.manual_seed(0)

@@ -12,10 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from toys import base, network, probes
+from toys import base, network, probes, shake
 
+from lowrank.objective.diffusion import Diffusion
+from lowrank.objective.flow import Flow
 from lowrank.train.log import BIN_NAMES, Meter
-from lowrank.train.loop import batch_generator, loss_components
+from lowrank.train.loop import Forward, batch_generator, loss_components
+from lowrank.train.network_module import find_module
 from lowrank.train.preview import Preview
 from lowrank.train.prompts import Prompt
 
@@ -52,6 +55,44 @@ def test_a_meter_gives_means_over_micro_batches_and_timestep_bins():
     assert meter.read(Accelerator(cpu=True))["loss"] == 1.0  # reading resets
 
 
+@pytest.mark.parametrize("objective", [Diffusion(), Flow(), Flow(model_prediction_type="sigma_scaled")])
+def test_differential_output_preservation(objective):
+    """The target of the chosen samples is what the base predicts, in the form that the loss compares."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16)).requires_grad_(False)
+    made = find_module("networks.lora").create_network(1.0, 4, 4.0, None, [], model, target=".")
+    made.apply_to([], model, False, True)
+    made.prepare_grad_etc([], model)
+    shake(made)
+    latents = torch.randn(3, 1, 4, 4)
+    forward = Forward(
+        accelerator=Accelerator(cpu=True),
+        network=made,
+        objective=objective,
+        latents=lambda batch, generator: latents,
+        conditions=lambda batch: {"scale": torch.tensor([1.0, 2.0, 3.0])},
+        denoise=lambda noisy, times, conditions: (
+            conditions["scale"][:, None, None, None] * model(noisy.flatten(1)).reshape(-1, 1, 4, 4)
+        ),
+    )
+    chosen = torch.tensor([False, True, True])
+    plain, _ = forward.losses(SimpleNamespace(masks=None, preserved=None), batch_generator(0, 0, 0))
+    losses, _ = forward.losses(SimpleNamespace(masks=None, preserved=chosen), batch_generator(0, 0, 0))
+    drawn = objective.draw(latents, batch_generator(0, 0, 0))
+    scale = torch.tensor([1.0, 2.0, 3.0])[:, None]
+    x = drawn.noisy.flatten(1)
+    layer = model[0]
+    base_output = scale * torch.nn.functional.linear(x, layer.weight, layer.bias)
+    change = scale * torch.nn.functional.linear(x, made.layers()[0].delta_weight())
+    outputs = [value.reshape(-1, 1, 4, 4) for value in (base_output, base_output + change)]
+    wanted = objective.losses(outputs[1], drawn._replace(target=objective.compared(outputs[0], drawn)))
+    assert losses[0] == plain[0] and not torch.isclose(losses[1:], plain[1:]).any()
+    torch.testing.assert_close(losses[1:], wanted[1:])
+    assert made.layers()[0].multiplier == 1.0
+    losses[1:].sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in made.parameters())
+
+
 def test_a_penalty_is_a_component_of_the_loss(bases):
     made = network("penalty+rates", base("linear"), bases)
     assert loss_components(made) == ("mse", "prior", "pull")
@@ -62,19 +103,19 @@ def test_a_penalty_is_a_component_of_the_loss(bases):
 
 
 def test_trackers_get_the_pictures(tmp_path, monkeypatch):
-    """wandb's under kohya's names with their prompts, TensorBoard's stacked where they are of one size."""
+    """wandb's under kohya's names with their prompts, TensorBoard's under one tag for each prompt."""
     told: dict[str, list] = {"wandb": [], "tensorboard": []}
     monkeypatch.setitem(
         sys.modules, "wandb", SimpleNamespace(Image=lambda image, caption: (image.size, caption))
     )
 
-    def add_images(tag, batch, step, dataformats):
-        told["tensorboard"].append((tag, batch.shape, step))
+    def add_image(tag, image, step, dataformats):
+        told["tensorboard"].append((tag, image.shape, step))
 
     accelerator = Accelerator(cpu=True)
     accelerator.trackers = [
         SimpleNamespace(name="wandb", log=lambda values, step: told["wandb"].append((values, step))),
-        SimpleNamespace(name="tensorboard", writer=SimpleNamespace(add_images=add_images)),
+        SimpleNamespace(name="tensorboard", writer=SimpleNamespace(add_image=add_image)),
     ]
     prompts = [Prompt("a cat", width=8, height=8, seed=1), Prompt("a dog", width=16, height=8, seed=1)]
     preview = Preview(
@@ -85,7 +126,7 @@ def test_trackers_get_the_pictures(tmp_path, monkeypatch):
     )
     paths = preview.run(accelerator, torch.nn.Linear(1, 1), "e000000", 7)
     assert told["wandb"] == [({"sample_0": ((8, 8), "a cat"), "sample_1": ((16, 8), "a dog")}, 7)]
-    assert sorted(told["tensorboard"]) == [("validation", (1, 8, n, 3), 7) for n in (8, 16)]
+    assert told["tensorboard"] == [("validation/00", (8, 8, 3), 7), ("validation/01", (8, 16, 3), 7)]
     assert [path.name[:14] for path in paths] == ["cat_e000000_00", "cat_e000000_01"]
 
 

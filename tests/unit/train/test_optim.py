@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.util
 import itertools
@@ -15,6 +16,7 @@ import diffusers.optimization
 import pytest
 import torch
 import transformers.optimization
+from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
@@ -24,6 +26,7 @@ from lowrank.config.flag import scheduler as scheduler_by_name
 from lowrank.config.flags_training import Optimizer as Options
 from lowrank.errors import Refused
 from lowrank.train import schedule
+from lowrank.train.log import RunLog
 from lowrank.train.optim import KNOWN, averaged_weights, build_optimizer, chosen, training
 from lowrank.train.schedule import build_scheduler, plan_run
 from tools import make_schedules
@@ -158,6 +161,27 @@ def test_bitsandbytes_optimizers_are_made(name):
         if name == "AdamW8bit":
             assert type(build(use_8bit_adam=True)) is type(optimizer)
     assert type(optimizer).__module__.startswith("bitsandbytes")
+
+
+def test_adafactors_rate_is_a_number_in_loss_csv(tmp_path):
+    """Its own rate depends on the size of the parameters and is a tensor."""
+    _, _, optimizer = build_optimizer(groups(1e-3), options(optimizer_type="adafactor"))
+    scheduler = build_scheduler(optimizer, options(lr_scheduler="adafactor:0.5"), 10)
+    log = RunLog(Accelerator(cpu=True), tmp_path, ("mse",), total=2, window=5)
+    log.begin(0)
+    for step in (1, 2):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        scheduler.step()
+        rates = {"unet": optimizer.param_groups[0]["lr"]}
+        log.step(step, 1, {"loss": 1.0, "mse": 1.0}, rates, images=1, extra={})
+    log.close()
+    with open(tmp_path / "loss.csv", newline="") as file:
+        logged = [float(row["lr"]) for row in csv.DictReader(file)]
+    rms = float(parameter().detach().square().mean().sqrt())
+    # after n steps the relative step is min(1e-2, 1/sqrt(n)), times the RMS of the parameter before the step
+    assert logged[0] == pytest.approx(1e-2 * rms, rel=1e-5) and logged[1] != logged[0]
 
 
 def test_adafactor_sets_its_own_rate(caplog):

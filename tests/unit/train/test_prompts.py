@@ -24,6 +24,24 @@ def test_txt_toml_and_json_prompts_are_equivalent(tmp_path):
         assert read_prompts(tmp_path / name, DEFAULT) == wanted
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["p.txt", "p.toml", "p.json"])
+def test_prompt_files_of_windows_editors(name, encoding, tmp_path):
+    texts = {
+        "p.txt": "# mine\r\nein Kätzchen --d 1\r\n",
+        "p.toml": "[prompt]\nseed=1\n[[prompt.subset]]\nprompt='ein Kätzchen'\n",
+        "p.json": '[{"prompt": "ein Kätzchen", "seed": 1}]',
+    }
+    (tmp_path / name).write_bytes(texts[name].encode(encoding))
+    assert read_prompts(tmp_path / name, DEFAULT) == [Prompt("ein Kätzchen", width=64, height=64, seed=1)]
+
+
+def test_prompt_file_in_another_encoding(tmp_path):
+    (tmp_path / "p.txt").write_bytes("ein Kätzchen".encode("latin-1"))
+    with pytest.raises(Refused, match=r"is neither UTF-8 nor UTF-16 .* save it as UTF-8"):
+        read_prompts(tmp_path / "p.txt", DEFAULT)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

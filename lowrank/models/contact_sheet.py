@@ -1,9 +1,10 @@
-"""A labelled sheet of pictures: style strengths down, content strengths across, references beside."""
+"""A labelled sheet of pictures: rows and columns with names, references beside."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -12,11 +13,13 @@ GAP, INK, PAPER = 6, "#222222", "#ffffff"
 
 
 def sheet(
-    cells: Mapping[tuple[float, float], Image.Image],
+    cells: Mapping[tuple[Any, Any], Image.Image],
     title: str,
     references: Mapping[str, Image.Image] | None = None,
+    row_name: Callable[[Any], str] = "style {:g}".format,
+    column_name: Callable[[Any], str] = "content {:g}".format,
 ) -> Image.Image:
-    """One picture of all cells; keys are (style strength, content strength), in the order given.
+    """One picture of all cells; keys are (row, column), by default strengths, in the order given.
 
     `references` are the pictures that the adapters learned from, by their names; they stand left of the grid.
     """
@@ -44,10 +47,16 @@ def sheet(
         draw.text((middle, top + i * below + height + size), name, fill=INK, font=font, anchor="ms")
     for j, b in enumerate(columns):
         middle = left + j * (width + GAP) + width // 2
-        draw.text((middle, top - size // 2), f"content {b:g}", fill=INK, font=font, anchor="ms")
+        draw.text(
+            (middle, top - size // 2),
+            _shortened(column_name(b), font, width),
+            fill=INK,
+            font=font,
+            anchor="ms",
+        )
     for i, a in enumerate(rows):
         middle = top + i * (height + GAP) + height // 2
-        draw.text((left - size // 2, middle), f"style {a:g}", fill=INK, font=font, anchor="rm")
+        draw.text((left - size // 2, middle), row_name(a), fill=INK, font=font, anchor="rm")
         for j, b in enumerate(columns):
             if (a, b) in cells:
                 place = (left + j * (width + GAP), top + i * (height + GAP))
