@@ -80,13 +80,15 @@ class Preview:
     seed: int | None = None
     every_epochs: int | None = None
     every_steps: int | None = None
+    together: bool = False  # every process draws, because they share one sharded model; the first one saves
 
     def run(self, accelerator: Accelerator, network: nn.Module, tag: str, step: int) -> list[Path]:
         """Draw every prompt on the main process to `{name_}{tag}_{index:02d}_{time}_{seed}.png`.
 
         TensorBoard gets the pictures as `validation`, wandb under kohya's names `sample_{index}`.
         """
-        if not accelerator.is_main_process or not self.prompts:
+        writes = accelerator.is_main_process
+        if not (writes or self.together) or not self.prompts:
             accelerator.wait_for_everyone()
             return []
         paths, images = [], []
@@ -96,12 +98,14 @@ class Preview:
                 seed = prompt.seed if prompt.seed is not None else self.seed
                 seed = (torch.seed() % 2**32 if seed is None else seed) + copy
                 image = self.draw(prompt, seed)
+                if not writes:
+                    continue
                 stem = f"{self.name}_" if self.name else ""
                 path = self.folder / f"{stem}{tag}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}_{seed}.png"
                 save_png(path, image, describe(prompt, seed))
                 paths.append(path)
                 images.append(image)
-        for tracker in accelerator.trackers:
+        for tracker in accelerator.trackers if writes else ():
             if tracker.name == "tensorboard":
                 arrays = [numpy.asarray(image) for image in images]
                 for shape in {array.shape for array in arrays}:  # TensorBoard stacks equal sizes only
@@ -187,4 +191,5 @@ def run_preview(
         seed=job.options.train.seed,
         every_epochs=epochs if prompts else None,
         every_steps=steps if prompts and not epochs else None,  # epochs win, as in kohya's scripts
+        together=job.sharding is not None,
     )
