@@ -16,7 +16,7 @@ from lowrank.config.flag import pairs
 from lowrank.data.loader import Loader
 from lowrank.files import only_writer
 from lowrank.models import memory
-from lowrank.models.family import DTYPES, Models
+from lowrank.models.family import Models
 from lowrank.train import (
     abm,
     check,
@@ -26,6 +26,7 @@ from lowrank.train import (
     metadata,
     optim,
     peers,
+    plan_memory,
     processes,
     setup,
     warmup,
@@ -100,8 +101,8 @@ def _launch(job: RunningJob) -> int:
     if options.abm.abm_enabled and job.resumed is None:
         abm.check_abm(job, models, denoiser_shapes)
     if options.train.dry_run:
-        dtype = DTYPES[accelerator.mixed_precision]
-        return dry_run.show(job, loader, _plan(job, loader), denoiser_shapes, network_shapes, dtype)
+        phases = plan_memory.plan_memory(job, models, loader) if network_shapes is not None else []
+        return dry_run.show(job, loader, _plan(job, loader), denoiser_shapes, network_shapes, phases)
     if job.resumed is not None:
         fingerprint = as_resumed(check.run_fingerprint(job, loader, models), job.resumed, loader)
         check.check_resumed(job, fingerprint, _plan(job, loader).steps)
