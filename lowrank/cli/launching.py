@@ -53,5 +53,5 @@ def _count(command: list[str]) -> int | None:
         return None
     given = launch_command_parser().parse_args(command[at + 1 :])
     if given.num_processes is None and given.config_file:
-        return load_config_from_file(given.config_file).num_processes
+        return getattr(load_config_from_file(given.config_file), "num_processes", None)
     return given.num_processes

@@ -17,13 +17,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-from lowrank.config.train import TrainOptions
+from lowrank.config.train import TrainOptions, declared
 from lowrank.errors import Refused
 
 _WAY_OUT = (
     "use `accelerate launch --config_file configs/accelerate/ddp.yaml`, or configs/accelerate/fsdp2.yaml to "
     "divide the base model among the GPUs"
 )
+# flags that need the whole weights of a layer in each process
+_WHOLE_BASE = ("fp8_base", "fp8_base_unet", "fp8_scaled", "base_storage", "blocks_to_swap", "abm_enabled")
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,12 @@ def launched_sharding(options: TrainOptions, environment: Mapping[str, str] = os
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
         raise Refused(f"FSDP version {version} is not supported; set fsdp_version: 2, or {_WAY_OUT}")
-    for flag, given in (
-        ("--fp8_base", options.train.fp8_base or options.train.fp8_base_unet),
-        ("--abm_enabled", options.abm.abm_enabled),
-    ):
-        if given:
-            raise Refused(f"{flag} does not work with FSDP; leave it out, or {_WAY_OUT.partition(', or')[0]}")
+    values = {spec.name: value for spec, value in declared(options)}
+    for flag in _WHOLE_BASE:
+        if values.get(flag):
+            raise Refused(
+                f"--{flag} does not work with FSDP; leave it out, or {_WAY_OUT.partition(', or')[0]}"
+            )
     if int(environment.get("WORLD_SIZE", "1")) == 1:
         return None
     return Sharding(
