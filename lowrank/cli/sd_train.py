@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowrank.cli.launching import start_missing_processes
 from lowrank.config.checks import check_machine
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
 
@@ -10,6 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train an adapter for SD 1.x or 2.x, and return the exit code. Raises `Refused`."""
     parsed = SD_TRAIN.parse(argv)
     check_machine(parsed)
+    start_missing_processes()
     from lowrank.cli import train_jobs  # imports torch, which takes seconds: only for a sound command line
 
     return train_jobs.launch(train_jobs.sd_job(parsed))
@@ -19,6 +21,7 @@ def main_sdxl(argv: list[str] | None = None) -> int:
     """Train an adapter for SDXL, and return the exit code. Raises `Refused`."""
     parsed = SDXL_TRAIN.parse(argv)
     check_machine(parsed)
+    start_missing_processes()
     from lowrank.cli import train_jobs  # imports torch, which takes seconds: only for a sound command line
 
     return train_jobs.launch(train_jobs.sdxl_job(parsed))

@@ -161,7 +161,8 @@ class Diffusion(DiffusionOptions):
             else:
                 t = low if low == high else int(torch.randint(low, high, (), generator=generator))
             chosen.append(min(t, TIMESTEPS - 1))
-            epsilon = self._noise(sample.cpu(), generator)
+            # only the adaptive offset reads the values of the latents, and then the host waits for them
+            epsilon = self._noise(sample.cpu() if self.adaptive_noise_scale else sample, generator)
             clean.append(epsilon)
             gamma, random = self.ip_noise_gamma, self.ip_noise_gamma_random_strength
             inputs.append(perturbed(epsilon, gamma, random, generator))
@@ -203,7 +204,15 @@ class Diffusion(DiffusionOptions):
         if self.loss_type in PSEUDO_HUBER:
             width = self._width(drawn.timesteps)
         error = elementwise(self.loss_type, self.compared(prediction, drawn), drawn.target, width)
-        return per_sample(error, mask, weight) * self.weight(drawn.timesteps).to(error)
+        loss = per_sample(error, mask, weight)
+        # the weights are computed on the CPU, so the host waits for the timesteps: only if there is a weight
+        return loss * self.weight(drawn.timesteps).to(error) if self._weighted else loss
+
+    @property
+    def _weighted(self) -> bool:
+        """Whether w(t) differs from 1."""
+        options = (self.min_snr_gamma, self.scale_v_pred_loss_like_noise_pred, self.v_pred_like_loss)
+        return any(options) or bool(self.debiased_estimation_loss)
 
     def _width(self, timesteps: Tensor) -> Tensor:
         alpha_bar, t = self.alpha_bar(timesteps), timesteps.cpu().double()

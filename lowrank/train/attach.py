@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_components(job: RunningJob, models: Models, roles: tuple[str, ...]) -> None:
-    """Load components, aligned in memory so that equal weights of any file give equal bits."""
+    """Load components, aligned in memory so that equal weights of any file give equal bits.
+
+    A denoiser that will be sharded is loaded on the CPU, as no device may have room for all of it.
+    """
+    if job.sharding is not None and "denoiser" in roles:
+        models.source = replace(models.source, device="cpu")
     job.family.add(models, roles)
     align(models)
 
@@ -66,6 +72,8 @@ def adapt(job: RunningJob, models: Models, encoders: list[nn.Module]) -> KohyaNe
     if kind or swap:  # after adapters have read what they need of the weights
         blocks.store_base(denoiser, kind, swap, job.accelerator.device)
     _prepare_network(job, network, models, encoders)
+    if job.sharding is not None:  # after the network, which reads the weights
+        job.sharding.shard(models.denoiser, job.accelerator.device)
     return network
 
 

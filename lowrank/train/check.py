@@ -112,7 +112,8 @@ def run_fingerprint(job: RunningJob, loader: Loader, models: Models) -> dict[str
     """The settings that a resumed run must share with this one, in the form that JSON keeps.
 
     The optimizer's state is matched by position, and other differences would silently change the run or be
-    ignored. The length of the run, and what it saves or draws, may change.
+    ignored. The length of the run, and what it saves or draws, may change; so may the number of processes
+    (`checkpoints.as_resumed`).
     """
     examples = [place.example for place in loader.placed]
     pictures = [

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from accelerate import Accelerator
+from torch.optim.lr_scheduler import LambdaLR
 
+from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import atomic_folder, part_of, sha256
 from lowrank.train.network_module import KohyaNetwork
@@ -150,6 +152,12 @@ class Checkpoint:
         seed = self.run.get("seed")
         return seed if isinstance(seed, int) else 0
 
+    @property
+    def processes(self) -> int:
+        """The number of processes of the run that wrote the checkpoint."""
+        count = self.run.get("processes")
+        return count if isinstance(count, int) and count > 0 else 1
+
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the checkpoint in a folder and compare every file with its SHA-256.
@@ -198,14 +206,61 @@ def _difference(name: str, old: object, new: object) -> str:
     return f"its {name} is {old} and this run's is {new}"
 
 
+def as_resumed(run: Mapping[str, object], checkpoint: Checkpoint, loader: Loader) -> Mapping[str, object]:
+    """A fingerprint with the checkpoint's number of processes, and if that differs with its accumulation.
+
+    Both may differ: two processes with one micro-batch each compute the same step as one process with two.
+    """
+    processes = checkpoint.processes
+    if run["processes"] == processes:
+        return run
+    accumulation = "gradient_accumulation_steps"
+    batches = len(loader.shard(0, processes))
+    kept = {
+        "processes": processes,
+        "batches_per_epoch": batches,
+        accumulation: checkpoint.run.get(accumulation),
+    }
+    return {**run, **kept}
+
+
 def load_state(
-    checkpoint: Checkpoint, accelerator: Accelerator, network: KohyaNetwork, run: Mapping[str, object]
+    checkpoint: Checkpoint,
+    accelerator: Accelerator,
+    network: KohyaNetwork,
+    run: Mapping[str, object],
+    loader: Loader,
 ) -> Progress:
-    """Continue from a checkpoint. Raises `Refused` if it belongs to another run."""
-    agree(checkpoint, run)
+    """Continue from a checkpoint, also one of another number of processes.
+
+    `run` is this run's fingerprint, `loader` has the batches of this process. The new processes continue
+    where the old ones were in the epoch; if their number does not divide the batches that were used, the last
+    of these come again. Raises `Refused` if the checkpoint belongs to another run.
+    """
+    agree(checkpoint, as_resumed(run, checkpoint, loader))
     network.load_weights(str(checkpoint.folder / WEIGHTS))
     accelerator.load_state(str(checkpoint.folder))
-    return Progress(checkpoint.step, checkpoint.epoch, checkpoint.position)
+    accelerator.step = 0  # of micro-batches: a checkpoint is at the end of a step
+    before, now = checkpoint.processes, accelerator.num_processes
+    if before != now:
+        _count_again(accelerator, before, now)
+    position = checkpoint.position * before // now
+    return Progress(checkpoint.step, checkpoint.epoch, min(position, len(loader)))
+
+
+def _count_again(accelerator: Accelerator, before: int, now: int) -> None:
+    """Set the schedules from `before` of their steps for each optimizer step to `now`.
+
+    accelerate makes one step of a schedule in every process (see `build_scheduler`).
+    """
+    for wrapped in accelerator._schedulers:
+        schedule = wrapped.scheduler
+        if not isinstance(schedule, LambdaLR):
+            raise Refused(
+                f"{type(schedule).__name__} cannot continue with {now} processes after {before}, because it "
+                f"counts the steps of every process; use {before} processes, or another --lr_scheduler"
+            )
+        schedule.last_epoch = schedule.last_epoch * now // before
 
 
 def remove(path: Path) -> None:

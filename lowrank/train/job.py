@@ -16,6 +16,7 @@ from lowrank.objective.objective import Objective
 from lowrank.train import network_module
 from lowrank.train.checkpoints import Checkpoint, Names
 from lowrank.train.network_module import KohyaNetwork
+from lowrank.train.processes import Sharding
 from lowrank.train.prompts import Prompt
 
 
@@ -53,6 +54,7 @@ class RunningJob(TrainJob):
     arguments: dict[str, str]
     seed: int
     resumed: Checkpoint | None
+    sharding: Sharding | None  # of the base over several processes
 
     @property
     def base_weights(self) -> list[tuple[str, float]]:

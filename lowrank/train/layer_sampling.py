@@ -114,11 +114,16 @@ def suppressed(layers: Iterable[AdaptedLayer], share: float) -> Iterator[None]:
 
 
 def layer_sampler(
-    network: object, forward: Forward, held_out: Loader | None, training: Loader, seed: int
+    network: object,
+    forward: Forward,
+    held_out: Loader | None,
+    training: Loader,
+    seed: int,
+    together: bool = False,
 ) -> LayerSampler | None:
     """The sampler of a method with `updates`, else None; it measures one batch, held out if any is."""
     if not isinstance(network, AdapterNetwork) or network.method.updates is None:
         return None
     measured = training.shard(0, 1) if held_out is None else held_out
-    fixed = ValidationLoss(loader=measured, losses=forward.losses, seed=seed, limit=1)
+    fixed = ValidationLoss(loader=measured, losses=forward.losses, seed=seed, limit=1, together=together)
     return LayerSampler(network.method.updates, network, fixed, forward.accelerator)

@@ -42,20 +42,34 @@ class Meter:
         parts = torch.stack([components[name].detach().float() for name in self.components])
         bins = (timesteps * BINS / 1000).long().clamp(0, BINS - 1)
         sums = torch.zeros(BINS, device=parts.device).index_add_(0, bins, per_sample.detach().float())
-        counts = torch.bincount(bins, minlength=BINS).float()
+        counts = torch.zeros(BINS, device=parts.device).index_add_(
+            0, bins, torch.ones_like(per_sample).float()
+        )
         self._sums += torch.cat([parts.sum()[None], parts, sums, counts])
         self._batches += 1
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
         """Means over micro-batches and processes by name, None for an empty bin; resets the sums."""
-        means = accelerator.reduce(self._sums, "sum") / (self._batches * accelerator.num_processes)
-        values, n = means.tolist(), 1 + len(self.components)
+        return self.read_with(accelerator, ())[0]
+
+    def read_with(
+        self, accelerator: Accelerator, scalars: Sequence[Tensor]
+    ) -> tuple[dict[str, float | None], list[float]]:
+        """`read`, and the values of this process's `scalars` in the same transfer.
+
+        The host waits for the device once, not once for each value.
+        """
+        means: Tensor = accelerator.reduce(self._sums, "sum")  # pyright: ignore[reportAssignmentType]
+        means = means / (self._batches * accelerator.num_processes)
+        others = [scalar.detach().float().reshape(1) for scalar in scalars]
+        values, n = torch.cat([means, *others]).tolist(), 1 + len(self.components)
         losses: dict[str, float | None] = dict(zip(("loss", *self.components), values[:n], strict=True))
-        for name, total, count in zip(BIN_NAMES, values[n : n + BINS], values[n + BINS :], strict=True):
+        sums, counts = values[n : n + BINS], values[n + BINS : n + 2 * BINS]
+        for name, total, count in zip(BIN_NAMES, sums, counts, strict=True):
             losses[name] = total / count if count else None
         self._sums.zero_()
         self._batches = 0
-        return losses
+        return losses, values[n + 2 * BINS :]
 
 
 class RunLog:

@@ -7,8 +7,9 @@ a resumed run, another number of processes, or a validation in between changes n
 from __future__ import annotations
 
 import hashlib
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,7 @@ class Run:
     last_checkpoint: Callable[[], Path | None]
     # called with the step before the optimizer uses the gradients: may drop some, returns scalars to log
     mask_gradients: Callable[[int], dict[str, float]] | None
+    sharded: bool = False  # every process must take part in every forward of the denoiser
 
     @property
     def accelerator(self) -> Accelerator:
@@ -227,6 +229,7 @@ def train(run: Run, progress: Progress) -> Progress:
     meter = Meter(loss_components(network), accelerator.device)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     images = 0
+    micros: list[tuple[Batch, Tensor]] = []  # of the current step, with their losses
     run.log.begin(progress.step)
     while progress.step < run.steps:
         if len(run.loader) > accelerator.gradient_accumulation_steps:  # one-step epochs: the bar is enough
@@ -237,15 +240,16 @@ def train(run: Run, progress: Progress) -> Progress:
                 network.on_step_start(run.text_encoders, run.denoiser)
             with accelerator.accumulate(network):
                 micro = micro_step(run, batch)
-                if not torch.isfinite(micro.total):
-                    _refuse_not_finite(run, progress, batch, "the loss")
                 accelerator.backward(micro.total)
                 meter.add(micro.components, micro.per_sample, micro.timesteps)
+                micros.append((batch, micro.total.detach()))
                 images += len(batch.examples) * accelerator.num_processes
                 if accelerator.sync_gradients:
                     extra = run.mask_gradients(progress.step) if run.mask_gradients else {}
                     average_gradients(accelerator, parameters)
-                    extra |= _clip(run, progress, batch, parameters)
+                    losses, norm = _clip_and_read(run, progress, parameters, meter, micros)
+                    extra |= norm
+                    micros.clear()
                 run.optimizer.step()
                 run.scheduler.step()
                 run.optimizer.zero_grad(set_to_none=True)
@@ -258,7 +262,7 @@ def train(run: Run, progress: Progress) -> Progress:
                 rates = {name: group["lr"] for name, group in named}
                 # Prodigy and D-Adaptation estimate a factor d of the rate
                 extra |= {f"lr/d*lr/{name.strip()}": g["d"] * g["lr"] for name, g in named if "d" in g}
-                run.log.step(progress.step, progress.epoch + 1, meter.read(accelerator), rates, images, extra)
+                run.log.step(progress.step, progress.epoch + 1, losses, rates, images, extra)
                 images = 0
                 if run.after_step(progress) or progress.step >= run.steps:
                     return progress
@@ -267,14 +271,36 @@ def train(run: Run, progress: Progress) -> Progress:
     return progress
 
 
-def _clip(run: Run, progress: Progress, batch: Batch, parameters: list[nn.Parameter]) -> dict[str, float]:
-    if not run.max_grad_norm:
-        return {}
-    norm: Any = run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
+def _clip_and_read(
+    run: Run,
+    progress: Progress,
+    parameters: list[nn.Parameter],
+    meter: Meter,
+    micros: Sequence[tuple[Batch, Tensor]],
+) -> tuple[dict[str, float | None], dict[str, float]]:
+    """Clip the gradients; return the step's mean losses, and the gradient norm to log.
+
+    The host reads all values of a step here, in one transfer, and waits for the device nowhere else in it.
+    Raises `Refused` for a loss or gradient that is not finite, before the optimizer uses the gradient.
+    """
+    totals = [total for _, total in micros]
+    norms: list[Any] = []
+    if run.max_grad_norm:
+        norms.append(run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm))
+    losses, values = meter.read_with(run.accelerator, [*totals, *norms])
+    for (batch, _), total in zip(micros, values, strict=False):
+        if not math.isfinite(total):
+            _refuse_not_finite(run, progress, batch, "the loss")
+    if not math.isfinite(losses["loss"] or 0.0):
+        raise Refused(
+            f"the loss of another process is not finite at step {progress.step + 1}; its message names the "
+            "module and the images"
+        )
+    norm = values[len(totals) :]
     # with a gradient scaler (fp16) an overflow is normal: the scaler skips the step and lowers its scale
-    if run.accelerator.scaler is None and not torch.isfinite(norm):
-        _refuse_not_finite(run, progress, batch, "the gradient")
-    return {"norm/gradient": float(norm)}
+    if run.accelerator.scaler is None and not all(map(math.isfinite, norm)):
+        _refuse_not_finite(run, progress, micros[-1][0], "the gradient")
+    return losses, {"norm/gradient": norm[0]} if norm else {}
 
 
 def _limit_norms(network: KohyaNetwork, limit: float, device: torch.device) -> dict[str, float]:
@@ -287,7 +313,10 @@ def _limit_norms(network: KohyaNetwork, limit: float, device: torch.device) -> d
 
 
 def _refuse_not_finite(run: Run, progress: Progress, batch: Batch, what: str) -> NoReturn:
-    module = first_not_finite(run.denoiser, lambda: micro_step(run, batch))
+    if run.sharded:
+        module = "a module that is not searched for in a sharded model"
+    else:
+        module = first_not_finite(run.denoiser, lambda: micro_step(run, batch))
     images = ", ".join(str(example.path) for example in batch.examples)
     checkpoint = run.last_checkpoint()
     kept = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint has been written yet"

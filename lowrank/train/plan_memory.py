@@ -75,7 +75,7 @@ def plan_memory(
     """
     precision = job.options.train.mixed_precision or job.accelerator.mixed_precision
     processor: Any = _Processor(precision)
-    job = replace(job, family=hollow(job.family), accelerator=processor)
+    job = replace(job, family=hollow(job.family), accelerator=processor, sharding=None)
     source = replace(models.source, dtype=DTYPES[precision], device="cpu")
     models = replace(models, source=source, denoiser=None, vae=None, text_encoders=(), tokenizers=())
     live, mode = LiveMemory(), contextlib.nullcontext() if values else without_values(cuda_autocast=gpu)

@@ -81,6 +81,7 @@ class Preview:
     seed: int = 0
     every_epochs: int | None = None
     every_steps: int | None = None
+    together: bool = False  # every process draws, because they share one sharded model; the first one saves
 
     def run(self, accelerator: Accelerator, network: nn.Module, tag: str, step: int) -> list[Path]:
         """Draw every prompt on the main process to `{name_}{tag}_{index:02d}_{time}_{seed}.png`.
@@ -89,7 +90,8 @@ class Preview:
         prompts grows beside them. TensorBoard gets the pictures as `validation/{index:02d}`, wandb under
         kohya's names `sample_{index}`.
         """
-        if not accelerator.is_main_process or not self.prompts:
+        writes = accelerator.is_main_process
+        if not (writes or self.together) or not self.prompts:
             accelerator.wait_for_everyone()
             return []
         paths, images = [], []
@@ -98,13 +100,16 @@ class Preview:
             for index, (prompt, copy) in enumerate(jobs):
                 seed = (self.seed if prompt.seed is None else prompt.seed) + copy
                 image = self.draw(prompt, seed)
+                if not writes:
+                    continue
                 stem = f"{self.name}_" if self.name else ""
                 path = self.folder / f"{stem}{tag}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}_{seed}.png"
                 save_png(path, image, describe(prompt, seed))
                 paths.append(path)
                 images.append(image)
-        write_sheet(self.folder, self.name, [prompt.prompt for prompt, _ in jobs])
-        for tracker in accelerator.trackers:
+        if writes:
+            write_sheet(self.folder, self.name, [prompt.prompt for prompt, _ in jobs])
+        for tracker in accelerator.trackers if writes else ():
             if tracker.name == "tensorboard":
                 for index, image in enumerate(images):
                     array = numpy.asarray(image)
@@ -191,4 +196,5 @@ def run_preview(
         seed=job.seed,
         every_epochs=epochs if prompts else None,
         every_steps=steps if prompts and not epochs else None,  # epochs win, as in kohya's scripts
+        together=job.sharding is not None,
     )

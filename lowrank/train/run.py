@@ -27,12 +27,14 @@ from lowrank.train import (
     layer_sampling,
     metadata,
     optim,
+    peers,
     plan_memory,
+    processes,
     setup,
     warmup,
 )
 from lowrank.train.attach import adapt, changes_text, keep_vae, load_components, merge_base_weights
-from lowrank.train.checkpoints import Checkpoint, Names, Progress
+from lowrank.train.checkpoints import Checkpoint, Names, Progress, as_resumed
 from lowrank.train.job import RunningJob, TrainJob
 from lowrank.train.log import RunLog, describe_run
 from lowrank.train.loop import Run, loss_components, run_forward, train
@@ -54,6 +56,7 @@ def launch(job: TrainJob) -> int:
     folder = Path(saving.output_dir)
     names = Names(folder, saving.output_name, saving.save_model_as, job.script.unnamed)
     resumed = check.check_paths(options, names)
+    sharding = processes.launched_sharding(options)
     accelerator = setup.run_accelerator(options, folder)
     setup.start_log(job, accelerator)
     networks = find_module(options.network.network_module or "")
@@ -71,9 +74,10 @@ def launch(job: TrainJob) -> int:
         arguments=arguments,
         seed=_seed(options.train.seed, resumed),
         resumed=resumed,
+        sharding=sharding,
     )
     writes = accelerator.is_main_process and not options.train.dry_run
-    with only_writer(folder) if writes else contextlib.nullcontext():
+    with peers.watched(accelerator), only_writer(folder) if writes else contextlib.nullcontext():
         return _launch(running)
 
 
@@ -102,7 +106,8 @@ def _launch(job: RunningJob) -> int:
         phases = plan_memory.plan_memory(job, models, loader) if network_shapes is not None else []
         return dry_run.show(job, loader, _plan(job, loader), denoiser_shapes, network_shapes, phases)
     if job.resumed is not None:
-        check.check_resumed(job, check.run_fingerprint(job, loader, models), _plan(job, loader).steps)
+        fingerprint = as_resumed(check.run_fingerprint(job, loader, models), job.resumed, loader)
+        check.check_resumed(job, fingerprint, _plan(job, loader).steps)
 
     prompts = preview_prompts(job, models)
     texts = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
@@ -144,7 +149,8 @@ def _train(
     # the moving average covers one epoch, as in kohya's scripts, or 20 steps if an epoch has one step
     window = plan.steps_per_epoch if plan.steps_per_epoch > 1 else 20
     log = RunLog(job.accelerator, folder, loss_components(network), plan.steps, window)
-    sampler = layer_sampling.layer_sampler(network, forward, held_out, loader, job.seed)
+    together = job.sharding is not None
+    sampler = layer_sampling.layer_sampler(network, forward, held_out, loader, job.seed, together)
     saver = Saver(
         job=job,
         network=network,
@@ -162,7 +168,7 @@ def _train(
         plan=plan,
         log=log,
         preview=run_preview(job, models, prompts, text),
-        validation=validation_loss(job.options.validation, held_out, forward.losses, job.seed),
+        validation=validation_loss(job.options.validation, held_out, forward.losses, job.seed, together),
         layer_sampler=sampler,
     )
     run = Run(
@@ -183,6 +189,7 @@ def _train(
         after_epoch=saver.after_epoch,
         last_checkpoint=saver.last_checkpoint,
         mask_gradients=sampler.mask_gradients if sampler else None,
+        sharded=together,
     )
     return _start_or_resume(job, run, saver, held_out)
 
@@ -205,7 +212,7 @@ def _optimizer(
 def _start_or_resume(job: RunningJob, run: Run, saver: Saver, held_out: Loader | None) -> int:
     """Take the run from its checkpoint or its warm-up to its last file; return the exit code."""
     options = job.options
-    progress = Progress() if job.resumed is None else saver.resume(job.resumed)
+    progress = Progress() if job.resumed is None else saver.resume(job.resumed, run.loader)
     if progress.step >= run.steps:
         check.refuse_ended(job, progress.step, run.steps)
         saver.finish(progress)  # the run had stopped between its last checkpoint and its final file

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
+from lowrank.data.loader import Loader
 from lowrank.train import checkpoints, hub, metadata, optim
 from lowrank.train.checkpoints import Checkpoint, Progress
 from lowrank.train.ema import Ema
@@ -160,9 +161,11 @@ class Saver:
         )
         self._last_checkpoint = folder
 
-    def resume(self, checkpoint: Checkpoint) -> Progress:
-        """Load the states of a checkpoint; return how far it is."""
-        progress = checkpoints.load_state(checkpoint, self._accelerator, self._network, self._fingerprint)
+    def resume(self, checkpoint: Checkpoint, loader: Loader) -> Progress:
+        """Load the states of a checkpoint; return how far it is in the batches of `loader`."""
+        progress = checkpoints.load_state(
+            checkpoint, self._accelerator, self._network, self._fingerprint, loader
+        )
         for part in self._stateful:
             part.load(checkpoint.folder)
         self._last_checkpoint = checkpoint.folder

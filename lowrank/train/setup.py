@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 
 from lowrank.config.train import TrainOptions
 from lowrank.data.loader import Loader
@@ -22,6 +22,7 @@ from lowrank.data.summary import dataset_summary, describe
 from lowrank.errors import Refused
 from lowrank.models.family import DTYPES, Family, Models, Source
 from lowrank.objective.objective import Objective
+from lowrank.train import processes
 from lowrank.train.job import RunningJob, TrainJob
 from lowrank.train.network_module import KohyaNetwork
 from lowrank.train.overview import describe_layers
@@ -37,14 +38,16 @@ def run_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
     """
     train, memory = options.train, options.memory
     trackers, logs = _trackers(options, folder)
+    processes.without_fsdp_of_accelerate()
     accelerator = Accelerator(
         mixed_precision=_precision(options),
+        cpu=processes.on_cpu(),
         log_with=trackers,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(logs)),
     )
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if named and accelerator.device.type == "cpu" and not os.environ.get("ACCELERATE_USE_CPU") == "true":
+    if named and accelerator.device.type == "cpu" and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise Refused(
             f"CUDA_VISIBLE_DEVICES={named} names a GPU, but torch finds none; give `cpu` as "
             "GPU_ID, or check the driver and torch's CUDA build"
@@ -90,7 +93,7 @@ def _precision(options: TrainOptions) -> str | None:
     """--mixed_precision, or "no" for fp16 without a GPU, where accelerate does not support it."""
     asked = options.train.mixed_precision
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if gpu and os.environ.get("ACCELERATE_USE_CPU") != "true":
+    if gpu and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         return asked
     if (asked or os.environ.get("ACCELERATE_MIXED_PRECISION")) != "fp16" or options.train.full_fp16:
         return asked

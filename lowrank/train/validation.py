@@ -28,11 +28,12 @@ class ValidationLoss:
     every_steps: int | None = None
     every_epochs: int | None = None
     limit: int | None = None  # batches
+    together: bool = False  # every process measures every batch, because they share one sharded model
 
     @torch.no_grad()
     def measure(self, accelerator: Accelerator, network: nn.Module) -> float:
         """The mean loss over images and `NOISE_LEVELS`, over all processes."""
-        rank, world = accelerator.process_index, accelerator.num_processes
+        rank, world = (0, 1) if self.together else (accelerator.process_index, accelerator.num_processes)
         sums = torch.zeros(2, device=accelerator.device)
         with evaluation_mode(network):
             for index, batch in enumerate(itertools.islice(self.loader.epoch(0), self.limit)):
@@ -51,6 +52,7 @@ def validation_loss(
     loader: Loader | None,
     losses: Callable[[Batch, torch.Generator, float], tuple[Tensor, Tensor]],
     seed: int,
+    together: bool = False,
 ) -> ValidationLoss | None:
     """The validation loss of a run, by default after every epoch; None if no image is held out."""
     if loader is None:
@@ -62,4 +64,5 @@ def validation_loss(
         every_steps=options.validate_every_n_steps,
         every_epochs=options.validate_every_n_epochs or (None if options.validate_every_n_steps else 1),
         limit=options.max_validation_steps,
+        together=together,
     )

@@ -80,3 +80,15 @@ def test_trainer_samples_validates_and_resumes(script, folders, pictures, tmp_pa
     first, second = load_file(whole / name), load_file(resumed / name)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert len(list(whole.rglob("*.png"))) >= 1
+
+
+def test_host_reads_once_a_step(tiny_sd, tiny_flux, folders, pictures, tmp_path):
+    """Also with accumulation: nothing is read for a micro-batch."""
+    given = ["--seed", "0", "--resolution", "64", "--max_train_steps", "3", "--cache_latents"]
+    given += ["--max_data_loader_n_workers", "0"]
+    given += ["--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "out")]
+    sd = [*given, "--pretrained_model_name_or_path", str(tiny_sd), "--train_data_dir", str(folders / "train")]
+    flux = ["--pretrained_model_name_or_path", str(tiny_flux), "--instance_data_dir", str(pictures)]
+    flux += [*given, "--rank", "4", "--instance_prompt", "cat"]
+    runs = (["train_network_ABM.py", *sd, "--network_train_unet_only"], ["flux_train_qrlora.py", *flux])
+    ends_well(simulated_checks.reads_of_steps, *runs, folder=tmp_path)

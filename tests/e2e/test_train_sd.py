@@ -13,7 +13,7 @@ import pytest
 import torch
 from flux_run import same
 from PIL import Image
-from processes import finished, launch_two, start
+from processes import finished, start
 from safetensors.torch import load_file, save_file
 from sd_run import arguments, folders, metadata, one_thread, rows, scalars  # noqa: F401 (fixtures)
 
@@ -166,19 +166,6 @@ def test_resume_after_sigkill(arguments, tmp_path):
     with one_thread():
         assert sd(arguments("killed", *more, "--max_train_steps", "6", "--resume", state)) == 0
     assert same(tmp_path / "whole" / "cat.safetensors", killed / "cat.safetensors")
-
-
-def test_sd_two_processes_equal_doubled_accumulation(arguments, tmp_path):
-    """Bit for bit, with AdamW, which makes whole steps of a gradient that is rounding noise."""
-    more = ("--lr_scheduler", "linear", "--lr_warmup_steps", "2")
-    line = arguments("two", *more, "--gradient_accumulation_steps", "1")
-    launch_two("train_network_ABM.py", line, tmp_path)
-    with one_thread():
-        assert sd(arguments("one", *more, "--gradient_accumulation_steps", "2")) == 0
-    two, one = (load_file(tmp_path / run / "cat.safetensors") for run in ("two", "one"))
-    assert two.keys() == one.keys()
-    assert all(torch.equal(two[key], one[key]) for key in two)
-    assert moved(tmp_path / "two")["unet"] > 1e-5
 
 
 # ---------- what is trained

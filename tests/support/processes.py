@@ -64,8 +64,10 @@ def finished(process: ForkServerProcess, seconds: float = 240) -> int:
     return process.exitcode
 
 
-def launch_two(script: str, words: Sequence[str], folder: Path) -> None:
-    """Two CPU processes with the variables that `accelerate launch` and `torchrun` set; both must succeed."""
+def start_two(
+    script: str, words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> list[ForkServerProcess]:
+    """Two CPU processes with the variables that torchrun sets; logs in FOLDER/process-RANK.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,13 +76,24 @@ def launch_two(script: str, words: Sequence[str], folder: Path) -> None:
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
+        **(environment or {}),
     }
-    logs = [folder / f"process-{rank}.log" for rank in range(2)]
-    pair = [
-        start(script, words, log, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank, log in enumerate(logs)
+    return [
+        start(
+            script,
+            words,
+            folder / f"process-{rank}.log",
+            common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
     ]
-    codes = [finished(process) for process in pair]
+
+
+def launch_two(
+    script: str, words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> None:
+    """`start_two`; both processes must succeed."""
+    codes = [finished(process) for process in start_two(script, words, folder, environment)]
+    logs = [folder / f"process-{rank}.log" for rank in range(2)]
     assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)

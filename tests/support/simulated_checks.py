@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 import pytest
 import simulated_device
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
 from processes import run_script
 from simulated_device import NAME
 from torch import nn
@@ -90,12 +92,35 @@ def networks(folder: str) -> None:
 def trainer(*runs: list[str]) -> None:
     """Runs of the trainers' scripts one after the other on the device; each is a script and its flags."""
     simulated_device.start()
-    from accelerate.state import AcceleratorState, GradientState
+    for run in runs:
+        _run(*run)
 
-    for script, *words in runs:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        try:
-            run_script(script, *words)
-        except SystemExit as end:
-            assert not end.code, f"{script} ended with {end.code}"
+
+def _run(script: str, *words: str) -> None:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    try:
+        run_script(script, *words)
+    except SystemExit as end:
+        assert not end.code, f"{script} ended with {end.code}"
+
+
+def reads_of_steps(*runs: list[str]) -> None:
+    """The host reads values of the device once in each step after the first, at its end."""
+    simulated_device.start()
+    from lowrank.train.log import RunLog
+
+    counts: list[int] = []
+    log_step = RunLog.step
+
+    def counted(*given):
+        counts.append(sum(wait != "copy to the device" for wait in traffic.waits))
+        log_step(*given)
+
+    RunLog.step = counted
+    for run in runs:
+        counts.clear()
+        with simulated_device.watched() as traffic:
+            _run(*run)
+        reads = [after - before for before, after in itertools.pairwise(counts)]
+        assert reads == [1, 1], f"{run[0]}: {reads}, {traffic.waits}"
