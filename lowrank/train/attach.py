@@ -30,9 +30,14 @@ def load_components(job: RunningJob, models: Models, roles: tuple[str, ...]) -> 
 
     A denoiser that will be sharded is loaded on the CPU, as no device may have room for all of it.
     """
-    if job.sharding is not None and "denoiser" in roles:
-        models.source = replace(models.source, device="cpu")
-    job.family.add(models, roles)
+    source = models.source
+    for role in roles:
+        if role == "denoiser" and job.sharding is not None:
+            source = replace(source, device="cpu")
+        on_cpu = role == "text" and job.options.memory.text_encoders_on_cpu
+        models.source = replace(source, device="cpu") if on_cpu else source
+        job.family.add(models, (role,))
+    models.source = source
     align(models)
 
 
