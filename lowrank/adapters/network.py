@@ -71,6 +71,7 @@ class AdapterNetwork(nn.Module):
         }
         self.clock.set_ranks(layer.rank for layer in self.layers("unet"))
         self._owners = self._share()
+        self._share_common()
         self.start_metadata: dict[str, str] = {}  # the origin of the start values
         # (part, role) -> multiple of the part's learning rate
         self.role_rates: dict[tuple[str, str], float] = {}
@@ -93,6 +94,27 @@ class AdapterNetwork(nn.Module):
             owners[name] = owner_of.setdefault(key, name)
             layer.register_parameter(role, self._all_layers[owners[name]].roles()[role])
         return owners
+
+    def _share_common(self) -> None:
+        """Give layers of equal shapes one buffer of each role that they have in common."""
+        first: dict[tuple[str, torch.Size], Tensor] = {}
+        for layer in self._all_layers.values():
+            for role in self.factor.common:
+                value = layer.get_buffer(role)
+                setattr(layer, role, first.setdefault((role, value.shape), value))
+
+    def _apply(self, fn, recurse=True):
+        """Apply `fn` as torch does, but once to a buffer that layers share, so that they still share it."""
+        if not self.factor.common:
+            return super()._apply(fn, recurse)
+        results: dict[int, tuple[Tensor, Tensor]] = {}  # with the argument, whose id must stay taken
+
+        def apply_once(value: Tensor) -> Tensor:
+            if id(value) not in results:
+                results[id(value)] = value, fn(value)
+            return results[id(value)][1]
+
+        return super()._apply(apply_once, recurse)
 
     # ------------------------------------------------------------------ layers and values
 
@@ -170,6 +192,7 @@ class AdapterNetwork(nn.Module):
             for role, value in layer.named_buffers(recurse=False):
                 if role != "alpha" and role not in (*self.factor.copies, *self.factor.precise):
                     setattr(layer, role, value.to(dtype))
+        self._share_common()
 
     def penalties(self) -> dict[str, Tensor]:
         """Return the method's penalties at the current parameters, by name."""
@@ -302,6 +325,7 @@ class AdapterNetwork(nn.Module):
         warn_zero_alpha(source, layers)
         for name, values in layers.items():
             self._check_shared(name, layers, source)
+            self._check_common(name, layers, source)
             self._all_layers[name].load(values, source)
         incomplete = [name for name, values in layers.items() if not self.factor.frozen <= values.keys()]
         if incomplete:
@@ -323,6 +347,18 @@ class AdapterNetwork(nn.Module):
                 f"{source} has different {role} tensors for {name} and {owner}, which share one; "
                 "use the file as it was saved"
             )
+
+    def _check_common(self, name: str, layers: Mapping[str, Roles], source: str) -> None:
+        """Raise `Refused` if layers of equal shapes have different tensors of a role that they share."""
+        for role in layers[name].keys() & set(self.factor.common):
+            value = layers[name][role]
+            equal = (values[role] for values in layers.values() if role in values)
+            first = next(other for other in equal if other.shape == value.shape)
+            if not torch.equal(first, value):
+                raise Refused(
+                    f"{source} has another {role} for {name} than for other layers of its shape, which share "
+                    "one; use the file as it was saved"
+                )
 
     def _start_frozen(self, names: list[str], metadata: Mapping[str, str], source: str) -> None:
         """Compute the frozen tensors of these layers from the base.
