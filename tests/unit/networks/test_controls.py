@@ -191,7 +191,7 @@ def test_vera_file_with_other_matrices_for_one_layer(tmp_path):
     state = load_file(path)
     changed = next(key for key in state if key.endswith("1.vera_A"))
     save_file(state | {changed: state[changed] + 1}, path)
-    with pytest.raises(Refused, match="another vera_A for lora_unet_1 than for other layers"):
+    with pytest.raises(Refused, match="different vera_A tensors for lora_unet_1 and lora_unet_0"):
         net.load_weights(str(path))
 
 
