@@ -27,15 +27,18 @@ for one slot. A row of the table is a factor, a column an addition. A cell has t
 other programs takes, or the number of the note that explains why the pair is refused. ABM goes with all.
 
 """
-_NO_UP = "An expert is a trained up. The up of this factor is the frozen Q, so there is nothing to multiply."
-_NO_RATE = "LoRA+ raises the learning rate of the trained up. The up of this factor is the frozen Q."
+_NO_UP = "An expert is a trained up. The up of this factor is frozen, so there is nothing to multiply."
+_NO_RATE = "LoRA+ raises the learning rate of the trained up. The up of this factor is frozen."
 _COPY = "This factor subtracts an initial copy of one up. That difference is not defined for several ups."
 REASONS = {  # (factor, addition) that the code refuses -> the reason, for a reader of the table
     ("delta_r", "experts"): _NO_UP,
     ("delta_r_triu", "experts"): _NO_UP,
     ("delta_r", "LoRA+"): _NO_RATE,
     ("delta_r_triu", "LoRA+"): _NO_RATE,
+    ("vera", "experts"): _NO_UP,
+    ("vera", "LoRA+"): _NO_RATE,
     ("qrlora", "experts"): _COPY,
+    ("pissa", "experts"): _COPY,
     ("tlora", "experts"): _COPY,
     (
         "tlora",

@@ -85,6 +85,9 @@ def methods(family: str) -> Iterator[Recipe]:
         "effilora": ("num_experts=2",),
         "lalora": (f"lalora_context_path={context}", "lalora_lambda=10"),
         "null_lora": (),
+        "pissa": (),
+        "lora_fa": (),
+        "vera": (),
         "universal_lora": (f"basis_path={basis}",),
         "universal_lalora": (
             *("basis_path=auto:grad", "basis_samples=4", "lalora_isotropic=True", "lalora_lambda=1"),

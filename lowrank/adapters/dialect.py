@@ -100,8 +100,11 @@ def _joined_or_cut(
     """Return the tensors of a FLUX layer from a file's joined layer or parts, and the names of these."""
     factor = method.require_factor()
     chains = (*factor.chains, *((factor.copy,) if factor.copy else ()))
-    outputs = {"magnitude", *(chain.up[0] for chain in chains)}
-    cores = {role for chain in chains for role in (*chain.up[1:], *chain.down[:-1])}
+    ups = [factor.split_up(chain) for chain in chains]
+    outputs = {"magnitude"} | {role for rows, up, _ in ups for role in (rows, up) if role}
+    cores = {
+        role for chain, (_, _, cores) in zip(chains, ups, strict=True) for role in (*cores, *chain.down[:-1])
+    }
     if part := flux_names.joined_rows(target.path):  # the model has the parts
         name = part.module.replace(".", "_")
         if part.total == 1 or name not in by_name:

@@ -67,8 +67,10 @@ class AdaptedLayer(nn.Module):
         factor, E, ones = self.factor, self.method.experts, (1,) * len(kernel)
         R, shapes = self.rank // len(factor.chains), {}
         for chain in (*factor.chains, *((factor.copy,) if factor.copy else ())):
-            shapes[chain.down[-1]], shapes[chain.up[0]] = (R, ins, *kernel), (outs, R, *ones)
-            for role in (*chain.up[1:], *chain.down[:-1]):
+            rows, up, cores = factor.split_up(chain)
+            shapes[chain.down[-1]], shapes[up] = (R, ins, *kernel), (outs, R, *ones)
+            shapes |= {rows: (outs,)} if rows else {}
+            for role in (*cores, *chain.down[:-1]):
                 shapes[role] = (R,) if role in factor.diagonal else (R, R)
         if E:
             shapes[E.role] = (E.count, *shapes[E.role])
@@ -163,17 +165,19 @@ class AdaptedLayer(nn.Module):
 
     def _product(self, chain: Chain) -> tuple[Tensor, Tensor]:
         """Return U (O, R[, 1, 1]), with experts (E, O, R[, 1, 1]), and D (R, I[, k, k]) of one chain."""
-        U, D = self._role(chain.up[0]), self._role(chain.down[-1])
-        if len(chain.up) > 1:
+        rows, up, cores = self.factor.split_up(chain)
+        U, D = self._role(up), self._role(chain.down[-1])
+        if rows or cores:
             ones = (1,) * (2 * self.conv)
             U = U.reshape(U.shape[: U.dim() - len(ones)])
-            for role in chain.up[1:]:
+            U = U if rows is None else self._role(rows)[:, None] * U
+            for role in cores:
                 C = self._role(role)
                 U = U * C if role in self.factor.diagonal else U @ C  # (O, R) or (E, O, R)
             U = U.reshape(*U.shape, *ones)
         for role in reversed(chain.down[:-1]):
-            C, rows = self._role(role), D.flatten(1)
-            D = (C[:, None] * rows if role in self.factor.diagonal else C @ rows).reshape(D.shape)
+            C, flat = self._role(role), D.flatten(1)
+            D = (C[:, None] * flat if role in self.factor.diagonal else C @ flat).reshape(D.shape)
         return U, D
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -318,7 +322,7 @@ class AdaptedLayer(nn.Module):
         """Return whether `addmm` can add the branch to y: for a Linear with y in the dtype of the factors."""
         if self.conv or y.dim() < 2:
             return False
-        return mixed or y.dtype == getattr(self, self.factor.chains[0].up[0]).dtype
+        return mixed or y.dtype == getattr(self, self.factor.split_up(self.factor.chains[0])[1]).dtype
 
     def _forward_host(self, x: Tensor, *args, **kwargs) -> Tensor:
         chained = getattr(self, "_chained", None)

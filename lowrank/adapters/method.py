@@ -37,7 +37,8 @@ def structural(default: Any, words: tuple[str, ...] | None = None) -> Any:
 class Chain(NamedTuple):
     """A product of roles, from outputs to inputs; the rank is between `up` and `down`.
 
-    The first role of `up` is O×R, the last of `down` R×I, the others are R×R, or R if diagonal.
+    The first role of `up` is O×R, the last of `down` R×I, the others are R×R, or R if diagonal. A
+    diagonal (O,) may precede the O×R role (`Factor.split_up`).
     """
 
     up: tuple[str, ...] = ("up",)
@@ -57,7 +58,8 @@ class Factor:
     trained: tuple[str, ...]
     chains: tuple[Chain, ...] = (Chain(),)
     copy: Chain | None = None  # the initial copy, subtracted
-    diagonal: tuple[str, ...] = ()  # roles that are diagonal matrices, stored as (R,)
+    diagonal: tuple[str, ...] = ()  # roles that are diagonal matrices, stored as (R,) or (O,)
+    common: tuple[str, ...] = ()  # frozen roles that layers of equal shapes have in common
     saved_only: tuple[str, ...] = ()  # roles that are written to files but not used in the forward
     precise: tuple[str, ...] = ()  # frozen roles that stay in fp32 in any precision of the forward
     loraplus: tuple[str, ...] = ("up",)  # roles with LoRA+'s higher learning rate, if trained
@@ -85,6 +87,16 @@ class Factor:
         pairs = zip((*self.chains[0].up, *self.chains[0].down), self.copies, strict=True) if self.copy else ()
         return {role: start for role, start in pairs if role in self.trained}
 
+    def split_up(self, chain: Chain) -> tuple[str | None, str, tuple[str, ...]]:
+        """Return a chain's ups as the leading diagonal (O,) or None, the O×R role, and the others."""
+        if chain.up[0] in self.diagonal:
+            return chain.up[0], chain.up[1], chain.up[2:]
+        return None, chain.up[0], chain.up[1:]
+
+    def cores(self) -> set[str]:
+        """Return the roles of the chains that are R×R or (R,)."""
+        return {role for chain in self.chains for role in (*self.split_up(chain)[2], *chain.down[:-1])}
+
     def sides(self) -> dict[str, tuple[str, ...]]:
         """Return the dimensions of each role's tensor as words: "outputs", "rank", "inputs".
 
@@ -93,9 +105,11 @@ class Factor:
         """
         shapes: dict[str, tuple[str, ...]] = {}
         for chain in (*((self.copy,) if self.copy else ()), *self.chains):
-            for role in (*chain.up[1:], *chain.down[:-1]):
+            rows, up, cores = self.split_up(chain)
+            for role in (*cores, *chain.down[:-1]):
                 shapes[role] = ("rank",) if role in self.diagonal else ("rank", "rank")
-            shapes[chain.down[-1]], shapes[chain.up[0]] = ("rank", "inputs"), ("outputs", "rank")
+            shapes[chain.down[-1]], shapes[up] = ("rank", "inputs"), ("outputs", "rank")
+            shapes |= {rows: ("outputs",)} if rows else {}
         return shapes | dict.fromkeys(self.saved_only, ("rank", "inputs"))
 
     @property
@@ -106,6 +120,8 @@ class Factor:
     def rank_in(self, role: str, shape: Sequence[int]) -> int | None:
         """Return a layer's rank from the shape of one tensor, or None if the role does not determine it."""
         for chain in self.chains:
+            if role == self.split_up(chain)[0]:
+                return None
             if role in self.diagonal and role in (*chain.up, *chain.down):
                 return shape[-1] * len(self.chains)  # (R,), and (1, R) in LyCORIS' files
             if role in chain.down:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapter_file import AdapterFile, RawFile, Roles, read_adapter_file, warn_zero_alpha
-from lowrank.adapters import dialect, kohya_trainer, magnitude, rates
+from lowrank.adapter_file import AdapterFile, RawFile, read_adapter_file, warn_zero_alpha
+from lowrank.adapters import dialect, kohya_trainer, magnitude, rates, sharing
 from lowrank.adapters.clock import Clock
 from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.method import Method, check_made_by
@@ -70,7 +70,8 @@ class AdapterNetwork(nn.Module):
             for t in targets
         }
         self.clock.set_ranks(layer.rank for layer in self.layers("unet"))
-        self._owners = self._share()
+        self._owners = sharing.share_trained(self._all_layers, self.targets, self.factor)
+        sharing.share_frozen(self._all_layers.values(), self.factor)
         self.start_metadata: dict[str, str] = {}  # the origin of the start values
         # (part, role) -> multiple of the part's learning rate
         self.role_rates: dict[tuple[str, str], float] = {}
@@ -82,18 +83,11 @@ class AdapterNetwork(nn.Module):
         self._add_penalties: Callable[[nn.Module], None] | None = None  # in kohya's trainers
         self.set_multiplier(multiplier)
 
-    def _share(self) -> dict[str, str]:
-        """Give layers of one input space one tensor of the shared role; return each layer's owner of it."""
-        owner_of: dict[Any, str] = {}  # by input space and shape
-        owners, role = {}, self.factor.shared
-        if self.factor.share is None or role is None:
-            return {}
-        for name, layer in self._all_layers.items():
-            target, shape = self.targets[name], layer.roles()[role].shape
-            key = (self.factor.share(target.part, target.path, tuple(shape[1:])), shape)
-            owners[name] = owner_of.setdefault(key, name)
-            layer.register_parameter(role, self._all_layers[owners[name]].roles()[role])
-        return owners
+    def _apply(self, fn, recurse=True):
+        """Apply `fn` as torch does, but once to a buffer that layers share, so that they still share it."""
+        if not self.factor.common:
+            return super()._apply(fn, recurse)
+        return super()._apply(sharing.once(fn), recurse)
 
     # ------------------------------------------------------------------ layers and values
 
@@ -167,6 +161,7 @@ class AdapterNetwork(nn.Module):
             for role, value in layer.named_buffers(recurse=False):
                 if role != "alpha" and role not in (*self.factor.copies, *self.factor.precise):
                     setattr(layer, role, value.to(dtype))
+        sharing.share_frozen(self._all_layers.values(), self.factor)
 
     def penalties(self) -> dict[str, Tensor]:
         """Return the method's penalties at the current parameters, by name."""
@@ -314,7 +309,7 @@ class AdapterNetwork(nn.Module):
             )
         warn_zero_alpha(source, layers)
         for name, values in layers.items():
-            self._check_shared(name, layers, source)
+            sharing.check_equal(self.factor, name, self._owners.get(name, name), layers, source)
             self._all_layers[name].load(values, source)
         incomplete = [name for name, values in layers.items() if not self.factor.frozen <= values.keys()]
         if incomplete:
@@ -326,16 +321,6 @@ class AdapterNetwork(nn.Module):
             if role not in layers.get(name, {})
         ]
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
-
-    def _check_shared(self, name: str, layers: Mapping[str, Roles], source: str) -> None:
-        """Raise `Refused` if the shared tensor of a layer differs from that of its owner."""
-        role, owner = self.factor.shared, self._owners.get(name, name)
-        layer_roles, shared = (layers.get(layer, {}).get(role or "") for layer in (name, owner))
-        if layer_roles is not None and shared is not None and not torch.equal(layer_roles, shared):
-            raise Refused(
-                f"{source} has different {role} tensors for {name} and {owner}, which share one; "
-                "use the file as it was saved"
-            )
 
     def _start_frozen(self, names: list[str], metadata: Mapping[str, str], source: str) -> None:
         """Compute the frozen tensors of these layers from the base.

@@ -1,4 +1,4 @@
-"""visualize_similarity.py: two adapter files in; cosines per layer, plots, JSON and a text summary out."""
+"""visualize_similarity.py: compare two adapter files layer by layer; write plots, JSON and a text summary."""
 
 from __future__ import annotations
 
@@ -37,18 +37,21 @@ from lowrank.formats.read import Adapter, read_adapter
 _INK, _MEAN, _UNDEFINED = "#1f5fa8", "#c0392b", "#777777"
 _BAND: Mapping[str, Any] = MappingProxyType({"color": "#e8a33d", "alpha": 0.35, "linewidth": 0})
 _CJK = ("Noto Sans CJK JP", "IPAexGothic", "Hiragino Sans", "Yu Gothic", "Noto Sans CJK SC", "SimHei")
-_FIXED = (-1.05, 1.05)  # all a cosine can be; the official −0.1…1.1 would cut negative values off
+_FIXED = (-1.05, 1.05)  # the range of a cosine; the official −0.1…1.1 would cut off negative values
 _REMARKS = {
-    ("shared", "ideal"): "practically identical (as expected): both adapters stand on one basis",
+    ("shared", "ideal"): "practically identical, as expected of adapters with one basis",
     ("shared", "warn"): "similar but not shared: train both from one base model, rank and basis",
-    ("shared", "problem"): "not shared: other base models, ranks or bases; compare deltaW instead of deltaR",
+    ("shared", "problem"): "not shared: base models, ranks or bases differ; compare deltaW instead of deltaR",
     ("apart", "ideal"): "low similarity (|mean| < 0.10): well separated, but see the caution below",
     ("apart", "warn"): "moderate similarity (|mean| 0.10 to 0.50): some interference when merged",
-    ("apart", "problem"): "high similarity (mean > 0.50): poorly separated, a merge adds one thing twice",
-    ("apart", "opposed"): "opposed (mean < -0.50): poorly separated, a merge cancels what they share",
+    (
+        "apart",
+        "problem",
+    ): "high similarity (mean > 0.50): poorly separated, a merge adds the same change twice",
+    ("apart", "opposed"): "opposed (mean < -0.50): poorly separated, a merge cancels the common part",
 }
 _CAUTION = (
-    "Caution: independent random matrices lie within the null band (a wider one where they share large\n"
+    "Caution: independent random matrices lie within the null band (a wider one if they share large\n"
     "columns), so almost any two adapters pass |mean| < 0.10; an A near 1 may only mean a common start.\n"
     "Orthogonality is neither necessary nor sufficient for a good merge: look at the merged images too."
 )
@@ -57,7 +60,7 @@ Found = Mapping[str, list[LayerSimilarity]]  # matrix -> its layers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare two adapters; 0, or `Refused` before any file is written."""
+    """Compare two adapters; return 0. Raises `Refused` before any file is written."""
     options = VISUALIZE_SIMILARITY.parse(argv).options
     names = (options.lora1_name, options.lora2_name)
     folder = writable_folder(options.output_dir)
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_comparison(folder: Path, comparison: Found, names: Names, text: str) -> list[Path]:
-    """All files of one comparison, each whole or absent; other files in `folder` stay."""
+    """Write all files of one comparison, each complete or not at all; other files in `folder` stay."""
     written = []
 
     def put(name: str, content: str | Figure) -> None:
@@ -189,13 +192,13 @@ def _files(first: Adapter, second: Adapter, names: Names) -> list[str]:
 
 
 def _notes(adapters: Sequence[Adapter], names: Names) -> list[str]:
-    """What the reader of the numbers has to know about these two files."""
+    """Notes on the two files that a reader of the numbers needs."""
     notes = []
     for fact, things in (("base_hash", "base models"), ("basis_hash", "bases")):
         if len({adapter.fact(fact) for adapter in adapters} - {None}) > 1:
             notes.append(
-                f"Note: by their own account the files belong to different {things}; "
-                "only deltaW then compares what they do to a layer."
+                f"Note: the metadata of the files names different {things}; "
+                "only deltaW then compares their effect on a layer."
             )
     for adapter, name in zip(adapters, names, strict=True):
         absent = [missing_from(roles, adapter.method) for roles in adapter.raw.values()]
@@ -225,7 +228,7 @@ def _json(value: object) -> str:
 
 
 def _print(text: str) -> None:
-    """To stdout, with `?` for what a terminal's own encoding does not have."""
+    """Print to stdout, with `?` for characters that the terminal's encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), end="")
 
@@ -312,7 +315,7 @@ def _null_label(bands: Sequence[float]) -> str:
 
 
 def _limits(values: Sequence[float], bands: Sequence[float]) -> tuple[float, float]:
-    """An axis that shows the values, and the null band as well unless that would squeeze them."""
+    """Set an axis that shows the values, and the null band too unless it would squeeze them."""
     if not values:
         return _FIXED
     low, high = min(values), max(values)
@@ -327,7 +330,7 @@ def _limits(values: Sequence[float], bands: Sequence[float]) -> tuple[float, flo
 
 
 def _mark_groups(axes: Axes, layers: list[LayerSimilarity]) -> bool:
-    """A line where the kind of block changes, the kinds' names along the top; False where they do not fit."""
+    """Mark where the kind of block changes, with labels along the top; return False if they do not fit."""
     kinds = [layer.layer_name.removeprefix("transformer.").split(".")[0] for layer in layers]
     groups = [(kind, len(list(same))) for kind, same in groupby(kinds)]
     if not 1 < len(groups) <= 4 or min(count for _, count in groups) < 0.12 * len(layers):
@@ -364,6 +367,6 @@ def _finish(figure: Figure, axes: Axes) -> None:
 
 
 def _fonts() -> list[str]:
-    """DejaVu Sans, then whatever is installed that has the characters of Japanese and Chinese names."""
+    """DejaVu Sans, then installed fonts with Japanese and Chinese characters."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return ["DejaVu Sans", *(name for name in _CJK if name in installed)]

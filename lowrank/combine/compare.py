@@ -1,10 +1,10 @@
-"""How alike two adapters are, layer by layer, from their thin factors; no O×I matrix is ever formed.
+"""Similarity of two adapters by layer, computed from their low-rank factors without any O×I matrix.
 
 A layer's update is ΔW = U·D with U (O, k) "up" and D (k, I) "down"; every number comes from k×k products:
     ⟨U₁D₁, U₂D₂⟩ = ⟨U₁ᵀU₂, D₁D₂ᵀ⟩        ‖X + Y‖² / (‖X‖² + ‖Y‖²) = 1 + 2⟨X, Y⟩ / (‖X‖² + ‖Y‖²)
-The matrices carry the names of QR-LoRA (arXiv 2507.04599): Q, deltaR, baseR; A and B are the trained factors
-of a LoRA or QR-LoRA file; deltaW is the whole update, the only one with a meaning across kinds, ranks and
-bases. Official QR-LoRA files hold no initial copy, so their deltaW is that of Q′R′, not of the update.
+The matrices are named as in QR-LoRA (arXiv 2507.04599): Q, deltaR, baseR; A and B are the trained factors of
+a LoRA or QR-LoRA file. deltaW is the whole update, the only matrix that can be compared across methods, ranks
+and bases. Official QR-LoRA files have no initial copy, so their deltaW is that of Q′R′, not of the update.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from lowrank.naming import keys
 from lowrank.naming.flux_join import strength
 
 MATRICES = (*keys.MATRICES, "deltaW")  # order of every report
-UPDATES = ("deltaR", "deltaW")  # what a merge adds up
+UPDATES = ("deltaR", "deltaW")  # the matrices that a merge adds
 _THRESHOLDS = {"Q": (0.99, 0.95), "baseR": (0.99, 0.95), "deltaR": (0.10, 0.50), "deltaW": (0.10, 0.50)}
-_FLOOR = 1e-13  # an energy under this share of the terms it sums is float64 rounding, hence zero
-_DEGENERATE = 1e-12  # Gram eigenvalues: directions under 1e-6 of the largest are float32 rounding
+_FLOOR = 1e-13  # an energy below this share of its summed terms is float64 rounding and counts as zero
+_DEGENERATE = 1e-12  # Gram eigenvalues: directions below 1e-6 of the largest are float32 rounding
 
 Roles = Mapping[str, Tensor]  # role -> tensor of one layer
-Names = tuple[str, str]  # what the two files are called in reports
+Names = tuple[str, str]  # names of the two files in reports
 
 
 class RowOverlap(NamedTuple):
-    """Two row spaces: cos² of their principal angles, and the energy each matrix has in the other's space."""
+    """cos² of the principal angles between two row spaces, and each matrix's energy in the other's space."""
 
-    mean: float  # Σcos² / min(k₁, k₂); 1 when the smaller space lies in the larger one
-    random: float  # what `mean` is for independent random row spaces: max(k₁, k₂) / I
+    mean: float  # Σcos² / min(k₁, k₂); 1 if the larger space contains the smaller
+    random: float  # `mean` of independent random row spaces, max(k₁, k₂) / I
     largest: float
     first_in_second: float
     second_in_first: float
@@ -46,7 +46,7 @@ class RowOverlap(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """One layer of one matrix; `similarity` is None where it has no value, and `reason` then says why."""
+    """One layer of one matrix; `similarity` is None if it is undefined, for the reason in `reason`."""
 
     layer_name: str
     similarity: float | None
@@ -61,7 +61,7 @@ class LayerSimilarity:
     row_overlap: RowOverlap | None = None  # updates
 
 
-# ---------- one layer, pure algebra
+# ---------- algebra of one layer
 
 
 def cosine(first: Tensor, second: Tensor) -> float | None:
@@ -72,9 +72,9 @@ def cosine(first: Tensor, second: Tensor) -> float | None:
 
 
 def update(module: str, roles: Roles) -> Delta | None:
-    """ΔW in float64 at scale 1, or None when the file leaves out a factor that it needs.
+    """ΔW in float64 at scale 1, or None if the file lacks a factor that it needs.
 
-    The layer of the file's method gives it, where QR-LoRA's Q′R′ − QR is exactly 0 for an untrained layer.
+    Computed by the layer of the file's method, so QR-LoRA's Q′R′ − QR of an untrained layer is exactly 0.
     """
     if missing_roles(roles, method_for(roles, None)):
         return None
@@ -82,7 +82,7 @@ def update(module: str, roles: Roles) -> Delta | None:
 
 
 def unscaled(delta: Delta) -> Delta:
-    """The same ΔW in float64, with the scale in the down."""
+    """ΔW in float64 with its scale multiplied into `down`."""
     return Delta(delta.up.double(), delta.down.double() * delta.scale, 1.0)
 
 
@@ -92,14 +92,14 @@ def inner(first: Delta, second: Delta) -> float:
 
 
 def energy(of: Delta) -> float:
-    """‖U·D‖²; exactly 0 when what remains is only the rounding of terms that cancel."""
+    """‖U·D‖²; exactly 0 if only the rounding of cancelling terms remains."""
     terms = (of.up.T @ of.up) * (of.down @ of.down.T)  # (k, k)
     total = terms.sum().item()
     return total if total > _FLOOR * terms.abs().sum().item() else 0.0
 
 
 def rows(of: Delta) -> Tensor:
-    """(k, I) with the row space and the row energies of U·D: (UᵀU)^½·D. It is D itself for orthonormal U."""
+    """(UᵀU)^½·D (k, I), which has the row space and row energies of U·D; D itself for orthonormal U."""
     values, vectors = torch.linalg.eigh(of.up.T @ of.up)
     return (vectors * values.clamp_min(0).sqrt()) @ (vectors.T @ of.down)
 
@@ -125,7 +125,7 @@ def interference(product: float, first: float, second: float) -> float:
 
 
 def _whiten(gram: Tensor) -> tuple[Tensor, float]:
-    """(k, rank) map E·Λ^-½ that makes the rows behind a Gram matrix orthonormal, and their energy."""
+    """Map E·Λ^-½ (k, rank) that orthonormalises the rows of a Gram matrix, and the energy of these rows."""
     values, vectors = torch.linalg.eigh(gram)
     kept = values > _DEGENERATE * values[-1]
     return vectors[:, kept] / values[kept].sqrt(), gram.trace().item()
@@ -141,11 +141,11 @@ def _unit(value: float) -> float:
 def compare(
     first: Mapping[str, Roles], second: Mapping[str, Roles], names: Names = ("style", "content")
 ) -> dict[str, list[LayerSimilarity]]:
-    """Per matrix one `LayerSimilarity` for each layer that both files have, in the first file's order.
+    """For each matrix, one `LayerSimilarity` per layer of both files, in the order of the first file.
 
-    `first`, `second`: module -> role -> finite tensor, as `comparable` gives them, in one
-    dialect or two. A matrix that no common layer has on both sides is left out. Raises `Refused` for files
-    with no layer or matrix in common, for factors that do not multiply and for layers of different models.
+    `first`, `second`: module -> role -> finite tensor from `comparable`, in any dialects. A matrix that no
+    common layer has in both files is left out. Raises `Refused` for files without a common layer or matrix,
+    for factors that do not multiply and for layers of different models.
     """
     pairs = [(module, first[module], second[other]) for module, other in common(first, second)]
     if not pairs:
@@ -174,7 +174,7 @@ def compare(
 
 
 def comparable(adapter: Adapter) -> dict[str, Roles]:
-    """An adapter's layers by name: the file's own tensors, or of methods with cores one pair of factors."""
+    """The adapter's layers by name: the file's tensors, or one pair of factors for methods with cores."""
     layers: dict[str, Roles] = {}
     for place, roles in adapter.raw.items():
         delta = adapter.layers.get(place)
@@ -186,7 +186,7 @@ def comparable(adapter: Adapter) -> dict[str, Roles]:
 
 
 def common(first: Mapping[str, Roles], second: Mapping[str, Roles]) -> list[tuple[str, str]]:
-    """The modules both files have, as the first and as the second spell them, in the first's order."""
+    """The modules in both files, in each file's spelling, in the order of the first file."""
     spelled = {keys.flat(module): module for module in second}
     return [(module, spelled[keys.flat(module)]) for module in first if keys.flat(module) in spelled]
 
@@ -233,7 +233,7 @@ def _compare_updates(module: str, first: Delta, second: Delta, rank: int, names:
         *norms,
         (out, inputs),
         reason=_zero(*norms, names),
-        # the widest case, two updates on one frozen Q; with independent ups they lie within ±3/√(O·I)
+        # the widest case: two updates on one frozen Q; independent ups lie within ±3/√(O·I)
         null_band=3 / math.sqrt(rank * inputs),
     )
     if layer.reason:
@@ -282,7 +282,7 @@ def _role_names(layers: Mapping[str, Roles]) -> str:
 
 
 def statistics(layers: list[LayerSimilarity]) -> dict[str, float | int | None]:
-    """Numbers over the layers that have a value; undefined ones are counted and otherwise left out, never 0.
+    """Statistics of the layers that have a value; undefined layers are only counted.
 
     Std is that of the population. `outside_null_band` is a share of the layers that have a value and a band.
     """
@@ -326,8 +326,8 @@ def statistics(layers: list[LayerSimilarity]) -> dict[str, float | int | None]:
 def judge(matrix: str, mean: float | None) -> str | None:
     """ "ideal", "warn" or "problem" by the thresholds of the QR-LoRA demo guide; None where it has none.
 
-    Q and baseR count as shared above 0.99, as not shared below 0.95. deltaR, and deltaW like it, count as
-    apart below 0.10 and as entangled above 0.50; the sign is dropped, opposed updates disturb as much.
+    Q and baseR count as shared above 0.99 and as not shared below 0.95. deltaR and deltaW count as separate
+    below 0.10 and as entangled above 0.50, by absolute value, because opposed updates interfere as well.
     """
     if mean is None or matrix not in _THRESHOLDS:
         return None

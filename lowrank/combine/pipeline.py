@@ -1,11 +1,11 @@
-"""T-LoRA in any stock pipeline of diffusers: beside the denoiser, its ranks by the step's timestep.
+"""Run a T-LoRA in any diffusers pipeline; its active ranks follow the timestep of each denoising step.
 
     with timestep_ranks(pipe, "adapter.safetensors"):
         image = pipe("a sks dog riding a surfboard").images[0]
 
-or for as long as the pipeline lives: `ranks = TimestepRanks(pipe, file)`, and `ranks.remove()`. Guidance,
-several images per prompt and `torch.compile` (`pipe.unet = torch.compile(pipe.unet)`, before or after) work
-as they are; pipelines do not see each other. Nothing is merged into the base, which could not be masked then.
+Without a block: `ranks = TimestepRanks(pipe, file)`, and `ranks.remove()` at the end. Guidance, several
+images per prompt and `torch.compile` (`pipe.unet = torch.compile(pipe.unet)`, before or after) are
+supported, and pipelines are independent. The adapter is not merged, because a merged adapter has fixed ranks.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from lowrank.naming import keys
 
 
 class TimestepRanks:
-    """A T-LoRA file on a pipeline, or on a bare denoiser, until `remove`.
+    """A T-LoRA file attached to a pipeline, or to a denoiser alone, until `remove`.
 
-    `config` is SimpleTuner's `_tlora_config` and goes before what the file says, as does the pipeline's own
-    attribute of that name. `strength` multiplies the change. Computes in the denoiser's dtype, or in `dtype`.
-    Raises `Refused` for a file without a schedule, a denoiser whose timesteps are not understood, a scheduler
-    that does not count them 0..1000, and a file for another model.
+    `config` is SimpleTuner's `_tlora_config`; it, or the pipeline's attribute of that name, overrides the
+    schedule of the file. `strength` multiplies ΔW. Computes in the denoiser's dtype, or in `dtype`. Raises
+    `Refused` for a file without a schedule, a denoiser or scheduler whose timesteps do not run from 0 to
+    1000, and a file for another model.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TimestepRanks:
         adapter = read_for_merge(file, schedule=config, start=_Weights(denoiser))
         if adapter.schedule is None:
             raise Refused(
-                f"{file} says no schedule, so it is no T-LoRA that can be masked; load it with "
+                f"{file} has no rank schedule, so it is not a T-LoRA with active ranks; load it with "
                 'pipe.load_lora_weights, or pass config={"max_rank": …, "min_rank": …, "alpha": …}'
             )
         encoders = [
@@ -67,7 +67,7 @@ class TimestepRanks:
         self.attached.set((strength,))
 
     def remove(self) -> None:
-        """Take adapter and hook off; the pipeline is what it was, bit for bit."""
+        """Detach the adapter and its hook; the pipeline then computes what it did before, bit for bit."""
         self.attached.restore()
 
 
@@ -79,7 +79,7 @@ def timestep_ranks(
     strength: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Iterator[TimestepRanks]:
-    """`TimestepRanks` for a block."""
+    """Attach a `TimestepRanks` for a block."""
     ranks = TimestepRanks(pipe, file, config, strength, dtype)
     try:
         yield ranks
@@ -88,15 +88,15 @@ def timestep_ranks(
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
-    """The U-Net or transformer of a pipeline; a module is its own."""
+    """The U-Net or transformer of a pipeline, or the module itself."""
     for candidate in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None), pipe):
         if isinstance(candidate, nn.Module):
             return candidate
-    raise Refused(f"{type(pipe).__name__} has no unet and no transformer; give a pipeline of diffusers")
+    raise Refused(f"{type(pipe).__name__} has neither unet nor transformer; give a diffusers pipeline")
 
 
 class _Weights:
-    """W (O, I) of a denoiser's layers by the names of files; hosts are looked up when first asked."""
+    """W (O, I) of a denoiser's layers by their names in files; the layers are listed at the first lookup."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self._denoiser, self._hosts = uncompiled(denoiser), {}
@@ -115,11 +115,11 @@ class _Weights:
 
 def _check_steps(scheduler: Any) -> None:
     facts = getattr(scheduler, "config", {})
-    odd = facts.get("timestep_type") == "continuous" or type(scheduler).__name__.startswith("EDM")
-    if odd or facts.get("num_train_timesteps", 1000) != 1000:
+    continuous = facts.get("timestep_type") == "continuous" or type(scheduler).__name__.startswith("EDM")
+    if continuous or facts.get("num_train_timesteps", 1000) != 1000:
         raise Refused(
-            f"{type(scheduler).__name__} does not count timesteps from 0 to 1000, as the schedule of ranks "
-            "does; use one that does, such as EulerDiscreteScheduler"
+            f"{type(scheduler).__name__} does not count timesteps from 0 to 1000, as the rank schedule does; "
+            "use another scheduler, such as EulerDiscreteScheduler"
         )
 
 

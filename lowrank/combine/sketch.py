@@ -1,4 +1,4 @@
-"""Principal directions of columns that come piece by piece, and of those left when a piece is taken away.
+"""Principal directions of columns that arrive in blocks, and of the remainder when one block is removed.
 
 n: length of a column, m: directions kept. float64 throughout.
 """
@@ -26,14 +26,14 @@ class Side(NamedTuple):
 
 
 class Sketch:
-    """The columns of one side: all of them up to 2·size, then their `size` principal ones."""
+    """Columns of one side: all of them up to 2·size, beyond that their `size` principal directions."""
 
     def __init__(self, size: int) -> None:
         self.size, self.energy, self.exact = size, 0.0, True
         self._columns: list[Tensor] = []  # (n, c) each
 
     def add(self, columns: Tensor) -> None:
-        """Take in (n, c) in float64."""
+        """Add columns (n, c) in float64."""
         self.energy += columns.square().sum().item()
         self._columns.append(columns.contiguous())
         if sum(x.shape[1] for x in self._columns) > 2 * self.size:
@@ -42,7 +42,7 @@ class Sketch:
             self._columns = [(vectors * values)[:, : self.size].contiguous()]
 
     def side(self) -> Side:
-        """What was collected, as directions whose largest entry is positive; the columns are let go."""
+        """Return the principal directions, with positive largest entries, and release the columns."""
         vectors, values = _principal(torch.cat(self._columns, dim=1))
         self._columns.clear()
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
@@ -50,7 +50,7 @@ class Sketch:
 
 
 def _principal(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, m) orthonormal directions of (n, c) and their (m,) singular values, without those of rounding."""
+    """Orthonormal directions (n, m) of columns (n, c) and singular values (m,), without rounding noise."""
     q, r = torch.linalg.qr(columns)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     kept = s > DEPENDENT * s[0]
@@ -58,10 +58,10 @@ def _principal(columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def without(side: Side, part: Tensor, share: float, count: int) -> Tensor:
-    """(m, K) coordinates, among the directions of `side`, of the top `count` once one LoRA is taken away.
+    """Coordinates (m, K), in the directions of `side`, of the top `count` directions without one LoRA.
 
-    `part` (r, m) is that LoRA's columns in these coordinates. diag(s²) − share·partᵀpart is the others'
-    energy; exact where the sketch is.
+    `part` (r, m) are that LoRA's columns in these coordinates. diag(s²) − share·partᵀpart is the energy of
+    the other LoRAs, which is exact if the sketch is.
     """
     remaining = side.values.square().diag() - share * part.T @ part
     values, vectors = torch.linalg.eigh(remaining)

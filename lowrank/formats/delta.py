@@ -148,7 +148,7 @@ def delta_of(
     if absent := missing_roles(roles, method):
         _refuse_absent(module, roles, source, method, absent)
     chain = factor.chains[0]
-    up, down = roles[chain.up[0]], roles[chain.down[-1]]
+    up, down = roles[factor.split_up(chain)[1]], roles[chain.down[-1]]
     rank, kernel = factor.rank_in(chain.down[-1], down.shape) or 1, tuple(down.shape[2:])
     scale = strength(roles, rank)
     if factor == LORA_FACTOR and up.dim() == down.dim() and math.prod(up.shape[2:]) == 1:

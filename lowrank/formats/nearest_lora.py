@@ -1,12 +1,12 @@
-"""A routed adapter as one ΔW for other programs: the least-squares up over calibration data, and its error.
+"""The nearest plain LoRA of an adapter with experts: least-squares ups over calibration data.
 
 A layer with experts adds s·B·u′ with the ups side by side, B = [B₁ | … | B_E], and u′ = w ⊗ u, the experts'
 shares of u = D x. Of all static ups B̄ the one with the least Σ‖B u′ − B̄ u‖² over the data is
 
     B̄ = Σₑ Bₑ·E[wₑ u uᵀ]·E[u uᵀ]⁻¹
 
-Since Σₑ wₑ = 1, u = S u′ with S = [I | … | I], so that M = E[u′ u′ᵀ] (E·R, E·R) is all that has to be
-gathered: it gives B̄ and the error. In directions of u that no data had, B̄ is the experts' mean.
+Since Σₑ wₑ = 1, u = S u′ with S = [I | … | I]. The moments M = E[u′ u′ᵀ] (E·R, E·R) therefore determine B̄ and
+the error. In directions of u without data, B̄ is the mean of the experts.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lowrank.naming import keys
 
 
 class Lost(NamedTuple):
-    """What a static up leaves out over the data: √Σ‖B u′ − B̄ u‖², and √Σ‖B u′‖² to compare it with."""
+    """The error √Σ‖B u′ − B̄ u‖² of a static up over the data, and the size √Σ‖B u′‖² of the output."""
 
     lost: float
     whole: float
 
     @property
     def share(self) -> float:
-        """The relative error, 0 where the layer added nothing."""
+        """The relative error; 0 if the layer's output is 0."""
         return self.lost / self.whole if self.whole else 0.0
 
     def scaled(self, by: float) -> Lost:
@@ -43,7 +43,7 @@ class Lost(NamedTuple):
 
 
 def together(errors: Iterable[Lost]) -> Lost:
-    """The error of many layers as one."""
+    """Combine the errors of several layers."""
     lost, whole = zip(*errors, strict=True)
     return Lost(math.hypot(*lost), math.hypot(*whole))
 
@@ -57,8 +57,8 @@ def least_squares(ups: Tensor, moments: Tensor) -> tuple[Tensor, Lost]:
     B, M = stacked_ups(ups).double(), moments.double()  # (O, E·R), (E·R, E·R)
     S = torch.eye(R, dtype=M.dtype, device=M.device).repeat(1, E)  # (R, E·R)
     mean, C = ups.double().mean(0), S @ M @ S.T
-    rest = B - mean @ S  # what the mean does not explain: B̄ = mean + rest·M Sᵀ·C⁺
-    static = mean + rest @ M @ S.T @ torch.linalg.pinv(C, hermitian=True, rtol=1e-12)
+    deviation = B - mean @ S  # B̄ = mean + deviation·M Sᵀ·C⁺
+    static = mean + deviation @ M @ S.T @ torch.linalg.pinv(C, hermitian=True, rtol=1e-12)
     left = B - static @ S
     lost, whole = (((part @ M) * part).sum().clamp_min(0) for part in (left, B))
     return static, Lost(float(lost.sqrt()), float(whole.sqrt()))
@@ -67,11 +67,11 @@ def least_squares(ups: Tensor, moments: Tensor) -> tuple[Tensor, Lost]:
 def unrouted(
     network: AdapterNetwork, calibrate: Callable[[], object]
 ) -> tuple[dict[str, Tensor], dict[str, Lost]]:
-    """(tensors of a LoRA under native keys, what each layer loses of its output) of a network with experts.
+    """Return the nearest LoRA of a network with experts, under native keys, and each layer's error.
 
-    `calibrate` runs the model, network attached, on data like that of its use. The lengths of a DoRA are
-    rescaled so that the gain of each row stays what it was. Raises `Refused` for a network without experts,
-    for one with a timestep gate, and for a layer that `calibrate` never reached.
+    `calibrate` runs the model with the network attached on data like that of its use. DoRA magnitudes are
+    rescaled so that the scale of each output row is unchanged. Raises `Refused` for a network without
+    experts, for one with a timestep gate, and for a layer that `calibrate` never reached.
     """
     method = network.method
     if method.experts is None:
@@ -80,8 +80,8 @@ def unrouted(
         )
     if method.gate is not None:
         raise Refused(
-            f"{method.name} has another ΔW at every timestep as well as for every input; use it where it was "
-            "made"
+            f"the ΔW of {method.name} depends on the timestep and on the input, so no LoRA is near it; use "
+            "the original file with this program"
         )
     with _gathered(network) as gathered, torch.no_grad():
         calibrate()
@@ -89,8 +89,8 @@ def unrouted(
     for layer in network.layers():
         if layer.name not in gathered:
             raise Refused(
-                f"the calibration data never reached {layer.name}, so that no static up can stand for its "
-                "experts; run the whole model on it"
+                f"the calibration data never reached {layer.name}, so its experts cannot be averaged; "
+                "run the whole model on the data"
             )
         roles, errors[layer.name] = _static(layer, gathered[layer.name])
         native = network.targets[layer.name].native
@@ -103,7 +103,7 @@ def unrouted(
 
 @torch.no_grad()
 def _static(layer: AdaptedLayer, moments: Tensor) -> tuple[dict[str, Tensor], Lost]:
-    """The layer's tensors with one up, and the error of what it adds to the host's output."""
+    """The layer's tensors with one static up, and the error of its output."""
     U, D = layer.factors()  # (E, O, R[, 1, 1]), (R, I[, k, k])
     gain = torch.ones(U.shape[1], dtype=torch.float64, device=U.device)
     before = layer.row_norm(U, D) if layer.method.magnitude else gain
@@ -121,7 +121,7 @@ def _static(layer: AdaptedLayer, moments: Tensor) -> tuple[dict[str, Tensor], Lo
 
 @contextlib.contextmanager
 def _gathered(network: AdapterNetwork) -> Iterator[dict[str, Tensor]]:
-    """Σ u′ u′ᵀ by layer name, of all that goes through the hosts within the block, without dropout."""
+    """Collect Σ u′ u′ᵀ by layer name over all inputs within the block, without dropout."""
     tensors: dict[str, Tensor] = {}
 
     def watch(layer: AdaptedLayer):

@@ -1,4 +1,4 @@
-"""W_res = W − s·Q·R, the file of QR-LoRA's own workflow: written on request, checked if given, not needed."""
+"""Write and check W_res = W − s·Q·R, the residual file of QR-LoRA's demo scripts; nothing here needs it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def write_residual(
 
 
 def residual_file(path: str | Path) -> Path:
-    """The path, if a file is there. Raises `Refused`."""
-    return existing_file(path, "correct --residual_path or leave it out, it is not needed")
+    """Return the path of an existing file. Raises `Refused`."""
+    return existing_file(path, "correct --residual_path or leave it out; it is not needed")
 
 
 def check_residual(
@@ -51,10 +51,10 @@ def check_residual(
     hosts: Mapping[str, Layer],
     sample: int = 8,
 ) -> str:
-    """Check that a residual file belongs to these adapter layers and this base; returns what was checked.
+    """Check that a residual file belongs to these adapter layers and this base; return a summary.
 
-    Compares the facts both files state (base, basis, rank) and, on `sample` layers spread over the model,
-    W_res + s·Q·R against W. Raises `Refused` on any mismatch, and where nothing can be compared.
+    Compares base, basis and rank in the metadata of both files and, on `sample` layers spread over the model,
+    W_res + s·Q·R with W. Raises `Refused` on any mismatch, and if nothing can be compared.
     """
     path = residual_file(path)
     try:
@@ -65,21 +65,20 @@ def check_residual(
                 mine, theirs = file_metadata.get(f"lowrank.{fact}"), metadata.get(f"lowrank.{fact}")
                 if mine and theirs and mine != theirs:
                     raise Refused(
-                        f"{path} was made with {fact} {mine[:16]} and the adapter with {theirs[:16]}; make "
-                        "it again with save_flux_residual.py, or leave --residual_path out, it is not needed"
+                        f"{path} was made with {fact} {mine[:16]} and the adapter with {theirs[:16]}; "
+                        "make it again with save_flux_residual.py, or leave out --residual_path"
                     )
             usable = [m for m, roles in layers.items() if {*keys.QR_BASIS} <= roles.keys() and m in hosts]
             if not usable:
                 raise Refused(
-                    f"nothing in {path} can be compared: no layer of the adapter has both q and base_r, "
-                    "it is a LoRA or was saved with --save_basis q; leave --residual_path out, it is not "
-                    "needed"
+                    f"nothing in {path} can be compared, because no layer of the adapter has both q and "
+                    "base_r (it is a LoRA or was saved with save_basis=q); leave --residual_path out"
                 )
             absent = [module for module in usable if module not in names]
             if absent:
                 raise Refused(
                     f"{path} lacks {len(absent)} of the adapter's layers, for example {absent[0]}; it was "
-                    "made for other targets or another model; leave --residual_path out, it is not needed"
+                    "made for other targets or another model; leave out --residual_path, which is not needed"
                 )
             compared = usable[:: max(1, len(usable) // sample)]
             for module in compared:
@@ -88,7 +87,7 @@ def check_residual(
                 )
     except (SafetensorError, OSError) as error:
         raise Refused(
-            f"{path} is not a whole safetensors file ({error}); make it again or leave --residual_path out"
+            f"{path} is not a complete safetensors file ({error}); make it again or leave --residual_path out"
         ) from error
     return f"{path} fits: {len(usable)} layers present, {len(compared)} compared"
 
@@ -110,7 +109,7 @@ def _check_layer(
         )
     if residual.dtype not in _ROUNDING:
         raise Refused(
-            f"{path} holds {str(residual.dtype).removeprefix('torch.')}, and a residual is fp32, fp16 or "
+            f"{path} has dtype {str(residual.dtype).removeprefix('torch.')}, and a residual is fp32, fp16 or "
             "bf16; make it again with save_flux_residual.py"
         )
     q, r = (roles[role].float().flatten(1) for role in keys.QR_BASIS)

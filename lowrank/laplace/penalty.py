@@ -226,8 +226,7 @@ def _bind_coordinates(
     for layer in network.layers():
         pair = next((by_key[s] for s in network.targets[layer.name].spellings if s in by_key), None)
         if pair is not None:
-            roles = {role for chain in layer.factor.chains for role in (*chain.up[1:], *chain.down[:-1])}
-            cores += [Core(layer, role, *pair) for role in layer.roles() if role in roles]
+            cores += [Core(layer, role, *pair) for role in layer.roles() if role in layer.factor.cores()]
     for layer, role, mean, _ in cores:
         if layer.roles()[role].shape != mean.shape:
             raise Refused(

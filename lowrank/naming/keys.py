@@ -16,6 +16,9 @@ KOHYA = {
     "q_layer": "q_layer.weight",  # T-LoRA's names in LyCORIS; its lambda_layer and base_* have no suffix
     "p_layer": "p_layer.weight",
     **{role: role for role in ("lambda_layer", "base_q", "base_p", "base_lambda")},
+    "base_up": "base_up.weight",  # the start that PiSSA subtracts
+    "base_down": "base_down.weight",
+    **{role: role for role in ("vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b")},  # as in PEFT
 }
 PEFT = {**KOHYA, "down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # `down` and `up` where a method subtracts its initial copy: other programs would add U·D without subtracting
@@ -29,6 +32,8 @@ METHOD_OF = {
     "delta_r": "delta_r",
     **dict.fromkeys(("q_layer", "p_layer", "lambda_layer", "base_q", "base_p", "base_lambda"), "tlora"),
     **dict.fromkeys(("q", "base_r"), "qrlora"),
+    **dict.fromkeys(("base_up", "base_down"), "pissa"),
+    **dict.fromkeys(("vera_lambda_d", "vera_lambda_b"), "vera"),
 }
 IMPORTED = ("lora", "dora", "delta_r", "delta_r_triu", "qrlora")  # methods of imported files
 # What QR-LoRA's analysis calls the matrices of a file

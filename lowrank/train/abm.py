@@ -1,12 +1,12 @@
-"""ABM: before training, bring the signs of the pre-activations to those of a teacher.
+"""ABM: a warm-up before training that matches the signs of the pre-activations to a teacher's.
 
     L = mean over samples and layers l of  w_l · mean max(0, m_l − τ ⊙ z)²     τ = sign of the teacher's z
 
 Paper: *ABM-LoRA: Activation Boundary Matching*, arXiv 2511.19145, stage 1; its teacher is the base with an
-adapter that has been trained already. A fresh adapter is the base bit for bit, so the base itself as teacher
-has nothing to teach it (docs/abm.md). What differs from the paper: z is the input of a nonlinearity wherever
-one is (`boundaries.PREACTIVATIONS`), not the output of every adapted layer; the margin is relative to the
-layer unless asked otherwise; the stage is undone where it did harm.
+adapter that is trained already. A new adapter computes the base bit for bit, so the base as teacher changes
+nothing (docs/abm.md). Differences from the paper: z is the input of each nonlinearity
+(`abm_hooks.PREACTIVATIONS`), not the output of every adapted layer; the margin is relative to the layer by
+default; the result of a harmful warm-up is discarded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MEASURED = 2  # batches that the guard measures, at each of NOISE_LEVELS
 
 @contextlib.contextmanager
 def _at_strength(*networks: tuple[AdapterNetwork, float]) -> Iterator[None]:
-    """Networks at a multiplier for a block, then at what they were."""
+    """Set the multipliers of networks for a block and restore them afterwards."""
     before = [(layer, layer.multiplier) for network, _ in networks for layer in network.layers()]
     for network, multiplier in networks:
         network.set_multiplier(multiplier)
@@ -65,15 +65,15 @@ def _at_strength(*networks: tuple[AdapterNetwork, float]) -> Iterator[None]:
 
 
 def check_abm(job: RunningJob, models: Models, shapes: nn.Module | None) -> None:
-    """Before anything is encoded: ours is the network, and the teacher is a file for this base.
+    """Check the network and the teacher file before any data is encoded. Raises `Refused`.
 
-    `shapes` is the denoiser on the meta device, where there is one. Raises `Refused`.
+    `shapes` is the denoiser on the meta device, or None.
     """
     path = job.options.abm.abm_teacher
     if network_module.facade_of(job.networks) is None:
         raise Refused(
-            "--abm_enabled needs a network of ours, which can stand aside for a teacher, and "
-            f"{job.networks.__name__} is foreign; leave it out"
+            "--abm_enabled needs a network module of this program, whose adapters can be switched off, and "
+            f"{job.networks.__name__} is another program's; leave it out"
         )
     if path != "base":
         check_base(job, models, path)
@@ -83,10 +83,10 @@ def check_abm(job: RunningJob, models: Models, shapes: nn.Module | None) -> None
 def load_teacher(
     path: str, denoiser: nn.Module, encoders: list[nn.Module], only_denoiser: bool = False
 ) -> AdapterNetwork | None:
-    """The teacher of a file, made by whichever of our modules it names, else LoRA; not yet on its hosts.
+    """Load a teacher from an adapter file with the module that its metadata names, else LoRA; not attached.
 
-    Raises `Refused` for a file that is none, of another base, or of a foreign module. `only_denoiser` leaves
-    out layers of text encoders; None where the file then has nothing.
+    `only_denoiser` leaves out layers of text encoders; returns None if no layer is left. Raises `Refused` for
+    a file that is no adapter, of another base, or of another program's module.
     """
     whole, facts = read_tensors(path)
     state = {key: value for key, value in whole.items() if not (only_denoiser and keys.is_text_encoder(key))}
@@ -97,13 +97,14 @@ def load_teacher(
     facade = network_module.facade_of(networks)
     if facade is None:
         raise Refused(
-            f"the teacher {path} was made by {name}, and ABM reads adapters of our own modules only"
+            f"the teacher {path} was made by {name}, and ABM reads only adapters of the modules in "
+            "networks/; give another file"
         )
     try:
         given = json.loads(facts.get("ss_network_args") or "{}")
         arguments = {key: value for key, value in given.items() if key in facade.known}
     except (ValueError, AttributeError) as error:
-        raise Refused(f"ss_network_args in {path} is no JSON object; use another file") from error
+        raise Refused(f"ss_network_args in {path} is not a JSON object; use another file") from error
     made, _ = networks.create_network_from_weights(
         1.0,
         path,
@@ -120,9 +121,9 @@ def load_teacher(
 
 @contextlib.contextmanager
 def _teaching(run: Run, path: str) -> Iterator[tuple[Forward, Callable[[], Any]]]:
-    """The teacher's forward, and a context in which a pass is the teacher's; outside it is the student's.
+    """Yield the teacher's forward and a context manager that switches the model from student to teacher.
 
-    A backward pass that recomputes must find the student's too.
+    Outside the context the student is active, also while a backward recomputes activations.
     """
     student = run.network
     assert isinstance(student, AdapterNetwork)  # `check_abm` refuses others
@@ -146,14 +147,14 @@ def _teaching(run: Run, path: str) -> Iterator[tuple[Forward, Callable[[], Any]]
 
 
 class Measured(NamedTuple):
-    """Of fixed images and noise: the loss, and the share of pre-activations whose sign is the teacher's."""
+    """Loss on fixed images and noise, and the share of pre-activations with the teacher's sign."""
 
     loss: float
     agreement: float
 
 
 def stage(abm: Abm, run: Run, held_out: Loader | None) -> Warmup:
-    """The warm-up stage that the flags ask for; `held` are the images that the guard measures, if any are."""
+    """The ABM warm-up stage; its guard measures `held_out` images, or training images if it is None."""
 
     def work(network: AdapterNetwork, _: WarmupBatches) -> None:
         _Stage(abm, run, held_out, network).work()
@@ -208,7 +209,7 @@ class _Stage:
     def _pass(
         self, mode: str, batch: Batch, generator: Callable[[], torch.Generator], at: float | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What one forward shows, and its losses (B,) where it went to its end."""
+        """Values by activation from one forward, and its losses (B,) if the forward was complete."""
         teaches, losses = mode == "teach", []
         forward = self.teacher_forward if teaches else self.run.forward
         with self.as_teacher() if teaches else contextlib.nullcontext():
@@ -220,14 +221,14 @@ class _Stage:
     def _compare(
         self, mode: str, batch: Batch, generator: Callable[[], torch.Generator], at: float | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Teacher, then student, on one noise: the mean over layers of what `mode` gives."""
+        """Run teacher and student on the same noise; return the mean over layers of the values of `mode`."""
         with torch.no_grad():
             self._pass("teach", batch, generator, at)
         values, losses = self._pass(mode, batch, generator, at)
         return torch.stack(list(values.values())).mean(), losses
 
     def _survey(self) -> Boundaries:
-        """The places that a trained layer comes before, in the order of the forward, and their weights."""
+        """Find the activations behind trained layers in the order of the forward, and their loss weights."""
         abm, run = self.abm, self.run
         named = [(f"text encoder {n + 1}", encoder) for n, encoder in enumerate(run.text_encoders)]
         everywhere = [
@@ -237,7 +238,7 @@ class _Stage:
         ]
         self.boundaries = Boundaries(everywhere, abm.abm_margin, abm.abm_margin_mode == "relative")
         batch = _first(self.measured[0], 1)
-        self.network.eval()  # a layer must not be left out by chance
+        self.network.eval()  # dropout must not skip a layer
         with self.boundaries.watched():
             values, _ = self._pass("survey", batch, lambda: noise(run, batch), None)
         self.network.train()
@@ -264,7 +265,7 @@ class _Stage:
                 for number, level in enumerate(NOISE_LEVELS):
                     same = partial(batch_generator, self.run.seed, NOISE // 2 - number, batch.position)
                     differing, losses = self._compare("count", batch, same, level)
-                    assert losses is not None  # "count" goes to the end
+                    assert losses is not None  # "count" runs the complete forward
                     sums += torch.stack([losses.mean().float(), differing, torch.ones_like(differing)])
         self.network.train()
         summed: Any = accelerator.reduce(sums, "sum")
@@ -286,7 +287,7 @@ class _Stage:
             group["params"] = [p for p in group["params"] if id(p) in trained]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], abm.abm_lr, weight_decay=0.0)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        # its own: the run's scaler goes into training as it is
+        # a separate scaler: the state of the run's scaler must not change before training
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.scaler is not None)
         if any(p.dtype == torch.float16 for p in parameters):
             setup.scale_fp16_gradients(scaler)

@@ -1,4 +1,4 @@
-"""Pre-activations: where a model has them, what a teacher's are, and how far from them a student's are."""
+"""Forward hooks that record a teacher's pre-activations and compare a student's with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# By class the children whose output goes into a nonlinearity; True where only its second half does.
+# class -> children whose output enters a nonlinearity; True: only the second half of the output does
 PREACTIVATIONS: Mapping[str, Mapping[str, bool]] = {
     "GEGLU": {"proj": True},  # U-Nets' feed-forward: value, gate
     "GELU": {"proj": False},  # FLUX's feed-forward in double blocks
@@ -39,7 +39,7 @@ def depth_weights(count: int, strategy: str) -> list[float]:
 
 
 class Activation(NamedTuple):
-    """Where a pre-activation is: the output of `module`, or its second half."""
+    """A pre-activation: the output of `module`, or its second half."""
 
     name: str
     module: nn.Module
@@ -50,7 +50,7 @@ class Activation(NamedTuple):
 
 
 def activations(part: str, root: nn.Module) -> list[Activation]:
-    """Every pre-activation of a model, by `PREACTIVATIONS`."""
+    """List the pre-activations of a model by `PREACTIVATIONS`."""
     return [
         Activation(f"{part}.{path}.{child}", inner, half)
         for path, owner in root.named_modules()
@@ -60,23 +60,25 @@ def activations(part: str, root: nn.Module) -> list[Activation]:
 
 
 class _Stop(Exception):
-    """The last pre-activation is known; the rest of the forward is not needed."""
+    """Ends a forward after its last pre-activation."""
 
 
 @dataclass
 class Boundaries:
-    """Hooks on pre-activations: what the teacher's are, and how far from them the student's are.
+    """Hooks that record the teacher's pre-activations and compute the student's loss against them.
 
-    A layer's loss is computed where the layer runs, so that under gradient checkpointing nothing is kept and
-    all is computed again in the backward, whose calls are not counted a second time.
+    The loss of a layer is computed inside its forward. Gradient checkpointing therefore keeps no activation
+    and computes the loss again in the backward; such repeated calls are not counted.
     """
 
     places: Sequence[Activation]
     margin: float
     relative: bool
-    weights: Mapping[str, float] = field(default_factory=dict)  # none: survey
+    weights: Mapping[str, float] = field(default_factory=dict)  # empty during the survey
     _aims: dict[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)  # signs, margins
-    _values: dict[str, Tensor] | None = None  # by name in order of the forward; None: do not count
+    _values: dict[str, Tensor] | None = (
+        None  # by name in the order of the forward; None: no forward is recorded
+    )
     _mode: str = "off"
 
     @contextlib.contextmanager
@@ -89,10 +91,11 @@ class Boundaries:
                 handle.remove()
 
     def during(self, mode: str, forward: Callable[[], Any]) -> dict[str, Tensor]:
-        """What a forward shows, by place in the order it reaches them.
+        """Run a forward and return one value per activation, in the order of the forward.
 
-        "survey": whether a trained parameter is before it; "teach" and "learn": remember, and compare with
-        what was remembered, up to the last place; "count": the share of signs that differ, to the end.
+        "survey": whether a trained parameter comes before it. "teach": record the teacher, "learn": the loss
+        against the record; both end the forward after the last activation. "count": the share of differing
+        signs, with the complete forward.
         """
         self._mode, self._values = mode, {}
         with contextlib.suppress(_Stop):

@@ -3,8 +3,8 @@
 Paper: arXiv 2512.00878. The importance s of a layer is the mean relative rise of a fixed loss in the probes
 that suppressed the layer. A probe suppresses layers drawn by σ(−z), and a step trains layers drawn by σ(z),
 both without replacement; z is s in standard deviations from its mean over the layers, 0 for layers without a
-probe. The paper always probes the least important layers together, so that their values rise and fall
-together; here each probe draws another set. The draw depends only on (seed, step) and s (decision 4), and
+probe. The paper always probes the least important layers together, so that they always get equal values;
+here each probe draws another set. The draw depends only on (seed, step) and s (decision 4), and
 checkpoints keep s, so that a resumed run draws the same layers.
 """
 
@@ -34,7 +34,7 @@ MEMORY = 0.8  # weight of the previous importance at each probe; not in the pape
 
 
 class LayerSampler:
-    """Drops the gradients of layers that a step does not train, and measures importance at intervals."""
+    """Removes the gradients of layers that a step does not train, and measures importance at intervals."""
 
     def __init__(
         self, updates: Updates, network: AdapterNetwork, validation: ValidationLoss, accelerator: Accelerator
@@ -54,9 +54,9 @@ class LayerSampler:
         return self._drawn(LEARNING, step, count, 1.0)
 
     def mask_gradients(self, step: int) -> dict[str, float]:
-        """After the backward of a step: probe if it is due, drop the gradients of the other layers.
+        """Probe if it is due and remove the gradients of layers that this step does not train.
 
-        Returns scalars to log.
+        Called after the backward of a step. Returns scalars to log.
         """
         scalars = self.probe(step) if step and step % self._updates.every == 0 else {}
         for name in self._layers.keys() - self.learning(step):
@@ -121,7 +121,7 @@ def layer_sampler(
     seed: int,
     together: bool = False,
 ) -> LayerSampler | None:
-    """The sampler of a method with `updates`, else None; it measures one batch, held out if any is."""
+    """The layer sampler of a method with `updates`, else None; it measures one batch, preferably held out."""
     if not isinstance(network, AdapterNetwork) or network.method.updates is None:
         return None
     measured = training.shard(0, 1) if held_out is None else held_out

@@ -27,7 +27,7 @@ LAST_RATE = 1e-7  # where `polynomial` ends, as in diffusers
 
 @dataclass(frozen=True)
 class Curve:
-    """What a schedule depends on besides the step; all lengths in optimizer steps."""
+    """Parameters of a schedule; all lengths in optimizer steps."""
 
     steps: int
     warmup: int = 0
@@ -42,15 +42,15 @@ class Curve:
 
 def rate_factor(name: str, curve: Curve) -> Callable[[int], float]:
     """The schedule `name` as a function of the step. Raises `Refused` for malformed `rules`."""
-    from diffusers.optimization import get_scheduler  # only here: a command line needs neither
+    from diffusers.optimization import get_scheduler  # imported late: parsing needs neither
     from transformers import optimization as transformers
 
     if name in ("linear", "polynomial"):
         end, power = (0.0, 1.0) if name == "linear" else (curve.end, curve.power)
         return lambda step: _polynomial(step, curve, end, power)
-    carrier = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the libraries hang a schedule on an optimizer
+    carrier = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the libraries attach a schedule to an optimizer
     lengths = {"num_warmup_steps": curve.warmup, "num_training_steps": curve.steps}
-    waves = curve.cycles / 2  # a cycle goes down, a wave down and up
+    waves = curve.cycles / 2  # a cycle falls once, a wave falls and rises
     arguments = {
         "inverse_sqrt": {"timescale": curve.timescale or None},
         "cosine_with_min_lr": {"num_cycles": waves, "min_lr_rate": curve.floor},
@@ -76,8 +76,11 @@ def rate_factor(name: str, curve: Curve) -> Callable[[int], float]:
 
 
 def _polynomial(step: int, curve: Curve, end: float, power: float) -> float:
-    """From 1 to `end`. Not diffusers': after a warm-up as long as the run its `linear` is 0 and its
-    `polynomial` divides by 0, which also refuses every rate up to LAST_RATE."""
+    """Fall from 1 to `end` after the warm-up.
+
+    Replaces diffusers' functions: if the warm-up is as long as the run, its `linear` is 0 and its
+    `polynomial` divides by 0, and `polynomial` refuses every rate up to LAST_RATE.
+    """
     if step < curve.warmup:
         return step / curve.warmup
     left = max(0.0, 1 - (step - curve.warmup) / max(1, curve.steps - curve.warmup))
@@ -85,7 +88,7 @@ def _polynomial(step: int, curve: Curve, end: float, power: float) -> float:
 
 
 class RunPlan(NamedTuple):
-    """How long a run is. `batches` are the micro-batches of one process in one epoch."""
+    """The length of a run. `batches` are the micro-batches of one process in one epoch."""
 
     steps: int
     epochs: int
@@ -95,7 +98,7 @@ class RunPlan(NamedTuple):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of about one epoch, at least 1: steps need not end where epochs do."""
+        """Optimizer steps in about one epoch, at least 1; a step may cross the end of an epoch."""
         return max(1, self.batches // self.accumulation)
 
 
@@ -104,10 +107,10 @@ def plan_run(
 ) -> RunPlan:
     """Steps and epochs of a run whose processes have `batches` micro-batches each per epoch.
 
-    Accumulation counts micro-batches and goes on across the end of an epoch: with one image and accumulation
-    4 a step takes 4 epochs (accelerate's own data loaders would step after each, with a quarter of the
-    gradient). With `max_train_epochs`, as in kohya's scripts, `max_train_steps` does not count; the last step
-    is a whole one and may read on into one more epoch. Raises `Refused` without any batch.
+    Accumulation counts micro-batches and continues across the end of an epoch: with one image and
+    accumulation 4 a step takes 4 epochs (accelerate's data loaders would step after each, with a quarter of
+    the gradient). `max_train_epochs` overrides `max_train_steps`, as in kohya's scripts; the last step is
+    complete and may read into one more epoch. Raises `Refused` if there is no batch.
     """
     if batches < 1:
         raise Refused("an epoch has no batch; give at least one readable training image")
@@ -120,9 +123,9 @@ def build_scheduler(
 ) -> LRScheduler:
     """The learning-rate schedule of a run of `total_steps` optimizer steps, to be wrapped by accelerate.
 
-    accelerate steps a scheduler once per process at each optimizer step, so `processes` of its steps are one
-    here. Adafactor with its own rate and schedule-free optimizers have nothing to schedule: the first reports
-    its rate, the others keep theirs. Raises `Refused` for names and arguments that do not fit.
+    accelerate steps a scheduler once per process at each optimizer step, so `processes` scheduler steps are
+    one optimizer step. Adafactor with relative steps and schedule-free optimizers ignore the schedule: the
+    first reports its own rate, the others keep theirs. Raises `Refused` for unknown names and arguments.
     """
     name = options.lr_scheduler
     relative_step = any(group.get("relative_step") for group in optimizer.param_groups)

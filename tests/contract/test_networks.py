@@ -41,6 +41,11 @@ COUNTS = {
 # EffiLoRA: a down for picture, text, and the hidden values of each; 4 ups and a router for each layer
 EFFI = {rank: rank * (2 * (3072 + 12288) + 4 * OUTPUTS + 4 * 342) for rank in COUNTS}
 COUNTS = {rank: {**counts, "effilora": EFFI[rank]} for rank, counts in COUNTS.items()}
+CONTROLS = {  # both factors, the up alone, and a vector of each side of the middle
+    rank: {"pissa": counts["lora"], "lora_fa": rank * OUTPUTS, "vera": OUTPUTS + 342 * rank}
+    for rank, counts in COUNTS.items()
+}
+COUNTS = {rank: {**counts, **CONTROLS[rank]} for rank, counts in COUNTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,7 @@ def test_parameter_counts_of_flux_dev(name, rank, flux_dev, cache):
     basis |= {"null_lora": {"null_up", "null_down"}, "universal_lora": {"basis_up", "basis_down"}}
     basis["network_null_lalora_plus"] = basis["null_lora"] | basis["universal_lora"]
     basis["tlora"] = {"base_p", "base_lambda", "base_q"}
+    basis |= {"pissa": {"base_up", "base_down"}, "lora_fa": {"down"}, "vera": {"vera_A", "vera_B"}}
     assert frozen == basis.get(name, set())
     net.restore()
 
@@ -80,6 +86,9 @@ def test_tensors_own_their_bytes(flux, cache):
 
 
 NATIVE = {
+    "pissa": {"lora_A.weight", "lora_B.weight", "base_up.weight", "base_down.weight"},
+    "lora_fa": {"lora_A.weight", "lora_B.weight"},
+    "vera": {"vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b"},
     "lora": {"lora_A.weight", "lora_B.weight"},
     "dora": {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"},
     "lalora": {"lora_A.weight", "lora_B.weight"},

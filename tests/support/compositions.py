@@ -14,10 +14,13 @@ from networks import (
     effilora,
     lalora,
     lora,
+    lora_fa,
     null_lora,
+    pissa,
     qrlora,
     tlora,
     universal_lora,
+    vera,
 )
 
 FACTORS: dict[str, Callable[[str], Method]] = {  # by name, from a folder for bases
@@ -28,6 +31,9 @@ FACTORS: dict[str, Callable[[str], Method]] = {  # by name, from a folder for ba
     "tlora": lambda cache: tlora.method(tlora.Options()),
     "null_lora": lambda cache: null_lora.method(null_lora.Options()),
     "universal_lora": lambda cache: universal_lora.method(universal_lora.Options(basis_path="auto:random")),
+    "pissa": lambda cache: pissa.method(pissa.Options(basis_cache=cache)),
+    "lora_fa": lambda cache: lora_fa.method(lora_fa.Options()),
+    "vera": lambda cache: vera.method(vera.Options()),
     "effilora": lambda cache: effilora.method(effilora.Options(num_experts=3)),
 }
 

@@ -138,8 +138,11 @@ def probes() -> dict[str, Method]:
 SHIPPED = (
     *("lora", "dora", "lalora", "delta_r", "delta_r_triu", "qrlora"),
     *("null_lora", "universal_lora", "network_null_lalora_plus", "tlora", "effilora"),
+    *("pissa", "lora_fa", "vera"),
 )
-PLAIN = SHIPPED[:3] + SHIPPED[6:]  # start without a cache of bases
+PLAIN = tuple(  # start without a cache of bases
+    method for method in SHIPPED if method not in ("delta_r", "delta_r_triu", "qrlora", "pissa")
+)
 MERGED = tuple(method for method in SHIPPED if method not in ("effilora", "tlora"))  # have one ΔW
 METHODS = (*SHIPPED, *probes())
 
@@ -150,7 +153,7 @@ def network(
     """The method on every layer of the model, at its start values, attached."""
     if method in SHIPPED:
         module = importlib.import_module(f"networks.{method}")
-        given = {"basis_path": "auto:random"} if method in SHIPPED[7:] else {}
+        given = {"basis_path": "auto:random"} if method.startswith(("universal", "network_null")) else {}
         arguments = {"target": ".", **given} | ({} if method in PLAIN else {"basis_cache": str(cache)})
         net = module.create_network(1.0, rank, alpha, None, [], model, **arguments)
     else:

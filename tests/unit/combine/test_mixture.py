@@ -333,7 +333,7 @@ def test_residual_is_written_and_checked(dtype, flux, saved, tmp_path):
     with pytest.raises(Refused, match="misses W"):
         check_residual(file, layers, metadata, hosts, sample=100)
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(Refused, match="not a whole"):
+    with pytest.raises(Refused, match="not a complete"):
         check_residual(file, layers, metadata, hosts)
 
 

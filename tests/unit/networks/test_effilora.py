@@ -498,7 +498,7 @@ def test_unrouted_refuses_without_static_up():
         unrouted(net, lambda: model.first(Linears.example()))
     net.restore()
     gated = effilora.method(effilora.Options()) | Method("gate", gate=Gate(lambda t, rank: t))
-    with pytest.raises(Refused, match="every timestep"):
+    with pytest.raises(Refused, match="depends on the timestep"):
         unrouted(joined(gated, model), lambda: None)
 
 

@@ -614,7 +614,7 @@ def test_bad_flags_and_teachers(arguments, flux_arguments, teachers, tmp_path, c
             sd(arguments("no", "--abm_enabled", "--abm_teacher", str(teacher)))
     pytest.importorskip("lycoris")
     more = ("--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp")
-    with pytest.raises(Refused, match="--abm_enabled needs a network of ours"):
+    with pytest.raises(Refused, match="--abm_enabled needs a network module of this program"):
         flux(flux_arguments("no", *more, "--abm_enabled"))
     with pytest.raises(SystemExit):
         sd(arguments("no", "--abm_enabled", "--abm_weight_strategy", "cubic"))
