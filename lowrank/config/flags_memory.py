@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank.config.flag import option
+from lowrank.errors import Refused
 
 STORAGE = ("bf16", "fp8", "fp8_scaled", "int8", "nf4")
+
+
+def gigabytes(text: str) -> str:
+    """A number of GB as text, or "auto"."""
+    try:
+        sound = text == "auto" or 0 < float(text) < 10_000
+    except ValueError:
+        sound = False
+    if not sound:
+        raise Refused(f"{text!r} is not a number of GB; give e.g. 12, or auto")
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +51,18 @@ class Memory:
         "number of blocks whose weights stay in host memory and are copied to the device ahead of each use; "
         "FLUX: half of them double blocks, and two single blocks for each other one, as in kohya's scripts",
         low=0,
+    )
+
+    text_encoders_on_cpu: bool = option(
+        False, "encode captions on the CPU, which takes seconds per caption and no memory of the GPU"
+    )
+    vram: str | None = option(
+        None,
+        "memory of the GPU in GB, or auto to read what is free: sets those of --base_storage, "
+        "--gradient_checkpointing, --blocks_to_swap and --text_encoders_on_cpu that are not given to the "
+        "fastest values that are predicted to fit",
+        convert=gigabytes,
+        saved=False,
     )
 
     @property

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank.tensors import has_values
+
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = (*PLAIN, "fp8", "fp8_scaled", "int8", "nf4")
 _FP8 = torch.float8_e4m3fn
@@ -119,6 +121,8 @@ class Format:
     def store(self, weight: Tensor) -> Tensor:
         """Store a weight: the flat tensor (bytes,) uint8, on the weight's device."""
         flat = torch.zeros(self.bytes, dtype=torch.uint8, device=weight.device)
+        if not has_values(weight):
+            return flat
         values = self._quantised(weight.detach())
         for part in self.parts:
             _view(flat, part).copy_(values[part.name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 def load_components(job: RunningJob, models: Models, roles: tuple[str, ...]) -> None:
     """Load components, aligned in memory so that equal weights of any file give equal bits."""
-    job.family.add(models, roles)
+    source = models.source
+    for role in roles:
+        if role == "text" and job.options.memory.text_encoders_on_cpu:
+            models.source = replace(source, device="cpu")
+        job.family.add(models, (role,))
+        models.source = source
     align(models)
 
 
