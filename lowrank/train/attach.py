@@ -26,10 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 def load_components(job: RunningJob, models: Models, roles: tuple[str, ...]) -> None:
-    """Load components, aligned in memory so that equal weights of any file give equal bits."""
-    source = models.source
+    """Load components, aligned in memory so that equal weights of any file give equal bits.
+
+    A denoiser that is stored in another kind, or swapped, is loaded on the CPU, because it may not fit the
+    device before; `adapt` moves it.
+    """
+    source, memory = models.source, job.options.memory
+    on_cpu = {"text": memory.text_encoders_on_cpu, "denoiser": bool(memory.storage or memory.blocks_to_swap)}
     for role in roles:
-        if role == "text" and job.options.memory.text_encoders_on_cpu:
+        if on_cpu.get(role):
             models.source = replace(source, device="cpu")
         job.family.add(models, (role,))
         models.source = source
@@ -71,6 +76,7 @@ def adapt(job: RunningJob, models: Models, encoders: list[nn.Module]) -> KohyaNe
     network = job.create(denoiser, encoders, job.options.network.network_weights)
     if kind or swap:  # after adapters have read what they need of the weights
         blocks.store_base(denoiser, kind, swap, job.accelerator.device)
+        denoiser.to(job.accelerator.device)
     _prepare_network(job, network, models, encoders)
     return network
 
