@@ -22,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
@@ -119,6 +120,7 @@ def _compared(kind: str, line: list[str]) -> dict[str, Any]:
 
     with patch.object(plan_memory, "plan_memory", both), patch.object(dry_run, "show", lambda *_: 0):
         MAINS[kind](line)
+    AcceleratorState._reset_state(True)  # the next setting may have another precision
     peaks |= {
         name: next(phase.peak for phase in found if phase.name == STEP) for name, found in phases.items()
     }

@@ -52,7 +52,7 @@ def _placed(module: nn.Module, models: Models, dtype: torch.dtype | None = None)
         """Memory of a tensor; layers that share one keep sharing it."""
         if id(value) not in placed:
             kind = dtype if value.is_floating_point() else value.dtype
-            placed[id(value)] = torch.empty(value.shape, dtype=kind, device=models.source.device), value
+            placed[id(value)] = torch.zeros(value.shape, dtype=kind, device=models.source.device), value
         return placed[id(value)][0]
 
     for part in module.modules():

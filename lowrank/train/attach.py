@@ -28,14 +28,15 @@ logger = logging.getLogger(__name__)
 def load_components(job: RunningJob, models: Models, roles: tuple[str, ...]) -> None:
     """Load components, aligned in memory so that equal weights of any file give equal bits.
 
-    A denoiser that will be sharded is loaded on the CPU, as no device may have room for all of it.
+    A denoiser that will be stored in another kind, swapped or sharded is loaded on the CPU, as no device may
+    have room for all of it; `adapt` moves it.
     """
-    source = models.source
+    source, memory = models.source, job.options.memory
+    on_cpu = {"text": memory.text_encoders_on_cpu, "denoiser": bool(memory.storage or memory.blocks_to_swap)}
     for role in roles:
         if role == "denoiser" and job.sharding is not None:
             source = replace(source, device="cpu")
-        on_cpu = role == "text" and job.options.memory.text_encoders_on_cpu
-        models.source = replace(source, device="cpu") if on_cpu else source
+        models.source = replace(source, device="cpu") if on_cpu.get(role) else source
         job.family.add(models, (role,))
     models.source = source
     align(models)

@@ -124,10 +124,12 @@ def _run(
     vae = models.vae
     if cached and vae is not None:
         live.leave(vae.parameters())
-    with live.part("weights of the denoiser"):
+    stored = bool(options.memory.storage or options.memory.blocks_to_swap)  # then it is loaded on the CPU
+    with live.part(HOST if stored else "weights of the denoiser"):
         load_components(job, models, ("denoiser",))
     with live.part("adapter"):
         network = adapt(job, models, text.encoders)
+        live.enter(models.denoiser.parameters(), "weights of the denoiser")
         live.relabel(
             (layer.packed for layer in frozen_layers(models.denoiser) if layer.packed is not None),
             "weights of the denoiser",
