@@ -121,6 +121,8 @@ def stepper(name: str, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Ca
         network.cast_frozen(dtype)
         network.to(args.device)
         parameters = list(network.parameters())
+    if args.compile:
+        denoiser.compile_repeated_blocks()
     for parameter in parameters:
         if dtype == torch.float32 or name != "base":
             parameter.data = parameter.data.float()
@@ -158,6 +160,7 @@ def main() -> None:
         choices=METHODS,
         help="methods to measure; a file is written only with all of them",
     )
+    parser.add_argument("--compile", action="store_true", help="compile each kind of block once")
     parser.add_argument("--bf16", action="store_true", help="base in bf16 under autocast")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes and few turns, to test that it runs"
@@ -217,7 +220,7 @@ def main() -> None:
             f"{row['quartiles'][1]:.3f} | {row['ratio_to_base']:.3f} | {row.get('ratio_to_lora', 0):.3f} | "
             f"{row.get('ratio_to_lycoris_tlora', 0):.3f} | {row['trained_parameters']:,} |"
         )
-    if not args.quick and tuple(args.methods) == METHODS:
+    if not (args.quick or args.compile) and tuple(args.methods) == METHODS:
         path = Path(__file__).parent / "results" / f"step_time_{args.device}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")

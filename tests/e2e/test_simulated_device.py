@@ -92,3 +92,7 @@ def test_host_reads_once_a_step(tiny_sd, tiny_flux, folders, pictures, tmp_path)
     flux += [*given, "--rank", "4", "--instance_prompt", "cat"]
     runs = (["train_network_ABM.py", *sd, "--network_train_unet_only"], ["flux_train_qrlora.py", *flux])
     ends_well(simulated_checks.reads_of_steps, *runs, folder=tmp_path)
+
+
+def test_storage_and_swap(tmp_path):
+    ends_well(simulated_checks.swapped_base, folder=tmp_path)

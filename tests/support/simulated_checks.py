@@ -124,3 +124,65 @@ def reads_of_steps(*runs: list[str]) -> None:
             _run(*run)
         reads = [after - before for before, after in itertools.pairwise(counts)]
         assert reads == [1, 1], f"{run[0]}: {reads}, {traffic.waits}"
+
+
+def swapped_base() -> None:
+    """A swapped base has the results of one that stays there; its copies have the order of use."""
+    simulated_device.start()
+    from diffusers import FluxTransformer2DModel
+
+    from lowrank.models import blocks, frozen
+
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+    sizes = {"in_channels": 16, "joint_attention_dim": 32, "pooled_projection_dim": 32, "num_layers": 3}
+    given = {
+        "encoder_hidden_states": torch.randn(1, 3, 32).to(NAME),
+        "pooled_projections": torch.randn(1, 32).to(NAME),
+        "timestep": torch.tensor([0.5]).to(NAME),
+        "img_ids": torch.zeros(4, 3).to(NAME),
+        "txt_ids": torch.zeros(3, 3).to(NAME),
+    }
+    start = torch.randn(1, 4, 16)
+
+    def step(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        x = start.to(NAME).requires_grad_(True)
+        with torch.autocast(NAME, torch.bfloat16):
+            y = model(hidden_states=x, **given, return_dict=False)[0]
+        y.float().square().sum().backward()
+        assert x.grad is not None
+        return y.detach(), x.grad
+
+    for kind in (None, "fp8", "fp8_scaled", "int8", "nf4"):
+        results = []
+        for count in (0, 2):
+            torch.manual_seed(0)
+            model = FluxTransformer2DModel(**heads, **sizes, num_single_layers=4).to(torch.bfloat16)
+            model.requires_grad_(False)
+            blocks.freeze_base(model)
+            model.to(NAME)
+            place = blocks.store_base(model, kind, count, NAME)
+            results.append([step(model) for _ in range(3)][-1])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), kind
+
+        layers = list(frozen.frozen_layers(blocks.swapped(model, 2)))
+        before, uses = vars(place.counts).copy(), []
+        place.fetch = _noted(place.fetch, uses)
+        with simulated_device.watched() as traffic:
+            step(model)
+            step(model)
+        counts = {name: value - before[name] for name, value in vars(place.counts).items()}
+        copied = [t.bytes for t in traffic.transfers if t.to == "device" and t.shape != start.shape]
+        assert counts["copies"] == len(copied) and counts["bytes"] == sum(copied)
+        # once in each forward, and in each backward but for layers of the timestep, which has no gradient
+        assert 2 * len(layers) < counts["fetches"] == len(uses) <= 4 * len(layers)
+        assert counts["late"] == 0 and len(copied) <= len(uses)  # each was copied ahead of its use
+        ahead = iter(layers[number].format.bytes for number in (*uses, *uses))
+        assert all(size in ahead for size in copied), kind  # in the order of use
+
+
+def _noted(fetch, numbers: list[int]):
+    def noted(number: int):
+        numbers.append(number)
+        return fetch(number)
+
+    return noted
