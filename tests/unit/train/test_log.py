@@ -56,7 +56,7 @@ def test_messages_of_libraries_are_logged_once(caplog):
     caplog.handler.addFilter(once := _Once())
     try:
         for _ in range(3):
-            logging.getLogger("transformers.models").warning("a notice")
+            logging.getLogger("a_library.models").warning("a notice")
             logging.getLogger("lowrank.train").warning("a step")
     finally:
         caplog.handler.removeFilter(once)
