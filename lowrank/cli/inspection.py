@@ -25,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     """Print the facts of the files. Raises `Refused` for a file without tensors."""
     args = INSPECT.parse(argv).options
     reports = [inspect.report(file, _method(file)) for file in args.files]
+    for report in reports:
+        if args.strict and report["other_keys"]["count"]:
+            raise Refused(f"--strict, and not all of the file is used: {_plain(report['usage'])}")
     differences = _differences(args.files, reports) if len(reports) == 2 else None
     if args.json:
         shown = reports if differences is None else [*reports, {"differences": differences}]
@@ -34,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(report_lines(report, every=args.layers, metadata=args.metadata)) + "\n")
     if differences is not None:
         print("\n".join(difference_lines(differences, args.layers)))
+    print("\n".join(_plain(report["usage"]) for report in reports))
     return 0
 
 
@@ -66,7 +70,7 @@ def report_lines(report: Mapping[str, Any], every: bool = False, metadata: bool 
         "model": report["model"],
         "layers": f"{len(report['layers'])} ({_table(report['parts'])})",
         "ranks": _table(report["ranks"]),
-        "alphas": _table(report["alphas"]),
+        "alphas": f"{_table(report['alphas'])} (from: {_table(report['alpha_places'])})",
         "targets": _table(report["targets"]),
         "precision": _table(report["dtypes"]),
         "‖ΔW‖": f"{report['norm']:.4g}{_unmeasured(report)}",

@@ -93,6 +93,7 @@ class Merge:
     content_reference: str | None = path(
         None, "picture that the content was learned from, shown on the contact sheet"
     )
+    strict: bool = option(False, "refuse files with tensors that are not used, instead of listing them")
     save_merged: bool = option(False, "write the merged adapter of each pair too")
     at_timestep: float | None = option(
         None,
@@ -199,9 +200,13 @@ class Export:
         convert=rank_choice,
     )
     parts: str = option("all", "layers to export", choices=("all", "unet", "text"))
-    base: str | None = option(
-        None, "kind of model that the adapter is for, if the file does not state it", choices=FAMILIES
+    family: str | None = option(
+        None,
+        "kind of model that the adapter is for, if its layers fit several and the file does not state it",
+        choices=FAMILIES,
+        aliases=("--base",),
     )
+    strict: bool = option(False, "refuse a file with tensors that are not used, instead of listing them")
     dora_norm: str = option(
         "merged",
         "rows whose lengths a DoRA's reader divides by: of W + ΔW (merged: LyCORIS), or of W (base: "
@@ -261,9 +266,13 @@ class ImportAdapter:
     dtype: str | None = option(
         None, "precision of the written file (unset: as in the source)", choices=_PRECISIONS
     )
-    base: str | None = option(
-        None, "kind of model that the adapter is for, if the file does not state it", choices=FAMILIES
+    family: str | None = option(
+        None,
+        "kind of model that the adapter is for, if its layers fit several and the file does not state it",
+        choices=FAMILIES,
+        aliases=("--base",),
     )
+    strict: bool = option(False, "refuse a file with tensors that are not used, instead of listing them")
 
 
 @dataclass(frozen=True)
@@ -274,6 +283,7 @@ class Inspect:
     json: bool = option(False, "print everything as one JSON document")
     layers: bool = option(False, "print a line for each layer instead of each block")
     metadata: bool = option(False, "print the file's metadata verbatim")
+    strict: bool = option(False, "refuse files with tensors that no tool of this program uses")
 
 
 def check_basis(parsed: Parsed[UniversalBasis]) -> Iterator[str]:
