@@ -48,12 +48,12 @@ def foreign_key(key: str) -> ForeignKey:
     for pattern, kind in _FOREIGN.items():
         if match := re.search(rf"\.{pattern}$", key):
             return ForeignKey(key, key[: match.start()], kind)
+    module, _, suffix = key.rpartition(".")
+    if suffix == "weight" and module and ".lora" not in key:
+        return ForeignKey(key, module, FULL, certain="lora" in key)
     if "lora" in key:
         module = key.partition("." if key.startswith("lora_") else ".lora")[0]
         return ForeignKey(key, module, f"unknown ({key[len(module) + 1 :]})")
-    module, _, suffix = key.rpartition(".")
-    if suffix == "weight" and module:
-        return ForeignKey(key, module, FULL, certain=False)
     return ForeignKey(key, module, f"unknown ({suffix})", certain=False)
 
 
