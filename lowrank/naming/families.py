@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lowrank.errors import Refused
 from lowrank.naming import flux as flux_names
-from lowrank.naming.other_models import ONLY, looks_like, model_in_metadata, refuse_other_model
+from lowrank.naming.other_models import ONLY, looks_like, refuse_other_model
 from lowrank.naming.places import FAMILIES, LayerPath, part_and_path, places
 
 PER_BLOCK = (2, 1, 3, 4)  # layers_per_block of U-Nets, in the order in which they are tried
@@ -150,10 +150,12 @@ def model_of(
         for count in reversed(counts)  # so that the first count is the one that stays
         if all(place in layers_of(name, count) for module in modules for place, _ in places(module, count))
     }
-    refuse_other_model(modules, metadata, sizes, source)
+    named = _model_in(metadata)
+    if "flux" in fits or (named and _named_family(named) is None):
+        refuse_other_model(sizes, named, source)
     if not fits:
         _refuse_layers(modules, source, family)
-    chosen = family or _choose(modules, metadata, list(fits), source, sizes)
+    chosen = family or _choose(modules, _named_family(named), list(fits), source, sizes)
     count = fits[chosen]
     if count == 2 and not recorded and chosen != "flux":
         count = per_block_of({place.path for module in modules for place, _ in places(module)})
@@ -185,15 +187,13 @@ def per_block_of(paths: Collection[str]) -> int:
 
 def _choose(
     modules: Collection[str],
-    metadata: Mapping[str, str],
+    named: str | None,
     fits: Sequence[str],
     source: str,
     sizes: Mapping[str, tuple[int, int]],
 ) -> str:
-    """The family among those that have all layers: the one that metadata name, or names and sizes show."""
-    text = model_in_metadata(metadata)
-    named = next((family for family, words in _NAMED.items() if re.search(words, text)), None)
-    if named in fits:
+    """The family among those that have all layers: the one `named` in metadata, or by names and sizes."""
+    if named is not None and named in fits:
         return named
     fits = [family for family in fits if _fits_context(family, modules, sizes)] or list(fits)
     if len(fits) == 1:
@@ -216,6 +216,18 @@ _NAMED = {  # words of metadata; the first match applies
     "sdxl": r"xl",
     "sd15": r"\bsd_?v?[12]|stable-diffusion-v?[12]|\bv[12]\b",
 }
+
+
+def _model_in(metadata: Mapping[str, str]) -> str:
+    """The model that kohya's and Stability's metadata name, as text in small letters."""
+    names = ("ss_base_model_version", "modelspec.architecture")
+    return " ".join(metadata.get(name, "") for name in names).lower().strip()
+
+
+def _named_family(named: str) -> str | None:
+    return next((family for family, words in _NAMED.items() if re.search(words, named)), None)
+
+
 _CONTEXT = re.compile(r"attn2[._]to_[kv]$")
 _CONTEXTS = {"sd15": (768, 1024), "sdxl": (2048,), "flux": ()}
 

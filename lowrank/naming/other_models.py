@@ -45,17 +45,11 @@ _FLUX2_RATIOS = {r"^single_blocks\.\d+\.linear1$": 9, r"^double_blocks\.\d+\.(im
 ONLY = "only adapters of SD 1.x, SD 2.x, SDXL and FLUX.1 are read here"
 
 
-def model_in_metadata(metadata: Mapping[str, str]) -> str:
-    """The model that kohya's and Stability's metadata name, as text in small letters."""
-    names = ("ss_base_model_version", "modelspec.architecture")
-    return " ".join(metadata.get(name, "") for name in names).lower().strip()
+def refuse_other_model(sizes: Mapping[str, tuple[int, int]], named: str, source: str) -> None:
+    """Raise `Refused` for layers with FLUX's names and other sizes, and where `named` is another model.
 
-
-def refuse_other_model(
-    modules: Iterable[str], metadata: Mapping[str, str], sizes: Mapping[str, tuple[int, int]], source: str
-) -> None:
-    """Raise `Refused` for layers with FLUX's names and other sizes, and for metadata of another model."""
-    named = model_in_metadata(metadata)
+    `named` are the words of the metadata on the model.
+    """
     if other := next((model for model, words in _OTHERS_NAMED.items() if re.search(words, named)), None):
         raise Refused(f"{source} is an adapter of {other}, as its metadata say ({named}); {ONLY}")
     for module, (outs, ins) in sizes.items():
