@@ -252,6 +252,8 @@ class AdapterNetwork(nn.Module):
         for layer in self.layers():
             native = self.targets[layer.name].native
             table = keys.PEFT if native else keys.KOHYA
+            if self.factor.copy is not None:
+                table = {**table, **keys.SUBTRACTED}
             for role, value in layer.tensors().items():
                 if role in self.leave_out:
                     continue

@@ -28,7 +28,7 @@ from lowrank.formats.read import Adapter, baked, read_adapter
 from lowrank.formats.resize import Loss, RankRule, as_pairs, resize
 from lowrank.formats.tlora import export_lycoris, ranks_of
 from lowrank.formats.verify import difference
-from lowrank.formats.write import FORMATS, only, write
+from lowrank.formats.write import only, readers_of, write
 from lowrank.formats.writers import Choices
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
@@ -173,12 +173,14 @@ def _write(
     choices = Choices(DTYPES[args.dtype] if args.dtype else None, args.dora_norm, base, flat_clip())
     files = write(adapter, args.to, part, choices)
     targets = [Path(args.target) / file.relative_to(part) for file in files]  # part/. is the target itself
-    lines = [f"{', '.join(map(str, targets))}: {_described(adapter)}; read by {FORMATS[args.to].readers}"]
+    lines = [f"{', '.join(map(str, targets))}: {described(adapter)}; read by {readers_of(adapter, args.to)}"]
     if args.verify == "off":
         return lines
     checked = verify.check_export(adapter, args.to, part, choices)
     lines += [
-        f"read back by {result.reader}: {result.layers} layers, at most {result.worst:.1e} of a change apart"
+        result.note
+        or f"read back by {result.reader}: {result.layers} layers, at most {result.worst:.1e} of a "
+        "change apart"
         for result in checked
     ]
     if not checked:
@@ -192,12 +194,12 @@ def _of_rank(args: Export, adapter: Adapter, base: base_checkpoint.BaseCheckpoin
         rule, others = RankRule(*args.rank), adapter.foreign
         adapter, loss = resize(adapter, rule)
         if adapter.layers:
-            print(f"{_ranks(adapter)}: {_lost(loss)}")
+            print(f"{_ranks(adapter)}: {lost_text(loss)}")
         if any(layer.changes_matrix for layer in others.values()):
             kinds = Counter(layer.kind.name for layer in others.values() if layer.changes_matrix)
             adapter, loss = as_pairs(adapter, rule, base)
             counts = ", ".join(f"{name} × {count}" for name, count in kinds.items())
-            print(f"{counts}: the nearest LoRA, {_ranks(adapter)}: {_lost(loss)}")
+            print(f"{counts}: the nearest LoRA, {_ranks(adapter)}: {lost_text(loss)}")
     if args.to != MERGED and adapter.foreign:
         if matrices := [layer for layer in adapter.foreign.values() if layer.changes_matrix]:
             refuse_foreign(matrices, adapter.source)
@@ -210,7 +212,8 @@ def _of_rank(args: Export, adapter: Adapter, base: base_checkpoint.BaseCheckpoin
     return adapter
 
 
-def _lost(loss: Loss) -> str:
+def lost_text(loss: Loss) -> str:
+    """What smaller ranks lose, in a sentence."""
     return f"{loss.together:.2%} of ‖ΔW‖ is lost, {loss.worst:.2%} in the worst layer ({loss.layer})"
 
 
@@ -223,7 +226,8 @@ def flat_clip() -> bool:
     return not hasattr(tiny, "text_model")
 
 
-def _described(adapter: Adapter) -> str:
+def described(adapter: Adapter) -> str:
+    """The number of an adapter's layers and their ranks."""
     return f"{len(adapter.layers)} layers of {_ranks(adapter)}"
 
 

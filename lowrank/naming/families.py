@@ -136,7 +136,7 @@ def model_of(
     """
     sizes = sizes or {}
     if layers:
-        per_block, known = per_block_of_model(layers), _family_of_paths(layers)
+        per_block, known = per_block_of_model(layers), family_of_paths(layers)
         _check_layers(modules, layers, per_block, source)
         if family not in (None, known):
             raise Refused(f"--family is {family}, and the base model is of {known}; leave --family out")
@@ -239,7 +239,7 @@ def _fits_context(family: str, modules: Iterable[str], sizes: Mapping[str, tuple
     return not seen & known or seen <= set(_CONTEXTS[family])
 
 
-def _family_of_paths(layers: Iterable[LayerPath]) -> str:
+def family_of_paths(layers: Iterable[LayerPath]) -> str:
     """The family of a model of other depths than the published one, by the words of its paths."""
     paths = {place.path for place in layers if place.part == "unet"}
     if any(map(_FLUX.match, paths)):
