@@ -24,7 +24,7 @@ from lowrank.files import writable_folder
 from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.read import refuse_masked
 from lowrank.formats.residual import check_residual, residual_file
-from lowrank.models.family import Family, Models, Source
+from lowrank.models.family import Family, Models
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
 from lowrank.models.single import SUFFIXES
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _read(options: Any, source: Source) -> Mixture:
+def _read(options: Any, source: Any) -> Mixture:
     """The adapters, held against the layers of the model where its files are on this machine."""
     stored = functools.cache(lambda: BaseCheckpoint(options.model_path))
     local = Path(options.model_path).is_dir() or Path(options.model_path).suffix in SUFFIXES
