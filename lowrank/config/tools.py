@@ -127,10 +127,7 @@ class UniversalBasis:
     report: str | None = path(None, "JSON file for the printed table and all counts")
     rank: int = option(16, "largest number of directions for each layer", low=1)
     tau: float = option(
-        0.9,
-        "share of each side's energy that is enough; the fewest directions that reach it are kept",
-        above=0,
-        high=1,
+        0.9, "share of each side's energy to keep, by the fewest directions that reach it", above=0, high=1
     )
     center: bool = option(False, "subtract the mean LoRA first, so that it is not one of the directions")
     normalize: bool = option(False, "give every LoRA equal weight, whatever its strength")
@@ -201,16 +198,12 @@ class Export:
     )
     parts: str = option("all", "layers to export", choices=("all", "unet", "text"))
     family: str | None = option(
-        None,
-        "kind of model that the adapter is for, if its layers fit several and the file does not state it",
-        choices=FAMILIES,
-        aliases=("--base",),
+        None, "kind of model, if the layers of the file fit several", choices=FAMILIES, aliases=("--base",)
     )
     strict: bool = option(False, "refuse a file with tensors that are not used, instead of listing them")
     dora_norm: str = option(
         "merged",
-        "rows whose lengths a DoRA's reader divides by: of W + ΔW (merged: LyCORIS), or of W (base: "
-        "ComfyUI; needs --model)",
+        "what a DoRA's reader divides by: row norms of W + ΔW (merged: LyCORIS), or of W (base: ComfyUI)",
         choices=("merged", "base"),
     )
     at_timestep: float | None = option(
@@ -293,10 +286,7 @@ class ImportAdapter:
         None, "precision of the written file (unset: as in the source)", choices=_PRECISIONS
     )
     family: str | None = option(
-        None,
-        "kind of model that the adapter is for, if its layers fit several and the file does not state it",
-        choices=FAMILIES,
-        aliases=("--base",),
+        None, "kind of model, if the layers of the file fit several", choices=FAMILIES, aliases=("--base",)
     )
     strict: bool = option(False, "refuse a file with tensors that are not used, instead of listing them")
 
