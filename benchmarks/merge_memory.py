@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lowrank.formats import base_checkpoint  # noqa: E402
+from lowrank.formats import base_checkpoint, merging  # noqa: E402
 from lowrank.formats.delta import Delta  # noqa: E402
 from lowrank.naming.places import LayerPath  # noqa: E402
 from lowrank.tensors import stream_pieces, stream_tensors  # noqa: E402
@@ -48,9 +48,7 @@ def main() -> None:
         stream_tensors(small, {names[0]: (8, 8)}, torch.bfloat16, lambda _: torch.ones(8, 8), {})
         place = LayerPath("unet", "transformer_blocks.0.ff.net.0.proj")
         tiny = {place: Delta(torch.ones(8, 2), torch.ones(2, 8), 1.0)}
-        base_checkpoint.merge(
-            base_checkpoint.BaseCheckpoint(small), tiny, Path(folder) / "out.safetensors", {}
-        )
+        merging.merge(base_checkpoint.BaseCheckpoint(small), tiny, Path(folder) / "out.safetensors", {})
         stream_pieces(
             base,
             {name: (torch.bfloat16, (outs, INPUTS)) for name in names},
@@ -66,9 +64,7 @@ def main() -> None:
         adapter_bytes = sum(delta.up.nbytes + delta.down.nbytes for delta in adapter.values())
         baseline = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        base_checkpoint.merge(
-            base_checkpoint.BaseCheckpoint(base), adapter, Path(folder) / "merged.safetensors", {}
-        )
+        merging.merge(base_checkpoint.BaseCheckpoint(base), adapter, Path(folder) / "merged.safetensors", {})
         peak = resident("VmHWM") - baseline
     result = {
         "largest_tensor_mib": largest / 2**20,

@@ -121,9 +121,16 @@ class Hosts:
         return (W if part is None else W.narrow(*part)).flatten(1)
 
 
-def read_adapter(path: str, config: Mapping[str, Any] | None = None) -> File:
-    """An adapter file; `config` is a schedule {min_rank, alpha} that replaces the file's."""
-    return File(path, read_for_merge(path, schedule=config), config)
+def read_adapter(path: str, config: Mapping[str, Any] | None = None, strict: bool = False) -> File:
+    """An adapter file; `config` is a schedule {min_rank, alpha} that replaces the file's.
+
+    Logs what of the file is not used; with `strict`, raises `Refused` for it.
+    """
+    adapter = read_for_merge(path, schedule=config)
+    if strict:
+        adapter.refuse_unused()
+    logger.log(logging.WARNING if adapter.not_understood else logging.INFO, "%s", adapter.usage)
+    return File(path, adapter, config)
 
 
 def apply_adapter(

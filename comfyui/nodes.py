@@ -54,19 +54,26 @@ def load(
     strength_clip: float = 1.0,
     min_rank: int = 0,
     schedule_alpha: float = 0.0,
+    strict: bool = False,
 ) -> tuple[Any, Any]:
     """Model and CLIP with an adapter file."""
     config = {"min_rank": min_rank, "alpha": schedule_alpha}
     given = {name: value for name, value in config.items() if value}
-    adapter = read_adapter(_path(lora_name), given or None)
+    adapter = read_adapter(_path(lora_name), given or None, strict)
     return apply_adapter(model, clip, adapter, strength_model, strength_clip)
 
 
 def merge(
-    model: Any, style_name: str, content_name: str, alpha: float, beta: float, clip: Any = None
+    model: Any,
+    style_name: str,
+    content_name: str,
+    alpha: float,
+    beta: float,
+    clip: Any = None,
+    strict: bool = False,
 ) -> tuple[Any, Any]:
     """Model and CLIP with alpha · style and beta · content."""
-    style, content = read_adapter(_path(style_name)), read_adapter(_path(content_name))
+    style, content = (read_adapter(_path(name), strict=strict) for name in (style_name, content_name))
     return merge_adapters(model, clip, (style, content), (alpha, beta))
 
 
@@ -75,6 +82,13 @@ _CLIP = Input(
     "clip",
     "CLIP",
     "Text encoders. Without them the adapter's text-encoder layers are left out.",
+    optional=True,
+)
+_STRICT = Input(
+    "strict",
+    "BOOLEAN",
+    "Refuse a file with tensors that are not used, instead of a line in the console.",
+    {"default": False},
     optional=True,
 )
 NODES = (
@@ -103,6 +117,7 @@ NODES = (
                 {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.05},
                 True,
             ),
+            _STRICT,
         ),
         load,
     ),
@@ -118,6 +133,7 @@ NODES = (
             Input("alpha", "FLOAT", "Factor of the style's change.", _STRENGTH),
             Input("beta", "FLOAT", "Factor of the content's change.", _STRENGTH),
             _CLIP,
+            _STRICT,
         ),
         merge,
     ),
@@ -167,7 +183,7 @@ def schema_nodes(io: Any) -> list[type]:
 
 
 def _schema_class(io: Any, node: Node) -> type:
-    types = {"MODEL": io.Model, "CLIP": io.Clip, "FLOAT": io.Float, "INT": io.Int}
+    types = {"MODEL": io.Model, "CLIP": io.Clip, "FLOAT": io.Float, "INT": io.Int, "BOOLEAN": io.Boolean}
 
     def made(entry: Input) -> Any:
         facts = {**entry.limits, "tooltip": entry.tooltip, "optional": entry.optional}

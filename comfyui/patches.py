@@ -62,6 +62,9 @@ def change_of(part: Change, W: Tensor) -> Tensor:
         assert change is not None  # layers that change only a bias are patched apart
         return change
     up, down = (value.to(W.device, torch.float32) for value in (part.up, part.down))
+    if part.by_input:
+        rows = W.flatten(1)
+        return (part._replace(up=up, down=down).changed(rows) - rows).reshape(W.shape)
     change = part.scale * (up @ down)
     if part.magnitude is not None:
         rows = W.flatten(1)

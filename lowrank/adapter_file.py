@@ -1,18 +1,14 @@
 """The one reader of adapter files: a file of any program, or a PEFT folder, as layers of tensors by role.
 
 A key such as `lora_unet_…_to_q.lora_up.weight` is a module and a role (`up`, see `naming.keys`). The alpha of
-a layer is in a key, in diffusers' metadata `lora_adapter_metadata`, or in PEFT's `adapter_config.json`. Keys
-of other kinds of adapters are listed, not dropped.
+a layer is in one of `ALPHA_PLACES`. Keys of other kinds of adapters are listed, not dropped.
 This module does not know any method: `formats.read` computes ΔW, `adapters.dialect` finds the model's layers.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,48 +18,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank import peft_config, peft_folder
 from lowrank.errors import Refused
-from lowrank.naming import keys
+from lowrank.naming import keys, places
 from lowrank.tensors import read_tensors
+from lowrank.unused_keys import ForeignKey, foreign_key
 
 Roles = dict[str, Tensor]
 
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PEFT_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
-HEADER = "lora_adapter_metadata"  # diffusers writes PEFT's configuration of each component here
-BIAS, CORE = "bias", "core"
-# What is not read, by the ends of the keys: other kinds of adapters (LyCORIS, PEFT, kohya), and tensors of
-# this program's methods in a file that does not name its method
-_FOREIGN = {
-    r"(core|core_up|core_down|(basis|null|norm|free)_(up|down))": CORE,
-    r"hada_\w+": "LoHa",
-    r"lokr_\w+": "LoKr",
-    r"(oft_\w+(\.weight)?|rescale)": "OFT",
-    r"on_input": "IA3",
-    r"[ab][12]\.weight": "GLoRA",
-    r"diff": "full difference",
-    r"set_weight": "set_weight",
-    r"(diff_b|lora_[AB]\.bias|lora_up\.bias)": BIAS,
-    r"[wb]_norm": "norm",
-    r"scalar": "LoRA with a scalar",
-    r"lora_embedding_[AB]": "embedding",
+# Where programs write a layer's alpha, in the order in which the places are read; without one s is 1
+ALPHA_PLACES = {
+    "key": "a tensor of no or one axis beside the factors: kohya, LyCORIS, OneTrainer, diffusers' alphas",
+    "config": "lora_alpha and alpha_pattern of PEFT's adapter_config.json",
+    "header": "lora_alpha and alpha_pattern of each component in diffusers' lora_adapter_metadata",
+    "none": "none: alpha is the rank",
 }
-_PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
+_ROWS = ("up", "magnitude")  # roles whose rows are the outputs of a layer
+NO_CONFIG: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+NO_START: Mapping[str, Tensor] = MappingProxyType({})
 
 logger = logging.getLogger(__name__)
-
-
-class ForeignKey(NamedTuple):
-    """A key that is not read: the module it belongs to, and the kind of adapter that writes such keys.
-
-    The kind is `unknown (suffix)` where no program is known; `certain` is False where the key need not be an
-    adapter's at all.
-    """
-
-    key: str
-    module: str
-    kind: str
-    certain: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,6 +48,7 @@ class AdapterFile:
     layers: Mapping[str, Roles]
     metadata: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # {module: {role: key in the file}}
+    alphas: Mapping[str, str] = field(default_factory=dict)  # by module: where alpha is, of `ALPHA_PLACES`
     not_understood: Sequence[ForeignKey] = ()
     problems: Mapping[str, str] = field(default_factory=dict)  # by module, where reading was not strict
     tensors: int = 0
@@ -96,24 +71,31 @@ class AdapterFile:
 
 
 class RawFile(NamedTuple):
-    """The tensors and metadata of an adapter file, and PEFT's configuration of each component."""
+    """The tensors and metadata of an adapter file, and PEFT's configuration of each component.
+
+    `start` has the factors before training, by the same keys, where the base was changed by them.
+    """
 
     state: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     source: str
-    config: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    config: Mapping[str, Mapping[str, Any]] = NO_CONFIG
+    start: Mapping[str, Tensor] = NO_START
+    config_place: str = "config"
 
 
 def open_adapter_file(path: str | Path) -> RawFile:
     """The contents of a file of any dialect, or of a folder that PEFT saved. Raises `Refused`."""
     if os.path.isdir(path):  # Path.is_dir raises where a name is too long
-        return _open_peft_folder(Path(path))
+        return RawFile(*peft_folder.read_folder(Path(path)))
+    beside = Path(path).with_name(peft_folder.CONFIG)
+    if Path(path).name == peft_folder.FILE and beside.is_file():
+        return RawFile(*peft_folder.read_folder(Path(path).parent, alone=True))
     state, metadata = read_tensors(path)
-    config = _header_config(metadata, str(path))
-    beside = Path(path).with_name(PEFT_CONFIG)
-    if Path(path).name == PEFT_FILE and beside.is_file():
-        config = {"": _peft_config(beside)}
-    return RawFile(state, metadata, str(path), config)
+    config = NO_CONFIG
+    if peft_config.HEADER in metadata:
+        config = peft_config.header_config(metadata, str(path))
+    return RawFile(state, metadata, str(path), config, config_place="header")
 
 
 def read_adapter_file(
@@ -126,7 +108,8 @@ def read_adapter_file(
     files have. Raises `Refused` for a file that cannot be read, and for one layer twice, NaN and tensors that
     are no floating-point numbers; with `strict` off, the latter become `problems`.
     """
-    state, metadata, source, config = file if isinstance(file, RawFile) else open_adapter_file(file)
+    raw = file if isinstance(file, RawFile) else open_adapter_file(file)
+    state, metadata, source = raw.state, raw.metadata, raw.source
     layers: dict[str, Roles] = {}
     names: dict[str, dict[str, str]] = {}
     foreign: list[ForeignKey] = []
@@ -136,12 +119,14 @@ def read_adapter_file(
         module, _, last = key.rpartition(".")
         split = keys.role_of(key) or ((module, last) if module and last in roles else None)
         if split is None:
-            foreign.append(_foreign(key))
+            foreign.append(foreign_key(key))
             continue
         path, role = keys.module_path(split[0]), split[1]
         module = spelled.setdefault(keys.flat(path), path)
         try:
             if role in names.setdefault(module, {}):
+                if role == "alpha" and torch.equal(value.flatten(), layers[module][role].flatten()):
+                    continue  # beside both factors
                 raise Refused(_twice(source, module, path, role, key))
             names[module][role] = key
             value = checked_tensor(value, key, source)
@@ -155,8 +140,11 @@ def read_adapter_file(
     for module, tensors in layers.items():
         if keys.MIDDLE in tensors:
             tensors["down"] = _without_middle(module, tensors.pop(keys.MIDDLE), tensors.get("down"), source)
-    _resolve_alpha(layers, names, config, source)
-    return AdapterFile(source, layers, metadata, names, tuple(foreign), problems, len(state))
+    alphas = _resolve_alpha(layers, names, raw)
+    if raw.start:
+        _subtract_start(layers, names, raw)
+    layers, names = _split_fused(layers, names, source)
+    return AdapterFile(source, layers, metadata, names, alphas, tuple(foreign), problems, len(state))
 
 
 def _twice(source: str, module: str, path: str, role: str, key: str) -> str:
@@ -167,15 +155,10 @@ def _twice(source: str, module: str, path: str, role: str, key: str) -> str:
     )
 
 
-def _foreign(key: str) -> ForeignKey:
-    for pattern, kind in _FOREIGN.items():
-        if match := re.search(rf"\.{pattern}$", key):
-            return ForeignKey(key, key[: match.start()], kind)
-    if "lora" in key:
-        module = key.partition("." if key.startswith("lora_") else ".lora")[0]
-        return ForeignKey(key, module, f"unknown ({key[len(module) + 1 :]})")
-    module, _, suffix = key.rpartition(".")
-    return ForeignKey(key, module, f"unknown ({suffix})", certain=False)
+def kind_of_key(key: str) -> ForeignKey:
+    """The kind of a key that nothing uses; of a known role, it is of a layer without an adapter here."""
+    split = keys.role_of(key)
+    return ForeignKey(key, split[0], "layer without an adapter here") if split else foreign_key(key)
 
 
 def checked_tensor(value: Tensor, key: str, source: str) -> Tensor:
@@ -235,106 +218,68 @@ def check_base(source: str, metadata: Mapping[str, str], base_hash: Callable[[],
     logger.warning("%s; the file is used all the same", bases)
 
 
-# ---------- alpha
+# ---------- alpha, starts, fused layers
 
 
 def _resolve_alpha(
-    layers: Mapping[str, Roles],
-    names: Mapping[str, Mapping[str, str]],
-    config: Mapping[str, Mapping[str, Any]],
-    source: str,
-) -> None:
-    """Add the alpha of PEFT's configuration to the layers without an alpha."""
+    layers: Mapping[str, Roles], names: Mapping[str, Mapping[str, str]], raw: RawFile
+) -> dict[str, str]:
+    """Where each layer's alpha is (`ALPHA_PLACES`); that of a PEFT configuration is added to the layer."""
+    alphas: dict[str, str] = {}
     for module, roles in layers.items():
-        if "alpha" in roles or "down" not in roles or not config:
+        alphas[module] = "key" if "alpha" in roles else "none"
+        if "alpha" in roles or "down" not in roles or not raw.config:
             continue
-        key = names[module]["down"].removeprefix("base_model.model.")
-        component, _, path = key.partition(".")
-        settings = config.get(component, config.get(""))
-        path = path if component in config else key
+        part, path = places.part_and_path(module)
+        component = {"te1": "text_encoder", "unet": "unet"}.get(part, "text_encoder_2")
+        component = "transformer" if component == "unet" and "unet" not in raw.config else component
+        settings = raw.config.get(component, raw.config.get(""))
         if settings and "lora_alpha" in settings:
-            split = keys.role_of(path)
-            alpha = _alpha_of(settings, split[0] if split else path, len(roles["down"]), source)
+            key = keys.role_of(names[module]["down"])
+            path = key[0] if key else path
+            path = path.removeprefix("base_model.model.").removeprefix(f"{component}.")
+            alpha = peft_config.alpha_of(settings, path, len(roles["down"]), raw.source)
             roles["alpha"] = torch.tensor(alpha, dtype=torch.float64)
+            alphas[module] = raw.config_place
+    return alphas
 
 
-def _alpha_of(config: Mapping[str, Any], path: str, rank: int, source: str) -> float:
-    """The alpha of `alpha / rank`; PEFT compares `alpha_pattern` with the end of a layer's path."""
-    try:
-        patterns = dict(config.get("alpha_pattern") or {})
-        alpha = float(config["lora_alpha"])
-        for name, value in patterns.items():
-            if not _PLAIN_PATTERN.fullmatch(name):  # a regular expression from a file is not run
+def _subtract_start(
+    layers: Mapping[str, Roles], names: Mapping[str, Mapping[str, str]], raw: RawFile
+) -> None:
+    """Make layers whose start was subtracted from the base what they add to it: [B | −B₀]·[A ; A₀]."""
+    for module, roles in layers.items():
+        pair = {role: raw.start.get(names[module].get(role, "")) for role in ("up", "down")}
+        if pair["up"] is None or pair["down"] is None:
+            continue
+        if any(pair[role].shape != roles[role].shape for role in pair):
+            raise Refused(
+                f"{module} in {raw.source} has another size before training than after it; its initial "
+                "adapter is of another run"
+            )
+        rank = len(roles["down"])
+        alpha = roles.get("alpha", torch.tensor(float(rank)))
+        roles["down"] = torch.cat([roles["down"], pair["down"]])
+        roles["up"] = torch.cat([roles["up"], -pair["up"]], 1)
+        roles["alpha"] = 2 * alpha.double()
+
+
+def _split_fused(
+    layers: dict[str, Roles], names: dict[str, dict[str, str]], source: str
+) -> tuple[dict[str, Roles], dict[str, dict[str, str]]]:
+    """Layers that diffusers joins (`to_qkv`) as their parts: each takes its rows of the up, and the down."""
+    split: dict[str, Roles] = {}
+    split_names: dict[str, dict[str, str]] = {}
+    for module, roles in layers.items():
+        parts = keys.fused_parts(module)
+        for i, part in enumerate(parts):
+            if part in layers or any(len(v) % len(parts) for r, v in roles.items() if r in _ROWS):
                 raise Refused(
-                    f"{source} has the alpha pattern {name!r}, which is no plain name; name the layers"
+                    f"{module} in {source} joins {', '.join(parts)}, and its rows are no equal shares of "
+                    "them or one of them is also there; export the adapter again"
                 )
-            if _matches(path, name):
-                alpha = float(value)
-                break
-    except (TypeError, ValueError) as error:
-        raise Refused(
-            f"{source} has a damaged PEFT configuration ({error}); save the adapter again"
-        ) from error
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-
-
-def _matches(path: str, name: str) -> bool:
-    return path == name.removeprefix("^") or (not name.startswith("^") and path.endswith(f".{name}"))
-
-
-def _header_config(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration by component, from diffusers' metadata."""
-    config: dict[str, dict[str, Any]] = {}
-    try:
-        for key, value in json.loads(metadata.get(HEADER, "{}")).items():
-            component, _, name = key.partition(".")
-            config.setdefault(component, {})[name] = value
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise Refused(
-            f"the alpha of {source} cannot be read: its PEFT configuration is no JSON object ({error}); "
-            "save the adapter again"
-        ) from error
-    return config
-
-
-# ---------- PEFT's folders
-
-
-def _open_peft_folder(folder: Path) -> RawFile:
-    """A folder that PEFT saved, or one folder for each model in it."""
-    components = [name for name in PEFT_COMPONENTS if (folder / name / PEFT_CONFIG).is_file()]
-    if not components and (folder / PEFT_CONFIG).is_file():
-        components = [""]
-    if not components:
-        raise Refused(
-            f"{folder} has no {PEFT_CONFIG}, in it or in a folder named {', '.join(PEFT_COMPONENTS)}; give "
-            "an adapter that PEFT saved, or a file"
-        )
-    state: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    config: dict[str, Mapping[str, Any]] = {}
-    for name in components:
-        path = folder / name / PEFT_FILE
-        component = name or (folder.name if folder.name in PEFT_COMPONENTS else "")
-        config[component] = _peft_config(folder / name / PEFT_CONFIG)
-        if "lora_alpha" not in config[component]:
-            raise Refused(f"the alpha of {folder / name} cannot be read: its {PEFT_CONFIG} has no lora_alpha")
-        tensors, header = read_tensors(path)
-        prefix = f"{component}." if component else ""
-        state |= {prefix + key.removeprefix("base_model.model."): value for key, value in tensors.items()}
-        metadata |= header
-    return RawFile(state, metadata, str(folder), config)
-
-
-def _peft_config(path: Path) -> dict[str, Any]:
-    """PEFT's configuration. Raises `Refused` for another kind of adapter than LoRA."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("peft_type", "LORA")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise Refused(
-            f"the PEFT configuration {path} cannot be read ({error}); save the adapter again"
-        ) from error
-    if kind != "LORA":
-        raise Refused(f"{path} is of {kind}, and only LORA is read here; convert the adapter with PEFT")
-    return config
+            split[part] = {r: v.chunk(len(parts))[i] if r in _ROWS else v for r, v in roles.items()}
+            split_names[part] = names[module]
+        if not parts:
+            split[module], split_names[module] = roles, names[module]
+    return split, split_names

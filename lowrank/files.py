@@ -97,6 +97,27 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         _sync(path.parent)
 
 
+@contextlib.contextmanager
+def staged(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a path in a hidden folder beside `path` for a file, or a folder of files, that is checked there.
+
+    On success the files are moved to `path`; on any failure they are removed and `path` stays as it was.
+    """
+    path = Path(path)
+    folder = path.with_name(f".{path.name}.{os.getpid()}.check")
+    with _replacing(path, folder, lambda part: shutil.rmtree(part, ignore_errors=True)) as part:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        made = part / path.name
+        yield made
+        files = [file for file in sorted(made.rglob("*")) if file.is_file()] if made.is_dir() else [made]
+        for file in files:
+            target = path / file.relative_to(made) if made.is_dir() else path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def existing_file(path: str | os.PathLike, way_out: str = "check the path") -> Path:
     """The path, if a file is there. Raises `Refused`."""
     if not os.path.isfile(path):  # Path.is_file raises where a name is too long or a folder closed

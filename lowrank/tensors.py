@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -189,6 +190,10 @@ class TensorFile:
         return torch.frombuffer(data, dtype=entry.dtype).reshape(shape) if data else torch.empty(shape)
 
 
+# Metadata with the SHA-256 of a file's tensors, and what stands before it: kohya's, Stability's modelspec
+CONTENT_HASHES: Mapping[str, str] = MappingProxyType({"sshs_model_hash": "", "modelspec.hash_sha256": "0x"})
+
+
 def stream_pieces(
     path: str | os.PathLike,
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
@@ -199,8 +204,10 @@ def stream_pieces(
     turn comes, in the dtype announced.
 
     Format: 8 bytes little-endian header length, a JSON header with dtype, shape and byte offsets, then the
-    bytes.
+    bytes. `CONTENT_HASHES` that are in `metadata` get the SHA-256 of the bytes after the header.
     """
+    hashes = [name for name in CONTENT_HASHES if name in metadata]
+    metadata = {**metadata, **{name: CONTENT_HASHES[name] + "0" * 64 for name in hashes}}
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -216,15 +223,23 @@ def stream_pieces(
     text += b" " * (-len(text) % 8)
     with atomic(path) as part, open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        digest = hashlib.sha256()
         for name, (dtype, shape) in entries.items():
             left = math.prod(shape)
             for tensor in make(name):
                 left -= tensor.numel()
                 if tensor.numel():
                     flat = tensor.to("cpu", dtype).contiguous().reshape(-1)
-                    file.write(flat.view(torch.uint8).numpy().data)
+                    data = flat.view(torch.uint8).numpy().data
+                    file.write(data)
+                    if hashes:
+                        digest.update(data)
             if left:
                 raise ValueError(f"{name} is {left} elements short of the {tuple(shape)} announced")
+        if hashes:
+            header["__metadata__"] |= {name: CONTENT_HASHES[name] + digest.hexdigest() for name in hashes}
+            file.seek(8)  # as long as before
+            file.write(json.dumps(header).encode())
 
 
 def stream_tensors(

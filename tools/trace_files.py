@@ -194,7 +194,8 @@ def export(folder: Path, model: Path) -> Counter[str]:
         files.note(frame)
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if exporting and event == "os.rename" and str(arguments[1]) == str(target):
+        # the finished file is renamed in a folder beside the target, where it is then verified
+        if exporting and event == "os.rename" and Path(str(arguments[1])).name == target.name:
             exporting.clear()
 
     sys.addaudithook(audit)  # it stays until the process ends

@@ -14,6 +14,7 @@ from lowrank.errors import Refused
 from lowrank.naming import flux as flux_names
 from lowrank.naming import keys
 from lowrank.naming.flux_join import alike, cut_rows, join_layers, piece_rows
+from lowrank.unused_keys import BIAS
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ def match_layers(
     by_name = {name: file.layers[module] for name, module in modules.items()}
     foreign: dict[str, str] = {}
     for unread in file.not_understood:
+        if unread.kind == BIAS:  # beside the factors, which compute the same without it
+            continue
         module, _, suffix = unread.key.rpartition(".")
         foreign.setdefault(keys.flat(module), suffix)
     matched: dict[str, Roles] = {}

@@ -19,11 +19,12 @@ from lowrank.cli.calibrate import attached, nearest_lora
 from lowrank.config.command_line import Parsed
 from lowrank.config.tools import EXPORT, Export
 from lowrank.errors import Refused
+from lowrank.files import staged
 from lowrank.formats import base_checkpoint, merging, verify
 from lowrank.formats.delta import LORA
 from lowrank.formats.foreign import refuse_foreign
 from lowrank.formats.native import to_native
-from lowrank.formats.read import Adapter, baked, read_adapter, read_and_report
+from lowrank.formats.read import Adapter, baked, read_adapter
 from lowrank.formats.resize import Loss, RankRule, as_pairs, resize
 from lowrank.formats.tlora import export_lycoris, ranks_of
 from lowrank.formats.verify import difference
@@ -31,6 +32,8 @@ from lowrank.formats.write import only, readers_of, write
 from lowrank.formats.writers import Choices
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
+from lowrank.naming.families import layers_of
+from lowrank.naming.places import FAMILIES, LayerPath
 
 MERGED, MASKED = "merged", "lycoris-tlora"
 
@@ -52,19 +55,33 @@ def main(argv: list[str] | None = None) -> int:
     if args.to == MASKED:
         _refuse_unmasked(parsed)
         return _export_lycoris(args)
+    base = base_checkpoint.BaseCheckpoint(args.model) if args.model else None
+    layers = _layers(base, args.parts) if base else ()
+    live: str | RawFile = args.source
     if args.calibrate and args.model:
-        raw, summary = nearest_lora(args.source, args.model, args.calibrate)
+        live, summary = nearest_lora(args.source, args.model, args.calibrate)
         print(summary)
-        return _export(args, read_and_report(raw, args.base, foreign=True), raw)
-    if args.at_timestep is None:
-        return _export(args, read_and_report(args.source, args.base, foreign=True), args.source)
-    adapter = baked(read_and_report(args.source, args.base, precision=torch.float32), args.at_timestep)
-    native = to_native(adapter, LORA.name)
-    return _export(args, adapter, RawFile(native.state, native.metadata, args.source))
+    wide = None if args.at_timestep is None else torch.float32
+    adapter = read_adapter(live, args.family, base=layers, precision=wide, foreign=wide is None)
+    if args.at_timestep is not None:
+        adapter = baked(adapter, args.at_timestep)
+        native = to_native(adapter, LORA.name)
+        live = RawFile(native.state, native.metadata, args.source)
+    print(_export(args, adapter, live, base).usage)
+    return 0
+
+
+def _layers(base: base_checkpoint.BaseCheckpoint, parts: str) -> set[LayerPath]:
+    """The layers of the base, and any layer of the parts that are not exported."""
+    others = {place for name in FAMILIES for place in layers_of(name, base.per_block)}
+    left_out = {place for place in others if parts != "all" and (place.part == "unet") != (parts == "unet")}
+    return {*base.places(), *left_out}
 
 
 def _export_lycoris(args: Export) -> int:
-    adapter = read_and_report(args.source, strict=False)
+    adapter = read_adapter(args.source, strict=False)
+    if args.strict:
+        adapter.refuse_unused()
     state = export_lycoris(adapter.raw, adapter.metadata, adapter.schedule, adapter.source, args.target)
     ranks = sorted(ranks_of(state))
     apart = difference(adapter, read_adapter(args.target, strict=False))
@@ -72,6 +89,7 @@ def _export_lycoris(args: Export) -> int:
         f"{args.target}: T-LoRA of rank {', '.join(map(str, ranks))} for LyCORIS; read back, the largest "
         f"relative difference of a layer is {apart:.1e}"
     )
+    print(adapter.usage)
     return 0
 
 
@@ -82,14 +100,24 @@ def _refuse_unmasked(parsed: Parsed[Export]) -> None:
         raise Refused(
             f"{args.target} is no .safetensors name, and --to {MASKED} writes one such file; give one"
         )
-    for name in ("model", "dtype", "rank", "parts", "base", "at_timestep", "calibrate"):
+    for name in ("model", "dtype", "rank", "parts", "family", "at_timestep", "calibrate"):
         if name in parsed.given:
             raise Refused(f"--{name} has no effect with --to {MASKED}; leave it out, or write --to kohya")
 
 
-def _export(args: Export, adapter: Adapter, live: str | RawFile) -> int:
-    """Write the adapter; `live` is the file, or its tensors in memory, whose network it is compared with."""
+def _export(
+    args: Export, adapter: Adapter, live: str | RawFile, base: base_checkpoint.BaseCheckpoint | None
+) -> Adapter:
+    """Write the adapter, and return what of it was written.
+
+    `live` is the file, or its tensors in memory, whose network the export is compared with.
+
+    The file appears under its name only after it was read back.
+    """
+    whole = len(adapter.layers)
     adapter = only(adapter, args.parts)
+    if len(adapter.layers) < whole:
+        print(f"--parts {args.parts}: {whole - len(adapter.layers)} of {whole} layers are not exported")
     method = adapter.method
     if method is not None and method.gate is not None:
         group = "1" if method.require_factor().copy is None else "2"  # ranks that open together
@@ -99,40 +127,65 @@ def _export(args: Export, adapter: Adapter, live: str | RawFile) -> int:
             f"{method.name} opens fewer ranks at noisy timesteps; the file's metadata have the schedule, and "
             "programs that do not read it use all ranks at every step (--at-timestep bakes one timestep)"
         )
-    base = base_checkpoint.BaseCheckpoint(args.model) if args.model else None
     adapter = _of_rank(args, adapter, base)
-    dtype = DTYPES[args.dtype] if args.dtype else None
+    if args.strict:
+        adapter.refuse_unused()
     if args.to == MERGED:
-        assert base is not None  # checked above
-        facts = {"lowrank.version": __version__, "lowrank.merged": Path(args.source).name}
-        facts |= {key: value for key, value in adapter.metadata.items() if key.startswith("lowrank.unrouted")}
-        lost = merging.merge(base, adapter.layers, args.target, facts, args.strength, dtype, adapter.foreign)
-        count = len(adapter.layers.keys() | adapter.foreign.keys())
-        print(
-            f"{args.target}: {count} layers merged at strength {args.strength:g}; rounding to the model's "
-            f"precision loses {lost:.1e} of the change"
-        )
-        if args.verify == "forward":
-            _compare_forward(args, adapter, live)
-        return 0
+        assert base is not None  # checked in main
+        merging.check_target(base, args.target)
+        write_file = _merge
+    else:
+        write_file = _write
+    with staged(args.target) as part:
+        lines = write_file(args, adapter, base, part)
+        if args.verify == "forward" or (args.verify == "auto" and args.model and args.to != MERGED):
+            lines.append(_compare_forward(args, adapter, live, part))
+    print("\n".join(lines))
+    return adapter
+
+
+def _merge(
+    args: Export, adapter: Adapter, base: base_checkpoint.BaseCheckpoint | None, part: Path
+) -> list[str]:
+    """Merge the adapter into the base; returns what was written as lines of text."""
+    assert base is not None  # checked in main
+    facts = {"lowrank.version": __version__, "lowrank.merged": Path(args.source).name}
+    facts |= {key: value for key, value in adapter.metadata.items() if key.startswith("lowrank.unrouted")}
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    merged = merging.merge(base, adapter.layers, part, facts, args.strength, dtype, adapter.foreign)
+    count = len(adapter.layers.keys() | adapter.foreign.keys())
+    line = (
+        f"{args.target}: {count} layers merged at strength {args.strength:g}; rounding to the "
+        f"model's precision loses {merged.lost:.1e} of the change"
+    )
+    if not merged.kept:
+        return [line]
+    names = ", ".join(merged.kept[:8]) + (", …" if len(merged.kept) > 8 else "")
+    return [line, f"{len(merged.kept)} tensors overflow in {args.dtype} and keep the base's dtype: {names}"]
+
+
+def _write(
+    args: Export, adapter: Adapter, base: base_checkpoint.BaseCheckpoint | None, part: Path
+) -> list[str]:
+    """Write the adapter in another program's format; returns what was written and read back as text."""
     if base is not None:
         base.check(adapter.layers)
-    choices = Choices(dtype, args.dora_norm, base, flat_clip())
-    files = write(adapter, args.to, args.target, choices)
-    print(f"{', '.join(map(str, files))}: {described(adapter)}; read by {readers_of(adapter, args.to)}")
-    if args.verify != "off":
-        checked = verify.check_export(adapter, args.to, Path(args.target), choices)
-        for result in checked:
-            print(
-                result.note
-                or f"read back by {result.reader}: {result.layers} layers, at most {result.worst:.1e} of a "
-                "change apart"
-            )
-        if not checked:
-            print("not read back: no program for it is installed, or it has more layers than any model")
-    if args.verify == "forward" or (args.verify == "auto" and args.model):
-        _compare_forward(args, adapter, live)
-    return 0
+    choices = Choices(DTYPES[args.dtype] if args.dtype else None, args.dora_norm, base, flat_clip())
+    files = write(adapter, args.to, part, choices)
+    targets = [Path(args.target) / file.relative_to(part) for file in files]  # part/. is the target itself
+    lines = [f"{', '.join(map(str, targets))}: {described(adapter)}; read by {readers_of(adapter, args.to)}"]
+    if args.verify == "off":
+        return lines
+    checked = verify.check_export(adapter, args.to, part, choices)
+    lines += [
+        result.note
+        or f"read back by {result.reader}: {result.layers} layers, at most {result.worst:.1e} of a "
+        "change apart"
+        for result in checked
+    ]
+    if not checked:
+        lines.append("not read back: no program for it is installed, or it has more layers than any model")
+    return lines
 
 
 def _of_rank(args: Export, adapter: Adapter, base: base_checkpoint.BaseCheckpoint | None) -> Adapter:
@@ -150,12 +203,12 @@ def _of_rank(args: Export, adapter: Adapter, base: base_checkpoint.BaseCheckpoin
     if args.to != MERGED and adapter.foreign:
         if matrices := [layer for layer in adapter.foreign.values() if layer.changes_matrix]:
             refuse_foreign(matrices, adapter.source)
-        print(
-            f"{len(adapter.foreign)} changes of norm layers and biases are left out: a {args.to} file has "
-            "none (--to merged keeps them)"
-        )
+        adapter = adapter.without_foreign()  # changes of norm layers and biases, which only a merge keeps
         if not adapter.layers:
-            raise Refused(f"{adapter.source} has nothing else; merge it with --to merged --model BASE")
+            raise Refused(
+                f"{adapter.source} has only changes of norm layers and biases, and a {args.to} file has "
+                "none; merge it with --to merged --model BASE"
+            )
     return adapter
 
 
@@ -186,18 +239,17 @@ def _ranks(adapter: Adapter) -> str:
 # ---------- one forward of the model
 
 
-def _compare_forward(args: Export, adapter: Adapter, live: str | RawFile) -> None:
-    difference = forward_difference(live, adapter, args.to, Path(args.target), args.model, args.strength)
+def _compare_forward(args: Export, adapter: Adapter, live: str | RawFile, part: Path) -> str:
+    difference = forward_difference(live, adapter, args.to, part, args.model, args.strength)
     if isinstance(difference, str):
-        print(f"no forward compared: {difference}")
-        return
+        return f"no forward compared: {difference}"
     exact = args.dtype in (None, "fp32") and args.rank is None
     if exact and difference > 1e-5:
         raise Refused(
             f"one forward of {args.model} differs by {difference:.1e} of its output between {args.source} "
             f"and {args.target} (limit 1e-05); export to another format with --to, or merge with --to merged"
         )
-    print(f"one forward of the model: {difference:.1e} of its output apart")
+    return f"one forward of the model: {difference:.1e} of its output apart"
 
 
 def forward_difference(

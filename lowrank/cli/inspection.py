@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     args = INSPECT.parse(argv).options
     base = BaseCheckpoint(args.model) if args.model else None
     reports = [inspect.report(file, _method(file), base) for file in args.files]
+    for report in reports:
+        if args.strict and report["other_keys"]["count"]:
+            raise Refused(f"--strict, and not all of the file is used: {_plain(report['usage'])}")
     differences = _differences(args.files, reports) if len(reports) == 2 else None
     if args.json:
         shown = reports if differences is None else [*reports, {"differences": differences}]
@@ -36,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(report_lines(report, every=args.layers, metadata=args.metadata)) + "\n")
     if differences is not None:
         print("\n".join(difference_lines(differences, args.layers)))
+    print("\n".join(_plain(report["usage"]) for report in reports))
     return 0
 
 
@@ -68,7 +72,7 @@ def report_lines(report: Mapping[str, Any], every: bool = False, metadata: bool 
         "model": report["model"],
         "layers": f"{len(report['layers'])} ({_table(report['parts'])})",
         "ranks": _table(report["ranks"]),
-        "alphas": _table(report["alphas"]),
+        "alphas": f"{_table(report['alphas'])} (from: {_table(report['alpha_places'])})",
         "targets": _table(report["targets"]),
         "precision": _table(report["dtypes"]),
         "‖ΔW‖": f"{report['norm']:.4g}{_unmeasured(report)}",

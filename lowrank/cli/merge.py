@@ -27,6 +27,7 @@ from lowrank.models.contact_sheet import sheet
 from lowrank.models.family import Family, Models
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
+from lowrank.models.single import SUFFIXES
 from lowrank.naming.places import places
 from lowrank.train.preview import save_png
 from lowrank.train.text_conditions import TextConditions
@@ -53,12 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         if (picture := getattr(options, f"{what}_reference"))
     }
     folder = writable_folder(options.output_dir)
-    stored = functools.cache(lambda: BaseCheckpoint(options.model_path))
-    mixture = read_mixture(
-        _parts(options),
-        options.at_timestep,
-        lambda module: stored().stored(places(module)[0][0], source.dtype),  # as LyCORIS would find it
-    )
+    mixture = _read(options, source)
+    if options.strict:
+        for adapter in mixture.adapters:
+            adapter.refuse_unused()
     if options.save_merged:
         refuse_masked(mixture.adapters)
     extra = [strength for _, strength in _more(options.more_loras)]
@@ -84,7 +83,21 @@ def main(argv: list[str] | None = None) -> int:
             path = folder / f"merged_{name}.safetensors"
             mixture.save(path, (*pair, *extra), {"lowrank.command": parsed.command})
             print(path)
+    print(mixture.usage())
     return 0
+
+
+def _read(options: Any, source: Any) -> Mixture:
+    """The adapters, held against the layers of the model where its files are on this machine."""
+    stored = functools.cache(lambda: BaseCheckpoint(options.model_path))
+    local = Path(options.model_path).is_dir() or Path(options.model_path).suffix in SUFFIXES
+    return read_mixture(
+        _parts(options),
+        options.at_timestep,
+        # as LyCORIS would find it
+        lambda module: stored().stored(places(module, stored().per_block)[0][0], source.dtype),
+        stored().places() if local else (),
+    )
 
 
 def _names(options: Any) -> dict[tuple[float, float], str]:

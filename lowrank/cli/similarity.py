@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = statistics_text(layers, names) + "\n" + "\n".join(about) + "\n"
     written = write_comparison(folder, layers, names, text)
     _print(f"{text}\nWritten to {folder}:\n" + "".join(f"  {path.name}\n" for path in written))
+    _print(f"{first.usage}\n{second.usage}\n")
     return 0
 
 

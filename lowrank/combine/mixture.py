@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from lowrank.adapters.targets import as_passed
 from lowrank.combine.pair_sum import AttachedPairs, PairSum
 from lowrank.combine.whole_layers import WholeLayers
 from lowrank.errors import Refused
-from lowrank.formats.delta import LORA
+from lowrank.formats.delta import LORA, refuse_input_lengths
 from lowrank.formats.foreign import refuse_foreign
 from lowrank.formats.read import Adapter, masked, read_adapter, refuse_masked
 from lowrank.naming import keys
@@ -72,12 +72,13 @@ def read_mixture(
     entries: Sequence[Entry | str | Path],
     at: float | None = None,
     start: Callable[[str], Tensor] | None = None,
+    base: Collection[LayerPath] = (),
 ) -> Mixture:
-    """The adapters of some files together; `at` and `start` as for `read_adapter`."""
+    """The adapters of some files together; `at`, `start` and `base` as for `read_adapter`."""
     adapters, rules = [], []
     for entry in entries:
         entry = entry if isinstance(entry, Entry) else Entry(Path(entry))
-        adapters.append(read_for_merge(entry.path, at=at, start=start))
+        adapters.append(read_for_merge(entry.path, at=at, start=start, base=base))
         rules.append(entry.rules)
     return Mixture(adapters, rules)
 
@@ -120,6 +121,10 @@ class Mixture:
                 counts = ", ".join(f"{name} × {count}" for name, count in kinds.items())
                 lines.append(f"{adapter.source}: {counts} run beside the layers, as whole matrices")
         return "\n".join(lines)
+
+    def usage(self) -> str:
+        """One line for each file: how many of its tensors are used, and what is left out."""
+        return "\n".join(dict.fromkeys(adapter.usage for adapter in self.adapters))
 
     def attach(
         self, denoiser: nn.Module, text_encoders: Sequence[nn.Module] = (), dtype: torch.dtype | None = None
@@ -253,6 +258,7 @@ def _weighed(adapter: Adapter, rules: Sequence[Share]) -> Adapter:
 
 def _network(adapter: Adapter, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> AdapterNetwork:
     """The adapter as a network of its method, attached at strength 0."""
+    refuse_input_lengths(adapter.layers, adapter.source)
     name = _method(adapter)
     module = network_named(name)
     if module is None:

@@ -22,7 +22,8 @@ from lowrank.errors import Refused
 from lowrank.formats.delta import LORA, Delta, method_for
 from lowrank.formats.read import Adapter, refuse_masked
 from lowrank.naming import keys
-from lowrank.naming.places import LayerPath, adapter_family
+from lowrank.naming.families import model_of
+from lowrank.naming.places import LayerPath
 from lowrank.tensors import write_tensors
 
 PAIRS = Method("static", Factor(lambda *_: ({}, {}), trained=()))  # frozen pairs of factors
@@ -121,7 +122,7 @@ class PairSum:
             state |= _named_like(module, roles)
         kept = {
             f"lowrank.{fact}": value
-            for fact in ("base_hash", "base_model", *(["basis_hash"] if together else []))
+            for fact in ("base_hash", "base_model", "layers_per_block", *(["basis_hash"] if together else []))
             if (value := self.adapters[0].fact(fact))
         }
         merged = ", ".join(
@@ -172,7 +173,10 @@ def _check_one_family(adapters: Sequence[Adapter]) -> None:
 def _family(adapter: Adapter) -> str:
     """The family of the model that an adapter is for; empty where its names fit several."""
     try:
-        return adapter.family or adapter_family(adapter.modules.values(), adapter.metadata, adapter.source)
+        return (
+            adapter.family
+            or model_of(list(adapter.modules.values()), adapter.metadata, adapter.source).family
+        )
     except Refused:
         return ""
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowrank.adapter_file import BIAS, AdapterFile, read_adapter_file
+from lowrank.adapter_file import AdapterFile, read_adapter_file
 from lowrank.adapters.factor import concat, resize_pair
 from lowrank.bases.basis_file import Pair, Values, random_columns
 from lowrank.combine.compare import energy, rows, unscaled
@@ -35,6 +35,7 @@ from lowrank.formats.delta import Delta, delta_of, method_for, missing_roles
 from lowrank.naming import keys
 from lowrank.naming import unet as unet_names
 from lowrank.tensors import existing_file
+from lowrank.unused_keys import BIAS
 
 LEAST = 3  # LoRAs: what fewer share cannot be distinguished from chance
 _SDXL = re.compile(r"(?:down|up)_blocks_.*_transformer_blocks_[1-9]")  # SD 1 and 2 have one in each

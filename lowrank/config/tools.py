@@ -93,6 +93,7 @@ class Merge:
     content_reference: str | None = path(
         None, "picture that the content was learned from, shown on the contact sheet"
     )
+    strict: bool = option(False, "refuse files with tensors that are not used, instead of listing them")
     save_merged: bool = option(False, "write the merged adapter of each pair too")
     at_timestep: float | None = option(
         None,
@@ -126,10 +127,7 @@ class UniversalBasis:
     report: str | None = path(None, "JSON file for the printed table and all counts")
     rank: int = option(16, "largest number of directions for each layer", low=1)
     tau: float = option(
-        0.9,
-        "share of each side's energy that is enough; the fewest directions that reach it are kept",
-        above=0,
-        high=1,
+        0.9, "share of each side's energy to keep, by the fewest directions that reach it", above=0, high=1
     )
     center: bool = option(False, "subtract the mean LoRA first, so that it is not one of the directions")
     normalize: bool = option(False, "give every LoRA equal weight, whatever its strength")
@@ -199,13 +197,13 @@ class Export:
         convert=rank_choice,
     )
     parts: str = option("all", "layers to export", choices=("all", "unet", "text"))
-    base: str | None = option(
-        None, "kind of model that the adapter is for, if the file does not state it", choices=FAMILIES
+    family: str | None = option(
+        None, "kind of model, if the layers of the file fit several", choices=FAMILIES, aliases=("--base",)
     )
+    strict: bool = option(False, "refuse a file with tensors that are not used, instead of listing them")
     dora_norm: str = option(
         "merged",
-        "rows whose lengths a DoRA's reader divides by: of W + ΔW (merged: LyCORIS), or of W (base: "
-        "ComfyUI; needs --model)",
+        "what a DoRA's reader divides by: row norms of W + ΔW (merged: LyCORIS), or of W (base: ComfyUI)",
         choices=("merged", "base"),
     )
     at_timestep: float | None = option(
@@ -287,9 +285,10 @@ class ImportAdapter:
     dtype: str | None = option(
         None, "precision of the written file (unset: as in the source)", choices=_PRECISIONS
     )
-    base: str | None = option(
-        None, "kind of model that the adapter is for, if the file does not state it", choices=FAMILIES
+    family: str | None = option(
+        None, "kind of model, if the layers of the file fit several", choices=FAMILIES, aliases=("--base",)
     )
+    strict: bool = option(False, "refuse a file with tensors that are not used, instead of listing them")
 
 
 @dataclass(frozen=True)
@@ -303,6 +302,7 @@ class Inspect:
     json: bool = option(False, "print everything as one JSON document")
     layers: bool = option(False, "print a line for each layer instead of each block")
     metadata: bool = option(False, "print the file's metadata verbatim")
+    strict: bool = option(False, "refuse files with tensors that no tool of this program uses")
 
 
 def check_basis(parsed: Parsed[UniversalBasis]) -> Iterator[str]:

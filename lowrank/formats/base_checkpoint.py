@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from lowrank.errors import Refused
 from lowrank.formats.delta import Delta
 from lowrank.naming import flux as flux_names
 from lowrank.naming import unet as unet_names
+from lowrank.naming.families import per_block_of_model
 from lowrank.naming.places import LayerPath
 from lowrank.tensors import TensorFile
 
@@ -44,7 +45,10 @@ _SCALED = re.compile(r"(scale_weight|weight_scale|scaled_fp8|quant_state|absmax|
 
 
 class Rows(NamedTuple):
-    """Where a layer's weight is: rows start/total … stop/total of a tensor, its halves exchanged or not."""
+    """Where a layer's weight is: rows start/total … stop/total of a tensor, its halves exchanged or not.
+
+    A transposed tensor is I×O.
+    """
 
     file: TensorFile
     name: str
@@ -52,6 +56,7 @@ class Rows(NamedTuple):
     stop: int = 1
     total: int = 1
     swapped: bool = False
+    transposed: bool = False
 
     def range(self) -> tuple[int, int]:
         """[start, stop) in rows."""
@@ -95,14 +100,20 @@ class BaseCheckpoint:
     def __contains__(self, place: object) -> bool:
         return place in self._rows
 
-    def places(self) -> Iterable[LayerPath]:
-        return self._rows
+    def places(self) -> Collection[LayerPath]:
+        return self._rows.keys()
+
+    @property
+    def per_block(self) -> int:
+        """The number of layers in a block of the U-Net."""
+        return per_block_of_model(self._rows)
 
     def shape(self, place: LayerPath) -> tuple[int, ...]:
         """(O, I) or (O, I, k, k). Raises `Refused` for a layer that the base does not have."""
         rows = self.rows(place)
         start, stop = rows.range()
-        return (stop - start, *rows.file.entries[rows.name].shape[1:])
+        shape = (stop - start, *rows.file.entries[rows.name].shape[1:])
+        return shape[::-1] if rows.transposed else shape
 
     def stored(self, place: LayerPath, precision: torch.dtype | None = None) -> Tensor:
         """W (O, I·k·k) in `precision`, by default in the dtype of the file; float8 becomes fp32."""
@@ -110,6 +121,7 @@ class BaseCheckpoint:
         refuse_packed(rows.file, rows.name)
         value = rows.file.rows(rows.name, *rows.range())
         value = value.flatten(1) if value.dim() > 1 else value  # of a norm layer it is a vector
+        value = value.T.contiguous() if rows.transposed else value
         value = value.to(precision) if precision else value.float() if value.dtype.itemsize == 1 else value
         return torch.cat(value.chunk(2)[::-1]) if rows.swapped else value
 
@@ -185,7 +197,8 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _owners(file: TensorFile, name: str, part: str | None, layers: int) -> Iterator[tuple[LayerPath, Rows]]:
-    if not name.endswith(("weight", "bias", "_norm.scale")):  # the last: FLUX's norms of queries and keys
+    # "_norm.scale": FLUX's norms of queries and keys
+    if not name.endswith(("weight", "bias", "_norm.scale", "text_projection")):
         return
     module = name.removesuffix(".weight").removesuffix(".bias").removesuffix(".scale")
     if part == "unet":
@@ -218,6 +231,8 @@ def _original(file: TensorFile, name: str, module: str, layers: int) -> Iterator
 
 
 def _of_open_clip(file: TensorFile, name: str, key: str, part: str) -> Iterator[tuple[LayerPath, Rows]]:
+    if key == "text_projection" and len(file.entries[name].shape) == 2:
+        yield LayerPath(part, key), Rows(file, name, transposed=True)
     if not (match := _OPEN_CLIP.match(key)):
         return
     layer = f"text_model.encoder.layers.{match[1]}"

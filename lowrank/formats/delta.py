@@ -21,6 +21,7 @@ from lowrank.adapters.targets import Layer
 from lowrank.errors import Refused
 from lowrank.naming import keys
 from lowrank.naming.flux_join import strength
+from lowrank.naming.places import LayerPath
 
 LORA = Method(keys.LORA, LORA_FACTOR)
 
@@ -33,6 +34,7 @@ class Delta(NamedTuple):
     scale: float
     magnitude: Tensor | None = None  # (O,)
     kernel: tuple[int, ...] = ()  # of a convolution: I = channels·kernel
+    by_input: bool = False  # the magnitude is of inputs (I,), in W′ = (W + ΔW)·magnitude/‖W + ΔW‖ by columns
 
     @property
     def rank(self) -> int:
@@ -44,10 +46,19 @@ class Delta(NamedTuple):
         return self.scale * (self.up[start:stop].to(wide) @ self.down.to(wide))
 
     def changed(self, weight: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of W′ for rows [start, stop) of W, `weight` (…, I), in fp32 or wider."""
+        """Rows of W′ for rows [start, stop) of W, `weight` (…, I), in fp32 or wider.
+
+        With a magnitude of inputs, the rows must be all rows of the layer.
+        """
         sum_ = weight + self.delta(start, stop)
         if self.magnitude is None:
             return sum_
+        if self.by_input:
+            assert len(weight) == len(self.up)  # a column's length is over all rows
+            columns = sum_.reshape(len(sum_), len(self.magnitude), -1)  # (O, channels, kernel)
+            norm = torch.linalg.vector_norm(columns, dim=(0, 2))
+            gain = self.magnitude.to(sum_) / norm.masked_fill(norm == 0, 1)
+            return (columns * gain[None, :, None]).reshape(sum_.shape)
         norm = torch.linalg.vector_norm(sum_, dim=1)
         gain = self.magnitude[start:stop].to(sum_) / norm.masked_fill(norm == 0, 1)
         return gain[:, None] * sum_
@@ -84,8 +95,20 @@ def distance(first: Delta, second: Delta) -> float:
 def swapped(layer: Delta) -> Delta:
     """The layer with the halves of its rows exchanged."""
     up = torch.cat(layer.up.chunk(2)[::-1])
-    magnitude = None if layer.magnitude is None else torch.cat(layer.magnitude.chunk(2)[::-1])
-    return layer._replace(up=up, magnitude=magnitude)
+    if layer.magnitude is None or layer.by_input:
+        return layer._replace(up=up)
+    return layer._replace(up=up, magnitude=torch.cat(layer.magnitude.chunk(2)[::-1]))
+
+
+def refuse_input_lengths(layers: Mapping[LayerPath, Delta], source: str) -> None:
+    """Raise `Refused` for a DoRA with lengths of inputs, which no method of this program has."""
+    for place, layer in layers.items():
+        if layer.by_input:
+            raise Refused(
+                f"{place.path} in {source} has a length for each input (LyCORIS' wd_on_output=False), which "
+                "no method of this program has; merge it into the base with tools/export_lora.py --to merged "
+                "--model BASE, or write it with --to kohya or --to lycoris"
+            )
 
 
 # ---------- from the tensors of a file
@@ -153,7 +176,8 @@ def delta_of(
     scale = strength(roles, rank)
     if factor == LORA_FACTOR and up.dim() == down.dim() and math.prod(up.shape[2:]) == 1:
         U, D = up.flatten(1), down.flatten(1)  # a plain pair needs no layer
-        return Delta(U, D, scale, _magnitude(module, roles, U, source), kernel)
+        lengths, by_input = _magnitude(module, roles, len(U), down.shape[1], source)
+        return Delta(U, D, scale, lengths, kernel, by_input)
     host = weightless_host(up.shape[-4 if kernel else -2], down.shape[1], kernel)
     layer = AdaptedLayer(module, host, method, rank, scale * rank, Clock(method))
     stored = torch.promote_types(up.dtype, down.dtype)
@@ -171,19 +195,25 @@ def delta_of(
         U, D = U.to(up.dtype), D.to(down.dtype)  # no product: the file's own numbers
     elif precision is None:
         U, D = U.to(stored), D.to(stored)
-    return Delta(U, D, scale, _magnitude(module, roles, U, source), kernel)
+    lengths, by_input = _magnitude(module, roles, len(U), down.shape[1], source)
+    return Delta(U, D, scale, lengths, kernel, by_input)
 
 
-def _magnitude(module: str, roles: Mapping[str, Tensor], up: Tensor, source: str) -> Tensor | None:
+def _magnitude(
+    module: str, roles: Mapping[str, Tensor], outs: int, ins: int, source: str
+) -> tuple[Tensor | None, bool]:
+    """The magnitudes of a layer, and whether they are of its inputs: LyCORIS' (1, I) is, (O, 1) is not."""
     magnitude = roles.get("magnitude")
     if magnitude is None:
-        return None
-    if magnitude.numel() != up.shape[0] or (magnitude.dim() > 1 and magnitude.shape[0] != up.shape[0]):
+        return None, False
+    if magnitude.dim() > 1 and len(magnitude) == 1 and magnitude.numel() == ins and outs != 1:
+        return magnitude.flatten(), True
+    if magnitude.numel() != outs or (magnitude.dim() > 1 and magnitude.shape[0] != outs):
         raise Refused(
-            f"{module}.dora_scale in {source} is {tuple(magnitude.shape)} and the layer has {up.shape[0]} "
-            "outputs; a length for each input (LyCORIS' wd_on_output=False) is another method, use it there"
+            f"{module}.dora_scale in {source} is {tuple(magnitude.shape)} and the layer has {outs} outputs "
+            f"and {ins} inputs; export the adapter again"
         )
-    return magnitude.flatten()
+    return magnitude.flatten(), False
 
 
 def _refuse_absent(

@@ -17,7 +17,8 @@ from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.delta import Delta
 from lowrank.formats.read import Adapter
 from lowrank.formats.resize import Loss, Losses, RankRule, cut_matrix
-from lowrank.naming.places import LayerPath, adapter_family, component_name
+from lowrank.naming.families import family_of_paths, model_of
+from lowrank.naming.places import LayerPath, component_name
 
 _EMBEDDING = re.compile(r"(token|position)_embedding$|^shared$|relative_attention_bias$")
 
@@ -76,7 +77,9 @@ def extract_adapter(
             f"{base.path} and {tuned.path} have no layer that differs by more than {least:g} of its weight; "
             "give a checkpoint that was trained further, or a lower --min_change"
         )
-    adapter = Adapter(str(tuned.path), family or _family(base), layers)
+    adapter = Adapter(
+        str(tuned.path), family or _family(base), layers, known=base.places(), per_block=base.per_block
+    )
     return Extracted(adapter, losses.loss(), equal, +left_out)
 
 
@@ -107,7 +110,9 @@ def _family(base: BaseCheckpoint) -> str:
         place.path if place.part == "unet" else f"{component_name(place.part, 'sd15')}.{place.path}"
         for place in base.places()
     ]
+    if any(place.path == "conv_in" for place in base.places()):  # a whole U-Net
+        return family_of_paths(base.places())
     try:
-        return adapter_family(names, {})
+        return model_of(names, {}, str(base.path)).family
     except Refused as refused:
         raise Refused(f"{base.path} may be SD 1.x or SDXL; give --base sd15 or --base sdxl") from refused

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.adapter_file import AdapterFile, ForeignKey, checked_tensor
+from lowrank.adapter_file import AdapterFile, checked_tensor
 from lowrank.errors import Refused
 from lowrank.formats.foreign_kinds import (
     ALPHA,
@@ -29,6 +29,7 @@ from lowrank.formats.foreign_kinds import (
 from lowrank.naming import keys
 from lowrank.naming.flux import Piece
 from lowrank.naming.places import LayerPath, places
+from lowrank.unused_keys import ForeignKey
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,12 @@ class Split(NamedTuple):
 
 
 def split(
-    contents: AdapterFile, state: Mapping[str, Tensor], problems: dict[str, str] | None = None
+    contents: AdapterFile,
+    state: Mapping[str, Tensor],
+    problems: dict[str, str] | None = None,
+    per_block: int = 2,
 ) -> Split:
-    """The layers of a file; `state` has its tensors by key.
+    """The layers of a file; `state` has its tensors by key, `per_block` is as in `places`.
 
     Raises `Refused` for a layer that is not whole or of two kinds, or puts the reason into `problems`.
     """
@@ -186,7 +190,7 @@ def split(
         module = keys.module_path(next(iter(group.values())).module)
         beside = made.pairs.get(spelled.get(flat, ""), {})
         try:
-            layers = _layers(module, group, beside, contents.source, state)
+            layers = _layers(module, group, beside, contents.source, state, per_block)
         except Refused as refused:
             if problems is None:
                 raise
@@ -203,7 +207,12 @@ def split(
 
 
 def _layers(
-    module: str, group: Mapping[str, ForeignKey], beside: Tensors, source: str, state: Tensors
+    module: str,
+    group: Mapping[str, ForeignKey],
+    beside: Tensors,
+    source: str,
+    state: Tensors,
+    per_block: int,
 ) -> dict[LayerPath, ForeignLayer]:
     """The layers of one module of a file; none where its tensors are of no known kind."""
     tensors = {name: state[key.key] for name, key in group.items()}
@@ -222,7 +231,8 @@ def _layers(
             tensors[name] = checked_tensor(tensors[name], key.key, source)
     swapped = "adaLN" in module
     return {
-        place: ForeignLayer(kind, tensors, module, source, piece, swapped) for place, piece in places(module)
+        place: ForeignLayer(kind, tensors, module, source, piece, swapped)
+        for place, piece in places(module, per_block)
     }
 
 

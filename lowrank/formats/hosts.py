@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.errors import Refused
 from lowrank.formats.delta import Delta, weightless_host
 from lowrank.naming.places import LayerPath
 
@@ -29,7 +30,7 @@ class Checked(NamedTuple):
     note: str = ""
 
 
-class Unread(ValueError):
+class Unread(Refused):
     """A library read other layers from a file than the file has."""
 
 

@@ -24,9 +24,12 @@ from lowrank.files import sha256
 from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.delta import LORA, Delta, delta_of, distance, method_for
 from lowrank.formats.foreign import ForeignLayer, split
+from lowrank.formats.read import sizes_of
 from lowrank.naming import keys
-from lowrank.naming.places import adapter_family, places
+from lowrank.naming.families import model_of
+from lowrank.naming.places import places
 from lowrank.tensors import existing_file
+from lowrank.unused_keys import usage
 
 TRAINING = (  # facts of kohya's metadata, in the order they are shown
     *("output_name", "training_started_at", "steps", "epoch", "num_epochs", "num_train_images"),
@@ -68,10 +71,11 @@ def report(
         "bytes": file.stat().st_size,
         "sha256": sha256(file),
         "tensors": len(raw.state),
-        "model": _family(families, metadata, problems),
+        "model": _family(families, sizes_of(contents.layers), metadata, problems),
         "method": metadata.get("lowrank.method") or _kind(contents.layers, kinds),
         "ranks": _counted(layer["rank"] for layer in layers),
         "alphas": _counted(layer["alpha"] for layer in layers),
+        "alpha_places": _counted(contents.alphas.values()),
         "dtypes": _counted(str(v.dtype).removeprefix("torch.") for v in raw.state.values() if v.dim()),
         "parts": _counted(layer["part"] for layer in layers),
         "targets": _counted(_target(layer["path"]) for layer in layers),
@@ -92,6 +96,7 @@ def report(
             ),
             "examples": sorted(key.key for key in other)[:5],
         },
+        "usage": usage(str(file), len(raw.state), other),
         "problems": problems,
         "layers": layers,
         "metadata": metadata,
@@ -169,11 +174,16 @@ def _foreign_layer(
     return facts
 
 
-def _family(layers: Mapping[str, Any], metadata: Mapping[str, str], problems: list[str]) -> str | None:
+def _family(
+    layers: Mapping[str, Any],
+    sizes: Mapping[str, tuple[int, int]],
+    metadata: Mapping[str, str],
+    problems: list[str],
+) -> str | None:
     if not layers:
         return None
     try:
-        return adapter_family(layers, metadata, "the file")
+        return model_of(layers, metadata, "the file", sizes=sizes).family
     except Refused as refused:
         problems.append(str(refused))
         return None

@@ -22,8 +22,16 @@ from lowrank.bases.qr_basis import start_basis
 from lowrank.errors import Refused
 from lowrank.formats import tlora
 from lowrank.formats.base_checkpoint import BaseCheckpoint
-from lowrank.formats.delta import LORA, Delta, check_shapes, distance, is_orthogonal, method_for
-from lowrank.formats.read import Adapter, baked
+from lowrank.formats.delta import (
+    LORA,
+    Delta,
+    check_shapes,
+    distance,
+    is_orthogonal,
+    method_for,
+    refuse_input_lengths,
+)
+from lowrank.formats.read import Adapter, baked, layout_facts
 from lowrank.naming import keys
 from lowrank.naming.flux_join import strength
 from lowrank.naming.places import LayerPath, native_layer, places
@@ -63,6 +71,7 @@ def to_native(
     `base` is needed for a basis, of `rank` (the adapter's own when None), which depends on the `precision`
     that the base is loaded in for training. Raises `Refused` for layers that the method cannot represent.
     """
+    refuse_input_lengths(adapter.layers, adapter.source)
     plain = method in (LORA.name, keys.DORA)
     if not plain and method_of(adapter) == method and rank is None:
         layers = {place: dict(adapter.raw[place]) for place in adapter.layers}
@@ -111,7 +120,7 @@ def _file(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     state: dict[str, Tensor] = {}
     for place, roles in layers.items():
-        module, table = native_layer(place, adapter.family)
+        module, table = native_layer(place, adapter.family, adapter.per_block)
         changed = keys.SUBTRACTED if keys.QR_BASIS[0] in roles else {}  # `down` and `up` beside their start
         for role, value in roles.items():
             if role == "magnitude" and table is keys.PEFT:
@@ -127,6 +136,7 @@ def _file(
         "lowrank.rank": str(rank),
         "lowrank.alpha": str(alpha),
         "lowrank.layers": str(len(layers)),
+        **layout_facts(adapter),
         **facts,
     }
     return state, {**kept, **base_facts, **described}
@@ -146,7 +156,7 @@ def _projected(
     dora = next((p.path for p, layer in adapter.layers.items() if layer.magnitude is not None), None)
     if dora:
         raise Refused(f"{dora} has a DoRA magnitude, which {method} cannot have; give --method dora")
-    names = {native_name(place, adapter.family): place for place in adapter.layers}
+    names = {native_name(place, adapter.family, adapter.per_block): place for place in adapter.layers}
     ranks = {name: rank or adapter.layers[place].rank for name, place in names.items()}
     module = network_named(method)
     assert module is not None  # one of `keys.IMPORTED`
@@ -192,9 +202,9 @@ def _restarted(place: LayerPath, layer: Delta, start: Chain, Q: Tensor, R: Tenso
     return {**pair, start.up[0]: Q, start.down[-1]: R}
 
 
-def native_name(place: LayerPath, family: str) -> str:
+def native_name(place: LayerPath, family: str, per_block: int = 2) -> str:
     """The name of a layer in a network, which basis hashes are computed over."""
-    name = native_layer(place, family)[0]
+    name = native_layer(place, family, per_block)[0]
     if name.startswith("lora_"):
         return name
     return ("lora_unet_" if place.part == "unet" else f"lora_{place.part}_") + place.path.replace(".", "_")
@@ -238,7 +248,7 @@ def to_native_tlora(adapter: Adapter, start_left_out: bool) -> Native:
     sizes: set[tuple[int, float]] = set()
     for place, roles in adapter.raw.items():
         module = adapter.modules[place]
-        if places(module) != [(place, None)]:
+        if places(module, adapter.per_block) != [(place, None)]:
             raise Refused(
                 f"{module} in {source} is several layers of FLUX in one, whose ranks open together; import "
                 "it from a file with diffusers' names"
@@ -254,7 +264,7 @@ def to_native_tlora(adapter: Adapter, start_left_out: bool) -> Native:
             )
         alpha = rank * strength(roles, rank)
         sizes.add((rank, alpha))
-        name, table = native_layer(place, adapter.family)
+        name, table = native_layer(place, adapter.family, adapter.per_block)
         for role, inherited in sides.items():
             state[f"{name}.{table[role]}"] = roles[role].flatten() if len(inherited) == 1 else roles[role]
         state[f"{name}.{table['alpha']}"] = torch.tensor(alpha)
@@ -274,6 +284,7 @@ def to_native_tlora(adapter: Adapter, start_left_out: bool) -> Native:
         "lowrank.rank": str(rank),
         "lowrank.alpha": str(alpha),
         "lowrank.layers": str(len(adapter.raw)),
+        **layout_facts(adapter),
         **replace(schedule, group=1).metadata(rank),
     }
     return Native(state, {**kept, **facts})

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank.adapter_file import (
-    CORE,
     AdapterFile,
-    ForeignKey,
     RawFile,
     Roles,
     open_adapter_file,
@@ -31,9 +28,12 @@ from lowrank.formats import tlora
 from lowrank.formats.delta import LORA, Delta, delta_of, is_orthogonal, method_for, swapped
 from lowrank.formats.foreign import ForeignLayer, Split, refuse_foreign, split
 from lowrank.naming import flux as flux_names
-from lowrank.naming.places import LayerPath, adapter_family, check_family, places
+from lowrank.naming.families import Model, layers_of, model_of
+from lowrank.naming.places import LayerPath, places
+from lowrank.unused_keys import CORE, ForeignKey, refuse_unused, usage
 
 # layers that the T-LoRA authors' FLUX processors make for single blocks, and never run
+UNREACHED = "layer that is never run"
 _DEAD = re.compile(r"^single_transformer_blocks\.\d+\.attn\.(to_out\.0|add_[qkv]_proj)$")
 
 logger = logging.getLogger(__name__)
@@ -53,12 +53,38 @@ class Adapter:
     schedule: Schedule | None = None  # of the open ranks of a T-LoRA
     not_understood: Sequence[ForeignKey] = ()  # keys that are not used
     refusals: Mapping[LayerPath, str] = field(default_factory=dict)  # why a layer has no ΔW, where not strict
+    tensors: int = 0  # in the file
+    known: Collection[LayerPath] = ()  # layers of the model that the file was held against
+    per_block: int = 2  # layers in a block of the U-Net, which SDXL's names in kohya's files depend on
     foreign: Mapping[LayerPath, ForeignLayer] = field(default_factory=dict)  # that are no pair, if read
 
     def fact(self, name: str) -> str | None:
         """A fact of `lowrank.*` metadata, or None."""
         value = self.metadata.get(f"lowrank.{name}")
         return None if value in (None, "None") else value
+
+    @property
+    def model_layers(self) -> Collection[LayerPath]:
+        """The layers of the base model in use, else of the family's published model."""
+        return self.known or layers_of(self.family, self.per_block)
+
+    @property
+    def usage(self) -> str:
+        """One line: how many tensors of the file are used, and what is left out by kind and count."""
+        return usage(self.source, self.tensors, self.not_understood)
+
+    def refuse_unused(self) -> None:
+        """Raise `Refused` where tensors of the file are not used, for --strict."""
+        refuse_unused(self.source, self.tensors, self.not_understood)
+
+    def without_foreign(self) -> Adapter:
+        """The adapter without layers that are no pair of factors; their tensors are listed as not used."""
+        left_out = [
+            ForeignKey(f"{layer.module}.{name}", layer.module, layer.kind.name)
+            for layer in self.foreign.values()
+            for name in layer.tensors
+        ]
+        return replace(self, foreign={}, not_understood=[*self.not_understood, *left_out])
 
     @property
     def path(self) -> Path:
@@ -79,10 +105,16 @@ class Adapter:
             raise Refused(refusal)
 
 
+def layout_facts(adapter: Adapter) -> dict[str, str]:
+    """Metadata on the U-Net's blocks, which SDXL's original names depend on, where they are not SDXL's."""
+    return {} if adapter.per_block == 2 else {"lowrank.layers_per_block": str(adapter.per_block)}
+
+
 def read_adapter(
     file: str | Path | RawFile,
     family: str | None = None,
     *,
+    base: Collection[LayerPath] = (),
     at: float | None = None,
     schedule: Mapping[str, Any] | None = None,
     start: Callable[[str], Tensor] | None = None,
@@ -92,7 +124,8 @@ def read_adapter(
 ) -> Adapter:
     """Read an adapter file of any dialect and method by layer; FLUX's joined layers are split, exactly.
 
-    `family` is the kind of model, for files that fit several. `at`, in 0..1000, bakes a T-LoRA at a
+    `family` is the kind of model, for files that fit several, and `base` has the layers of the model in use;
+    without it the layers are held against the family's published model. `at`, in 0..1000, bakes a T-LoRA at a
     timestep, `schedule` is SimpleTuner's `_tlora_config`, `start(module)` gives W (O, I) of the base where a
     T-LoRA leaves out its start. Products of factors are computed in `precision` at least, and stored in the
     file's own without one. With `foreign`, layers that are no pair of factors are read too (`foreign`);
@@ -104,7 +137,7 @@ def read_adapter(
     method = method_made_by(raw.metadata, raw.source)
     contents = read_adapter_file(raw, method.file_roles() if method else ())
     whole = _split(contents, raw, foreign)
-    contents = replace(contents, layers=whole.pairs)
+    every, contents = contents, replace(contents, layers=whole.pairs)
     if contents.may_be_official_qr:
         logger.warning(
             "%s is read as a plain LoRA; if it is an official QR-LoRA file, which has the same keys and no "
@@ -113,6 +146,7 @@ def read_adapter(
         )
     warn_zero_alpha(raw.source, contents.layers)
     layers = {module: roles for module, roles in contents.layers.items() if not _DEAD.match(module)}
+    unused = [*(whole if foreign else contents).not_understood, *_unreached(contents)]
     gate = None
     may_be_tlora = schedule is not None or any(key in raw.metadata for key in tlora.SCHEDULE_KEYS)
     if may_be_tlora or any(map(is_orthogonal, layers.values())):
@@ -120,15 +154,16 @@ def read_adapter(
     if start is not None:
         layers = tlora.with_copies(layers, start, raw.metadata, raw.source)
     names = [*layers, *(whole.modules.values() if foreign else ())]
-    if family is not None:
-        check_family(names, family, raw.source)
-    elif strict:
-        family = adapter_family(names, raw.metadata, raw.source)
+    model = Model(family or "")
+    if strict or base:
+        model = model_of(names, raw.metadata, raw.source, family, base, sizes_of(layers))
+    if foreign and model.per_block != 2:
+        whole = _split(every, raw, foreign, model.per_block)
     wide = torch.float32 if at is not None and precision is None else precision
     adapter = Adapter(
-        raw.source, family or "", {}, raw.metadata, method=method, schedule=gate,
-        not_understood=whole.not_understood if foreign else contents.not_understood,
-        foreign=whole.foreign if foreign else {},
+        raw.source, model.family, {}, raw.metadata, method=method, schedule=gate,
+        not_understood=unused, per_block=model.per_block, tensors=contents.tensors,
+        known=base, foreign=whole.foreign if foreign else {},
     )  # fmt: skip
     adapter = _by_place(adapter, replace(contents, layers=layers), wide, strict)
     if foreign:
@@ -136,10 +171,26 @@ def read_adapter(
     return adapter if at is None or gate is None else baked(adapter, at)
 
 
-def _split(contents: AdapterFile, raw: RawFile, foreign: bool) -> Split:
+def _unreached(contents: AdapterFile) -> Iterator[ForeignKey]:
+    """The keys of layers that are never run."""
+    for module in filter(_DEAD.match, contents.layers):
+        yield from (ForeignKey(key, module, UNREACHED) for key in contents.keys[module].values())
+
+
+def sizes_of(layers: Mapping[str, Roles]) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the layers that are plain pairs of factors."""
+    return {
+        module: (roles["up"].shape[0], roles["down"].shape[1])
+        for module, roles in layers.items()
+        if all(roles[role].dim() in (2, 4) for role in ("up", "down") if role in roles)
+        and {"up", "down"} <= roles.keys()
+    }
+
+
+def _split(contents: AdapterFile, raw: RawFile, foreign: bool, per_block: int = 2) -> Split:
     """The file's layers by kind. Raises `Refused` where none of them can be used."""
     damaged: dict[str, str] = {}
-    whole = split(contents, raw.state, None if foreign else damaged)
+    whole = split(contents, raw.state, None if foreign else damaged, per_block)
     if not whole.pairs and not (foreign and whole.foreign):
         if damaged:
             raise Refused(next(iter(damaged.values())))
@@ -147,20 +198,6 @@ def _split(contents: AdapterFile, raw: RawFile, foreign: bool) -> Split:
             refuse_foreign(whole.foreign.values(), raw.source)
         _refuse_no_adapter(contents)
     return whole
-
-
-def read_and_report(file: str | Path | RawFile, family: str | None = None, **options: Any) -> Adapter:
-    """Read an adapter with the options of `read_adapter`, and print which keys of the file are not used."""
-    adapter = read_adapter(file, family, **options)
-    if unused := adapter.not_understood:
-        kinds = Counter(key.kind for key in unused if not key.kind.startswith("unknown"))
-        counts = ", ".join(f"{kind} × {count}" for kind, count in kinds.items())
-        examples = ", ".join(sorted(key.key for key in unused)[:5])
-        print(
-            f"{adapter.source}: {len(unused)} keys are not read by this program and not used"
-            f"{f' ({counts})' if counts else ''}: {examples}"
-        )
-    return adapter
 
 
 def _refuse_no_adapter(contents: AdapterFile) -> None:
@@ -185,7 +222,7 @@ def _by_place(
     modules: dict[LayerPath, str] = {}
     refusals: dict[LayerPath, str] = {}
     for module, roles in contents.layers.items():
-        owners = places(module)
+        owners = places(module, adapter.per_block)
         delta, refusal = None, ""
         try:
             delta = delta_of(module, roles, adapter.source, adapter.method, precision)
@@ -234,6 +271,11 @@ def _cut(
     outs = whole.up.shape[0]
     if outs % piece.total:
         raise Refused(f"{module} in {source} has {outs} rows, which are not {piece.total} equal shares")
+    if whole.by_input:
+        raise Refused(
+            f"{module} in {source} is several layers in one, with a common length for each input, and cannot "
+            "be split; use the file with the program that made it"
+        )
     start, stop = piece.start * outs // piece.total, piece.stop * outs // piece.total
     up = whole.up[start:stop]
     inside = up.ne(0).any(0)

@@ -13,6 +13,7 @@ import warnings as python_warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ FULL_WIDTH = 3072  # diffusers' reader of kohya's FLUX files works for the publi
 
 def check_export(adapter: Adapter, to: str, path: Path, choices: Choices) -> list[Checked]:
     """Read an export back with every installed program. Raises `Refused` where a result differs from ΔW."""
-    checked = []
+    checked, known = [], set(adapter.model_layers)
+    if unknown := [place.path for place in adapter.layers if place not in known]:
+        raise Refused(f"{unknown[0]} of {adapter.source} is in no model of {adapter.family}; give --model")
     for name, load in readers(to, adapter, choices).items():
         try:
             checked.append(load(path))
@@ -46,7 +49,7 @@ def check_export(adapter: Adapter, to: str, path: Path, choices: Choices) -> lis
     if not checked and path.is_file():
         wanted = _as_official(adapter) if to == "qrlora" else adapter
         with _quiet():
-            worst = difference(wanted, read_adapter(path, adapter.family))
+            worst = difference(wanted, read_adapter(path, adapter.family, base=adapter.model_layers))
         checked.append(Checked("our own reader", len(adapter.layers), worst))
     dtypes = (
         {layer.up.dtype for layer in adapter.layers.values()} if choices.dtype is None else {choices.dtype}
@@ -102,7 +105,8 @@ def readers(to: str, adapter: Adapter, choices: Choices) -> dict[str, Callable[[
     """
     if len(adapter.layers) > MANY:
         return {}
-    lengths_by_base = choices.dora_norm == "base"
+    # LyCORIS writes lengths of inputs, and its own loader takes all lengths for those of outputs
+    lengths_by_base = choices.dora_norm == "base" or any(v.by_input for v in adapter.layers.values())
     dora = any(layer.magnitude is not None for layer in adapter.layers.values())
     wide = {
         layer.up.shape[0] // (piece.stop - piece.start)
@@ -166,10 +170,6 @@ def _by_peft(folder: Path, adapter: Adapter, flat_clip: bool) -> Checked:
     return compared(pairs, "PEFT")
 
 
-class _TwoLayers:
-    layers_per_block = 2  # of every SD model's U-Net
-
-
 def _mixin(adapter: Adapter) -> Any:
     """The class of diffusers that loads adapters of a family."""
     from diffusers import loaders
@@ -185,7 +185,9 @@ def _mixin(adapter: Adapter) -> Any:
 def _diffusers_state(path: Path, adapter: Adapter) -> tuple[Any, Any, Any]:
     """(state, alphas, metadata) of a file, as the reading half of `pipe.load_lora_weights` returns them."""
     options: dict[str, Any] = (
-        {"return_alphas": True} if adapter.family == "flux" else {"unet_config": _TwoLayers}
+        {"return_alphas": True}
+        if adapter.family == "flux"
+        else {"unet_config": SimpleNamespace(layers_per_block=adapter.per_block)}
     )
     with _quiet():
         # the file's name by itself: offline, diffusers before 0.36 refuses a path without one
@@ -290,7 +292,7 @@ def _as_kohya(adapter: Adapter, base: BaseCheckpoint | None) -> dict[LayerPath, 
     the rows of their parts."""
     groups: dict[str, dict[LayerPath, Delta]] = {}
     for place, layer in adapter.layers.items():
-        groups.setdefault(places.kohya_layer(place, adapter.family), {})[place] = layer
+        groups.setdefault(places.kohya_layer(place, adapter.family, adapter.per_block), {})[place] = layer
     layers = {}
     for name, parts in groups.items():
         (place, layer), *_ = parts.items()

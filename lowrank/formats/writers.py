@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lowrank.errors import Refused
 from lowrank.formats.base_checkpoint import BaseCheckpoint
-from lowrank.formats.delta import Delta, method_for, swapped
-from lowrank.formats.read import Adapter
+from lowrank.formats.delta import Delta, method_for, refuse_input_lengths, swapped
+from lowrank.formats.read import Adapter, layout_facts
 from lowrank.naming import flux as flux_names
 from lowrank.naming import keys, places
 from lowrank.naming.places import LayerPath
@@ -73,6 +73,8 @@ def _named_tensors(
         state[f"{name}.{table['alpha']}"] = torch.tensor(layer.scale * layer.rank)
     if layer.magnitude is not None:
         shape = (-1, *(1,) * (len(layer.kernel) + 1))
+        if layer.by_input:
+            shape = (1, -1, *(1,) * len(layer.kernel))
         if table is keys.PEFT:
             shape = (1, -1, *(1,) * len(layer.kernel)) if layer.kernel else (-1,)
         state[f"{name}.{table['magnitude']}"] = layer.magnitude.reshape(shape)
@@ -93,7 +95,7 @@ def _kept_metadata(adapter: Adapter) -> dict[str, str]:
     if gated := adapter.fact("gated_by"):  # a loader must not take the file for a LoRA
         kept["lowrank.method"] = gated
     exported_from = adapter.fact("exported_from") or adapter.fact("method") or keys.LORA
-    return {**kept, "lowrank.exported_from": exported_from}
+    return {**kept, **layout_facts(adapter), "lowrank.exported_from": exported_from}
 
 
 # ---------- kohya
@@ -105,7 +107,9 @@ def write_kohya(adapter: Adapter, choices: Choices) -> list[Written]:
     layers = adapter.layers if flux else _with_common_alpha(adapter.layers)
     joined: dict[str, list[tuple[LayerPath, Delta]]] = {}
     for place, layer in layers.items():
-        joined.setdefault(places.kohya_layer(place, adapter.family), []).append((place, layer))
+        joined.setdefault(places.kohya_layer(place, adapter.family, adapter.per_block), []).append(
+            (place, layer)
+        )
     state: dict[str, Tensor] = {}
     for name, parts in joined.items():
         place, layer = parts[0]
@@ -206,6 +210,7 @@ def _with_dora_norm(place: LayerPath, layer: Delta, choices: Choices) -> Delta:
     """
     if layer.magnitude is None or choices.dora_norm == "merged":
         return layer
+    refuse_input_lengths({place: layer}, "the adapter")
     if choices.base is None:
         raise Refused(
             "--dora_norm base needs the row norms of the base; give it with --model, or leave --dora_norm at "
@@ -252,6 +257,7 @@ def write_diffusers(adapter: Adapter, choices: Choices) -> list[Written]:
     Every reader takes the scale for 1 where there is no alpha. The metadata of a file of several ranks list
     them, because diffusers before 0.36 gives all layers the alpha of the first.
     """
+    refuse_input_lengths(adapter.layers, adapter.source)
     layers = {place: _with_scale(layer, 1.0) for place, layer in adapter.layers.items()}
     state: dict[str, Tensor] = {}
     for place, layer in layers.items():
@@ -301,6 +307,7 @@ def _peft_configs(
 
 def write_peft(adapter: Adapter, choices: Choices) -> list[Written]:
     """PEFT's folders, one for each model: `unet/adapter_config.json`, `unet/adapter_model.safetensors`."""
+    refuse_input_lengths(adapter.layers, adapter.source)
     files = []
     for part, config in _peft_configs(adapter.layers, adapter.family, choices.flat_clip).items():
         layers = {
@@ -353,6 +360,7 @@ def write_qrlora(adapter: Adapter, choices: Choices) -> list[Written]:
     That code's scale is 1, so alpha/r is folded into R and ΔR. A trained QR pair is written as it is; it
     needs the residual of its base, which save_flux_residual.py writes.
     """
+    refuse_input_lengths(adapter.layers, adapter.source)
     if adapter.family != "flux":
         raise Refused(
             f"--to qrlora writes for the official QR-LoRA code, which is for FLUX, and {adapter.source} is "

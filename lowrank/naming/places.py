@@ -9,7 +9,7 @@ an underscore are listed here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from lowrank.errors import Refused
@@ -31,17 +31,9 @@ self_attn q_proj k_proj v_proj out_proj text_projection token_embedding position
 layer_norm layer_norm1 layer_norm2 final_layer_norm
 """
 _WORD = re.compile(r"(?:^|_)(" + "|".join(sorted(_WORDS.split(), key=len, reverse=True)) + r"|[^_]+)(?=_|$)")
-_TEXT = re.compile(r"^(?:base_model\.model\.)?text_encoder(?:_(\d))?\.")
+_TEXT = re.compile(r"^text_encoder(?:_(\d))?\.")
 _FLAT_TEXT = re.compile(r"^lora_te(\d?)_")
 _FLAT = re.compile(r"^(?:lora_(?:unet|transformer)|lycoris)_")
-_COMFY = {"clip_l": "te1", "clip_g": "te2", "t5xxl": "te3"}
-_COMFY_TEXT = re.compile(r"^text_encoders\.(clip_l|clip_g|t5xxl)\.transformer\.")
-_FLUX = re.compile(
-    r"^(single_)?transformer_blocks\.\d|^(time_text_embed|context_embedder|x_embedder|norm_out)\b"
-)
-_UNET = re.compile(r"^(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b")
-_SDXL_ALONE = re.compile(r"\btransformer_blocks\.[1-9]|^add_embedding")
-_SD_ALONE = re.compile(r"^(down|up)_blocks\.3\b|^down_blocks\.0\.attentions\b|^up_blocks\.2\.attentions\b")
 COMPONENTS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_2"}
 
 
@@ -59,27 +51,27 @@ def dotted(name: str) -> str:
 
 def part_and_path(module: str) -> tuple[str, str]:
     """Split a module name of any dialect into component and dotted path, the path in the file's own words."""
+    module = keys.known_module(module)
     if match := _FLAT_TEXT.match(module):
         return f"te{match[1] or 1}", dotted(module[match.end() :])
     if match := _TEXT.match(module):
         return f"te{match[1] or 1}", module[match.end() :]
-    if match := _COMFY_TEXT.match(module):
-        return _COMFY[match[1]], module[match.end() :]
     if match := _FLAT.match(module):
         return "unet", dotted(module[match.end() :])
     return "unet", keys.module_path(module)
 
 
-def places(module: str) -> list[tuple[LayerPath, flux_names.Piece | None]]:
+def places(module: str, per_block: int = 2) -> list[tuple[LayerPath, flux_names.Piece | None]]:
     """Return the layer paths of a module in a file: one, or several for a joined layer of FLUX.
 
-    The second item is the rows of the joined layer, or None if the module is a single layer.
+    The second item is the rows of the joined layer, or None if the module is a single layer. `per_block` is
+    the number of layers in a U-Net's block (`layers_per_block`), which original names depend on.
     """
     part, path = part_and_path(module)
     if part == "unet" and (pieces := flux_names.modules(path)):
         return [(LayerPath(part, ours), piece if piece.total > 1 else None) for ours, piece in pieces]
     if part == "unet":
-        path = unet_names.diffusers_name(path)
+        path = unet_names.diffusers_name(path, per_block)
         if path.startswith("text_model."):  # a PEFT file of a text encoder
             part = "te1"
     elif path.startswith("encoder.block."):
@@ -89,64 +81,11 @@ def places(module: str) -> list[tuple[LayerPath, flux_names.Piece | None]]:
     return [(LayerPath(part, path), None)]
 
 
-def adapter_family(modules: Iterable[str], metadata: Mapping[str, str], source: str = "the file") -> str:
-    """Return the family of the model that an adapter belongs to: "sd15", "sdxl" or "flux".
+def kohya_layer(place: LayerPath, family: str, per_block: int = 2) -> str:
+    """Return kohya's name of a layer, `lora_unet_input_blocks_4_1_proj_in`; in FLUX of the joined layer.
 
-    Raises `Refused` if the modules are of two families or of none, or if names and metadata leave it open.
+    SDXL's names depend on `per_block`, the number of layers in a block of the U-Net.
     """
-    modules = list(modules)
-    layers = [place for module in modules for place, _ in places(module)]
-    parts = {place.part for place in layers}
-    denoiser = [place.path for place in layers if place.part == "unet"]
-    flux = next((path for path in denoiser if _FLUX.match(path)), None)
-    unet = next((path for path in denoiser if _UNET.match(path)), None)
-    if flux and unet:
-        raise Refused(
-            f"{source} holds layers of two models at once, {flux} of FLUX and {unet} of a U-Net; use a "
-            "file of one model"
-        )
-    unknown = [path for path in denoiser if path != "proj_out"]
-    if unknown and not flux and not unet:
-        raise Refused(
-            f"{source} has no layer of SD, SDXL or FLUX: its layers are named like {', '.join(unknown[:3])}; "
-            "only adapters of these models can be converted"
-        )
-    named = (
-        f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
-    )
-    if flux or ("flux" in named and not unet) or "te3" in parts:
-        return "flux"
-    original = ("input_blocks", "middle_block", "output_blocks")
-    if "te2" in parts or any(map(_SDXL_ALONE.search, denoiser)):
-        return "sdxl"
-    if any(map(_SD_ALONE.match, denoiser)) or any(m.startswith("lora_te_") for m in modules):
-        return "sd15"
-    if "xl" in named or any(part_and_path(module)[1].startswith(original) for module in modules):
-        return "sdxl"
-    if named.strip() or any(m.startswith("lora_unet_") for m in modules):
-        return "sd15"
-    if not unet:
-        return "flux"  # a text encoder with dotted names: a native file of FLUX
-    raise Refused(
-        f"{source} fits both SD 1.x and SDXL, and its metadata name neither; give --base sd15 or --base sdxl"
-    )
-
-
-def check_family(modules: Iterable[str], family: str, source: str) -> None:
-    """Raise `Refused` if an adapter has a layer that no model of `family` has."""
-    other = {
-        "flux": (_UNET,),
-        "sdxl": (_FLUX, _SD_ALONE),
-        "sd15": (_FLUX, _SDXL_ALONE),
-    }[family]
-    for module in modules:
-        for place, _ in places(module):
-            if place.part == "unet" and any(pattern.search(place.path) for pattern in other):
-                raise Refused(f"{source} has {place.path}, which is not in {family}; leave --base out")
-
-
-def kohya_layer(place: LayerPath, family: str) -> str:
-    """Return kohya's name of a layer, `lora_unet_input_blocks_4_1_proj_in`; in FLUX of the joined layer."""
     if place.part != "unet":
         number = "" if family == "sd15" else place.part[2:]
         return f"lora_te{number}_" + place.path.replace(".", "_")
@@ -160,14 +99,14 @@ def kohya_layer(place: LayerPath, family: str) -> str:
             )
         path = joined.module
     elif family == "sdxl":
-        path = unet_names.unet_name(path, unet_names.SDXL)
+        path = unet_names.unet_name(path, unet_names.sdxl_blocks(per_block))
     return "lora_unet_" + path.replace(".", "_")
 
 
-def native_layer(place: LayerPath, family: str) -> tuple[str, Mapping[str, str]]:
+def native_layer(place: LayerPath, family: str, per_block: int = 2) -> tuple[str, Mapping[str, str]]:
     """Return a layer's name in lowrank's own files, and the table of key suffixes by role."""
     if family != "flux" or place.part == "te3":
-        return kohya_layer(place, family), keys.KOHYA
+        return kohya_layer(place, family, per_block), keys.KOHYA
     return diffusers_layer(place, family), keys.PEFT
 
 

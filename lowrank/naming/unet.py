@@ -54,6 +54,11 @@ class Blocks:
 SDXL = Blocks(2, frozenset({0, 1}))
 
 
+def sdxl_blocks(per_block: int) -> Blocks:
+    """Return SDXL's structure with another number of layers in a block, as smaller models of it have."""
+    return Blocks(per_block, SDXL.attending)
+
+
 def unet_name(path: str, blocks: Blocks) -> str:
     """Return the original name of a module or tensor of diffusers' U-Net.
 

@@ -24,7 +24,7 @@ from lowrank.train import checkpoints, network_module
 from lowrank.train.attach import check_base
 from lowrank.train.checkpoints import KOHYAS, Checkpoint, Names
 from lowrank.train.job import RunningJob
-from lowrank.train.network_module import KohyaNetwork
+from lowrank.train.network_module import KohyaNetwork, report_unused
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +100,9 @@ def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNe
         other, _ = job.networks.create_network_from_weights(
             strength, path, None, passed, denoiser, for_inference=True
         )
-        other.load_weights(path)
+        report_unused(path, other.load_weights(path).unexpected_keys, job.options.network.strict)
     trained = job.family.keep_trained_text(replace(models, text_encoders=encoders)) if trains_text else []
-    return denoiser, job.create(denoiser, trained, weights)
+    return denoiser, job.create(denoiser, trained, weights, report=True)
 
 
 # ------------------------------------------------------------------ a resumed run

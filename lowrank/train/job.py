@@ -69,8 +69,13 @@ class RunningJob(TrainJob):
         """The SHA-256 of each --base_weights file, and its strength."""
         return [(sha256(path), strength) for path, strength in self.base_weights]
 
-    def create(self, denoiser: nn.Module, encoders: list[nn.Module], weights: str | None) -> KohyaNetwork:
-        """Create the network and attach it; a denoiser on the meta device gives a network without values."""
+    def create(
+        self, denoiser: nn.Module, encoders: list[nn.Module], weights: str | None, report: bool = False
+    ) -> KohyaNetwork:
+        """Create the network and attach it; a denoiser on the meta device gives a network without values.
+
+        With `report`, tensors of `weights` that are not used are listed, or refused with --strict.
+        """
         network = self.options.network
         return network_module.create(
             self.networks,
@@ -83,4 +88,6 @@ class RunningJob(TrainJob):
             weights=weights,
             dim_from_weights=bool(weights) and network.dim_from_weights,
             train_denoiser=not network.network_train_text_encoder_only,
+            report=report,
+            strict=network.strict,
         )

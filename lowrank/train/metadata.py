@@ -104,6 +104,8 @@ def at_start(
         "lowrank.base_hash": base_hash,
         "lowrank.base_model": base["sd_model_name"],
     }
+    if (per_block := models.configs["denoiser"].get("layers_per_block", 2)) != 2:
+        facts["lowrank.layers_per_block"] = str(per_block)  # which SDXL's original names depend on
     return facts if minimal else facts | {"lowrank.command": job.command}
 
 

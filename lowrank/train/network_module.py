@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from lowrank.adapter_file import kind_of_key
 from lowrank.adapters.network_module import NetworkModule
 from lowrank.adapters.targets import as_passed, is_clip
 from lowrank.errors import Refused, nearest
+from lowrank.tensors import read_names
+from lowrank.unused_keys import refuse_unused, usage
 
 if TYPE_CHECKING:
     from torch.nn.modules.module import _IncompatibleKeys
@@ -37,6 +40,8 @@ _PUBLISHED = {
 # what a foreign module raises for arguments that it does not understand
 _COMPLAINTS = (ValueError, TypeError, LookupError, AssertionError, AttributeError, OSError, RuntimeError)
 
+
+logger = logging.getLogger(__name__)
 
 # Names that kohya's launchers and interfaces have written into them; ours decide by the model's class.
 ALIASES = {"networks.lora_flux": "networks.lora", "lora_flux": "networks.lora"}
@@ -132,6 +137,8 @@ def create(
     weights: str | None,
     dim_from_weights: bool,
     train_denoiser: bool = True,
+    report: bool = False,
+    strict: bool = False,
 ) -> KohyaNetwork:
     """A network attached to its models, ready for the optimizer.
 
@@ -166,6 +173,8 @@ def create(
         )
     if weights:
         result = network.load_weights(weights)
+        if report or (facade is None and strict):
+            report_unused(weights, getattr(result, "unexpected_keys", ()), strict)
         if facade is None:
             _warn_not_loaded(module.__name__, weights, result)
         if facade is not None and result.missing_keys:
@@ -175,6 +184,19 @@ def create(
             )
     network.prepare_grad_etc(list(text_encoders), denoiser)
     return cast(KohyaNetwork, network)
+
+
+def report_unused(path: str, unexpected: Sequence[str], strict: bool) -> None:
+    """Warn once about tensors of an adapter file that a network does not use, by kind and count.
+
+    Raises `Refused` with `strict`.
+    """
+    if not unexpected:
+        return
+    unused, tensors = [kind_of_key(key) for key in unexpected], len(read_names(path))
+    if strict:
+        refuse_unused(path, tensors, unused)
+    logger.warning("%s", usage(path, tensors, unused))
 
 
 def _call(

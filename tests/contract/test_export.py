@@ -443,7 +443,9 @@ def test_merged_folder_and_file_equal_live_adapter(method, tiny_sdxl, bases, tmp
     ours = files.answer("sdxl", unet)
     adapter = read_adapter(tmp_path / "in.safetensors")
     hashed = (tiny_sdxl / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    lost = merging.merge(base_checkpoint.BaseCheckpoint(tiny_sdxl), adapter.layers, tmp_path / "merged", {})
+    lost = merging.merge(
+        base_checkpoint.BaseCheckpoint(tiny_sdxl), adapter.layers, tmp_path / "merged", {}
+    ).lost
     assert lost <= 1e-6  # fp32
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet")
     assert (files.answer("sdxl", merged) - ours).norm() / ours.norm() <= 1e-5
@@ -484,7 +486,7 @@ def test_merge_reads_shards_and_rounds_once(tmp_path, monkeypatch):
     target = tmp_path / "out.safetensors"
     lost = merging.merge(
         base_checkpoint.BaseCheckpoint(tmp_path / "base.safetensors"), adapter, target, {}, strength=0.5
-    )
+    ).lost
     assert max(most) == 640
     state = load_file(target)
     exact = W.bfloat16().float()[32:64] + 0.5 * next(iter(adapter.values())).delta()
@@ -543,7 +545,7 @@ def test_export_command_errors(saved, tmp_path):
         (["--to", "lycoris"], "--parts unet"),
         (["--to", "peft"], "writes a folder"),
         (["--strength", "2"], "for --to merged"),
-        (["--base", "flux"], "which is not in flux; leave --base out"),
+        (["--base", "flux"], "which is not in flux; leave --family out"),
         (["--base", "sdxl"], "which is not in sdxl"),
         (["--to", "lycoris-tlora", "--rank", "2"], "--rank has no effect with --to lycoris-tlora"),
         (["--to", "qrlora"], "is for FLUX"),

@@ -17,7 +17,10 @@ FOUNDATION = {
     "files": {"errors"},
     "tensors": {"errors", "files"},
     "naming": {"errors"},
-    "adapter_file": {"errors", "files", "tensors", "naming"},
+    "peft_config": {"errors"},
+    "peft_folder": {"errors", "tensors", "peft_config"},
+    "unused_keys": {"errors"},
+    "adapter_file": {"errors", "tensors", "naming", "peft_config", "peft_folder", "unused_keys"},
 }
 # What each part of `lowrank` may import besides itself and the foundation: imports point one way.
 MAY_IMPORT = {

@@ -65,10 +65,6 @@ HOSTILE = {
         {"layer.lora_down.weight": torch.ones(2, 4), "layer.lora_up.weight": torch.ones(4, 2)},
         "no layer of SD",
     ),
-    "a length for each input": (
-        {**whole(A, ins=32), f"{A}.dora_scale": torch.ones(1, 32, 1, 1)},
-        "wd_on_output",
-    ),
     "joined rows that are no shares": (whole("lora_unet_double_blocks_0_img_attn_qkv"), "equal shares"),
 }
 

@@ -331,6 +331,7 @@ def install_schema(monkeypatch: Any) -> None:
     numbers = ("default", "min", "max", "step")
     io = types.SimpleNamespace(
         Model=_schema_type(), Clip=_schema_type(), Float=_schema_type(*numbers), Int=_schema_type(*numbers),
+        Boolean=_schema_type("default"),
         Combo=_schema_type("options"), Schema=types.SimpleNamespace, ComfyNode=object,
         NodeOutput=lambda *results: results,
     )  # fmt: skip

@@ -237,7 +237,9 @@ def test_factors_that_do_not_fit_are_named(roles, words):
 
 
 def test_convolutions_fit():
-    up, down, scale, _, kernel = delta_of("m", {"up": torch.ones(6, 2, 1, 1), "down": torch.ones(2, 3, 5, 5)})
+    up, down, scale, _, kernel, _ = delta_of(
+        "m", {"up": torch.ones(6, 2, 1, 1), "down": torch.ones(2, 3, 5, 5)}
+    )
     assert kernel == (5, 5)
     assert up.shape == (6, 2) and down.shape == (2, 75) and scale == 1
 

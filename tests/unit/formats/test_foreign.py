@@ -185,7 +185,7 @@ def test_nearest_lora_states_its_error(mixed, tiny_sd, tmp_path, capsys):
     assert not target.exists()
     assert export.main([str(file), str(target), "--rank", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "2 changes of norm layers and biases are left out" in printed
+    assert "left out: norm × 2, bias × 1" in printed
     written = read_adapter(target).layers[read_place(Q)]
     wanted = wanted_lokr(state)
     share = float((written.delta().double() - wanted).norm() / wanted.norm())

@@ -32,6 +32,7 @@ from lowrank.errors import Refused
 from lowrank.formats.delta import delta_of
 from lowrank.formats.nearest_lora import least_squares, unrouted
 from lowrank.formats.read import read_adapter
+from lowrank.naming.places import LayerPath
 from lowrank.tensors import read_tensors, write_tensors
 from lowrank.train.layer_sampling import LayerSampler
 from networks import dora, effilora, lora, null_lora
@@ -481,7 +482,8 @@ def test_several_experts_are_refused_as_lora(tmp_path):
     net = shake(network(base("linear")))
     net.save_weights(str(tmp_path / "a.safetensors"), None, {})
     with pytest.raises(Refused, match="4 experts and a router"):
-        read_adapter(tmp_path / "a.safetensors", "sd15")
+        layers = [LayerPath("unet", name) for name in ("first", "second")]
+        read_adapter(tmp_path / "a.safetensors", base=layers)
     assert not net.is_mergeable()
     with pytest.raises(Refused, match="no one ΔW"):
         net.merge_to(None, None)

@@ -247,7 +247,7 @@ def test_files_of_fork_are_plain_loras(length, swapped, tmp_path):
     def rand(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw)
 
-    name, dotted = "unet_mid_block_proj", "unet.mid.block.proj"
+    name, dotted = "unet_mid_block_attentions_0_proj_in", "unet.mid.block.attentions.0.proj.in"
     state = {f"{name}.{role}": rand(h, h) for role in ("alpha_up", "alpha_down")}
     state |= {f"{name}.null_up": rand(O, h), f"{name}.null_down": rand(h, I)}
     state[f"{name}.{length}"] = rand(2 * h if length == "s" else O)
@@ -274,7 +274,7 @@ def test_files_of_fork_are_plain_loras(length, swapped, tmp_path):
         importing.main(line)
     assert legacy_files.main([*line, "--basis", str(tmp_path / "basis.safetensors")]) == 0
     native = load_file(tmp_path / "new.safetensors")
-    torch.testing.assert_close(native["lora_unet_mid_block_proj.lora_up.weight"], up)
+    torch.testing.assert_close(native["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"], up)
     plain = ["new.safetensors", "newer.safetensors"]
     with pytest.raises(Refused, match=r"no file of the fork .* give it to tools/import_lora\.py"):
         legacy_files.main([*(str(tmp_path / name) for name in plain), "--basis", str(tmp_path / "b")])
