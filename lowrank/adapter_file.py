@@ -144,6 +144,7 @@ def read_adapter_file(
                 raise Refused(_twice(source, module, path, role, key))
             names[module][role] = key
             value = checked_tensor(value, key, source)
+            _check_axes(value, role, key, source)
         except Refused as refused:
             if strict:
                 raise
@@ -193,6 +194,15 @@ def checked_tensor(value: Tensor, key: str, source: str) -> Tensor:
     if not torch.isfinite(value).all():
         raise Refused(f"{source} holds NaN or infinite values in {key}; use an earlier checkpoint")
     return value
+
+
+def _check_axes(value: Tensor, role: str, key: str, source: str) -> None:
+    """Raise `Refused` for an alpha that is not one number, and for another role that is only a number."""
+    if (value.numel() != 1) if role == "alpha" else value.dim() == 0:
+        needed = "one number" if role == "alpha" else "a matrix or a row of numbers"
+        raise Refused(
+            f"{key} in {source} has the shape {tuple(value.shape)} and must be {needed}; use another file"
+        )
 
 
 def _without_middle(module: str, middle: Tensor, down: Tensor | None, source: str) -> Tensor:
