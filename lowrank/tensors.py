@@ -25,7 +25,7 @@ from lowrank.files import atomic, existing_file
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 # What torch's restricted unpickler raises over code, and over bytes that are no checkpoint at all.
-_NOT_A_PICKLE = (
+NOT_A_PICKLE = (
     pickle.UnpicklingError,
     struct.error,
     ArithmeticError,
@@ -78,7 +78,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         # mapped, not read, where the format allows: a part of a checkpoint then costs that part
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except _NOT_A_PICKLE as error:  # its text advises to run the file's code
+    except NOT_A_PICKLE as error:  # its text advises to run the file's code
         raise Refused(
             f"{path} is damaged or holds more than tensors, and code in it is not run; convert it to "
             ".safetensors where it was made"
