@@ -10,17 +10,23 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from repository import ROOT
 
-IMPORTED = ("lowrank.cli.flux_train", "lowrank.cli.sd_train", "networks.effilora")
+IMPORTED = ("lowrank.cli.flux_train", "lowrank.cli.sd_train", "lowrank.cli.train_jobs", "networks.effilora")
 
 
-def _run(script: str, words: Sequence[str], environment: Mapping[str, str], log: str) -> None:
-    """The script as `python SCRIPT WORDS` runs it, with one thread, its output in LOG."""
+def _run(
+    script: str,
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    log: str,
+    before: Callable[[], None] | None,
+) -> None:
+    """The script as `python SCRIPT WORDS` runs it, with one thread, its output in LOG, after `before`."""
     import torch
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -29,17 +35,23 @@ def _run(script: str, words: Sequence[str], environment: Mapping[str, str], log:
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = [script, *words]
+    if before:
+        before()
     runpy.run_path(script, run_name="__main__")
 
 
 def start(
-    script: str, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    script: str,
+    words: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> ForkServerProcess:
     """A running process; its output goes to LOG, a signal to its `pid`, its exit code is `exitcode`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     process = context.Process(
-        target=_run, args=(str(ROOT / script), list(words), environment or {}, str(log))
+        target=_run, args=(str(ROOT / script), list(words), environment or {}, str(log), before)
     )
     process.start()
     return process
