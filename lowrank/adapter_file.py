@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowrank.errors import Refused
 from lowrank.naming import keys
-from lowrank.tensors import read_tensors
+from lowrank.tensors import FLOATS, read_tensors
 
 Roles = dict[str, Tensor]
 
@@ -185,8 +185,7 @@ def checked_tensor(value: Tensor, key: str, source: str) -> Tensor:
     """
     if str(value.dtype).startswith("torch.float8"):
         value = value.float()  # float8 has no arithmetic
-    usable = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    if value.layout != torch.strided or (value.dtype not in usable and not key.endswith("alpha")):
+    if value.layout != torch.strided or (value.dtype not in FLOATS and not key.endswith("alpha")):
         raise Refused(
             f"{key} in {source} is {str(value.dtype).removeprefix('torch.')}, which is no plain "
             "floating-point tensor; save the adapter in fp32, fp16 or bf16"

@@ -51,6 +51,15 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # with arithmetic
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor from a file has an axis, a dtype with arithmetic, and finite values only."""
+    plain = value.layout == torch.strided and value.dtype in FLOATS and value.dim() > 0
+    return plain and bool(torch.isfinite(value).all())
+
+
 def read_names(path: str | os.PathLike) -> list[str]:
     """The names of the tensors that `read_tensors` reads; of safetensors only the table is read.
 

@@ -24,9 +24,10 @@ from lowrank.adapters.penalty import Spectrum
 from lowrank.bases.krylov import full_precision
 from lowrank.bases.qr_basis import weight_key
 from lowrank.errors import Refused
+from lowrank.files import parse_json
 from lowrank.laplace.context_file import read_context
 from lowrank.naming import keys
-from lowrank.tensors import read_tensors, write_tensors
+from lowrank.tensors import is_plain, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -129,18 +130,22 @@ def null_spaces(
 
 def _read_cache(path: Path, keys: Mapping[str, str]) -> dict[str, Null]:
     tensors, metadata = read_tensors(path)
-    facts = json.loads(metadata.get("lowrank.null", "{}"))
-    if facts.get("version") != VERSION:
+    facts = parse_json(metadata.get("lowrank.null", "{}"), f"the metadata of {path}")
+    known = facts.get("keys") if isinstance(facts, dict) and facts.get("version") == VERSION else None
+    if not isinstance(known, dict):
         raise Refused(
             f"svd_cache_path {path} was not written by this version of lowrank; give the name of a new file, "
             "which is then created"
         )
     spaces = {}
-    for name in keys.keys() & facts["keys"].keys():
-        if facts["keys"][name] != keys[name]:
+    for name in keys.keys() & known.keys():
+        if known[name] != keys[name]:
             raise Refused(
                 f"svd_cache_path {path} was made from another weight or rank of {name}; give another file "
                 "for this base model and --network_dim"
             )
-        spaces[name] = Null(tensors[f"{name}.null_up"], tensors[f"{name}.null_down"])
+        sides = [tensors.get(f"{name}.null_{side}") for side in Null._fields]
+        if not all(side is not None and is_plain(side) and side.dim() == 2 for side in sides):
+            raise Refused(f"svd_cache_path {path} is damaged in {name}; delete it, and it is made again")
+        spaces[name] = Null(*sides)
     return spaces

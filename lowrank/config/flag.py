@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -293,11 +294,16 @@ def shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+@functools.cache  # reading the annotations takes most of the time of a command line
+def _hints(group: type) -> dict[str, Any]:
+    return typing.get_type_hints(group)
+
+
 def fields_of(
     group: type, section: str = "", defaults: Mapping[str, object] | None = None
 ) -> dict[str, FlagSpec]:
     """The flags of one dataclass by name, in order; fields without a flag are left out."""
-    hints, values = typing.get_type_hints(group), defaults or {}
+    hints, values = _hints(group), defaults or {}
     specs: dict[str, FlagSpec] = {}
     for field in dataclasses.fields(group):
         name, flag = field.name, field.metadata.get("flag")

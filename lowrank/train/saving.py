@@ -149,9 +149,12 @@ class Saver:
     def _save_checkpoint(self, progress: Progress) -> None:
         folder = self._names.checkpoint(progress.step)
         self._save_state(folder, progress)
+        self._prune(folder)
+
+    def _prune(self, newest: Path) -> None:
         if self._accelerator.is_main_process:
             limit = self._options.checkpoints_total_limit
-            checkpoints.prune(checkpoints.checkpoints(self._names.output_dir), limit, folder)
+            checkpoints.prune(checkpoints.checkpoints(self._names.output_dir), limit, newest)
 
     def _save_state(self, folder: Path, progress: Progress) -> None:
         self._log.message(f"saving checkpoint: {folder}")
@@ -178,16 +181,19 @@ class Saver:
             f"{progress.position + 1}"
         )
         if os.path.realpath(checkpoint.folder.parent) == os.path.realpath(self._names.output_dir):
-            self._write_owed(progress)
+            self._write_owed(progress, checkpoint.folder.name)
         return progress
 
-    def _write_owed(self, progress: Progress) -> None:
+    def _write_owed(self, progress: Progress, resumed: str) -> None:
         """Do what a killed run had still to do when it wrote the checkpoint that this run resumes from.
 
         These are the adapter file, the state folder and the pictures of this step or epoch, and the removal
-        of old ones.
+        of old ones. Old checkpoint-N folders are removed where this one is the newest.
         """
         names, step, epoch = self._names, progress.step, progress.epoch
+        newest = checkpoints.checkpoints(names.output_dir)[-1:]
+        if newest and newest[0].name == resumed:
+            self._prune(newest[0])
         if step < self._plan.steps:
             every, pictures = self._options.save_every_n_steps, self._preview.every_steps
             self._owed(progress, step, every, names.step, pictures, f"{step:06d}", self._remove_old_steps)

@@ -48,11 +48,14 @@ def start(
     before: Callable[[], None] | None = None,
 ) -> ForkServerProcess:
     """A running process; its output goes to LOG, a signal to its `pid`, its exit code is `exitcode`."""
+    return call(_run, str(ROOT / script), list(words), environment or {}, str(log), before)
+
+
+def call(function: Callable[..., object], *arguments: object) -> ForkServerProcess:
+    """A process of the server that calls a function of a module."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
-    process = context.Process(
-        target=_run, args=(str(ROOT / script), list(words), environment or {}, str(log), before)
-    )
+    process = context.Process(target=function, args=arguments)
     process.start()
     return process
 
