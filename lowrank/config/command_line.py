@@ -255,9 +255,9 @@ def _config_path(text: str) -> Path:
 
 def _keys(path: Path, lists: Collection[str]) -> list[tuple[str, object]]:
     """Keys and values of a TOML file; tables of the first level are flattened, but those named as `lists`."""
-    found = parse_toml(read_text(path, "--config_file", CONFIG), f"--config_file {path}")
+    table = parse_toml(read_text(path, "--config_file", CONFIG), f"--config_file {path}")
     flat: list[tuple[str, object]] = []
-    for key, value in found.items():
+    for key, value in table.items():
         section = isinstance(value, dict) and key not in lists
         flat += value.items() if section else [(key, value)]
     return flat

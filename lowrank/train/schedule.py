@@ -125,11 +125,11 @@ def build_scheduler(
     its rate, the others keep theirs. Raises `Refused` for names and arguments that do not fit.
     """
     name = options.lr_scheduler
-    own = any(group.get("relative_step") for group in optimizer.param_groups)
-    if own or schedule_free(optimizer):
+    relative_step = any(group.get("relative_step") for group in optimizer.param_groups)
+    if relative_step or schedule_free(optimizer):
         if (name != "constant" and not name.startswith("adafactor:")) or options.lr_scheduler_type:
             log.warning("%s has its own schedule; --lr_scheduler has no effect", type(optimizer).__name__)
-        return _adafactor(optimizer, options) if own else LambdaLR(optimizer, lambda step: 1.0)
+        return _adafactor(optimizer, options) if relative_step else LambdaLR(optimizer, lambda step: 1.0)
     if options.lr_scheduler_type:
         check_schedule(options)
         return _custom(optimizer, options, processes)

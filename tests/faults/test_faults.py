@@ -61,7 +61,7 @@ def test_writers_killed_at_every_operation(tmp_path):
     for at in range(1, 200):
         folder = tmp_path / str(at)
         (folder / "cache").mkdir(parents=True)
-        code = finished(call(write_in_every_way, folder, Fault("kill", at, str(folder))))
+        code = finished(call(write_in_every_way, (folder, Fault("kill", at, str(folder))), tmp_path / "log"))
         remove_leftovers(folder, locked=True)
         check_writers(folder)
         assert not leftovers(folder), at

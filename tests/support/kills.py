@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from processes import finished, start
+from processes import call, finished, run_script
 from safetensors.torch import load_file
 
 from lowrank.train.checkpoints import checkpoints, read_checkpoint
@@ -92,6 +92,13 @@ class Fault:
         return isinstance(arguments[0], (str, os.PathLike)) and str(arguments[0]).startswith(self.folder)
 
 
+def run_with_fault(fault: Fault | None, script: str, *words: str) -> None:
+    """The script as `python SCRIPT WORDS` runs it, with a fault."""
+    if fault:
+        fault.install()
+    run_script(script, *words)
+
+
 # ------------------------------------------------------------------ the runs
 
 
@@ -138,10 +145,8 @@ class World:
     ) -> ForkServerProcess:
         """A run in its own process, resumed from the newest checkpoint if there is one."""
         resume = ("--resume", "latest") if checkpoints(out) else ()
-        environment = {"LOWRANK_CACHE": str(self.cache)}
-        return start(
-            SCRIPTS[self.family], self.words(out, *resume, *more), log, environment, fault and fault.install
-        )
+        words = (fault, SCRIPTS[self.family], *self.words(out, *resume, *more))
+        return call(run_with_fault, words, log, {"LOWRANK_CACHE": str(self.cache)})
 
     def run(self, out: Path, log: Path, fault: Fault | None = None, more: Sequence[str] = ()) -> int:
         """The exit code of a run."""

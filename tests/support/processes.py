@@ -19,14 +19,8 @@ from repository import ROOT
 IMPORTED = ("lowrank.cli.flux_train", "lowrank.cli.sd_train", "lowrank.cli.train_jobs", "networks.effilora")
 
 
-def _run(
-    script: str,
-    words: Sequence[str],
-    environment: Mapping[str, str],
-    log: str,
-    before: Callable[[], None] | None,
-) -> None:
-    """The script as `python SCRIPT WORDS` runs it, with one thread, its output in LOG, after `before`."""
+def _call(function: Callable, words: Sequence, environment: Mapping[str, str], log: str) -> None:
+    """`function(*words)` with one thread, its output in LOG."""
     import torch
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -34,30 +28,31 @@ def _run(
     os.dup2(file, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    function(*words)
+
+
+def run_script(script: str, *words: str) -> None:
+    """The script as `python SCRIPT WORDS` runs it."""
     sys.argv = [script, *words]
-    if before:
-        before()
-    runpy.run_path(script, run_name="__main__")
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def call(
+    function: Callable, words: Sequence, log: Path, environment: Mapping[str, str] | None = None
+) -> ForkServerProcess:
+    """A process that runs a function of `tests/support`, as `start` runs a script."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    process = context.Process(target=_call, args=(function, list(words), environment or {}, str(log)))
+    process.start()
+    return process
 
 
 def start(
-    script: str,
-    words: Sequence[str],
-    log: Path,
-    environment: Mapping[str, str] | None = None,
-    before: Callable[[], None] | None = None,
+    script: str, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
     """A running process; its output goes to LOG, a signal to its `pid`, its exit code is `exitcode`."""
-    return call(_run, str(ROOT / script), list(words), environment or {}, str(log), before)
-
-
-def call(function: Callable[..., object], *arguments: object) -> ForkServerProcess:
-    """A process of the server that calls a function of a module."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
-    process = context.Process(target=function, args=arguments)
-    process.start()
-    return process
+    return call(run_script, (script, *words), log, environment)
 
 
 def finished(process: ForkServerProcess, seconds: float = 240) -> int:
