@@ -50,7 +50,7 @@ class Counts:
 
 def faults(folder: Path, kills: int) -> int:
     """Kill and resume real runs until `kills` were killed; each life is compared with an undisturbed run."""
-    from kills import lives
+    from kills import lives  # pyright: ignore[reportMissingImports]  # in tests/support
 
     counts = Counts(folder / "faults.jsonl")
     lifetimes: Iterator[dict[str, Any]] = lives(folder / "work", first=len(counts.rows))
@@ -63,7 +63,7 @@ def faults(folder: Path, kills: int) -> int:
 
 def fuzz(folder: Path, cases: int) -> int:
     """Give hostile input to every reader until `cases` were given."""
-    from fuzzing import campaign
+    from fuzzing import campaign  # pyright: ignore[reportMissingImports]  # in tests/support
 
     counts = Counts(folder / "fuzz.jsonl")
     while counts.total("cases") < cases:
@@ -75,7 +75,7 @@ def fuzz(folder: Path, cases: int) -> int:
 
 def long(folder: Path, steps: int) -> int:
     """Train `steps` steps with everything on, and measure the process every few hundred steps."""
-    from long_run import measure
+    from long_run import measure  # pyright: ignore[reportMissingImports]  # in tests/support
 
     counts = Counts(folder / "long.jsonl")
     if counts.total("steps") < steps:

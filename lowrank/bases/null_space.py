@@ -144,8 +144,8 @@ def _read_cache(path: Path, keys: Mapping[str, str]) -> dict[str, Null]:
                 f"svd_cache_path {path} was made from another weight or rank of {name}; give another file "
                 "for this base model and --network_dim"
             )
-        sides = [tensors.get(f"{name}.null_{side}") for side in Null._fields]
-        if not all(side is not None and is_plain(side) and side.dim() == 2 for side in sides):
+        sides = [tensors.get(f"{name}.null_{side}", torch.empty(())) for side in Null._fields]
+        if not all(is_plain(side) and side.dim() == 2 for side in sides):
             raise Refused(f"svd_cache_path {path} is damaged in {name}; delete it, and it is made again")
         spaces[name] = Null(*sides)
     return spaces
