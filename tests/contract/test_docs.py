@@ -15,7 +15,7 @@ from repository import ROOT
 
 from lowrank.cli.resolve import with_network
 from lowrank.config.flag import pairs
-from lowrank.config.tools import EXPORT, IMPORT, INSPECT
+from lowrank.config.tools import EXPORT, EXTRACT_LORA, IMPORT, INSPECT
 from lowrank.train.network_module import facade_of, find_module
 from tools import draw_qr_method
 from tools.make_flags import SURFACES, TRAINERS, list_flags
@@ -25,6 +25,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 PARSERS = {
     "tools/export_lora.py": EXPORT,
     "tools/import_lora.py": IMPORT,
+    "tools/extract_lora.py": EXTRACT_LORA,
     "tools/inspect_lora.py": INSPECT,
 }
 # flags of other programs, and of the lines of a prompt file, that pages speak of
