@@ -41,6 +41,7 @@ def check_training(parsed: Parsed[TrainOptions]) -> Iterator[str]:
     if logging.log_prefix and not logging.logging_dir:
         yield "--log_prefix has no effect without --logging_dir"
     _check_network(parsed)
+    _check_memory(parsed)
     yield from _check_abm(parsed)
     if saving.upcast_before_saving and saving.save_precision in ("fp16", "bf16"):
         raise Refused(
@@ -155,6 +156,21 @@ def _check_network(parsed: Parsed[TrainOptions]) -> None:
         raise Refused(
             f"--base_weights_multiplier has {len(network.base_weights_multiplier)} numbers for "
             f"{len(network.base_weights)} --base_weights; give one for each file"
+        )
+
+
+def _check_memory(parsed: Parsed[TrainOptions]) -> None:
+    memory = parsed.options.memory
+    if memory.text_encoders_on_cpu and parsed.options.trains_text:
+        raise Refused(
+            "--text_encoders_on_cpu cannot be used while text encoders are trained; add "
+            "--network_train_unet_only, or leave it out"
+        )
+    implied = "fp8_scaled" if memory.fp8_scaled else "fp8"
+    if memory.base_storage and memory.fp8_flag and memory.base_storage != implied:
+        raise Refused(
+            f"--base_storage {memory.base_storage} and --{memory.fp8_flag}, which is --base_storage "
+            f"{implied}, exclude each other; give one of them"
         )
 
 

@@ -280,5 +280,5 @@ def _step(folder: Path) -> int:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """`checkpoint-N` folders, by their step."""
-    found = (path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name))
-    return sorted(found, key=_step)
+    folders = (path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name))
+    return sorted(folders, key=_step)
