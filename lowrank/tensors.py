@@ -61,8 +61,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # with a
 
 
 def is_plain(value: Tensor) -> bool:
-    """Whether a tensor from a file has an axis, a dtype with arithmetic, and finite values only."""
-    plain = value.layout == torch.strided and value.dtype in FLOATS and value.dim() > 0
+    """Whether a tensor from a file has a dtype with arithmetic, and finite values only."""
+    plain = value.layout == torch.strided and value.dtype in FLOATS
     return plain and bool(torch.isfinite(value).all())
 
 

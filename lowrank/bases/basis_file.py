@@ -174,7 +174,7 @@ def _row(state: Mapping[str, Tensor], source: str) -> BasisFile:
 def _with_mean(name: str, side: str, parts: Mapping[tuple[str, str], Tensor], source: str) -> Tensor:
     """Return (n, K') orthonormal columns that span the mean (first) and the basis of one side of a layer."""
     columns = parts[side, "basis"].double()
-    mean = parts.get((side, "mean"), columns.new_zeros(len(columns))).double()
+    mean = parts.get((side, "mean"), columns.new_zeros(columns.shape[:1])).double()
     if columns.dim() != 2 or mean.shape != columns.shape[:1]:
         raise Refused(
             f"{source}: {name} has a {side} basis of shape {tuple(columns.shape)} and a mean of shape "

@@ -62,7 +62,7 @@ class Evil:
         self.path = path
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.makedirs, (str(self.path), 0o777, True)
 
 
 # ------------------------------------------------------------------ pieces
