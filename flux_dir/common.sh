@@ -79,7 +79,8 @@ keep_copy() {
   mkdir -p "$OUTPUT_DIR"
   {
     cat "$0"
-    printf '\n# Started with GPU_ID %s on %s in %s as:\n#   ' "$GPU_ID" "$(date '+%Y-%m-%d %H:%M:%S')" "$PWD"
+    # %q writes newlines as \n, so that a folder's name cannot end the comment
+    printf '\n# Started with GPU_ID %s on %s in %q as:\n#   ' "$GPU_ID" "$(date '+%Y-%m-%d %H:%M:%S')" "$PWD"
     printf '%q ' "${CALL[@]}"
     echo
   } > "$OUTPUT_DIR/$1"

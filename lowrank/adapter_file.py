@@ -21,7 +21,7 @@ from torch import Tensor
 from lowrank import peft_config, peft_folder
 from lowrank.errors import Refused
 from lowrank.naming import keys, places
-from lowrank.tensors import read_tensors
+from lowrank.tensors import FLOATS, read_tensors
 from lowrank.unused_keys import ForeignKey, foreign_key
 
 Roles = dict[str, Tensor]
@@ -130,6 +130,7 @@ def read_adapter_file(
                 raise Refused(_twice(source, module, path, role, key))
             names[module][role] = key
             value = checked_tensor(value, key, source)
+            _check_axes(value, role, key, source)
         except Refused as refused:
             if strict:
                 raise
@@ -168,8 +169,7 @@ def checked_tensor(value: Tensor, key: str, source: str) -> Tensor:
     """
     if str(value.dtype).startswith("torch.float8"):
         value = value.float()  # float8 has no arithmetic
-    usable = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    if value.layout != torch.strided or (value.dtype not in usable and not key.endswith("alpha")):
+    if value.layout != torch.strided or (value.dtype not in FLOATS and not key.endswith("alpha")):
         raise Refused(
             f"{key} in {source} is {str(value.dtype).removeprefix('torch.')}, which is no plain "
             "floating-point tensor; save the adapter in fp32, fp16 or bf16"
@@ -177,6 +177,15 @@ def checked_tensor(value: Tensor, key: str, source: str) -> Tensor:
     if not torch.isfinite(value).all():
         raise Refused(f"{source} holds NaN or infinite values in {key}; use an earlier checkpoint")
     return value
+
+
+def _check_axes(value: Tensor, role: str, key: str, source: str) -> None:
+    """Raise `Refused` for an alpha that is not one number, and for another role that is only a number."""
+    if (value.numel() != 1) if role == "alpha" else value.dim() == 0:
+        needed = "one number" if role == "alpha" else "a matrix or a row of numbers"
+        raise Refused(
+            f"{key} in {source} has the shape {tuple(value.shape)} and must be {needed}; use another file"
+        )
 
 
 def _without_middle(module: str, middle: Tensor, down: Tensor | None, source: str) -> Tensor:

@@ -5,12 +5,28 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1500  # letters of a message
+
 
 class Refused(ValueError):
-    """An error that the user can correct; shown as one sentence without a traceback; the exit code is 1."""
+    """An error that the user can correct; shown as one sentence without a traceback; the exit code is 1.
+
+    A message may quote a value from a file of any size, so the middle of a long message is left out.
+    """
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(shortened(str(text)))
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """The text, or its beginning and its end with … between them where it has more than `longest` letters."""
+    if len(text) <= longest:
+        return text
+    end = longest // 3
+    return f"{text[: longest - end - 3]} … {text[-end:]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the known name closest to `name`, or an empty string when none is close."""
-    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:200], [str(k) for k in known], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,14 +1,26 @@
-"""Files that are whole or absent: every write goes to a temporary name, is flushed, and is then renamed."""
+"""Files that are whole or absent, and texts of a bounded size.
+
+Every write goes to a temporary name, is flushed, and is then renamed. What a killed process leaves is removed
+by the next run in the folder (`remove_leftovers`). Texts, JSON and TOML are read by one function each, which
+bounds what it accepts, because the files may come from strangers.
+"""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
 import hashlib
+import json
 import os
+import platform
+import re
 import shutil
+import stat
+import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -18,6 +30,9 @@ try:
     import tomllib  # pyright: ignore[reportMissingImports]  # checked as Python 3.10, which has none
 except ModuleNotFoundError:  # Python 3.10; `toml` misreads some quoted brackets, so it comes second
     import toml as tomllib
+
+TEXT = 16 << 20  # bytes of a text file, unless its kind has another limit
+CONFIG = 1 << 20  # bytes of a TOML or JSON file of settings
 
 
 def _sync(path: Path) -> None:
@@ -32,6 +47,57 @@ def part_of(path: str | os.PathLike) -> Path:
     """Where the folder `path` is filled until it is whole; one name, since all processes of a run fill it."""
     path = Path(path)
     return path.with_name(f".{path.name}.part")
+
+
+# a file that is being written: its name, the machine's number, the process, and a random number
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{4})-(\d+)-[0-9a-f]{4}\.part")
+
+
+def _machine() -> str:
+    """A number that differs between machines that share a disk."""
+    return f"{zlib.crc32(platform.node().encode()) & 0xFFFF:04x}"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
+def remove_leftovers(folder: str | os.PathLike, locked: bool = False) -> None:
+    """Remove what killed processes left in a folder: files half-written, and folders if it is `locked`.
+
+    A file that another live process is writing stays, and so does one of another machine. Folders are written
+    by runs only, which lock their output folder. A folder that was being replaced gets its name back if the
+    newer one is missing.
+    """
+    with contextlib.suppress(OSError):  # e.g. the folder does not exist
+        for path in sorted(Path(folder).iterdir()):
+            if match := _TEMPORARY.fullmatch(path.name):
+                machine, process = match[1], int(match[2])
+                if machine == _machine() and (process == os.getpid() or not _is_alive(process)):
+                    path.unlink(missing_ok=True)
+            elif locked and path.is_dir() and re.fullmatch(r"\..+\.(part|old|gone)", path.name):
+                whole = path.with_name(path.name[1:].removesuffix(".old"))
+                if path.suffix == ".old" and not whole.exists():
+                    os.replace(path, whole)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder. A folder is renamed first, so that a kill leaves no half of it there."""
+    if path.is_dir() and not path.is_symlink():
+        gone = path.with_name(f".{path.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -61,7 +127,8 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     Raises `Refused` when the disk is full or the folder is not writable; an older `path` is then untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    stem = os.fsdecode(os.fsencode(path.name)[:220])  # file systems take names of 255 bytes
+    temporary = path.with_name(f".{stem}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:4]}.part")
     with _replacing(path, temporary, lambda part: part.unlink(missing_ok=True)) as part:
         part.touch()
         mode = part.stat().st_mode
@@ -128,8 +195,9 @@ def existing_file(path: str | os.PathLike, way_out: str = "check the path") -> P
 def existing_folder(path: str | os.PathLike, option: str) -> Path:
     """The path of a folder of images. Raises `Refused` naming `option` where there is none."""
     path = Path(path)
-    if not path.is_dir():
-        what = "is a file, not a folder" if path.exists() else f"does not exist (seen from {Path.cwd()})"
+    if not os.path.isdir(path):
+        missing = not os.path.exists(path)
+        what = f"does not exist (seen from {Path.cwd()})" if missing else "is a file, not a folder"
         raise Refused(f"{option} {path} {what}; give the folder that holds the images")
     return path
 
@@ -144,7 +212,7 @@ def writable_folder(path: str | os.PathLike, option: str = "--output_dir") -> Pa
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise Refused(f"{option} {path} cannot be written to ({error}); name another folder") from error
     return folder
 
@@ -190,12 +258,81 @@ def sha256(path: str | os.PathLike, first: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def parse_toml(text: str, where: str | os.PathLike) -> dict:
+def read_text(
+    path: str | os.PathLike, name: str, limit: int = TEXT, way_out: str = "correct the path"
+) -> str:
+    """The text of a regular UTF-8 file of at most `limit` bytes, with newlines as in text mode.
+
+    `name` goes before the path in messages. Raises `Refused` for a file that is missing, unreadable, too
+    large or in another encoding, and for a folder, a device or a pipe, which could be endless.
+    """
+    try:
+        # without O_NONBLOCK, opening a pipe waits for a writer
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as file:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                raise Refused(f"{name} {path} is not a regular file; {way_out}")
+            data = b"" if facts.st_size > limit else file.read(limit + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, Refused):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        missing = f"does not exist (seen from {Path.cwd()})" if isinstance(error, FileNotFoundError) else ""
+        raise Refused(f"{name} {path} {missing or f'cannot be read ({reason})'}; {way_out}") from error
+    if facts.st_size > limit or len(data) > limit:
+        raise Refused(f"{name} {path} has more than {limit:,} bytes, the limit for such a file; {way_out}")
+    try:
+        return decoded(data).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise Refused(
+            f"{name} {path} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8, or {way_out}"
+        ) from error
+
+
+def parse_toml(text: str, where: str | os.PathLike) -> dict[str, Any]:
     """A TOML document as a dict. Raises `Refused` naming `where` it came from."""
     try:
-        return tomllib.loads(text)
-    except (ValueError, IndexError) as error:  # both raise ValueErrors; toml 0.10 leaks IndexError
-        raise Refused(f"{where} is not TOML: {error}; correct the file") from error
+        # the time to read a key grows with the square of its number of dots
+        if any(key.count(".") > 1000 for key in re.findall(r"[^\s=,\[\]{}]+", re.sub(r"[ \t]+", "", text))):
+            raise ValueError("a key has more than 1000 parts")
+        return _bounded(tomllib.loads(text))
+    except (ValueError, IndexError, RecursionError) as error:  # toml 0.10 leaks IndexError
+        raise Refused(f"{where} is not TOML: {_reason(error)}; correct the file") from error
+
+
+def parse_json(
+    text: str, where: str | os.PathLike, hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """A JSON document; `hook` makes each object. Raises `Refused` naming `where` it came from."""
+    try:
+        return _bounded(json.loads(text, object_pairs_hook=hook))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"{where} is not JSON: {_reason(error)}; correct the file") from error
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _bounded(tree: Any) -> Any:
+    """The tree. Raises ValueError where it is nested over 64 levels deep or a number has over 64 bits."""
+    level, depth = [tree], 0
+    while level:
+        depth += 1
+        if depth > 64:
+            raise ValueError("it is nested over 64 levels deep")
+        if any(isinstance(value, int) and value.bit_length() > 64 for value in level):
+            raise ValueError("a whole number in it has over 64 bits")
+        tables = [
+            value.values() if isinstance(value, dict) else value
+            for value in level
+            if isinstance(value, (dict, list))
+        ]
+        level = [value for table in tables for value in table]
+    return tree
 
 
 def cache_folder(name: str) -> Path:

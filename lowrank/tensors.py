@@ -27,7 +27,7 @@ from lowrank.files import atomic, existing_file
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 # What torch's restricted unpickler raises over code, and over bytes that are no checkpoint at all.
-_NOT_A_PICKLE = (
+NOT_A_PICKLE = (
     pickle.UnpicklingError,
     struct.error,
     ArithmeticError,
@@ -58,6 +58,15 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # with arithmetic
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor from a file has a dtype with arithmetic, and finite values only."""
+    plain = value.layout == torch.strided and value.dtype in FLOATS
+    return plain and bool(torch.isfinite(value).all())
+
+
 def read_names(path: str | os.PathLike) -> list[str]:
     """The names of the tensors that `read_tensors` reads; of safetensors only the table is read.
 
@@ -85,7 +94,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         # mapped, not read, where the format allows: a part of a checkpoint then costs that part
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except _NOT_A_PICKLE as error:  # its text advises to run the file's code
+    except NOT_A_PICKLE as error:  # its text advises to run the file's code
         raise Refused(
             f"{path} is damaged or holds more than tensors, and code in it is not run; convert it to "
             ".safetensors where it was made"

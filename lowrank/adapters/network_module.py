@@ -25,7 +25,7 @@ from lowrank.adapters.arguments import CommonArguments, layer_sizes, speeds
 from lowrank.adapters.method import Factor, Method, check_made_by
 from lowrank.adapters.network import AdapterNetwork, DenseWeights
 from lowrank.adapters.targets import Target, find_all
-from lowrank.config.flag import WORDS, parse_text
+from lowrank.config.flag import LARGEST, WORDS, parse_text, quoted
 from lowrank.errors import Refused, nearest
 from lowrank.naming import keys
 
@@ -198,9 +198,9 @@ def _value(name: str, text: Any, hint: Any) -> Any:
         return None
     value = parse_text(kinds[0], str(text))
     if value is None and kinds[0] is bool:
-        raise Refused(f"network argument {name}={text!r} is not a yes or no; write True or False")
-    if value is None:
-        raise Refused(f"network argument {name}={text!r} is not {WORDS[kinds[0]]}; correct its value")
+        raise Refused(f"network argument {name}={quoted(text)} is not a yes or no; write True or False")
+    if value is None or (kinds[0] is int and abs(value) >= LARGEST):
+        raise Refused(f"network argument {name}={quoted(text)} is not {WORDS[kinds[0]]}; correct its value")
     return value
 
 

@@ -32,7 +32,7 @@ from lowrank import __version__
 from lowrank.bases.krylov import check_rank, top_subspace
 from lowrank.errors import Refused
 from lowrank.naming import keys
-from lowrank.tensors import read_tensors, stream_tensors
+from lowrank.tensors import is_plain, read_tensors, stream_tensors
 
 TENSORS = ("left", "right", "left_values", "right_values")
 DEPENDENT = 1e-5  # a remainder below this fraction of a column's length is rounding of fp32 or fp16
@@ -114,7 +114,7 @@ def read_basis(path: str | Path) -> BasisFile:
     """
     state, metadata = read_tensors(path)
     for key, value in state.items():
-        if not value.is_floating_point() or not value.isfinite().all():
+        if not is_plain(value):
             raise Refused(f"{key} in {path} has NaN, infinite or whole-number values; {_MADE_BY} again")
     if metadata.get("lowrank.kind") == "basis":
         return _native(state, metadata, str(path))
@@ -134,9 +134,14 @@ def _native(state: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
         )
     layers, values = {}, {}
     for name in sorted({key.rpartition(".")[0] for key in state}):
-        left, right, *singular = (state[f"{name}.{key}"] for key in TENSORS)
+        left, right, *singular = (state.get(f"{name}.{key}", torch.empty(())) for key in TENSORS)
+        axes = [part.dim() for part in (left, right, *singular)]
+        if axes != [2, 2, 1, 1] or not left.shape[1] == len(right) == len(singular[0]) == len(singular[1]):
+            raise Refused(
+                f"{source} has no whole basis of {name}, which is {', '.join(TENSORS)}; {_MADE_BY} again"
+            )
         layers[keys.flat(name)], values[keys.flat(name)] = Pair(left, right), Values(*singular)
-    facts |= {"hash": facts["basis_hash"], "kind": facts["basis_kind"], "layout": "native"}
+    facts |= {"hash": facts["basis_hash"], "kind": facts.get("basis_kind", ""), "layout": "native"}
     return BasisFile(source, layers, values, facts)
 
 
@@ -169,7 +174,7 @@ def _row(state: Mapping[str, Tensor], source: str) -> BasisFile:
 def _with_mean(name: str, side: str, parts: Mapping[tuple[str, str], Tensor], source: str) -> Tensor:
     """Return (n, K') orthonormal columns that span the mean (first) and the basis of one side of a layer."""
     columns = parts[side, "basis"].double()
-    mean = parts.get((side, "mean"), columns.new_zeros(len(columns))).double()
+    mean = parts.get((side, "mean"), columns.new_zeros(columns.shape[:1])).double()
     if columns.dim() != 2 or mean.shape != columns.shape[:1]:
         raise Refused(
             f"{source}: {name} has a {side} basis of shape {tuple(columns.shape)} and a mean of shape "
@@ -205,7 +210,7 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(json.dumps([key, list(tensors[key].shape)]).encode())
-        digest.update(tensors[key].contiguous().numpy().data)
+        digest.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16
     return digest.hexdigest()
 
 

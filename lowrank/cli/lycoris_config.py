@@ -7,8 +7,9 @@ documentation/LYCORIS.md. docs/lycoris_config.md lists the differences and their
 from __future__ import annotations
 
 import fnmatch
-import json
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 from lowrank.config.flag import fields_of, option
 from lowrank.errors import Refused, nearest
-from lowrank.tensors import existing_file
+from lowrank.files import CONFIG, parse_json, read_text
 
 _OTHERS = ("loha", "lokr", "dylora", "glora", "full", "diag-oft", "boft", "ia3")
 
@@ -178,7 +179,7 @@ def _opened(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
         named = Path(str(keys["lycoris_config"]))
         # SimpleTuner resolves it from its own folder, which contains config/
         places = [named, path.parent / named, path.parent.parent / named, path.parent / named.name]
-        file = next((place for place in places if place.is_file()), None)
+        file = next((place for place in places if os.path.isfile(place)), None)
         if file is None:
             raise Refused(
                 f"lycoris_config in {path} names {named}, which does not exist in {Path.cwd()} or "
@@ -190,18 +191,13 @@ def _opened(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    text = existing_file(path, "correct --lycoris_config").read_text(encoding="utf-8-sig", errors="replace")
-    try:
-        table = json.loads(text, object_pairs_hook=_once)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise Refused(f"{path} is not JSON: {error}; correct the file") from error
-    return _table(path, "the file", table)
+    text = read_text(path, "the file", CONFIG, "correct --lycoris_config")
+    return _table(path, "the file", parse_json(text, path, _once))
 
 
 def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in items]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(name for name, _ in items).items():
+        if count > 1:
             raise Refused(f"a table of --lycoris_config has {name} twice; give it once")
     return dict(items)
 

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-from lowrank.errors import Refused
+from lowrank.errors import Refused, shortened
 
 # Scripts whose main imports torch at once: their command line is parsed before, so that help and errors in
 # flags come without waiting for torch.
@@ -23,8 +23,8 @@ _LINES = {
 def run(name: str, main: str = "main") -> NoReturn:
     """Run `lowrank.cli.<name>.<main>`; a `Refused` becomes one sentence on stderr and exit code 1.
 
-    Tracebacks are for our bugs. Libraries stay silent about parts that are not used here: torchvision, and
-    CPU kernels of 4-bit formats.
+    An error of the operating system becomes a sentence too; tracebacks are for our bugs. Libraries stay
+    silent about parts that are not used here: torchvision, and CPU kernels of 4-bit formats.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -36,6 +36,9 @@ def run(name: str, main: str = "main") -> NoReturn:
     except Refused as refused:
         text = "".join(c if c.isprintable() else " " for c in str(refused))  # it may quote a stranger's file
         print(f"error: {text}", file=sys.stderr)
+        code = 1
+    except OSError as error:  # of the system: a disk, a network, a permission
+        print(f"error: {shortened(str(error))}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("stopped by the keyboard; files already written are whole", file=sys.stderr)

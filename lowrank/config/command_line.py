@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import shlex
 import sys
@@ -22,7 +23,7 @@ from typing import Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 from lowrank.config.flag import FlagSpec, fields_of, option
 from lowrank.config.parser import GivenValue, Parser, name_positional, off
 from lowrank.errors import Refused, nearest
-from lowrank.files import atomic, parse_toml
+from lowrank.files import CONFIG, atomic, parse_toml, read_text
 
 T = TypeVar("T")
 Options = TypeVar("Options", covariant=True)
@@ -254,16 +255,7 @@ def _config_path(text: str) -> Path:
 
 def _keys(path: Path, lists: Collection[str]) -> list[tuple[str, object]]:
     """Keys and values of a TOML file; tables of the first level are flattened, but those named as `lists`."""
-    try:
-        table = parse_toml(path.read_text(encoding="utf-8"), f"--config_file {path}")
-    except FileNotFoundError as error:
-        raise Refused(
-            f"--config_file {path} does not exist (seen from {Path.cwd()}); correct the path"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(
-            f"--config_file {path} cannot be read: {error}; correct the path or the file"
-        ) from error
+    table = parse_toml(read_text(path, "--config_file", CONFIG), f"--config_file {path}")
     flat: list[tuple[str, object]] = []
     for key, value in table.items():
         section = isinstance(value, dict) and key not in lists
@@ -275,7 +267,7 @@ def _write_config(parsed: Parsed[Any]) -> NoReturn:
     if "config_file" not in parsed.given:
         raise Refused("--output_config needs the file to write; give --config_file PATH")
     path = _config_path(parsed.value("config_file"))
-    if path.exists():
+    if os.path.exists(path):
         raise Refused(f"--output_config does not write over {path}; give another --config_file")
     with atomic(path) as part:
         part.write_text(parsed.toml(given_only=True), encoding="utf-8")

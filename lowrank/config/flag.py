@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lowrank.errors import Refused, nearest
+from lowrank.errors import Refused, nearest, shortened
 
 SCHEDULERS = (
     "constant",
@@ -30,6 +31,7 @@ SCHEDULERS = (
     "warmup_stable_decay",
     "piecewise_constant",
 )
+LARGEST = 2**63  # whole numbers are below it
 SEEDS = 2**63 - 2**32  # largest seed: torch's limit, with room for one per image
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
@@ -41,8 +43,8 @@ class Flag:
 
     `low` and `high` are inclusive, `above` and `below` exclusive; they hold for each item of a list.
     `convert` makes the value from one text (raising `Refused`), in place of the annotated type. A flag that
-    is not `blank` refuses an empty text. A `secret` is never written or logged; a flag that is not `saved`
-    belongs to one call and is left out of configs.
+    is not `blank` refuses an empty text; a `path` also one that no file system takes. A `secret` is never
+    written or logged; a flag that is not `saved` belongs to one call and is left out of configs.
 
     `metadata` names the option's key in adapter files without its prefix `ss_` (True: the option's own name);
     with `per_folder` the key is written only for a run without `--dataset_config`. A run that resumes must
@@ -59,6 +61,7 @@ class Flag:
     below: float | None = None
     convert: Callable[[str], object] | None = None
     blank: bool = True
+    path: bool = False
     required: bool = False
     secret: bool = False
     saved: bool = True
@@ -75,7 +78,12 @@ def option(default: object, help: str, **details: Any) -> Any:
 
 def path(default: object, help: str, **details: Any) -> Any:
     """An option that names a file, a folder or a module; an empty text (an unset variable) is refused."""
-    return option(default, help, blank=False, **details)
+    return option(default, help, blank=False, path=True, **details)
+
+
+def quoted(value: object) -> str:
+    """A user's value in quotes for a message, cut where it is long."""
+    return shortened(repr(value), 160)
 
 
 def pairs(name: str, items: Iterable[str]) -> dict[str, str]:
@@ -88,7 +96,8 @@ def pairs(name: str, items: Iterable[str]) -> dict[str, str]:
         key, equals, value = item.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise Refused(f"{name} {item!r} is not of the form key=value; write e.g. {key or 'key'}=1")
+            example = shortened(key, 40) or "key"
+            raise Refused(f"{name} {quoted(item)} is not of the form key=value; write e.g. {example}=1")
         if key in values:
             raise Refused(f"{name} has {key} twice ({values[key]} and {value}); give it once")
         values[key] = value
@@ -103,28 +112,28 @@ def literals(name: str, items: Iterable[str]) -> dict[str, Any]:
             values[key] = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise Refused(
-                f"{name} {key}={text}: the value is not a Python literal; write True, 0.1, (0.9,0.99), "
-                f"or a text with its own quotes: \"{key}='{text}'\""
+                f"{name} {shortened(f'{key}={text}', 160)}: the value is not a Python literal; write True, "
+                f"0.1, (0.9,0.99), or a text with its own quotes: \"{key}='{text:.40}'\""
             ) from error
     return values
 
 
 def resolution(text: str) -> tuple[int, int]:
     """`512` or `768,512` as (width, height)."""
-    parts = text.split(",")
-    if len(parts) not in (1, 2) or not all(part.strip().isdigit() for part in parts):
-        raise Refused(f"{text!r} is not a number or 'width,height'; give e.g. 512 or 768,512")
-    return int(parts[0]), int(parts[-1])
+    sides = [_number(int, part) for part in text.split(",")]
+    if len(sides) not in (1, 2) or not all(side is not None and side >= 0 for side in sides):
+        raise Refused(f"{quoted(text)} is not a number or 'width,height'; give e.g. 512 or 768,512")
+    return sides[0], sides[-1]
 
 
 def steps_or_share(text: str) -> float:
     """`100` as 100 steps; `0.1` and `10%` as the share 0.1."""
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError as error:
-        raise Refused(f"{text!r} is not a number of steps, a share below 1, or a percentage") from error
+    value = _number(float, text.removesuffix("%"))
+    if value is None:
+        raise Refused(f"{quoted(text)} is not a number of steps, a share below 1, or a percentage")
+    value = value / 100 if text.endswith("%") else value
     if value >= 1 and (value != int(value) or text.endswith("%")):
-        raise Refused(f"{text!r} is neither whole steps nor a share below 1")
+        raise Refused(f"{quoted(text)} is neither whole steps nor a share below 1")
     return int(value) if value >= 1 or value == 0 else value
 
 
@@ -132,7 +141,7 @@ def comma_floats(text: str) -> tuple[float, ...]:
     """`0.9,1.0` as (0.9, 1.0); −0.0 is 0.0."""
     values = [_number(float, part) for part in text.split(",")]
     if None in values:
-        raise Refused(f"{text!r} is not a list of numbers; give finite ones, e.g. 0.9,1.0")
+        raise Refused(f"{quoted(text)} is not a list of numbers; give finite ones, e.g. 0.9,1.0")
     return tuple(value + 0.0 for value in values if value is not None)
 
 
@@ -140,7 +149,7 @@ def comma_words(text: str) -> tuple[str, ...]:
     """`attn.to_q,attn.to_k` as its parts."""
     words = tuple(part.strip() for part in text.split(",") if part.strip())
     if not words:
-        raise Refused(f"{text!r} names nothing; give e.g. attn.to_q,attn.to_k, or leave the flag out")
+        raise Refused(f"{quoted(text)} names nothing; give e.g. attn.to_q,attn.to_k, or leave the flag out")
     return words
 
 
@@ -152,7 +161,7 @@ def ending(text: str) -> str:
 def file_name(text: str) -> str:
     """A file name without folder, to which endings and step numbers are added."""
     if not text or any(mark in text for mark in "/\\\0") or text in (".", ".."):
-        raise Refused(f"{text!r} is not a plain file name; give the folder with --output_dir")
+        raise Refused(f"{quoted(text)} is not a plain file name; give the folder with --output_dir")
     if (length := len(os.fsencode(text))) > 200:  # file systems take 255, and step numbers are added
         raise Refused(f"{text[:20]!r}… is {length} bytes long; give a name of 200 or less")
     return text
@@ -162,7 +171,7 @@ def scheduler(text: str) -> str:
     """The name of a learning-rate schedule, or `adafactor:RATE`; `adafactor` alone means the run's rate."""
     text = "adafactor:" if text.lower() == "adafactor" else text
     if text.lower() not in SCHEDULERS and not text.startswith("adafactor:"):
-        raise Refused(f"{text!r} is not one of {', '.join(SCHEDULERS)}{nearest(text, SCHEDULERS)}")
+        raise Refused(f"{quoted(text)} is not one of {', '.join(SCHEDULERS)}{nearest(text, SCHEDULERS)}")
     return text if text.startswith("adafactor:") else text.lower()
 
 
@@ -183,15 +192,21 @@ class FlagSpec(NamedTuple):
 
     def from_text(self, text: str) -> object:
         """The value of one word of the command line; raises `Refused` where it does not fit."""
+        if "\0" in text:
+            raise Refused(f"{quoted(text)} contains a NUL character; remove it")
         if self.flag.convert:
             return self.flag.convert(text.strip())
         value = parse_text(self.kind, text)
         if value is None:
-            raise Refused(f"{text.strip()!r} is not {WORDS[self.kind]}")
+            raise Refused(f"{quoted(text.strip())} is not {WORDS[self.kind]}")
         if self.kind is str and not self.flag.blank and not text.strip():
             raise Refused("the text is empty; give a value, or leave the flag out")
+        if self.flag.path and max(map(len, os.fsencode(text).split(b"/"))) > 255:
+            raise Refused(
+                f"{quoted(text)} has a name of over 255 bytes, the limit of file systems; shorten it"
+            )
         if (choices := self.flag.choices) and text not in choices:
-            raise Refused(f"{text!r} is not one of {', '.join(choices)}{nearest(text, choices)}")
+            raise Refused(f"{quoted(text)} is not one of {', '.join(choices)}{nearest(text, choices)}")
         return value
 
     def from_toml(self, value: object) -> object:
@@ -199,7 +214,7 @@ class FlagSpec(NamedTuple):
         if self.kind is bool:  # GUIs write 0 and 1
             if isinstance(value, int) and value in (0, 1):
                 return bool(value)
-            raise Refused(f"{value!r} is not true or false")
+            raise Refused(f"{quoted(value)} is not true or false")
         if isinstance(value, list) and self.flag.convert:
             value = ",".join(map(str, value))
         if self.many:
@@ -211,7 +226,7 @@ class FlagSpec(NamedTuple):
 
     def _item(self, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise Refused(f"{value!r} is not {WORDS.get(self.kind, 'a text')}")
+            raise Refused(f"{quoted(value)} is not {WORDS.get(self.kind, 'a text')}")
         return self.from_text(str(value))
 
     def to_toml(self, value: object) -> str:
@@ -234,6 +249,8 @@ class FlagSpec(NamedTuple):
             if not isinstance(item, (int, float)) or isinstance(item, bool):
                 continue
             given = f"{label} {_short(item)}{where}"
+            if isinstance(item, int) and flag.high is None and flag.below is None and abs(item) >= LARGEST:
+                raise Refused(f"{given} is not below {LARGEST}, the limit of whole numbers; give less")
             if flag.low is not None and not item >= flag.low:
                 low = _short(flag.low)
                 raise Refused(f"{given} is below {low}{unit}; give {low} or more")
@@ -256,7 +273,7 @@ class FlagSpec(NamedTuple):
 
 
 def _short(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
+    return shortened(str(number), 500) if isinstance(number, int) else f"{number:g}"
 
 
 def check_fields(record: Any, where: str = "", mark: str = "--") -> None:
@@ -282,11 +299,16 @@ def shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+@functools.cache  # reading the annotations takes most of the time of a command line
+def _hints(group: type) -> dict[str, Any]:
+    return typing.get_type_hints(group)
+
+
 def fields_of(
     group: type, section: str = "", defaults: Mapping[str, object] | None = None
 ) -> dict[str, FlagSpec]:
     """The flags of one dataclass by name, in order; fields without a flag are left out."""
-    hints, values = typing.get_type_hints(group), defaults or {}
+    hints, values = _hints(group), defaults or {}
     specs: dict[str, FlagSpec] = {}
     for field in dataclasses.fields(group):
         name, flag = field.name, field.metadata.get("flag")
@@ -304,12 +326,13 @@ def parse_text(kind: type, text: str) -> Any:
     return text if kind is str else _number(kind, text)
 
 
-def _number(kind: type, text: str) -> int | float | None:
+def _number(kind: type, text: str) -> Any:
+    """A whole number of at most 4300 digits or a finite number; None if the text is none."""
     try:
         value = kind(text)
-        return value if kind is int or math.isfinite(value) else None
     except ValueError:
         return None
+    return value if kind is int or math.isfinite(value) else None
 
 
 def _value_type(hint: Any) -> tuple[type, bool]:

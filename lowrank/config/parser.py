@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from lowrank.config.flag import TRUTH, FlagSpec, shown
-from lowrank.errors import Refused
+from lowrank.errors import Refused, shortened
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     """argparse of specs, whose errors are one line without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {shortened(message)}; see {self.prog} --help\n")
 
     def add(self, specs: Mapping[str, FlagSpec]) -> None:
         """Flags that append a `GivenValue` to the namespace's list `given`; a section for each group."""

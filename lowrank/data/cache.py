@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank.errors import Refused
-from lowrank.files import atomic
+from lowrank.files import atomic, remove_leftovers
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,6 +43,8 @@ class Cache:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
+        if folder is not None:
+            remove_leftovers(folder)
         self._memory: dict[str, dict[str, Tensor]] = {}
 
     def get(self, key: str) -> dict[str, Tensor]:
@@ -67,10 +67,8 @@ class Cache:
             self._memory[key] = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
             return
         entry = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        unique = self.folder / f".{key}.{uuid.uuid4().hex}"  # two runs may make one entry at the same time
-        with atomic(unique) as part:
+        with atomic(_path(self.folder, key)) as part:  # two runs may make one entry at the same time
             save_file(entry, part, metadata={"key": key, "checksum": _checksum(entry)})
-        os.replace(unique, _path(self.folder, key))
 
     def fill(
         self,

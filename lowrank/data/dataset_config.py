@@ -7,16 +7,16 @@ kohya sd-scripts.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lowrank.config.flag import quoted
 from lowrank.data.dataset import DATASET_FIELDS, SUBSET_FIELDS, Dataset, Subset, make_subset, split_values
 from lowrank.errors import Refused, nearest
-from lowrank.files import parse_toml
+from lowrank.files import CONFIG, parse_json, parse_toml, read_text
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +53,8 @@ def from_config(
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        is_json = path.suffix.lower() == ".json"
-        tree = json.loads(text) if is_json else parse_toml(text, f"dataset_config {path}")
-    except OSError as error:
-        raise Refused(
-            f"dataset_config {path} cannot be read ({error.strerror}); give an existing file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise Refused(f"dataset_config {path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise Refused(f"dataset_config {path} is not JSON: {error}; correct the file") from error
+    text, where = read_text(path, "dataset_config", CONFIG), f"dataset_config {path}"
+    tree = parse_json(text, where) if path.suffix.lower() == ".json" else parse_toml(text, where)
     if not isinstance(tree, dict):
         raise Refused(
             f"dataset_config {path} is a {type(tree).__name__} at the top; write an object with 'datasets'"
@@ -104,7 +94,7 @@ class _Reader:
                 way_out = (
                     " at this level; move it" if elsewhere else f"{nearest(key, known)}; correct or remove it"
                 )
-                raise self._refused(where, f"unknown key {key!r}{way_out}")
+                raise self._refused(where, f"unknown key {quoted(key)}{way_out}")
         return kept
 
     def _attributes(self, where: str, value: object) -> dict[str, Any]:
@@ -162,7 +152,7 @@ class _Reader:
         if not listed and "image_dir" not in values:
             raise self._refused(where, "image_dir is missing; give the folder of this subset's images")
         folder = Path(values.get("image_dir", Path(listed or "").parent))
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise self._refused(
                 where,
                 f"image_dir {folder} is not a folder (seen from {Path.cwd()}); correct the path",
@@ -183,5 +173,5 @@ class _Reader:
 
 
 def _shown(value: object) -> str:
-    kinds = {type(None): "missing", dict: "a table", list: f"the list {value!r}"}
-    return kinds.get(type(value), f"{value!r} ({type(value).__name__})")
+    kinds = {type(None): "missing", dict: "a table", list: f"the list {quoted(value)}"}
+    return kinds.get(type(value), f"{quoted(value)} ({type(value).__name__})")

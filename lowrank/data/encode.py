@@ -46,7 +46,7 @@ def encode_images(
     entry, calls `wait`, and then finds the entries of the other processes. Raises `Refused` when an encoding
     is not finite.
     """
-    paths = sorted({path for image in placed for path in _files(image)})
+    paths = sorted({path for image in placed for path in files_of(image)})
     digests: dict[Path, str] = {}
     unreadable: dict[Path, str] = {}
     for path, (digest, problem) in zip(paths, ahead(_digest, paths, workers=workers), strict=True):
@@ -54,7 +54,7 @@ def encode_images(
     bad = {
         image.example.path: unreadable[path]
         for image in placed
-        for path in _files(image)
+        for path in files_of(image)
         if path in unreadable
     }
     readable = sorted(
@@ -87,7 +87,8 @@ def undecodable(files: Iterable[tuple[Path, Path | None]], *, workers: int = 2) 
     return {path: reason for path, reason in ahead(problem, files, workers=workers) if reason}
 
 
-def _files(image: Placed) -> list[Path]:
+def files_of(image: Placed) -> list[Path]:
+    """The image's file, and that of its mask if it has one."""
     return [image.example.path, *filter(None, [image.example.mask])]
 
 

@@ -22,7 +22,8 @@ from lowrank.data.buckets import crop_box
 from lowrank.data.cache import Cache
 from lowrank.data.captions import draw_caption, possible_captions
 from lowrank.data.dataset import Dataset, Example
-from lowrank.data.encode import Item, encode_images, undecodable
+from lowrank.data.encode import Item, encode_images, files_of, undecodable
+from lowrank.data.images import Content, content_of
 from lowrank.data.plan import Placed
 from lowrank.data.prefetch import ahead
 from lowrank.data.scan import report_bad, scan
@@ -78,6 +79,7 @@ class Loader:
         self.workers, self.rank, self.world = min(workers, os.cpu_count() or 1), 0, 1
         self._cache: Cache | None = None
         self._keys: dict[Item, str] = {}
+        self._content: dict[Path, Content] = {}
         scanned = examples or [scan(dataset, skip_bad_images=skip_bad_images) for dataset in self.datasets]
         trained, self._held_out = plan.split_holdout(self.datasets, scanned, seed)
         self._plan(trained)
@@ -149,10 +151,14 @@ class Loader:
     def decodable(self) -> Loader:
         """This loader after decoding every image once: broken images are refused, or left out and logged.
 
-        For runs without cached latents; `encode_all` checks this too.
+        For runs without cached latents; `encode_all` checks this too. The images are read again in each
+        epoch, and a batch with an image that has changed since raises `Refused`.
         """
         files = dict.fromkeys((image.example.path, image.example.mask) for image in self.placed)
-        return self._without(undecodable(files, workers=self.workers))
+        bad = undecodable(files, workers=self.workers)
+        other = copy.copy(self._without(bad))
+        other._content = {path: content_of(path) for image in other.placed for path in files_of(image)}
+        return other
 
     def _without(self, bad: dict[Path, str]) -> Loader:
         if not bad:
@@ -252,6 +258,12 @@ class Loader:
                 )
             )
             if self._cache is None:
+                for path in files_of(image):
+                    if path in self._content and self._content[path].differs(path):
+                        raise Refused(
+                            f"image {path} has changed since the run began; put the old one back and "
+                            "continue with --resume, or train anew"
+                        )
                 rows.append(_load_pixels(image, flip, stream("crop"), stream("color")))
             else:
                 entry = self._cache.get(self._keys[image, flip])

@@ -7,16 +7,18 @@ read from the images.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lowrank.config.flag import quoted
 from lowrank.data import images
 from lowrank.data.dataset import Subset
 from lowrank.errors import Refused
+from lowrank.files import parse_json, read_text
 
+LIMIT = 256 << 20  # bytes: about a million images
 Entry = tuple[Path, tuple[str, ...]]  # an image and its captions
 
 
@@ -31,11 +33,11 @@ def entries(subset: Subset) -> list[Entry]:
     read = _lines if file.suffix.lower() == ".jsonl" else _object
     stems: dict[str, str] = {}
     captions: dict[Path, tuple[str, ...]] = {}
-    for name, entry in read(file, _text(file)):
+    for name, entry in read(file, read_text(file, "metadata_file", LIMIT)):
         if not isinstance(entry, dict):
             raise Refused(
-                f"metadata_file {file}: entry {name!r} is {entry!r}, not an object with a 'caption'; "
-                "write an object"
+                f"metadata_file {file}: entry {quoted(name)} is {quoted(entry)}, not an object with a "
+                "'caption'; write an object"
             )
         if os.path.splitext(name)[1].lower() not in images.suffixes():
             stems = stems or _stems(subset.image_dir)
@@ -46,28 +48,8 @@ def entries(subset: Subset) -> list[Entry]:
     return sorted(captions.items())
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refused(
-            f"metadata_file {file} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
-        ) from error
-    except OSError as error:
-        raise Refused(
-            f"metadata_file {file} cannot be read ({error.strerror}); give an existing file"
-        ) from error
-
-
-def _parsed(file: Path, text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise Refused(f"metadata_file {file} is not JSON{where}: {error}; correct the file") from error
-
-
 def _object(file: Path, text: str) -> Iterator[tuple[str, Any]]:
-    tree = _parsed(file, text, "")
+    tree = parse_json(text, f"metadata_file {file}")
     if not isinstance(tree, dict):
         raise Refused(
             f"metadata_file {file} is a {type(tree).__name__} at the top; it must map images to entries"
@@ -79,7 +61,7 @@ def _lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        entry = _parsed(file, line, f" in line {number}")
+        entry = parse_json(line, f"metadata_file {file}, line {number}")
         name = entry.get("image_path") if isinstance(entry, dict) else None
         if not isinstance(name, str):
             raise Refused(
@@ -89,7 +71,7 @@ def _lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _stems(folder: Path) -> dict[str, str]:
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     known = images.suffixes()
     return {os.path.splitext(name)[0]: name for name in names if os.path.splitext(name)[1].lower() in known}
 
@@ -100,7 +82,8 @@ def _captions(file: Path, name: str, entry: dict[str, Any], subset: Subset) -> t
     for key, text in (("caption", caption), ("tags", tags)):
         if not isinstance(text, str):
             raise Refused(
-                f"metadata_file {file}: {key} of {name!r} is {text!r}, not a text; put it in quotes"
+                f"metadata_file {file}: {key} of {quoted(name)} is {quoted(text)}, not a text; put it in "
+                "quotes"
             )
     lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
     tags = tags.replace("\n", subset.captions.caption_separator).strip()

@@ -15,25 +15,16 @@ from lowrank.data.captions import varies_tags
 from lowrank.data.dataset import Dataset, Example, Subset, describe_content
 from lowrank.data.plan import place_image
 from lowrank.errors import Refused
-from lowrank.files import existing_folder
+from lowrank.files import existing_folder, read_text
 
 log = logging.getLogger(__name__)
 _SKIP = "or give --skip_bad_images"
 # endings of pictures that no training reads; kohya's scripts leave them out without a word
 _UNREAD = (
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".jfif",
-    ".jpe",
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jxl",
-    ".psd",
-    ".tga",
-    ".ico",
+    *(".gif", ".tif", ".tiff", ".jfif", ".jpe", ".heic"),
+    *(".heif", ".avif", ".jxl", ".psd", ".tga", ".ico"),
 )
+LIMIT = 1 << 20  # bytes of a caption file; encoders read a few hundred words of a caption
 
 
 def _is_file(entry: os.DirEntry) -> bool:
@@ -179,17 +170,7 @@ def _check_place(path: Path, size: tuple[int, int], dataset: Dataset) -> None:
 
 def _read_captions(path: Path, subset: Subset) -> tuple[str, ...]:
     file = path.with_name(path.stem + (subset.captions.caption_extension or ""))
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refused(
-            f"caption file {file} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8, "
-            f"{_SKIP}"
-        ) from error
-    except OSError as error:
-        raise Refused(
-            f"caption file {file} cannot be read ({error.strerror}); check its permissions, {_SKIP}"
-        ) from error
+    text = read_text(file, "caption file", LIMIT, "give --skip_bad_images")
     lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
         raise Refused(

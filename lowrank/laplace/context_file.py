@@ -30,7 +30,7 @@ from torch import Tensor
 from lowrank.adapters.penalty import Spectrum
 from lowrank.adapters.targets import Layer, dense_weight
 from lowrank.errors import Refused
-from lowrank.tensors import read_tensors, write_tensors
+from lowrank.tensors import is_plain, read_tensors, write_tensors
 
 KIND = "lalora_context"
 CURVATURES = ("kfac", "kfac_lr", "diag", "lora_diag")
@@ -123,7 +123,7 @@ def read_context(path: str | Path) -> Context:
 
 
 def _check_values(path: str | Path, key: str, value: Tensor, signed: bool) -> None:
-    if not value.is_floating_point() or not torch.isfinite(value).all():
+    if not is_plain(value):
         raise Refused(f"{key} in {path} has NaN or infinite values; {_AGAIN}")
     if not signed and (value < 0).any():
         raise Refused(f"{key} in {path} is below 0, a curvature cannot be; {_AGAIN}")

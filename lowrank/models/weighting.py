@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 STEP = 1.1  # factor of one pair of brackets
-_PIECE = re.compile(r"\\[()\[\]\\]|\\|[(\[]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[)\]]|[^\\()\[\]:]+|:")
+DEEPEST = 64  # nested brackets of one kind that count: 1.1^64 is 445, and time grows with depth × length
+_NUMBER = r"[+-]?(?:\d{1,9}(?:\.\d{0,99})?|\.\d{1,99})"
+_PIECE = re.compile(rf"\\[()\[\]\\]|\\|[(\[]|:\s*({_NUMBER})\s*\)|[)\]]|[^\\()\[\]:]+|:")
 
 
 def weighted(caption: str) -> list[tuple[str, float]]:
@@ -17,7 +20,8 @@ def weighted(caption: str) -> list[tuple[str, float]]:
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def close(bracket: str, factor: float) -> None:
-        for part in parts[opened[bracket].pop() :]:
+        start = opened[bracket].pop()
+        for part in parts[start:] if len(opened[bracket]) < DEEPEST else ():
             part[1] *= factor
 
     for match in _PIECE.finditer(caption):
@@ -35,10 +39,5 @@ def weighted(caption: str) -> list[tuple[str, float]]:
     for bracket, factor in (("(", STEP), ("[", 1 / STEP)):  # never closed: to the end
         while opened[bracket]:
             close(bracket, factor)
-    merged: list[tuple[str, float]] = []
-    for text, weight in parts:
-        if merged and merged[-1][1] == weight:
-            merged[-1] = (merged[-1][0] + text, weight)
-        else:
-            merged.append((text, weight))
-    return merged or [("", 1.0)]
+    groups = itertools.groupby(parts, lambda part: part[1])
+    return [("".join(text for text, _ in group), weight) for weight, group in groups] or [("", 1.0)]

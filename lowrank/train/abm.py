@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -27,10 +26,12 @@ from tqdm import tqdm
 
 from lowrank.adapters.method import Warmup, WarmupBatches
 from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.network_module import network_named
 from lowrank.adapters.targets import as_passed
 from lowrank.config.flags_training import Abm
 from lowrank.data.loader import Batch, Loader
 from lowrank.errors import Refused
+from lowrank.files import parse_json
 from lowrank.models.family import DTYPES, Models
 from lowrank.naming import keys
 from lowrank.tensors import has_values, read_tensors
@@ -93,19 +94,17 @@ def load_teacher(
     if not state:
         return None
     name = facts.get("ss_network_module", "networks.lora")
-    networks = network_module.find_module(name)
-    facade = network_module.facade_of(networks)
+    facade = network_named(name.removeprefix("networks."))
     if facade is None:
         raise Refused(
             f"the teacher {path} was made by {name}, and ABM reads only adapters of the modules in "
             "networks/; give another file"
         )
-    try:
-        given = json.loads(facts.get("ss_network_args") or "{}")
-        arguments = {key: value for key, value in given.items() if key in facade.known}
-    except (ValueError, AttributeError) as error:
-        raise Refused(f"ss_network_args in {path} is not a JSON object; use another file") from error
-    made, _ = networks.create_network_from_weights(
+    given = parse_json(facts.get("ss_network_args") or "{}", f"ss_network_args in {path}")
+    if not isinstance(given, dict):
+        raise Refused(f"ss_network_args in {path} is not a JSON object; use another file")
+    arguments = {key: value for key, value in given.items() if key in facade.known}
+    made, _ = facade.create_network_from_weights(
         1.0,
         path,
         None,

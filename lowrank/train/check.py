@@ -8,12 +8,12 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
 from lowrank.adapters.targets import as_passed
 from lowrank.config.train import TrainOptions, declared
+from lowrank.data import images
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import sha256, writable_folder
@@ -29,7 +29,6 @@ from lowrank.train.network_module import KohyaNetwork, report_unused
 logger = logging.getLogger(__name__)
 
 _CACHE_ARGUMENTS = ("basis_cache", "svd_cache_path")  # network arguments that name a cache folder
-_BEGINNING = 1 << 16  # bytes of a picture that are hashed; with its size they distinguish it from others
 
 
 # ------------------------------------------------------------------ before the model is read
@@ -49,7 +48,7 @@ def check_paths(options: TrainOptions, names: Names) -> Checkpoint | None:
             raise Refused(f"--{name}: {refused}") from refused
     resumed = None
     if resume:
-        resumed = checkpoints.read_checkpoint(checkpoints.find_state(resume, names.output_dir))
+        resumed = checkpoints.find_checkpoint(resume, names.output_dir)
     if options.train.dry_run:
         return resumed
     writable_folder(names.output_dir)
@@ -119,7 +118,7 @@ def run_fingerprint(job: RunningJob, loader: Loader, models: Models) -> dict[str
     pictures = [
         (
             e.path.name,
-            *(_picture_id(path) for path in (e.path, e.mask) if path),
+            *(images.content_of(path)[1:] for path in (e.path, e.mask) if path),
             e.captions,
             e.repeats,
             e.is_reg,
@@ -142,11 +141,6 @@ def run_fingerprint(job: RunningJob, loader: Loader, models: Models) -> dict[str
     return json.loads(json.dumps(facts))
 
 
-def _picture_id(picture: Path) -> tuple[int, str]:
-    """A picture's size in bytes and the hash of its beginning: fast enough for 100,000 pictures."""
-    return picture.stat().st_size, sha256(picture, _BEGINNING)
-
-
 def _content(argument: str) -> str:
     """A network argument, or the hash of the file that it names: the file may move, but not change."""
     return checkpoints.CONTENT + sha256(argument) if os.path.isfile(argument) else argument
@@ -164,8 +158,11 @@ def check_resumed(job: RunningJob, fingerprint: Mapping[str, object], steps: int
 
 
 def refuse_ended(job: RunningJob, step: int, steps: int) -> None:
-    """Raise `Refused` for a state past the last step, or at the last step of a run with its final file."""
-    if step > steps or (step == steps and job.names.final().exists()):
+    """Raise `Refused` for a state past the last step, or at the last step of a run with its final files."""
+    final, saving = job.names.final(), job.options.saving
+    with_state = saving.save_state or saving.save_state_on_train_end
+    whole = final.exists() and (not with_state or job.names.state(final).exists())
+    if step > steps or (step == steps and whole):
         raise Refused(
             f"{job.options.train.resume} is at step {step} and the run ends at {steps}; raise "
             "--max_train_steps or --max_train_epochs to continue from it"

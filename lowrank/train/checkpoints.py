@@ -6,24 +6,31 @@ lists every file with its SHA-256, so that an incomplete or altered folder is re
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-from collections.abc import Iterable, Mapping
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LambdaLR
 
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
-from lowrank.files import atomic_folder, part_of, sha256
+from lowrank.files import atomic_folder, parse_json, part_of, read_text, remove, sha256
+from lowrank.tensors import NOT_A_PICKLE
 from lowrank.train.network_module import KohyaNetwork
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 DIFFUSERS, KOHYAS = "pytorch_lora_weights", "last"  # stems of the final file without --output_name
 STATE = "train_state.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,22 +115,29 @@ def save_state(
     accelerator.wait_for_everyone()
 
 
-def find_state(wanted: str, output_dir: Path) -> Path:
-    """The folder for `--resume`: a path, a name in `output_dir`, or the "latest" whole `checkpoint-N`."""
-    if wanted == "latest":
-        candidates = checkpoints(output_dir)
-        if not candidates:
-            raise Refused(
-                f"there is no checkpoint-N folder in {output_dir} to resume from; leave --resume out to "
-                "start anew"
-            )
-        return candidates[-1]
-    for folder in (Path(wanted), output_dir / wanted):
-        if folder.is_dir():
-            return folder
+def find_checkpoint(wanted: str, output_dir: Path) -> Checkpoint:
+    """The checkpoint for `--resume`: a path, a name in `output_dir`, or the "latest" whole `checkpoint-N`.
+
+    Raises `Refused`. With "latest", damaged checkpoints are left out with a warning.
+    """
+    if wanted != "latest":
+        for folder in (wanted, os.path.join(output_dir, wanted)):
+            if os.path.isdir(folder):
+                return read_checkpoint(Path(folder))
+        raise Refused(
+            f"the folder {wanted} to resume from does not exist, neither as a path nor in {output_dir}; name "
+            'a checkpoint-N or -state folder, or "latest"'
+        )
+    folders = checkpoints(output_dir)[::-1]
+    for folder in folders:
+        try:
+            return read_checkpoint(folder)
+        except Refused as refused:
+            if folder == folders[-1]:
+                raise
+            logger.warning("%s; --resume latest takes the one before it", refused)
     raise Refused(
-        f"the folder {wanted} to resume from does not exist, neither as a path nor in {output_dir}; name a "
-        'checkpoint-N or -state folder, or "latest"'
+        f"there is no checkpoint-N folder in {output_dir} to resume from; leave --resume out to start anew"
     )
 
 
@@ -164,23 +178,34 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises `Refused` for a folder that is not as `save_state` wrote it.
     """
+    state = _state_of(folder)
+    for name, digest in state["files"].items():
+        if not os.path.isfile(folder / name) or sha256(folder / name) != digest:
+            raise Refused(
+                f"{folder} is damaged: {name} is missing or altered; resume from an earlier checkpoint"
+            )
+    return Checkpoint(folder, state["run"], *(state[name] for name in _COUNTS))
+
+
+_COUNTS = ("current_step", "current_epoch", "position")
+
+
+def _state_of(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's list of files. Raises `Refused` unless it is complete."""
     try:
-        state = json.loads((folder / STATE).read_text())
-        counts = [state[name] for name in ("current_step", "current_epoch", "position")]
+        state = parse_json(read_text(folder / STATE, "the list of files"), folder / STATE)
+        counts = [state[name] for name in _COUNTS]
         whole = all(type(count) is int and count >= 0 for count in (*counts, state["run"].get("seed", 0)))
-        if not (whole and {WEIGHTS, "optimizer.bin"} <= state["files"].keys()):
+        # a name with a folder would be outside the checkpoint
+        plain = all(name and Path(name).name == name for name in state["files"])
+        if not (whole and plain and {WEIGHTS, "optimizer.bin"} <= state["files"].keys()):
             raise ValueError("its entries are not those of a checkpoint")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
             f"{folder} is not a whole checkpoint of this program: {STATE} is missing or unreadable; resume "
             "from an earlier one, or start from its weights with --network_weights"
         ) from error
-    for name, digest in state["files"].items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise Refused(
-                f"{folder} is damaged: {name} is missing or altered; resume from an earlier checkpoint"
-            )
-    return Checkpoint(folder, state["run"], *counts)
+    return state
 
 
 def agree(checkpoint: Checkpoint, run: Mapping[str, object]) -> None:
@@ -224,6 +249,23 @@ def as_resumed(run: Mapping[str, object], checkpoint: Checkpoint, loader: Loader
     return {**run, **kept}
 
 
+@contextlib.contextmanager
+def reading_state(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise `Refused` for what a damaged or malicious file of a checkpoint raises while it is read.
+
+    Its code is never run; torch's own message advises to run it.
+    """
+    try:
+        yield
+    except (Refused, torch.OutOfMemoryError):
+        raise
+    except NOT_A_PICKLE as error:
+        raise Refused(
+            f"a file in {checkpoint.folder} is damaged, or holds more than tensors and numbers, and code in "
+            "it is not run; resume from another checkpoint, or start from its weights with --network_weights"
+        ) from error
+
+
 def load_state(
     checkpoint: Checkpoint,
     accelerator: Accelerator,
@@ -238,8 +280,9 @@ def load_state(
     of these come again. Raises `Refused` if the checkpoint belongs to another run.
     """
     agree(checkpoint, as_resumed(run, checkpoint, loader))
-    network.load_weights(str(checkpoint.folder / WEIGHTS))
-    accelerator.load_state(str(checkpoint.folder))
+    with reading_state(checkpoint):
+        network.load_weights(str(checkpoint.folder / WEIGHTS))
+        accelerator.load_state(str(checkpoint.folder))
     accelerator.step = 0  # of micro-batches: a checkpoint is at the end of a step
     before, now = checkpoint.processes, accelerator.num_processes
     if before != now:
@@ -263,20 +306,34 @@ def _count_again(accelerator: Accelerator, before: int, now: int) -> None:
         schedule.last_epoch = schedule.last_epoch * now // before
 
 
-def remove(path: Path) -> None:
-    """Delete a file or a folder."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def prune(folders: list[Path], keep: int | None, newest: Path) -> None:
-    """Delete the oldest folders until `keep` remain (None: keep all); `newest` is never deleted."""
-    others = sorted((f for f in folders if f != newest), key=lambda folder: folder.stat().st_mtime_ns)
+    """Delete folders until `keep` remain (None: keep all): broken ones first, then those of the first steps.
+
+    `newest` is never deleted. The time of a folder does not count: a clock may be set back.
+    """
+    others = sorted(set(folders) - {newest}, key=lambda folder: (_is_whole(folder), _step(folder)))
     for path in others[: max(0, len(others) + 1 - keep)] if keep else []:
         remove(path)
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint has all of its files; their content is not compared."""
+    try:
+        names = _state_of(folder)["files"]
+    except Refused:
+        return False
+    return all((folder / name).is_file() for name in names)
+
+
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")
+
+
+def _step(folder: Path) -> int:
+    match = _CHECKPOINT.fullmatch(folder.name)
+    return int(match[1]) if match else 0
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
-    """`checkpoint-N` folders, oldest first."""
-    return sorted(
-        (p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:])
-    )
+    """`checkpoint-N` folders, by their step."""
+    folders = (path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name))
+    return sorted(folders, key=_step)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import importlib.metadata
-import platform
 import sys
 import time
 from collections import deque
@@ -17,16 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from lowrank.config.flag import parse_text
 from lowrank.errors import Refused
 from lowrank.files import atomic
 
 INTERVAL = 30.0  # seconds between two lines of progress where the output is no terminal
 BINS = 4  # of the timestep range 0..1000
 BIN_NAMES = tuple(f"t{1000 * i // BINS}-{1000 * (i + 1) // BINS}" for i in range(BINS))
-_PACKAGES = (
-    *("torch", "diffusers", "transformers", "accelerate"),
-    *("safetensors", "bitsandbytes", "numpy", "pillow"),
-)
 
 
 class Meter:
@@ -101,7 +95,7 @@ class RunLog:
         rows = []
         if step and self._csv.is_file():
             with open(self._csv, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                rows = [row for row in csv.DictReader(file) if _is_row(row, step)]
         with atomic(self._csv) as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
             writer.writeheader()
@@ -192,14 +186,8 @@ class RunLog:
         self._accelerator.end_training()
 
 
-def describe_run(folder: Path, config: str, command: str) -> None:
-    """Write config.toml, every option of the run, and versions.txt, the packages, device and command."""
-    with atomic(folder / "config.toml") as part:
-        part.write_text(config)
-    versions = [f"python=={platform.python_version()}"]
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{name}=={importlib.metadata.version(name)}")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    with atomic(folder / "versions.txt") as part:
-        part.write_text("\n".join([*versions, f"# device: {device}", f"# command: {command}"]) + "\n")
+def _is_row(row: Mapping[str | None, str | None], last: int) -> bool:
+    """Whether a row of loss.csv is whole and of a step up to `last`; a kill can leave a part of a row."""
+    step, loss = row.get("step") or "", row.get("loss") or ""
+    whole = None not in row.values() and step.isdecimal() and parse_text(float, loss) is not None
+    return whole and int(step) <= last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -82,6 +83,12 @@ class Preview:
     every_epochs: int | None = None
     every_steps: int | None = None
     together: bool = False  # every process draws, because they share one sharded model; the first one saves
+
+    def drawn(self, tag: str) -> bool:
+        """Whether every picture of a `tag` is in the folder."""
+        stem = f"{self.name}_" if self.name else ""
+        count = len(list(self.folder.glob(f"{glob.escape(stem + tag)}_*.png")))
+        return count >= len(self.prompts) * self.per_prompt
 
     def run(self, accelerator: Accelerator, network: nn.Module, tag: str, step: int) -> list[Path]:
         """Draw every prompt on the main process to `{name_}{tag}_{index:02d}_{time}_{seed}.png`.

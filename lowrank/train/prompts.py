@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import re
@@ -11,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank.config.flag import SEEDS
-from lowrank.errors import Refused, nearest
-from lowrank.files import decoded, parse_toml
+from lowrank.config.flag import SEEDS, quoted
+from lowrank.errors import Refused, nearest, shortened
+from lowrank.files import parse_json, parse_toml, read_text
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +74,10 @@ def _value(where: str, key: str, value: Any) -> Any:
             read = kind(value)
     cut = kind is int and isinstance(value, float) and read != value
     if read is None or cut or (kind is float and not math.isfinite(read)):
-        raise Refused(f"{where}: {key} {value!r} is not {_WORDS[kind]}")
+        raise Refused(f"{where}: {key} {quoted(value)} is not {_WORDS[kind]}")
     low, high = _LIMITS.get(key, (None, None))
     if low is not None and not low <= read <= high:
-        raise Refused(f"{where}: {key} {value} is not between {low} and {high}")
+        raise Refused(f"{where}: {key} {shortened(str(value), 160)} is not between {low} and {high}")
     return read
 
 
@@ -86,7 +85,7 @@ def _checked(where: str, values: dict[str, Any], default: Prompt, step: int) -> 
     for key in values:
         if key not in _KINDS:
             raise Refused(
-                f"{where} has the unknown key {key!r}{nearest(key, _KINDS)}; known: {', '.join(_KINDS)}"
+                f"{where} has the unknown key {quoted(key)}{nearest(key, _KINDS)}; known: {', '.join(_KINDS)}"
             )
     prompt = replace(default, **{key: _value(where, key, value) for key, value in values.items()})
     return rounded(prompt, step)
@@ -111,7 +110,7 @@ def parse_line(line: str, default: Prompt, where: str = "the prompt", step: int 
         if name is None:
             known = " ".join(f"--{letter}" for letter in _LETTERS)
             why = "is for other models" if letter.lower() in _OTHERS else "is unknown"
-            raise Refused(f"{where}: option --{letter} {why}; a prompt line knows {known}")
+            raise Refused(f"{where}: option --{letter:.40} {why}; a prompt line knows {known}")
         values[name] = value.strip()
     return _checked(where, values, default, step)
 
@@ -122,15 +121,7 @@ def read_prompts(
     """The prompts of a file. `.txt`: a prompt per line, `#` comments. `.toml`: `[prompt]` defaults and
     `[[prompt.subset]]`. `.json`: a list of lines or objects. Raises `Refused` naming file and entry."""
     path = Path(path)
-    try:
-        text = decoded(path.read_bytes())
-    except OSError as error:
-        raise Refused(f"{flag} {path} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise Refused(
-            f"{flag} {path} is neither UTF-8 nor UTF-16 ({error.reason} at byte {error.start}); save it as "
-            "UTF-8"
-        ) from error
+    text = read_text(path, flag)
     if path.suffix == ".txt":
         lines = [(f"{path} line {i}", line.strip()) for i, line in enumerate(text.splitlines(), 1)]
         entries: list[tuple[str, Any]] = [(where, line) for where, line in lines if line and line[0] != "#"]
@@ -164,10 +155,7 @@ def _toml_entries(path: Path, text: str) -> list[tuple[str, Any]]:
 
 
 def _json_entries(path: Path, text: str) -> list[tuple[str, Any]]:
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{path} is not JSON: {error}") from error
+    entries = parse_json(text, path)
     if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
         raise Refused(f'{path} is not a list of prompt lines, or of objects like {{"prompt": "a cat"}}')
     for entry in entries:

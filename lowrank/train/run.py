@@ -16,7 +16,7 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.rates import decay_targets
 from lowrank.config.flag import pairs
 from lowrank.data.loader import Loader
-from lowrank.files import only_writer
+from lowrank.files import only_writer, remove_leftovers
 from lowrank.models import memory
 from lowrank.models.family import Models
 from lowrank.train import (
@@ -37,11 +37,13 @@ from lowrank.train import (
 from lowrank.train.attach import adapt, changes_text, keep_vae, load_components, merge_base_weights
 from lowrank.train.checkpoints import Checkpoint, Names, Progress, as_resumed
 from lowrank.train.job import RunningJob, TrainJob
-from lowrank.train.log import RunLog, describe_run
+from lowrank.train.log import RunLog
 from lowrank.train.loop import Run, loss_components, run_forward, train
 from lowrank.train.network_module import KohyaNetwork, facade_of, find_module, optimizer_groups
+from lowrank.train.phases import phase
 from lowrank.train.preview import preview_prompts, run_preview
 from lowrank.train.prompts import Prompt
+from lowrank.train.record import begin_record
 from lowrank.train.saving import Saver
 from lowrank.train.schedule import RunPlan, build_scheduler, check_schedule, plan_run
 from lowrank.train.text_conditions import TextConditions, text_conditions
@@ -79,6 +81,9 @@ def launch(job: TrainJob) -> int:
     )
     writes = accelerator.is_main_process and not options.train.dry_run
     with peers.watched(accelerator), only_writer(folder) if writes else contextlib.nullcontext():
+        if writes:
+            remove_leftovers(folder, locked=True)
+            remove_leftovers(folder / "sample")
         return _launch(running)
 
 
@@ -118,19 +123,23 @@ def _launch(job: RunningJob) -> int:
 
     prompts = preview_prompts(job, models)
     texts = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
-    load_components(job, models, ("text", "vae"))
-    if text_merged := changes_text(job):
-        load_components(job, models, ("denoiser",))  # a file is merged into both in one call
-        merge_base_weights(job, models)
-    text = text_conditions(job, models, [loader] if held_out is None else [loader, held_out], texts)
-    loader = data.encode_latents(job, loader, models)
-    if held_out is not None:
-        held_out = data.encode_latents(job, held_out, models)
+    text_merged = changes_text(job)
+    with phase("encoding the captions", "free memory, or give --mixed_precision bf16"):
+        load_components(job, models, ("text", "vae"))
+        if text_merged:
+            load_components(job, models, ("denoiser",))  # a file is merged into both in one call
+            merge_base_weights(job, models)
+        text = text_conditions(job, models, [loader] if held_out is None else [loader, held_out], texts)
+    with phase("encoding the pictures", "give --vae_batch_size 1 and a lower --resolution"):
+        loader = data.encode_latents(job, loader, models)
+        if held_out is not None:
+            held_out = data.encode_latents(job, held_out, models)
     keep_vae(models, loader.encoded and (held_out is None or held_out.encoded), bool(prompts))
-    load_components(job, models, ("denoiser",))
-    if not text_merged:
-        merge_base_weights(job, models)
-    network = adapt(job, models, text.encoders)
+    with phase("reading the denoiser and making the adapter", "give --fp8_base or a lower --network_dim"):
+        load_components(job, models, ("denoiser",))
+        if not text_merged:
+            merge_base_weights(job, models)
+        network = adapt(job, models, text.encoders)
     return _train(job, models, loader, held_out, text, prompts, network)
 
 
@@ -225,7 +234,7 @@ def _start_or_resume(job: RunningJob, run: Run, saver: Saver, held_out: Loader |
         saver.finish(progress)  # the run had stopped between its last checkpoint and its final file
         return 0
     if job.accelerator.is_main_process:
-        describe_run(job.names.output_dir, job.config(options), job.command)
+        begin_record(job.names, job.config(options), job.command, resumed=job.resumed is not None)
     setup.start_trackers(job)
     setup.announce(job, run.loader, _plan(job, run.loader), run.network)
     if job.resumed is None:
@@ -236,7 +245,16 @@ def _start_or_resume(job: RunningJob, run: Run, saver: Saver, held_out: Loader |
     if options.sampling.sample_at_first and progress.step == 0:
         saver.draw("e000000", 0)
     try:
-        with _stoppable(saver), memory.tf32(options.train.allow_tf32), optim.training(run.optimizer):
+        change = (
+            "give --gradient_checkpointing, --train_batch_size 1, a lower --resolution or --network_dim, or "
+            "--fp8_base"
+        )
+        with (
+            phase("training", change, saver.last_checkpoint),
+            _stoppable(saver),
+            memory.tf32(options.train.allow_tf32),
+            optim.training(run.optimizer),
+        ):
             progress = train(run, progress)
         if not saver.stopped:
             saver.finish(progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from lowrank.data.loader import Loader
-from lowrank.train import checkpoints, hub, metadata, optim
+from lowrank.files import remove
+from lowrank.train import checkpoints, metadata, optim
 from lowrank.train.checkpoints import Checkpoint, Progress
 from lowrank.train.ema import Ema
+from lowrank.train.hub import Uploads
 from lowrank.train.job import RunningJob
 from lowrank.train.layer_sampling import LayerSampler
 from lowrank.train.log import RunLog
 from lowrank.train.network_module import KohyaNetwork
+from lowrank.train.phases import phase
 from lowrank.train.preview import Preview
 from lowrank.train.schedule import RunPlan
 from lowrank.train.validation import ValidationLoss
@@ -46,7 +50,8 @@ class Saver:
         validation: ValidationLoss | None,
         layer_sampler: LayerSampler | None,
     ) -> None:
-        self._options, self._hub, self._names = job.options.saving, job.options.hub, job.names
+        self._options, self._names = job.options.saving, job.names
+        self._uploads = Uploads(job.options.hub)
         self._accelerator, self._network, self._optimizer = job.accelerator, network, optimizer
         self._run_metadata, self._fingerprint, self._plan = metadata, fingerprint, plan
         self._log, self._preview, self._validation = log, preview, validation
@@ -82,6 +87,7 @@ class Saver:
             self._save_checkpoint(progress)
             self.stopped = True
             self._log.message(f"stopped after step {step}; continue with --resume {self._last_checkpoint}")
+            self._uploads.finish()
         return self.stopped
 
     def after_epoch(self, progress: Progress) -> None:
@@ -107,6 +113,7 @@ class Saver:
         self._save_adapter(final, progress, options.save_state or options.save_state_on_train_end)
         self.draw("final", progress.step)
         self._log.message(f"model saved. {final}")
+        self._uploads.finish()
 
     def after_warmup(self) -> None:
         """Restart the average: the warm-up stages changed the adapter's values."""
@@ -121,7 +128,8 @@ class Saver:
 
     def draw(self, tag: str, step: int) -> None:
         """Draw the pictures of the adapter as it would be saved."""
-        with self._averaged():
+        change = "draw smaller pictures, with --w and --h in a file of --sample_prompts, or none"
+        with self._averaged(), phase("drawing pictures", change, self.last_checkpoint):
             self._preview.run(self._accelerator, self._network, tag, step)
 
     def _validate(self, validation: ValidationLoss, kind: str, count: int) -> None:
@@ -136,17 +144,21 @@ class Saver:
             with self._averaged():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._network.save_weights(str(path), _PRECISIONS[precision], self._metadata(progress))
-            hub.upload(self._hub, path)
         self._accelerator.wait_for_everyone()
         if with_state:
             self._save_state(self._names.state(path), progress)
+        if self._accelerator.is_main_process:  # after the state: an upload can fail or take long
+            self._uploads.upload(path)
 
     def _save_checkpoint(self, progress: Progress) -> None:
         folder = self._names.checkpoint(progress.step)
         self._save_state(folder, progress)
+        self._prune(folder)
+
+    def _prune(self, newest: Path) -> None:
         if self._accelerator.is_main_process:
             limit = self._options.checkpoints_total_limit
-            checkpoints.prune(checkpoints.checkpoints(self._names.output_dir), limit, folder)
+            checkpoints.prune(checkpoints.checkpoints(self._names.output_dir), limit, newest)
 
     def _save_state(self, folder: Path, progress: Progress) -> None:
         self._log.message(f"saving checkpoint: {folder}")
@@ -166,14 +178,57 @@ class Saver:
         progress = checkpoints.load_state(
             checkpoint, self._accelerator, self._network, self._fingerprint, loader
         )
-        for part in self._stateful:
-            part.load(checkpoint.folder)
+        with checkpoints.reading_state(checkpoint):
+            for part in self._stateful:
+                part.load(checkpoint.folder)
         self._last_checkpoint = checkpoint.folder
         self._log.message(
             f"resumed from {checkpoint.folder}: step {progress.step}, epoch {progress.epoch + 1}, batch "
             f"{progress.position + 1}"
         )
+        if os.path.realpath(checkpoint.folder.parent) == os.path.realpath(self._names.output_dir):
+            self._write_owed(progress, checkpoint.folder.name)
         return progress
+
+    def _write_owed(self, progress: Progress, resumed: str) -> None:
+        """Do what a killed run had still to do when it wrote the checkpoint that this run resumes from.
+
+        These are the adapter file, the state folder and the pictures of this step or epoch, and the removal
+        of old ones. Old checkpoint-N folders are removed where this one is the newest.
+        """
+        names, step, epoch = self._names, progress.step, progress.epoch
+        newest = checkpoints.checkpoints(names.output_dir)[-1:]
+        if newest and newest[0].name == resumed:
+            self._prune(newest[0])
+        if step < self._plan.steps:
+            every, pictures = self._options.save_every_n_steps, self._preview.every_steps
+            self._owed(progress, step, every, names.step, pictures, f"{step:06d}", self._remove_old_steps)
+        if progress.position == 0 and epoch:  # the state of an epoch
+            every, pictures, tag = self._every_epochs, self._preview.every_epochs, f"e{epoch:06d}"
+            self._owed(progress, epoch, every, names.epoch, pictures, tag, self._remove_old_epochs)
+
+    def _owed(
+        self,
+        progress: Progress,
+        count: int,
+        every: int | None,
+        name: Callable[[int], Path],
+        pictures: int | None,
+        tag: str,
+        remove_old: Callable[[int], None],
+    ) -> None:
+        path, wants_state = name(count), self._options.save_state
+        lacks_file, lacks_state = not path.exists(), wants_state and not self._names.state(path).exists()
+        lacks_pictures = _due(count, pictures) and not self._preview.drawn(tag)
+        self._accelerator.wait_for_everyone()  # before the main process changes what the others look at
+        if _due(count, every):
+            if lacks_file:
+                self._save_adapter(path, progress, lacks_state)
+            elif lacks_state:
+                self._save_state(self._names.state(path), progress)
+            remove_old(count)
+        if lacks_pictures:
+            self.draw(tag, progress.step)
 
     def _metadata(self, progress: Progress) -> dict[str, str]:
         epoch = progress.epoch + (progress.position > 0)
@@ -222,4 +277,4 @@ class Saver:
         for limit, path_of in ((files, name), (states or files, lambda n: self._names.state(name(n)))):
             if limit and old(limit) > 0 and (path := path_of(old(limit))).exists():
                 self._log.message(f"removing old checkpoint: {path}")
-                checkpoints.remove(path)
+                remove(path)

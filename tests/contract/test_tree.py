@@ -150,6 +150,30 @@ def test_imports_of_networks(file):
         )
 
 
+# Every function that imports a module by a name, and what the name is from: the last alone may use a file.
+IMPORTERS = {
+    "lowrank/_moved.py": "old paths",
+    "lowrank/cli/run.py": "the scripts",
+    "lowrank/train/optim.py": "--optimizer_type and --lr_scheduler_type",
+    "lowrank/train/network_module.py": "--network_module, in find_module",
+    "lowrank/adapters/network_module.py": "network_named: networks.<identifier> with a façade of ours",
+}
+FIND_MODULE = {"lowrank/train/run.py", "lowrank/cli/resolve.py"}  # names from the command line and its files
+
+
+def test_modules_are_imported_by_name_in_few_places():
+    """A file of a stranger must not choose what is imported: readers call `network_named`."""
+    importers, finders = [], set()
+    for file in python_files("lowrank", "networks", "comfyui"):
+        for node in (node for node in ast.walk(parsed(file)) if isinstance(node, ast.Call)):
+            called = ast.unparse(node.func)
+            assert called not in ("exec", "eval", "__import__", "compile"), f"{name(file)}:{node.lineno}"
+            importers += [name(file)] if called.endswith("import_module") else []
+            finders |= {name(file)} if called.endswith("find_module") else set()
+    # cli/run.py has two: a command line, and its program
+    assert sorted(importers) == sorted([*IMPORTERS, "lowrank/cli/run.py"]) and finders == FIND_MODULE
+
+
 def test_networks_has_no_init():
     """With one, Python would not merge the folder with a kohya checkout's `networks` on the same path."""
     assert not (ROOT / "networks" / "__init__.py").exists()

@@ -183,7 +183,7 @@ def test_merge_scales_the_text_encoder_adapter(arguments, line, tmp_path):
         (("--style_weights", "0.5,0.50"), "listed twice"),
         (("--style_weights", "-0.0,0"), "listed twice"),
         ((), "here/style does not exist"),
-        (("--style_lora_path", "x" * 5000), "does not exist"),
+        (("--style_lora_path", "x" * 5000), "has a name of over 255 bytes"),
     ],
 )
 def test_merge_refuses_before_loading(flags, words, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from repository import ROOT
 
-IMPORTED = ("lowrank.cli.flux_train", "lowrank.cli.sd_train", "networks.effilora")
+IMPORTED = ("lowrank.cli.flux_train", "lowrank.cli.sd_train", "lowrank.cli.train_jobs", "networks.effilora")
 
 
 def _call(function: Callable, words: Sequence, environment: Mapping[str, str], log: str) -> None:

@@ -275,7 +275,7 @@ def test_the_command_line_s_masks_are_for_training_images(write):
 
 
 def test_bad_files(write, tmp_path):
-    with pytest.raises(Refused, match=r"nothing\.toml cannot be read"):
+    with pytest.raises(Refused, match=r"nothing\.toml does not exist"):
         from_config(tmp_path / "nothing.toml")
     with pytest.raises(Refused, match=r"data\.json is not JSON"):
         from_config(write("{", "data.json"))

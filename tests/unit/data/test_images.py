@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -48,6 +49,21 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     assert apart(images.read_image(path), upright) <= (
         16 if suffix == ".jpg" else 0
     )  # chroma is subsampled in JPEG
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
+def test_invalid_exif_orientation_is_ignored_by_header_and_pixels(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture().save(tmp_path / "x.jpg", exif=exif, quality=100)
+    assert images.header(tmp_path / "x.jpg").size == images.read_image(tmp_path / "x.jpg").size == (24, 16)
+
+
+def test_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    for read in (images.header, images.read_image):
+        with pytest.raises(Refused, match="not a regular file"):
+            read(tmp_path / "x.png")
 
 
 def test_damaged_exif_is_said_and_taken_as_upright(tmp_path, caplog):

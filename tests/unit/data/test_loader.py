@@ -416,3 +416,17 @@ def test_metadata(folder):
     assert list(dataset_dirs(twice)) == ["3_sks dog", "3_sks dog (2)"]
     counts = json.loads(json.dumps(dataset_summary(made)))
     assert counts["batches_per_epoch"] == len(made) and sum(counts["datasets"][0]["buckets"].values()) == 30
+
+
+def test_image_that_changes_during_a_run_is_noticed(tmp_path):
+    """Without cached latents images are read each epoch: a touched file is fine, another is refused."""
+    path = tmp_path / "1_cat" / "a.png"
+    path.parent.mkdir()
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(path)
+    loader = Loader(from_folders(tmp_path, resolution=64, color_aug=True), seed=0, workers=0).decodable()
+    next(loader.epoch(0))
+    os.utime(path, (5, 5))
+    next(loader.epoch(1))
+    Image.new("RGB", (64, 64), (3, 2, 1)).save(path)
+    with pytest.raises(Refused, match=r"a\.png has changed since the run began"):
+        next(loader.epoch(2))

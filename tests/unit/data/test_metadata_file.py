@@ -82,7 +82,7 @@ def test_mistakes_are_named(folder, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"image_path": "a.png"}\n{', r"meta\.jsonl is not JSON in line 2"),
+        ('{"image_path": "a.png"}\n{', r"meta\.jsonl, line 2 is not JSON"),
         ('{"caption": "x"}', r"meta\.jsonl, line 1: 'image_path' is missing"),
         ("3", r"meta\.jsonl, line 1: 'image_path' is missing"),
     ],
@@ -93,7 +93,7 @@ def test_mistakes_in_lines_are_named(folder, content, message):
 
 
 def test_files_that_cannot_be_read(folder):
-    with pytest.raises(Refused, match=r"metadata_file .*none\.json cannot be read .*give an existing file"):
+    with pytest.raises(Refused, match=r"metadata_file .*none\.json does not exist .*correct the path"):
         scan(from_metadata(folder / "none.json", folder / "img")[0])
     (folder / "x.json").write_bytes('{"a.png": {"caption": "für"}}'.encode("latin-1"))
     with pytest.raises(Refused, match=r"metadata_file .*x\.json is not UTF-8 .*save it as UTF-8"):

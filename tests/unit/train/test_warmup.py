@@ -362,6 +362,16 @@ def test_abm_warmup_with_the_tasks_teacher_lowers_the_loss(tmp_path):
     assert fit(control, 10)[10] < ahead[10]
 
 
+@pytest.mark.parametrize("module", ["evil", "networks.evil", "evil.deeper", "../evil"])
+def test_abm_teacher_cannot_choose_what_is_imported(module, tmp_path, monkeypatch):
+    """A teacher from a stranger names a module beside it on the path."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('code from a file ran')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    on(Toy()).save_weights(str(tmp_path / "teacher.safetensors"), None, {"ss_network_module": module})
+    with pytest.raises(Refused, match="our own modules only"):
+        abm.load_teacher(str(tmp_path / "teacher.safetensors"), Toy(), [])
+
+
 def test_abm_guard_reverts_a_harmful_warmup(planted):
     run = run_of(model := Toy(), on(model), Toy())  # the task is the base's own, the teacher's another
     before = values(run.network)
