@@ -86,7 +86,7 @@ def test_tensors_own_their_bytes(flux, cache):
 
 
 NATIVE = {
-    "pissa": {"lora_A.weight", "lora_B.weight", "base_up.weight", "base_down.weight"},
+    "pissa": {"trained_down.weight", "trained_up.weight", "base_up.weight", "base_down.weight"},
     "lora_fa": {"lora_A.weight", "lora_B.weight"},
     "vera": {"vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b"},
     "lora": {"lora_A.weight", "lora_B.weight"},
