@@ -258,18 +258,18 @@ def _subtract_start(
 ) -> None:
     """Make layers whose start was subtracted from the base what they add to it: [B | −B₀]·[A ; A₀]."""
     for module, roles in layers.items():
-        pair = {role: raw.start.get(names[module].get(role, "")) for role in ("up", "down")}
-        if pair["up"] is None or pair["down"] is None:
+        up, down = (raw.start.get(names[module].get(role, "")) for role in ("up", "down"))
+        if up is None or down is None:
             continue
-        if any(pair[role].shape != roles[role].shape for role in pair):
+        if up.shape != roles["up"].shape or down.shape != roles["down"].shape:
             raise Refused(
                 f"{module} in {raw.source} has another size before training than after it; its initial "
                 "adapter is of another run"
             )
         rank = len(roles["down"])
         alpha = roles.get("alpha", torch.tensor(float(rank)))
-        roles["down"] = torch.cat([roles["down"], pair["down"]])
-        roles["up"] = torch.cat([roles["up"], -pair["up"]], 1)
+        roles["down"] = torch.cat([roles["down"], down])
+        roles["up"] = torch.cat([roles["up"], -up], 1)
         roles["alpha"] = 2 * alpha.double()
 
 

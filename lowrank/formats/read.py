@@ -189,6 +189,8 @@ def sizes_of(layers: Mapping[str, Roles]) -> dict[str, tuple[int, int]]:
 
 def _split(contents: AdapterFile, raw: RawFile, foreign: bool, per_block: int = 2) -> Split:
     """The file's layers by kind. Raises `Refused` where none of them can be used."""
+    if contents.layers and not contents.not_understood:
+        return Split(dict(contents.layers), {}, {}, ())
     damaged: dict[str, str] = {}
     whole = split(contents, raw.state, None if foreign else damaged, per_block)
     if not whole.pairs and not (foreign and whole.foreign):
