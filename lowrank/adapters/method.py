@@ -68,6 +68,9 @@ class Factor:
     unique: str = ""  # why frozen roles cannot be computed again; files must have them then
     # (part, path, input shape (I[, k, k])) -> key; layers of equal keys share the last down role
     share: Callable[[str, str, tuple[int, ...]], Hashable] | None = None
+    joined: bool = (
+        False  # files have kohya's names, and FLUX's joined layers; layers that share are its parts
+    )
 
     @property
     def copies(self) -> tuple[str, ...]:

@@ -97,7 +97,8 @@ class CommandLine(Generic[T]):
     `options` is the record that `parse` fills, and `defaults` replace the defaults of its fields. Words
     without a flag are values of the flags `positional`, in order. Flags in `ignored` are accepted without
     effect and listed in one note. `refused` maps flags of other trainers to what to do instead. `check`
-    receives the parsed options, raises `Refused` and yields notes.
+    receives the parsed options, raises `Refused` and yields notes. `follow` receives the values that were
+    given and returns defaults that follow from them.
     """
 
     prog: str
@@ -110,6 +111,7 @@ class CommandLine(Generic[T]):
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     off_at_zero: bool = False
     check: Callable[[Parsed[T]], Iterable[str]] | None = None
+    follow: Callable[[Mapping[str, Any]], Mapping[str, object]] | None = None
 
     @property
     def groups(self) -> dict[str, type]:
@@ -177,7 +179,9 @@ class CommandLine(Generic[T]):
         self, known: Mapping[str, FlagSpec], given: Mapping[str, GivenValue], notes: list[str], command: str
     ) -> Parsed[T]:
         """The record of options, each value inside its limits, and `check`'s notes added to `notes`."""
-        values = {name: given[name].value if name in given else spec.default for name, spec in known.items()}
+        stated = {name: value.value for name, value in given.items()}
+        follows = self.follow(stated) if self.follow else {}
+        values = {name: spec.default for name, spec in known.items()} | dict(follows) | stated
         labels = {name: value.label for name, value in given.items()}
         for name, spec in known.items():
             if self.off_at_zero and spec.flag.off_at_zero and values[name] == 0:

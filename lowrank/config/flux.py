@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lowrank.config.checks import check_training
 from lowrank.config.command_line import CommandLine, Parsed
@@ -49,12 +50,25 @@ class FluxTrainOptions(TrainOptions):
     objective: FlowOptions
 
 
+KOHYA_MODULES = ("networks.lora_flux", "lora_flux")
+
+
+def follow_module(given: Mapping[str, Any]) -> dict[str, object]:
+    """The defaults of kohya's module: networks.lora_flux trains CLIP-L too."""
+    kohya = given.get("network_module") in KOHYA_MODULES
+    return {"train_text_encoder": True} if kohya and not given.get("network_train_unet_only") else {}
+
+
 def check_flux(parsed: Parsed[FluxTrainOptions]) -> Iterator[str]:
     """Rules between flags of FLUX training; raises `Refused`, yields notes."""
     yield from check_training(parsed)
     network, rates = parsed.options.network, parsed.options.optimizer.text_encoder_lr
     if network.train_text_encoder and network.network_train_unet_only:
         raise Refused("--train_text_encoder and --network_train_unet_only exclude each other; give one")
+    if network.network_module in KOHYA_MODULES:
+        for name, kohyas in (("learning_rate", "2e-6"), ("model_prediction_type", "sigma_scaled")):
+            if name not in parsed.given:
+                yield f"--{name} is {parsed.value(name)} if it is not given; kohya's default is {kohyas}"
     if rates and not (network.train_text_encoder or network.network_train_text_encoder_only):
         yield "--text_encoder_lr has no effect without --train_text_encoder, which adapts CLIP-L too"
 
@@ -73,4 +87,5 @@ FLUX_TRAIN = CommandLine(
     ignored=(*IGNORED.split(), *IGNORED_BY_FLUX.split()),
     refused=ways_out(REFUSED, REFUSED_BY_FLUX),
     check=check_flux,
+    follow=follow_module,
 )

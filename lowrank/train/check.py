@@ -100,7 +100,7 @@ def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNe
             strength, path, None, passed, denoiser, for_inference=True
         )
         other.load_weights(path)
-    trained = job.family.keep_trained_text(replace(models)) if trains_text else []
+    trained = job.family.keep_trained_text(replace(models), job.switches) if trains_text else []
     return denoiser, job.create(denoiser, _shapes(trained), weights)
 
 

@@ -35,10 +35,6 @@ _PUBLISHED = {
 _COMPLAINTS = (ValueError, TypeError, LookupError, AssertionError, AttributeError, OSError, RuntimeError)
 
 
-# Names that kohya's launchers and interfaces have written into them; ours decide by the model's class.
-ALIASES = {"networks.lora_flux": "networks.lora", "lora_flux": "networks.lora"}
-
-
 class KohyaNetwork(nn.Module):
     """What a trainer calls of a network by kohya's contract, besides nn.Module's methods.
 
@@ -89,7 +85,7 @@ def find_module(name: str) -> ModuleType:
             f"--network_module {name!r} is not the dotted name of a module; ours are {', '.join(own)}, and "
             "others are named as lycoris.kohya"
         )
-    dotted = f"networks.{name}" if name in own else ALIASES.get(name, name)
+    dotted = f"networks.{name}" if name in own else name
     try:
         module = importlib.import_module(dotted)
     except ModuleNotFoundError as error:
