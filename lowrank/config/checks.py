@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowrank.config.command_line import Parsed
+from lowrank.config.effects import without_effect
 from lowrank.config.flag import pairs
 from lowrank.config.flags_training import Network
-from lowrank.config.optimizers import check_optimizer_installed, check_rates
+from lowrank.config.optimizers import check_optimizer, check_optimizer_installed
 from lowrank.config.train import TrainOptions
 from lowrank.errors import Refused
 from lowrank.files import existing_file, existing_folder
@@ -28,7 +29,7 @@ def adapter_module(network: Network, unnamed: str = "networks.delta_r_triu") -> 
 
 def check_training(parsed: Parsed[TrainOptions]) -> Iterator[str]:
     """The rules of every trainer; raises `Refused`, yields notes."""
-    model, saving, logging = parsed.options.model, parsed.options.saving, parsed.options.logging
+    model, saving = parsed.options.model, parsed.options.saving
     if not model.pretrained_model_name_or_path:
         raise Refused("no base model; give --pretrained_model_name_or_path FOLDER_OR_HUB_ID")
     if saving.save_model_as != "safetensors":
@@ -37,18 +38,17 @@ def check_training(parsed: Parsed[TrainOptions]) -> Iterator[str]:
             "loaded; use safetensors"
         )
     yield from _check_data(parsed)
-    yield from _check_masks_and_validation(parsed)
-    if logging.log_prefix and not logging.logging_dir:
-        yield "--log_prefix has no effect without --logging_dir"
+    _check_masks(parsed)
     _check_network(parsed)
-    yield from _check_abm(parsed)
+    _check_abm(parsed)
     if saving.upcast_before_saving and saving.save_precision in ("fp16", "bf16"):
         raise Refused(
             f"--upcast_before_saving and --save_precision {saving.save_precision} exclude each other; "
             "give one of them"
         )
-    _check_schedule(parsed)
-    check_rates(parsed.options)
+    yield from _check_schedule(parsed)
+    yield from check_optimizer(parsed)
+    yield from without_effect(parsed)
 
 
 def check_machine(parsed: Parsed[TrainOptions]) -> None:
@@ -102,8 +102,6 @@ def _check_data(parsed: Parsed[TrainOptions]) -> Iterator[str]:
                 raise Refused(f"--with_prior_preservation needs --{name}")
         if sources[0] != "instance_data_dir":
             raise Refused("--with_prior_preservation belongs to --instance_data_dir; use --reg_data_dir here")
-    elif prior.class_data_dir or prior.class_prompt:
-        yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
     if data.center_crop and augmentation.random_crop:
         raise Refused("--center_crop and --random_crop exclude each other; give one")
     for name, given in (("color_aug", augmentation.color_aug), ("random_crop", augmentation.random_crop)):
@@ -119,17 +117,12 @@ def _check_data(parsed: Parsed[TrainOptions]) -> Iterator[str]:
         )
 
 
-def _check_masks_and_validation(parsed: Parsed[TrainOptions]) -> Iterator[str]:
-    data, masks, validation = parsed.options.data, parsed.options.masks, parsed.options.validation
+def _check_masks(parsed: Parsed[TrainOptions]) -> None:
+    data, masks = parsed.options.data, parsed.options.masks
     if data.dataset_config:  # its own keys decide
         return
     if data.masked_loss and not (masks.alpha_mask or masks.conditioning_data_dir):
         raise Refused("--masked_loss has no masks; give --conditioning_data_dir FOLDER or --alpha_mask")
-    if masks.conditioning_data_dir and not data.masked_loss:
-        yield "--conditioning_data_dir has no effect without --masked_loss"
-    every = [name for name in parsed.given if name.startswith("validate_every") and parsed.value(name)]
-    if every and not validation.validation_split:
-        yield f"--{every[0]} has no effect without --validation_split"
 
 
 def _check_network(parsed: Parsed[TrainOptions]) -> None:
@@ -158,19 +151,13 @@ def _check_network(parsed: Parsed[TrainOptions]) -> None:
         )
 
 
-def _check_abm(parsed: Parsed[TrainOptions]) -> Iterator[str]:
+def _check_abm(parsed: Parsed[TrainOptions]) -> None:
     abm = parsed.options.abm
-    if not abm.abm_enabled:
-        known = [name for name in parsed.given if name.startswith("abm_")]
-        given = [name for name in known if parsed.value(name) != parsed.specs[name].default]
-        if given:  # a run's own config.toml has all of them
-            yield f"{', '.join(map(parsed.flag, given))}: no effect without --abm_enabled"
-        return
-    if abm.abm_teacher != "base":
+    if abm.abm_enabled and abm.abm_teacher != "base":
         existing_file(abm.abm_teacher, f"give {parsed.flag('abm_teacher')} an adapter file, or the word base")
 
 
-def _check_schedule(parsed: Parsed[TrainOptions]) -> None:
+def _check_schedule(parsed: Parsed[TrainOptions]) -> Iterator[str]:
     optimizer, train, sampling = parsed.options.optimizer, parsed.options.train, parsed.options.sampling
     if "max_train_steps" in parsed.given and parsed.flag("max_train_epochs") == "--num_train_epochs":
         raise Refused(
@@ -182,11 +169,11 @@ def _check_schedule(parsed: Parsed[TrainOptions]) -> None:
             f"{parsed.flag('lr_warmup_steps')} {optimizer.lr_warmup_steps:g} has no effect with "
             "--lr_scheduler constant; use constant_with_warmup, or 0"
         )
-    every = [n for n in ("sample_every_n_steps", "sample_every_n_epochs") if getattr(sampling, n)]
-    if (every or sampling.sample_at_first) and not (sampling.sample_prompts or sampling.validation_prompt):
-        raise Refused(
-            f"--{(every or ['sample_at_first'])[0]} has nothing to draw; give --sample_prompts FILE or "
-            "--validation_prompt TEXT"
+    every = sampling.sample_every_n_steps or sampling.sample_every_n_epochs
+    if sampling.sample_prompts and not every:
+        yield (
+            f"{parsed.flag('sample_prompts')} is drawn only at the end of training; give "
+            "--sample_every_n_epochs 1 to draw it while training"
         )
     hub = parsed.options.hub
     for name, given in (

@@ -62,15 +62,13 @@ def follow_module(given: Mapping[str, Any]) -> dict[str, object]:
 def check_flux(parsed: Parsed[FluxTrainOptions]) -> Iterator[str]:
     """Rules between flags of FLUX training; raises `Refused`, yields notes."""
     yield from check_training(parsed)
-    network, rates = parsed.options.network, parsed.options.optimizer.text_encoder_lr
+    network = parsed.options.network
     if network.train_text_encoder and network.network_train_unet_only:
         raise Refused("--train_text_encoder and --network_train_unet_only exclude each other; give one")
     if network.network_module in KOHYA_MODULES:
         for name, kohyas in (("learning_rate", "2e-6"), ("model_prediction_type", "sigma_scaled")):
             if name not in parsed.given:
                 yield f"--{name} is {parsed.value(name)} if it is not given; kohya's default is {kohyas}"
-    if rates and not (network.train_text_encoder or network.network_train_text_encoder_only):
-        yield "--text_encoder_lr has no effect without --train_text_encoder, which adapts CLIP-L too"
 
 
 FLUX_TRAIN = CommandLine(

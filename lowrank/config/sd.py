@@ -62,7 +62,12 @@ class SdModel:
         False,
         "compute attention with torch's own kernels, some of them memory-efficient; this is also the default",
     )
-    sample_sampler: str = option("ddim", "sampler of the pictures drawn while training", choices=SAMPLERS)
+    sample_sampler: str = option(
+        "ddim",
+        "sampler of the pictures drawn while training",
+        choices=SAMPLERS,
+        acts_with=("sample_prompts or validation_prompt",),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
