@@ -1,6 +1,7 @@
 """Adapter files on ComfyUI's models: one ΔW as weight patches, others beside the layers at each step.
 
-Static adapters (LoRA, ΔR, QR-LoRA …) become ComfyUI's own LoRA patches, exactly, and DoRA a patch of its own.
+Static adapters (LoRA, ΔR, QR-LoRA …) become ComfyUI's own LoRA patches, exactly; DoRA and layers that are no
+pair of factors (LoKr, OFT …) a patch of their own.
 The ΔW of T-LoRA and routed experts depends on the step or the input: `live` attaches them while the denoiser
 runs. Layers are looked up in ComfyUI's key maps, which also have the rows of a fused layer (FLUX's qkv).
 """
@@ -8,7 +9,7 @@ runs. Layers are looked up in ComfyUI's key maps, which also have the rows of a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,6 @@ import comfy.weight_adapter
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.magnitude import row_norm
 from lowrank.adapters.method import Gate
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.network_module import network_named
@@ -27,11 +27,13 @@ from lowrank.combine.mixture import read_for_merge
 from lowrank.combine.pair_sum import PAIRS, PairSum
 from lowrank.errors import Refused
 from lowrank.formats.delta import Delta, swapped
+from lowrank.formats.foreign import ForeignLayer
 from lowrank.formats.read import Adapter
 from lowrank.naming import keys
 from lowrank.naming.places import LayerPath
 
 from .live import Beside, LayerRows
+from .patches import Change, Sum
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,13 @@ class File:
 
     @property
     def static(self) -> bool:
-        """Whether it adds one low-rank ΔW: every adapter but T-LoRA, routed experts and DoRA."""
-        return not self.routed and self.adapter.schedule is None and not self.adapter.has_magnitude()
+        """Whether it adds one low-rank ΔW: every adapter but T-LoRA, experts, DoRA and other kinds."""
+        return not self.live and not self.adapter.has_magnitude() and not self.adapter.foreign
+
+    @property
+    def live(self) -> bool:
+        """Whether its ΔW depends on the step or the input."""
+        return self.routed or self.adapter.schedule is not None
 
 
 class Hosts:
@@ -96,6 +103,16 @@ class Hosts:
         host.weight = nn.Parameter(torch.zeros(()).expand(host.weight.shape), requires_grad=False)
         return host
 
+    def bias_key(self, name: str) -> str:
+        """The key of a layer's bias. Raises `Refused` for a layer without one of its own."""
+        key, part = self._where[name]
+        key = f"{key.removesuffix('.weight')}.bias"
+        if part is not None or key not in self.patcher.model.state_dict():
+            raise Refused(
+                f"the adapter changes the bias of {name}, which has none here; it is for another model"
+            )
+        return key
+
     def weight(self, name: str) -> Tensor:
         """W (O, I) in fp32, without the patches."""
         key, part = self._where[name]
@@ -123,17 +140,28 @@ def apply_adapter(
         start = lambda module: denoiser.weight(keys.flat(module))  # noqa: E731
         adapter = read_for_merge(file.path, schedule=file.config, start=start)
     adapter.require_deltas()
-    named = {keys.flat(adapter.name(place)): place for place in adapter.layers}
-    text = [name for name in named if keys.is_flat_text(name)]
-    _check(file.path, [name for name in named if name not in text], denoiser)
+    changes = _changes(adapter)
+    text = [name for name in changes if keys.is_flat_text(name)]
+    _check(file.path, [name for name in changes if name not in text], denoiser)
     if adapter.schedule is not None:
         part = {place: layer for place, layer in adapter.layers.items() if place.part == "unet"}
         _live(model, _masked(replace(adapter, layers=part), denoiser), strength)
-        named = {name: named[name] for name in text}  # encoders have no timestep: all ranks are open
-    pairs = {name: _as_named(adapter, place) for name, place in named.items()}
-    _patch(model, denoiser, {n: p for n, p in pairs.items() if n not in text}, strength)
-    _patch_text(clip, encoders, {n: p for n, p in pairs.items() if n in text}, strength_clip)
+        low_rank = {keys.flat(adapter.name(place)) for place in part}
+        changes = {name: change for name, change in changes.items() if name not in low_rank}
+    _patch(model, denoiser, {n: c for n, c in changes.items() if n not in text}, strength)
+    _patch_text(clip, encoders, {n: c for n, c in changes.items() if n in text}, strength_clip)
     return model, clip
+
+
+def _changes(adapter: Adapter, share: float = 1.0) -> dict[str, list[tuple[Change, float]]]:
+    """What an adapter changes in each layer, by the layer's name as `keys.flat` spells it."""
+    changes: dict[str, list[tuple[Change, float]]] = {}
+    for place in adapter.layers:
+        changes.setdefault(keys.flat(adapter.name(place)), []).append((_as_named(adapter, place), share))
+    for place, layer in adapter.foreign.items():
+        layer = replace(layer, swapped=False)  # ComfyUI's rows are in BFL's order, as the file's
+        changes.setdefault(keys.flat(adapter.name(place)), []).append((layer, share))
+    return changes
 
 
 def _as_named(adapter: Adapter, place: LayerPath) -> Delta:
@@ -143,22 +171,39 @@ def _as_named(adapter: Adapter, place: LayerPath) -> Delta:
 
 
 def merge_adapters(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
-    """Clones with Σ weights·ΔW. Static adapters are added first, and on one basis keep their rank.
+    """Clones with Σ weights·(W′ − W). Low-rank adapters are added first, and on one basis keep their rank.
 
-    Raises `Refused` for adapters of different bases, or without a layer in common.
+    Raises `Refused` for adapters of different bases.
     """
     if not all(file.static for file in files):
-        for file, weight in zip(files, weights, strict=True):
-            model, clip = apply_adapter(model, clip, file, weight, weight)
-        return model, clip
+        return _merge_patches(model, clip, files, weights)
     sums = PairSum([file.adapter for file in files])
     model, clip = model.clone(), None if clip is None else clip.clone()
     denoiser, encoders = _hosts(model, clip)
-    pairs = {name: Delta(sums.up(name), sums.down(name, weights), 1.0) for name in sums.modules}
+    pairs = {name: [(Delta(sums.up(name), sums.down(name, weights), 1.0), 1.0)] for name in sums.modules}
     text = [name for name in pairs if keys.is_flat_text(name)]
     _check(files[0].path, [name for name in pairs if name not in text], denoiser)
     _patch(model, denoiser, {n: p for n, p in pairs.items() if n not in text}, 1.0)
     _patch_text(clip, encoders, {n: p for n, p in pairs.items() if n in text}, 1.0)
+    return model, clip
+
+
+def _merge_patches(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
+    """Clones with Σ weights·(W′ − W), every W′ from the same W: one patch for each layer, in no order."""
+    changes: dict[str, list[tuple[Change, float]]] = {}
+    for file, weight in zip(files, weights, strict=True):
+        if file.live:
+            model, clip = apply_adapter(model, clip, file, weight, weight)
+            continue
+        file.adapter.require_deltas()
+        for name, parts in _changes(file.adapter, weight).items():
+            changes.setdefault(name, []).extend(parts)
+    model, clip = model.clone(), None if clip is None else clip.clone()
+    denoiser, encoders = _hosts(model, clip)
+    text = [name for name in changes if keys.is_flat_text(name)]
+    _check(files[0].path, [name for name in changes if name not in text], denoiser)
+    _patch(model, denoiser, {n: c for n, c in changes.items() if n not in text}, 1.0)
+    _patch_text(clip, encoders, {n: c for n, c in changes.items() if n in text}, 1.0)
     return model, clip
 
 
@@ -181,54 +226,30 @@ def _check(path: str, names: Sequence[str], hosts: Hosts) -> None:
 # ---------- one ΔW: weight patches
 
 
-class Dora(comfy.weight_adapter.WeightAdapterBase):
-    """W ← W + strength·(m/‖W + ΔW‖·(W + ΔW) − W), the norm of each output row (arXiv 2402.09353, eq. 5).
-
-    ComfyUI's own patch divides by ‖W‖ instead.
-    """
-
-    name = "lowrank_dora"
-
-    def __init__(self, pair: Delta) -> None:
-        assert pair.magnitude is not None  # checked by the caller
-        self.loaded_keys, self.weights = set(), (pair.up, pair.down, pair.magnitude, pair.scale)
-
-    def calculate_weight(
-        self,
-        weight: Tensor,
-        key: str,
-        strength: float,
-        strength_model: float,
-        offset: Any,
-        function: Callable[[Tensor], Tensor],
-        intermediate_dtype: torch.dtype = torch.float32,
-        original_weight: Any = None,
-    ) -> Tensor:
-        up, down, m = (value.to(weight.device, torch.float32) for value in self.weights[:3])
-        scale, W = self.weights[3], weight.flatten(1).float()
-        norm = row_norm(W, up, down, scale)
-        g = (m / norm.masked_fill(norm == 0, 1))[:, None]
-        change = (g - 1) * W + g * scale * (up @ down)
-        # in place: the weight may be a part of a larger one
-        weight += function(strength * change.reshape(weight.shape)).to(weight.dtype)
-        return weight
-
-
-def _patch(patcher: Any, hosts: Hosts, pairs: Mapping[str, Delta], strength: float) -> None:
+def _patch(
+    patcher: Any, hosts: Hosts, changes: Mapping[str, Sequence[tuple[Change, float]]], strength: float
+) -> None:
     state, patches = {}, {}
-    for name, pair in pairs.items():
-        outs, ins = host_shape(hosts.stand_in(name))
-        if (pair.up.shape[0], pair.down.shape[1]) != (outs, ins):
-            raise Refused(
-                f"{name} is {pair.up.shape[0]}×{pair.down.shape[1]} in the adapter and {outs}×{ins} in the "
-                "model; the adapter is for another base"
-            )
-        if pair.magnitude is not None:
-            patches[hosts.patch_key(name)] = Dora(pair)
-        else:
-            roles = {"up": pair.up, "down": pair.down, "alpha": torch.tensor(pair.scale * pair.rank)}
+    for name, parts in changes.items():
+        for pair in (part for part, _ in parts if isinstance(part, Delta)):
+            outs, ins = host_shape(hosts.stand_in(name))
+            if (pair.up.shape[0], pair.down.shape[1]) != (outs, ins):
+                raise Refused(
+                    f"{name} is {pair.up.shape[0]}×{pair.down.shape[1]} in the adapter and {outs}×{ins} in "
+                    "the model; the adapter is for another base"
+                )
+        for part, share in parts:
+            bias = part.bias() if isinstance(part, ForeignLayer) else None
+            if bias is not None:
+                patcher.add_patches({hosts.bias_key(name): ("diff", (share * bias,))}, strength)
+        weights = [(p, s) for p, s in parts if isinstance(p, Delta) or p.kind.change is not None]
+        if len(weights) == 1 and isinstance(pair := weights[0][0], Delta) and pair.magnitude is None:
+            alpha = torch.tensor(weights[0][1] * pair.scale * pair.rank)
+            roles = {"up": pair.up, "down": pair.down, "alpha": alpha}
             state |= {f"{name}.{keys.KOHYA[role]}": value for role, value in roles.items()}
-    names = {name: hosts.patch_key(name) for name in pairs if f"{name}.{keys.KOHYA['up']}" in state}
+        elif weights:
+            patches[hosts.patch_key(name)] = Sum(weights)
+    names = {name: hosts.patch_key(name) for name in changes if f"{name}.{keys.KOHYA['up']}" in state}
     patches |= comfy.lora.load_lora(state, names)
     if patches:
         patcher.add_patches(patches, strength)

@@ -114,9 +114,9 @@ def write_tensors(
     `sshs_model_hash` is the SHA-256 of the bytes after the header; `sshs_legacy_hash` the first 8 hex digits
     of the SHA-256 of bytes 0x100000–0x110000 of the file as it would be with only the `ss_*` metadata.
     """
-    own = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
+    copies = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    data = serialize(own, training)
+    data = serialize(copies, training)
     header = 8 + int.from_bytes(data[:8], "little")
     hashes = {
         "sshs_model_hash": hashlib.sha256(memoryview(data)[header:]).hexdigest(),
@@ -124,7 +124,7 @@ def write_tensors(
     }
     del data
     with atomic(path) as part:
-        save_file(own, part, {**metadata, **hashes})
+        save_file(copies, part, {**metadata, **hashes})
 
 
 DTYPES = {  # by the names that safetensors headers use

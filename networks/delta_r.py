@@ -51,7 +51,7 @@ def factor(options: Options) -> Factor:
         partial(start, options=options),
         trained=("delta_r",),
         chains=(Chain(("q",), ("delta_r",)),),
-        record=("base_r",),
+        saved_only=("base_r",),
     )
 
 

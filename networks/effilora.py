@@ -98,11 +98,11 @@ def experts(options: Options, factor: Factor) -> Method:
 
     Raises `Refused` if `factor` trains no up.
     """
-    if not set(factor.plus) & set(factor.trained):
+    if not set(factor.loraplus) & set(factor.trained):
         raise Refused(
             "experts multiply a trained up matrix, and this method trains none; leave enable_effilora out"
         )
-    (role,) = factor.plus
+    (role,) = factor.loraplus
     mixture = Experts(options.num_experts, softmax_router, role, options.router_input, options.router_scope)
     updates = Updates(role, options.effi_update_ratio, options.effi_probe_every, options.effi_probe_layers)
     return Method(

@@ -26,7 +26,7 @@ class Options(network_null_lalora.Options):
 
 def method(options: Options) -> Method:
     combined = network_null_lalora.method(options)
-    if "free_up" in combined.require_factor().plus:
+    if "free_up" in combined.require_factor().loraplus:
         combined = dataclasses.replace(combined, rates={"free_up": RATIO})
     if options.use_dora:
         combined = dataclasses.replace(combined | dora.LENGTHS, notes=(*combined.notes, NOTE))

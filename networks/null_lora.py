@@ -72,7 +72,7 @@ def spaces(weights: Mapping[str, Tensor], widths: Mapping[str, int], options: Op
     return least_active(options.lalora_context_path or "", weights, widths)
 
 
-def fit(
+def allowed_ranks(
     weights: Mapping[str, Tensor], ranks: Mapping[str, int], options: Options, directions: Directions | None
 ) -> dict[str, int]:
     """Return the rank of each layer: even, at least 2, and no more than `directions` has.
@@ -94,7 +94,7 @@ def fit(
             even[name] = 2 * max(1, min(round(rank / 2 * nullities[name] / mean), limit))
     if directions is None:
         return even
-    halves = directions.fit(
+    halves = directions.allowed_ranks(
         {name: weights[name] for name in ranks}, {name: R // 2 for name, R in even.items()}
     )
     return {name: 2 * h for name, h in halves.items()}
@@ -121,7 +121,7 @@ def start(weights, ranks, scales, options: Options, directions: Directions | Non
     return values, metadata
 
 
-def _unique(options: Options, directions: Directions | None) -> str:
+def _not_recomputable(options: Options, directions: Directions | None) -> str:
     if directions and directions.learned:
         return "are found in the training data"
     return "are found in the context file" if options.null_source == "activation" else ""
@@ -148,14 +148,16 @@ def factor(options: Options, directions: Directions | None = None) -> Factor:
     )
     if options.null_strict:
         chain = Chain(("null_up", "core"), ("null_down",))
-        return null_factor(trained=("core",), chains=(chain,), plus=(), unique=_unique(options, None))
+        return null_factor(
+            trained=("core",), chains=(chain,), loraplus=(), not_recomputable=_not_recomputable(options, None)
+        )
     return null_factor(
         trained=(up[-1], "norm_up", "norm_down", down[0]),
         chains=(Chain((*up, "norm_up"), ("null_down",)), Chain(("null_up", "norm_down"), down)),
         diagonal=("norm_up", "norm_down"),
-        plus=(up[-1],),
-        fit=partial(fit, options=options, directions=directions),
-        unique=_unique(options, directions),
+        loraplus=(up[-1],),
+        allowed_ranks=partial(allowed_ranks, options=options, directions=directions),
+        not_recomputable=_not_recomputable(options, directions),
     )
 
 

@@ -96,7 +96,7 @@ def start(weights, ranks, scales, options: Options) -> Start:
 
 def gate(schedule: Schedule) -> Gate:
     """Return a gate that follows `schedule`; a layer of lower rank opens ranks in proportion."""
-    return Gate(schedule.open, schedule.metadata, lambda rank: gate(schedule.of(rank)))
+    return Gate(schedule.open, schedule.metadata, lambda rank: gate(schedule.for_rank(rank)))
 
 
 def method(options: Options) -> Method:
@@ -108,8 +108,8 @@ def method(options: Options) -> Method:
             chains=(Chain(("p_layer", "lambda_layer"), ("q_layer",)),),
             copy=Chain(("base_p", "base_lambda"), ("base_q",)),
             diagonal=("lambda_layer", "base_lambda"),
-            unique="" if options.use_data_init else "are drawn at random and stored in this file",
-            plus=("p_layer",),
+            not_recomputable="" if options.use_data_init else "are drawn at random and stored in this file",
+            loraplus=("p_layer",),
         )
     return Method("tlora", factor, gate(Schedule(options.tlora_min_rank, options.tlora_alpha)))
 

@@ -85,7 +85,7 @@ class Directions:
         """Whether L and R are computed from the training data, so that they must be saved in the file."""
         return self.source in AUTO[:2]
 
-    def fit(self, weights: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, int]:
+    def allowed_ranks(self, weights: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, int]:
         """Return `widths`, limited to what the basis file has; a layer not in the file gets 0."""
         if self.file is None:
             return dict(widths)
@@ -167,9 +167,9 @@ def method(options: Options) -> Method:
         trained=("core",),
         chains=(Chain(("basis_up", "core"), ("basis_down",)),),
         diagonal=("core",) if diagonal else (),
-        plus=("core",),
-        fit=directions.fit,
-        unique="are found in the training data" if directions.learned else "",
+        loraplus=("core",),
+        allowed_ranks=directions.allowed_ranks,
+        not_recomputable="are found in the training data" if directions.learned else "",
     )
     return Method(
         "universal_lora", factor, warmup=directions.stages(("core",), 1), options=directions.options

@@ -44,24 +44,28 @@ def plain_lora(
             "no program reads it; train it again with networks.network_null_lalora_plus_Effi_ABM"
         )
     dotted = {_flat(key.split(".lora_")[0]): key.split(".lora_")[0] for key in basis if ".lora_" in key}
-    found = {}
+    modules = {}
     for name in sorted(key.removesuffix(".alpha_up") for key in state if key.endswith(".alpha_up")):
         if _flat(name) not in dotted:
             raise Refused(
                 f"the basis has no layer {name} of {source}; give the basis file it was trained with"
             )
-        own = {
+        factors = {
             role: state[f"{name}.{role}"].double()
             for role in ("alpha_up", "alpha_down", "null_up", "null_down")
         }
-        found[_flat(name)] = _pair(name, own, state, basis, dotted[_flat(name)])
-    return found
+        modules[_flat(name)] = _pair(name, factors, state, basis, dotted[_flat(name)])
+    return modules
 
 
 def _pair(
-    name: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor], basis: Mapping[str, Tensor], at: str
+    name: str,
+    factors: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    basis: Mapping[str, Tensor],
+    at: str,
 ) -> tuple[Tensor, Tensor]:
-    h = len(own["alpha_up"])
+    h = len(factors["alpha_up"])
     sides = {}
     for side in ("up", "down"):
         columns, mean = (basis[f"{at}.lora_{side}.weight.{part}"].double() for part in ("basis", "mean"))
@@ -71,7 +75,7 @@ def _pair(
             )
         sides[side] = (columns[:, :h], mean)
     (L, mean_up), (R, mean_down) = sides["up"], sides["down"]
-    U_N, V_N = own["null_up"].flatten(1), own["null_down"].flatten(1)
+    U_N, V_N = factors["null_up"].flatten(1), factors["null_down"].flatten(1)
     if U_N.shape[0] == h != len(L):  # the older meaning of the two names
         U_N, V_N = V_N, U_N
     if (U_N.shape, V_N.shape) != ((len(L), h), (h, len(R))):
@@ -81,8 +85,8 @@ def _pair(
         )
     s = state.get(f"{name}.s", torch.ones(2 * h)).double()
     m = state.get(f"{name}.m", torch.ones(len(L))).double()
-    W_up = L @ own["alpha_up"] + mean_up[:, None]  # (O, h)
-    W_down = own["alpha_down"] @ R.mT + mean_down  # (h, I)
+    W_up = L @ factors["alpha_up"] + mean_up[:, None]  # (O, h)
+    W_down = factors["alpha_down"] @ R.mT + mean_down  # (h, I)
     up = torch.cat([W_up * s[:h], U_N * s[h:]], dim=1) * m[:, None]
     return up.float(), torch.cat([V_N, W_down]).float()
 

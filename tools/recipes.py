@@ -228,8 +228,18 @@ def exports(family: str, trained: Recipe) -> Iterator[Recipe]:
 
 
 def others(family: str) -> Iterator[Recipe]:
-    """Scripts that measure, collect, merge, compare and describe."""
-    model, adapter = f"assets/demo/{family}", f"{family}/{{}}/{TRAINED}"
+    """Scripts that measure, collect, merge, compare, describe and import."""
+    yield from _measurements(family)
+    yield from _uses(family)
+    yield from _imports(family)
+    if family == "flux":
+        words = ("--model_path", "assets/demo/flux", "--output_dir", "flux/residual")
+        yield Recipe("flux/residual", "save_flux_residual.py", (*words, "--rank", "4", "--dtype", "fp32"))
+
+
+def _measurements(family: str) -> Iterator[Recipe]:
+    """A LaLoRA context and a universal basis."""
+    model = f"assets/demo/{family}"
     measure = ("--pretrained_model_name_or_path", model, "--source_data_dir", "data/source", "--force")
     yield Recipe(
         f"{family}/context",
@@ -250,6 +260,11 @@ def others(family: str) -> Iterator[Recipe]:
         ),
         collected,
     )
+
+
+def _uses(family: str) -> Iterator[Recipe]:
+    """Two adapters merged and compared, and files inspected."""
+    model, adapter = f"assets/demo/{family}", f"{family}/{{}}/{TRAINED}"
     pair = (f"{family}/delta_r_triu", f"{family}/delta_r")
     strengths = ("--style_weights", "0.5,1", "--content_weights", "1", "--num_inference_steps", "2")
     yield Recipe(
@@ -277,6 +292,11 @@ def others(family: str) -> Iterator[Recipe]:
     yield Recipe(
         f"{family}/inspected", "tools/inspect_lora.py", (*files, "--json"), needs, printed=True
     )  # fmt: skip
+
+
+def _imports(family: str) -> Iterator[Recipe]:
+    """An import into another method, and T-LoRA to LyCORIS' format and back."""
+    model, adapter = f"assets/demo/{family}", f"{family}/{{}}/{TRAINED}"
     name = f"{family}/projected"
     words = (
         f"{family}/lora-kohya/out.safetensors",
@@ -294,9 +314,6 @@ def others(family: str) -> Iterator[Recipe]:
     yield Recipe(masked, "tools/export_lora.py", words, (f"{family}/tlora_data",))
     words = (f"{masked}/out.safetensors", f"{back}/{TRAINED}", "--model", model)
     yield Recipe(back, "tools/import_lora.py", words, (masked,))
-    if family == "flux":
-        words = ("--model_path", model, "--output_dir", "flux/residual", "--rank", "4", "--dtype", "fp32")
-        yield Recipe("flux/residual", "save_flux_residual.py", words)
 
 
 def every() -> dict[str, Recipe]:

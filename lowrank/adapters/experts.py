@@ -18,11 +18,11 @@ def pooled(x: Tensor) -> Tensor:
     return x.mean(tuple(range(1, x.dim() - 1)), keepdim=True) if x.dim() > 2 else x
 
 
-def widen(h: Tensor, weights: Tensor) -> Tensor:
+def mixed_hidden(h: Tensor, weights: Tensor) -> Tensor:
     """Return w ⊗ h (…, E·R), the blocks wₑ·h side by side, for h (…, R) and weights (…, E)."""
     return (weights.to(h.dtype)[..., None] * h[..., None, :]).flatten(-2)
 
 
-def beside(ups: Tensor) -> Tensor:
+def stacked_ups(ups: Tensor) -> Tensor:
     """Concatenate ups to [U₁ | … | U_E]: ups (E, O, R[, 1, 1]) → (O, E·R[, 1, 1])."""
     return ups.movedim(0, 1).flatten(1, 2)

@@ -68,7 +68,7 @@ class Schedule:
         if self.max_rank is not None and not 1 <= (self.min_rank or 1) <= self.max_rank:
             _refuse(self.min_rank, self.max_rank)
 
-    def of(self, rank: int) -> Schedule:
+    def for_rank(self, rank: int) -> Schedule:
         """Return the schedule of a network of this rank; layers of lower rank follow it in proportion."""
         return replace(
             self, min_rank=max(1, rank // 2) if self.min_rank is None else self.min_rank, max_rank=rank

@@ -52,7 +52,7 @@ class AdaptedLayer(nn.Module):
             outs, ins, kernel = host.out_features, host.in_features, ()
         self.scale, self.multiplier = alpha / rank, 1.0
         self.dropout = self.rank_dropout = self.module_dropout = 0.0
-        self.record: dict[str, Tensor] = {}
+        self.saved_only: dict[str, Tensor] = {}
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         for role, shape in self._shapes(outs, ins, kernel).items():
             empty = torch.empty(shape, device="meta" if host.weight.is_meta else None)
@@ -90,7 +90,7 @@ class AdaptedLayer(nn.Module):
         """Return all tensors of a file by role: trainable, frozen, records and `alpha`."""
         trained = {role: self._role(role).detach() for role in self._parameters}  # as in the forward
         frozen = {role: value for role, value in self._buffers.items() if value is not None}
-        return {**trained, **frozen, **self.record}
+        return {**trained, **frozen, **self.saved_only}
 
     def load(self, values: dict[str, Tensor], source: str = "the file") -> None:
         """Copy values by role; other roles keep theirs. Raises `Refused` for a wrong shape, role or NaN."""
@@ -101,12 +101,12 @@ class AdaptedLayer(nn.Module):
                     f"{self.name}.{role} in {source} holds NaN or infinite values; use an earlier file"
                 )
             if tensor is None:
-                if role not in self.factor.record:
+                if role not in self.factor.saved_only:
                     raise Refused(
                         f"{self.name} has no {role!r}, which {source} gives; it was made by another method "
                         f"than {self.method.name}"
                     )
-                self.record[role] = value.detach().to("cpu", copy=True)
+                self.saved_only[role] = value.detach().to("cpu", copy=True)
                 continue
             value = self._fitted(role, value.flatten() if tensor.dim() == 1 else value, tensor.shape, source)
             with torch.no_grad():
@@ -216,7 +216,7 @@ class AdaptedLayer(nn.Module):
         U, D = (factor.flatten(1) for factor in self.factors())
         dW = self.scale * (U @ (D if mask is None else mask.to(D).T * D))
         if self.method.magnitude is not None:
-            g, W = self._gain(U, D)[:, None], dense_weight(self.host).to(dW)
+            g, W = self._row_scale(U, D)[:, None], dense_weight(self.host).to(dW)
             dW = (g - 1) * W + g * dW
         dW, host = self.multiplier * dW, self.host
         return dW.reshape(-1, host.in_channels, *host.kernel_size) if isinstance(host, nn.Conv2d) else dW
@@ -230,7 +230,7 @@ class AdaptedLayer(nn.Module):
             W, U, D = dense_weight(self.host).to(U.device, wide), U.flatten(1).to(wide), D.flatten(1).to(wide)
             return magnitude.row_norm(W, U, D, self.scale)
 
-    def _gain(self, U: Tensor, D: Tensor) -> Tensor:
+    def _row_scale(self, U: Tensor, D: Tensor) -> Tensor:
         """Return g = m/‖W + ΔW‖ (O,), exactly 1 at the start: both are rounded to the magnitude's dtype."""
         detach = self.method.magnitude is None or self.method.magnitude.detach
         with torch.no_grad() if detach else contextlib.nullcontext():
@@ -274,16 +274,16 @@ class AdaptedLayer(nn.Module):
         h = h.movedim(1, -1) if self.conv else h  # (B, …, R)
         features = h if E.on == "h" else x
         features = features if E.scope == "token" else experts.pooled(features)
-        wide = experts.widen(h, E.route(features, self.router))
+        wide = experts.mixed_hidden(h, E.route(features, self.router))
         return wide.movedim(-1, 1) if self.conv else wide
 
     def delta(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Return what the branch adds to the host's output y = W x + b; only a magnitude needs `y`."""
         U, D = self.factors()
-        h, up = self.hidden(x, D), experts.beside(U) if self.method.experts else U
+        h, up = self.hidden(x, D), experts.stacked_ups(U) if self.method.experts else U
         d = (F.conv2d(h, up) if self.conv else F.linear(h, up)) * self.scale
         if self.method.magnitude is not None:
-            g = self._gain(U, D)
+            g = self._row_scale(U, D)
             d = d * (g.reshape(-1, 1, 1) if self.conv else g)
             d = self._with_gain(d, self._forward_host(x) if y is None else y, g)
         return d * _strength(self.multiplier, d)
@@ -301,9 +301,9 @@ class AdaptedLayer(nn.Module):
         if isinstance(self.multiplier, Tensor) or not self._fusable(y, mixed):
             return y + self.delta(x, y).to(y.dtype)
         U, D = self.factors()
-        h, up = self.hidden(x, D).flatten(0, -2), experts.beside(U) if self.method.experts else U
+        h, up = self.hidden(x, D).flatten(0, -2), experts.stacked_ups(U) if self.method.experts else U
         if self.method.magnitude is not None:
-            g = self._gain(U, D)
+            g = self._row_scale(U, D)
             y, up = self._with_gain(y, y, g, self.multiplier), g[:, None] * up
         # y + s·h·Uᵀ in one call: no separate product and sum of the wide output
         sum_ = torch.addmm(
@@ -350,7 +350,7 @@ class AdaptedLayer(nn.Module):
             values[role[1] if role else key[len(prefix) :]] = state[key]
         expected = {*self._parameters, *self._buffers}
         missing += [prefix + keys.KOHYA.get(role, role) for role in expected - values.keys()]
-        unknown = values.keys() - expected - set(self.factor.record)
+        unknown = values.keys() - expected - set(self.factor.saved_only)
         unexpected += [prefix + keys.KOHYA.get(role, role) for role in unknown]
         try:
             self.load({role: value for role, value in values.items() if role not in unknown})

@@ -50,7 +50,7 @@ class Factor:
 
     `start(weights, ranks, scales)` returns the values at step 0: `weights` maps a layer's name to its dense
     weight (O, I·kh·kw) and is read lazily, `ranks` and `scales` map it to R and s. Several chains are added;
-    each has an equal part of the rank. A role in `record` is written to files but not used in the forward.
+    each has an equal part of the rank.
     """
 
     start: Callable[[Mapping[str, Tensor], Mapping[str, int], Mapping[str, float]], Start]
@@ -58,14 +58,14 @@ class Factor:
     chains: tuple[Chain, ...] = (Chain(),)
     copy: Chain | None = None  # the initial copy, subtracted
     diagonal: tuple[str, ...] = ()  # roles that are diagonal matrices, stored as (R,)
-    record: tuple[str, ...] = ()
+    saved_only: tuple[str, ...] = ()  # roles that are written to files but not used in the forward
     precise: tuple[str, ...] = ()  # frozen roles that stay in fp32 in any precision of the forward
-    plus: tuple[str, ...] = ("up",)  # roles with LoRA+'s higher learning rate, if trained
+    loraplus: tuple[str, ...] = ("up",)  # roles with LoRA+'s higher learning rate, if trained
     # role -> projection of its rows, applied in the forward
     constrain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     # (weights, ranks) -> the ranks that the layers can have
-    fit: Callable[[Mapping[str, Tensor], Mapping[str, int]], Mapping[str, int]] | None = None
-    unique: str = ""  # why frozen roles cannot be computed again; files must have them then
+    allowed_ranks: Callable[[Mapping[str, Tensor], Mapping[str, int]], Mapping[str, int]] | None = None
+    not_recomputable: str = ""  # why frozen roles cannot be computed again, so that files must have them
     # (part, path, input shape (I[, k, k])) -> key; layers of equal keys share the last down role
     share: Callable[[str, str, tuple[int, ...]], Hashable] | None = None
     joined: bool = (
@@ -94,7 +94,7 @@ class Factor:
             for role in (*chain.up[1:], *chain.down[:-1]):
                 shapes[role] = ("rank",) if role in self.diagonal else ("rank", "rank")
             shapes[chain.down[-1]], shapes[chain.up[0]] = ("rank", "inputs"), ("outputs", "rank")
-        return shapes | dict.fromkeys(self.record, ("rank", "inputs"))
+        return shapes | dict.fromkeys(self.saved_only, ("rank", "inputs"))
 
     @property
     def shared(self) -> str | None:
@@ -118,13 +118,13 @@ class Factor:
 class Gate:
     """A rank gate: `open(timestep (B,), rank) -> (B,)` is the number of leading ranks that are open.
 
-    `metadata(rank)` are its entries in a file; rank is None if layers differ. `of(rank)` is the gate for a
-    network of this rank, in which layers of another rank open the same share.
+    `metadata(rank)` are its entries in a file; rank is None if layers differ. `for_rank(rank)` is the gate
+    for a network of this rank, in which layers of another rank open the same share.
     """
 
     open: Callable[[Tensor, int], Tensor]
     metadata: Callable[[int | None], Mapping[str, str]] = lambda rank: {}
-    of: Callable[[int], Gate] | None = None
+    for_rank: Callable[[int], Gate] | None = None
 
 
 @dataclass(frozen=True)
@@ -183,15 +183,15 @@ class Updates:
     """The choice of layers that are updated in a step; the forward is unchanged.
 
     In each step a `share` of the layers is drawn by importance; `role` is not updated in the others. Every
-    `every` steps the outputs of `probed` layers are scaled by `faint`: the increase of a fixed loss is their
-    importance.
+    `every` steps the outputs of `probed` layers are scaled by `suppressed_share`. The increase of a fixed
+    loss is the importance of those layers.
     """
 
     role: str
     share: float
     every: int
     probed: int
-    faint: float = 0.01
+    suppressed_share: float = 0.01
 
 
 # Pairs of slots that exclude each other, and the reason, which also is in the documentation.
@@ -227,13 +227,13 @@ class Method:
         factor = self.require_factor()
         chains = (*factor.chains, *((factor.copy,) if factor.copy else ()))
         roles = [role for chain in chains for role in (*chain.up, *chain.down)]
-        return (*dict.fromkeys(roles), *factor.record, *((ROUTER,) if self.experts else ()))
+        return (*dict.fromkeys(roles), *factor.saved_only, *((ROUTER,) if self.experts else ()))
 
-    def of(self, rank: int | None) -> Method:
+    def for_rank(self, rank: int | None) -> Method:
         """Return this method with its gate set for a network of rank `rank` (None: unknown)."""
-        if self.gate is None or self.gate.of is None or rank is None:
+        if self.gate is None or self.gate.for_rank is None or rank is None:
             return self
-        return dataclasses.replace(self, gate=self.gate.of(rank))
+        return dataclasses.replace(self, gate=self.gate.for_rank(rank))
 
     def __post_init__(self) -> None:
         if self.factor and self.factor.copy and (self.experts or len(self.factor.chains) > 1):

@@ -319,8 +319,8 @@ class AdapterNetwork(nn.Module):
     def _check_shared(self, name: str, layers: Mapping[str, Roles], source: str) -> None:
         """Raise `Refused` if the shared tensor of a layer differs from that of its owner."""
         role, owner = self.factor.shared, self._owners.get(name, name)
-        own, shared = (layers.get(layer, {}).get(role or "") for layer in (name, owner))
-        if own is not None and shared is not None and not torch.equal(own, shared):
+        layer_roles, shared = (layers.get(layer, {}).get(role or "") for layer in (name, owner))
+        if layer_roles is not None and shared is not None and not torch.equal(layer_roles, shared):
             raise Refused(
                 f"{source} has different {role} tensors for {name} and {owner}, which share one; "
                 "use the file as it was saved"
@@ -332,12 +332,12 @@ class AdapterNetwork(nn.Module):
         Raises `Refused` if that is impossible, or if the base gives another basis than the file names.
         """
         frozen = self.factor.frozen
-        if self.factor.unique:
+        if self.factor.not_recomputable:
             raise Refused(
-                f"{source} leaves out {', '.join(sorted(frozen))} of {names[0]}, which {self.factor.unique} "
-                "and nowhere else; use the file that has them"
+                f"{source} leaves out {', '.join(sorted(frozen))} of {names[0]}, which "
+                f"{self.factor.not_recomputable} and nowhere else; use the file that has them"
             )
-        self.start(names, frozen | set(self.factor.record))
+        self.start(names, frozen | set(self.factor.saved_only))
         want, have = metadata.get("lowrank.basis_hash"), self.start_metadata.get("basis_hash")
         if want and have and want != have:
             raise Refused(

@@ -68,7 +68,7 @@ class NetworkModule:
 
     def made(self, metadata: Mapping[str, str], source: str = "the file") -> Method:
         """Return the method with the structural options and the rank from a file's metadata."""
-        return self._configure(self._structure(metadata, source)).of(_network_rank(metadata, source))
+        return self._configure(self._structure(metadata, source)).for_rank(_network_rank(metadata, source))
 
     def _parse(self, arguments: Mapping[str, Any]) -> tuple[Method, CommonArguments]:
         return self._configure(arguments), _parse_arguments(CommonArguments, arguments)
@@ -127,10 +127,10 @@ class NetworkModule:
         alpha = self.default_alpha(rank) if network_alpha is None else float(network_alpha)
         options = _parse_arguments(self._options, arguments)
         chosen = self._layers(options, common, text_encoder, unet, rank)
-        targets, method = chosen.targets, method.of(rank)
+        targets, method = chosen.targets, method.for_rank(rank)
         # A gate opens shares of the ranks: in small layers the rank is lowered, because more would be unused.
         sizes = layer_sizes(common, targets, rank, alpha, ranks=chosen.ranks, clamp=method.gate is not None)
-        network = _build(method, common, targets, _fit(method, targets, sizes), multiplier)
+        network = _build(method, common, targets, _allowed_ranks(method, targets, sizes), multiplier)
         network.speeds = {**chosen.speeds, **network.speeds}
         network.start()
         return network
@@ -152,7 +152,7 @@ class NetworkModule:
         metadata, source = raw.metadata, raw.source
         given = {k: v for k, v in arguments.items() if k in self.known}
         method, common = self._parse({**self._structure(metadata, source, given), **given})
-        method = method.of(_network_rank(metadata, source))
+        method = method.for_rank(_network_rank(metadata, source))
         check_made_by(source, metadata, method)
         adapter = read_adapter_file(raw, method.file_roles())
         if weights_sd is None:
@@ -228,24 +228,24 @@ def _value(name: str, text: Any, hint: Any) -> Any:
 
 def _unsaved_roles(factor: Factor, common: CommonArguments) -> frozenset[str]:
     """Return the roles that `save_basis` leaves out of files."""
-    record = frozenset(factor.record)
+    record = frozenset(factor.saved_only)
     unsaved = {"full": frozenset(), "q": record, "none": record | factor.frozen}
     if common.save_basis not in unsaved:
         raise Refused(
             f"save_basis {common.save_basis!r} is not one of "
             f"{', '.join(unsaved)}{nearest(common.save_basis, unsaved)}"
         )
-    if common.save_basis == "none" and factor.unique:
+    if common.save_basis == "none" and factor.not_recomputable:
         raise Refused(
-            f"save_basis=none leaves out {', '.join(sorted(factor.frozen))}, which {factor.unique} and "
-            "nowhere else; save them with save_basis=full"
+            f"save_basis=none leaves out {', '.join(sorted(factor.frozen))}, which "
+            f"{factor.not_recomputable} and nowhere else; save them with save_basis=full"
         )
     return unsaved[common.save_basis]
 
 
 def _loraplus_rates(network: AdapterNetwork, common: CommonArguments) -> dict[tuple[str, str], float]:
     """Return LoRA+'s multiples of the learning rate by component and role."""
-    ups = set(network.factor.plus) & set(network.factor.trained)
+    ups = set(network.factor.loraplus) & set(network.factor.trained)
     rates = {}
     for part in {target.part for target in network.targets.values()}:
         special = common.loraplus_unet_lr_ratio if part == "unet" else common.loraplus_text_encoder_lr_ratio
@@ -278,13 +278,13 @@ def _build(
     return network
 
 
-def _fit(method: Method, targets: list[Target], sizes: Sizes) -> Sizes:
+def _allowed_ranks(method: Method, targets: list[Target], sizes: Sizes) -> Sizes:
     """Return the sizes with ranks that the method's factor can have, at unchanged scale s = alpha/rank."""
-    fit = method.require_factor().fit
-    if fit is None:
+    allowed_ranks = method.require_factor().allowed_ranks
+    if allowed_ranks is None:
         return sizes
     hosts = {target.name: target.module for target in targets if target.name in sizes}
-    ranks = fit(DenseWeights(hosts), {name: rank for name, (rank, _) in sizes.items()})
+    ranks = allowed_ranks(DenseWeights(hosts), {name: rank for name, (rank, _) in sizes.items()})
     return {name: (R, alpha * R / rank) for name, (rank, alpha) in sizes.items() if (R := ranks[name])}
 
 

@@ -90,22 +90,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _source(options: ContextOptions) -> Source:
-    own = options.base_model
-    device, precision = device_of(own.device), own.mixed_precision
+    model = options.base_model
+    device, precision = device_of(model.device), model.mixed_precision
     if precision == "fp16" and device == "cpu":
         logger.warning("there is no GPU, and mixed precision fp16 needs one: this run computes in fp32")
         precision = "no"
     flag = "pretrained_model_name_or_path"
-    assert own.pretrained_model_name_or_path is not None  # required
-    found = base(own.pretrained_model_name_or_path, precision, device, own.tokenizer_cache_dir, flag)
-    if own.fp8_base and found.dtype == torch.float32:
+    assert model.pretrained_model_name_or_path is not None  # required
+    source = base(model.pretrained_model_name_or_path, precision, device, model.tokenizer_cache_dir, flag)
+    if model.fp8_base and source.dtype == torch.float32:
         raise Refused(
             f"--fp8_base needs --mixed_precision fp16 or bf16, and it is {precision}; set both or none"
         )
     return dataclasses.replace(
-        found,
-        vae=own.vae,
-        vae_dtype=torch.float32 if own.no_half_vae else None,
+        source,
+        vae=model.vae,
+        vae_dtype=torch.float32 if model.no_half_vae else None,
         v_parameterization=options.measure.v_parameterization,
     )
 
@@ -175,12 +175,12 @@ def picture_groups(loader: Loader, count: int, size: int) -> Iterator[list[Batch
     """`count` pictures, epoch after epoch, in groups of one shape and of at most `size`."""
     waiting: dict[Any, list[Batch]] = {}
     single = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
-    for one in itertools.islice(single, count):
-        assert one.encoded is not None  # they were encoded before
-        group = waiting.setdefault(one.encoded.shape, [])
-        group.append(one)
+    for sample in itertools.islice(single, count):
+        assert sample.encoded is not None  # they were encoded before
+        group = waiting.setdefault(sample.encoded.shape, [])
+        group.append(sample)
         if len(group) == size:
-            yield waiting.pop(one.encoded.shape)
+            yield waiting.pop(sample.encoded.shape)
     yield from waiting.values()
 
 
@@ -205,7 +205,7 @@ def _run(
 
             def losses(group: list[Batch] = group, drawn: Draw = drawn) -> Tensor:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    conditions = text([one.captions[0] for one in group]) | _sizes(family, group)
+                    conditions = text([sample.captions[0] for sample in group]) | _sizes(family, group)
                     prediction = family.denoise(
                         models.denoiser, drawn.noisy, drawn.timesteps, conditions, switches
                     )
@@ -222,10 +222,10 @@ def _drawn(
 ) -> tuple[Tensor, Draw]:
     """Latents, and noise and timesteps, which a picture has from its own place in its epoch."""
     latents, draws = [], []
-    for one in group:
-        generator = batch_generator(seed, one.epoch, one.position)
-        assert one.encoded is not None
-        latents.append(family.latents(models, one.encoded.to(device), generator))
+    for sample in group:
+        generator = batch_generator(seed, sample.epoch, sample.position)
+        assert sample.encoded is not None
+        latents.append(family.latents(models, sample.encoded.to(device), generator))
         draws.append(objective.draw(latents[-1], generator))
     return torch.cat(latents), Draw(*(torch.cat(column) for column in zip(*draws, strict=True)))
 
@@ -233,7 +233,10 @@ def _drawn(
 def _sizes(family: Family, group: list[Batch]) -> dict[str, Tensor]:
     if family.size_conditions is None:
         return {}
-    sizes = zip(*((one.original_sizes, one.crop_top_lefts, one.target_sizes) for one in group), strict=True)
+    sizes = zip(
+        *((sample.original_sizes, sample.crop_top_lefts, sample.target_sizes) for sample in group),
+        strict=True,
+    )
     return family.size_conditions(*(torch.cat(column) for column in sizes))
 
 

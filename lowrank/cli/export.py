@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from lowrank.cli.calibrate import attached, nearest_lora
 from lowrank.config.command_line import Parsed
 from lowrank.config.tools import EXPORT, Export
 from lowrank.errors import Refused
-from lowrank.formats import base_checkpoint, verify
+from lowrank.formats import base_checkpoint, merging, verify
 from lowrank.formats.delta import LORA
+from lowrank.formats.foreign import refuse_foreign
 from lowrank.formats.native import to_native
 from lowrank.formats.read import Adapter, baked, read_adapter, read_and_report
+from lowrank.formats.resize import Loss, RankRule, as_pairs, resize
 from lowrank.formats.tlora import export_lycoris, ranks_of
 from lowrank.formats.verify import difference
-from lowrank.formats.write import FORMATS, only, resize, write
+from lowrank.formats.write import FORMATS, only, write
 from lowrank.formats.writers import Choices
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
@@ -52,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.calibrate and args.model:
         raw, summary = nearest_lora(args.source, args.model, args.calibrate)
         print(summary)
-        return _export(args, read_and_report(raw, args.base), raw)
+        return _export(args, read_and_report(raw, args.base, foreign=True), raw)
     if args.at_timestep is None:
-        return _export(args, read_and_report(args.source, args.base), args.source)
+        return _export(args, read_and_report(args.source, args.base, foreign=True), args.source)
     adapter = baked(read_and_report(args.source, args.base, precision=torch.float32), args.at_timestep)
     native = to_native(adapter, LORA.name)
     return _export(args, adapter, RawFile(native.state, native.metadata, args.source))
@@ -96,22 +99,18 @@ def _export(args: Export, adapter: Adapter, live: str | RawFile) -> int:
             f"{method.name} opens fewer ranks at noisy timesteps; the file's metadata have the schedule, and "
             "programs that do not read it use all ranks at every step (--at-timestep bakes one timestep)"
         )
-    if args.rank is not None:
-        adapter, loss = resize(adapter, args.rank)
-        print(
-            f"rank {args.rank}: {loss.together:.2%} of ‖ΔW‖ is lost, {loss.worst:.2%} in the worst layer "
-            f"({loss.layer})"
-        )
     base = base_checkpoint.BaseCheckpoint(args.model) if args.model else None
+    adapter = _of_rank(args, adapter, base)
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.to == MERGED:
         assert base is not None  # checked above
         facts = {"lowrank.version": __version__, "lowrank.merged": Path(args.source).name}
         facts |= {key: value for key, value in adapter.metadata.items() if key.startswith("lowrank.unrouted")}
-        lost = base_checkpoint.merge(base, adapter.layers, args.target, facts, args.strength, dtype)
+        lost = merging.merge(base, adapter.layers, args.target, facts, args.strength, dtype, adapter.foreign)
+        count = len(adapter.layers.keys() | adapter.foreign.keys())
         print(
-            f"{args.target}: {len(adapter.layers)} layers merged at strength {args.strength:g}; rounding to "
-            f"the model's precision loses {lost:.1e} of the change"
+            f"{args.target}: {count} layers merged at strength {args.strength:g}; rounding to the model's "
+            f"precision loses {lost:.1e} of the change"
         )
         if args.verify == "forward":
             _compare_forward(args, adapter, live)
@@ -135,6 +134,34 @@ def _export(args: Export, adapter: Adapter, live: str | RawFile) -> int:
     return 0
 
 
+def _of_rank(args: Export, adapter: Adapter, base: base_checkpoint.BaseCheckpoint | None) -> Adapter:
+    """The adapter with the ranks that were asked for, as pairs of factors where the format needs them."""
+    if args.rank is not None:
+        rule, others = RankRule(*args.rank), adapter.foreign
+        adapter, loss = resize(adapter, rule)
+        if adapter.layers:
+            print(f"{_ranks(adapter)}: {_lost(loss)}")
+        if any(layer.changes_matrix for layer in others.values()):
+            kinds = Counter(layer.kind.name for layer in others.values() if layer.changes_matrix)
+            adapter, loss = as_pairs(adapter, rule, base)
+            counts = ", ".join(f"{name} × {count}" for name, count in kinds.items())
+            print(f"{counts}: the nearest LoRA, {_ranks(adapter)}: {_lost(loss)}")
+    if args.to != MERGED and adapter.foreign:
+        if matrices := [layer for layer in adapter.foreign.values() if layer.changes_matrix]:
+            refuse_foreign(matrices, adapter.source)
+        print(
+            f"{len(adapter.foreign)} changes of norm layers and biases are left out: a {args.to} file has "
+            "none (--to merged keeps them)"
+        )
+        if not adapter.layers:
+            raise Refused(f"{adapter.source} has nothing else; merge it with --to merged --model BASE")
+    return adapter
+
+
+def _lost(loss: Loss) -> str:
+    return f"{loss.together:.2%} of ‖ΔW‖ is lost, {loss.worst:.2%} in the worst layer ({loss.layer})"
+
+
 def flat_clip() -> bool:
     """Whether the CLIPTextModel of the installed transformers has paths without `text_model`."""
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -145,9 +172,12 @@ def flat_clip() -> bool:
 
 
 def _described(adapter: Adapter) -> str:
+    return f"{len(adapter.layers)} layers of {_ranks(adapter)}"
+
+
+def _ranks(adapter: Adapter) -> str:
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
-    shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
-    return f"{len(adapter.layers)} layers of rank {shown}"
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]}–{ranks[-1]}"
 
 
 # ---------- one forward of the model

@@ -69,7 +69,7 @@ def report_lines(report: Mapping[str, Any], every: bool = False, metadata: bool 
         "alphas": _table(report["alphas"]),
         "targets": _table(report["targets"]),
         "precision": _table(report["dtypes"]),
-        "‖ΔW‖": f"{report['norm']:.4g}",
+        "‖ΔW‖": f"{report['norm']:.4g}{_unmeasured(report)}",
         "base": _pairs(report["base"]),
         "basis": report["basis_hash"],
         "routed": f"{report['experts']} experts a layer: ΔW depends on the input, and has no norm"
@@ -97,6 +97,12 @@ def report_lines(report: Mapping[str, Any], every: bool = False, metadata: bool 
     return lines
 
 
+def _unmeasured(report: Mapping[str, Any]) -> str:
+    """The layers whose ΔW is not in the norm, because it depends on the base's weights."""
+    count = report["without_norm"] if report["experts"] == 1 else 0
+    return f" without {count} layers whose ΔW depends on the base" if count else ""
+
+
 def _plain(text: Any) -> str:
     """Text of a file without control characters, which a terminal would execute."""
     return "".join(c if c.isprintable() else " " for c in str(text))
@@ -115,7 +121,7 @@ def _norms(layers: list[Mapping[str, Any]], every: bool) -> list[str]:
     measured = [layer for layer in layers if layer["norm"] is not None]
     if every:
         return [
-            f"  {layer['norm']:10.4g}  rank {layer['rank']:<4} "
+            f"  {layer['norm']:10.4g}  {layer.get('kind', '')} rank {layer['rank'] or '–':<4} "
             f"{_plain(layer['part'])}.{_plain(layer['path'])}"
             for layer in measured
         ]

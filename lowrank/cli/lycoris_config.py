@@ -1,7 +1,7 @@
-"""`--lycoris_config`: LyCORIS' and SimpleTuner's JSON in; our module, rank, alpha and network arguments out.
+"""`--lycoris_config`: translate LyCORIS' and SimpleTuner's JSON into a network module and its arguments.
 
 Key names and their meanings are those of lycoris_lora 4.1.3 (wrapper.py, config_sdk.py) and of SimpleTuner's
-documentation/LYCORIS.md; what differs here, and why, is in docs/lycoris_config.md.
+documentation/LYCORIS.md. docs/lycoris_config.md lists the differences and their reasons.
 """
 
 from __future__ import annotations
@@ -23,79 +23,81 @@ _OTHERS = ("loha", "lokr", "dylora", "glora", "full", "diag-oft", "boft", "ia3")
 
 @dataclass(frozen=True)
 class Config:
-    """LyCORIS' file"""
+    """The top level of a LyCORIS file."""
 
-    algo: str = option("lora", "the method", choices=("lora", "locon", "tlora"))
-    multiplier: float = option(1.0, "strength of the adapter", above=0)
+    algo: str = option("lora", "training method", choices=("lora", "locon", "tlora"))
+    multiplier: float = option(1.0, "constant strength of the adapter, multiplied into alpha", above=0)
     linear_dim: int = option(4, "rank", low=1)
-    linear_alpha: float = option(1.0, "scale × rank; 0 is the rank", low=0)
+    linear_alpha: float = option(1.0, "alpha of linear layers, scale × rank; 0 means the rank", low=0)
     conv_dim: int | None = option(None, "rank of k×k convolutions (unset: linear_dim)", low=1)
-    conv_alpha: float | None = option(None, "their alpha (unset: linear_alpha)", low=0)
-    dropout: float = option(0.0, "dropout", low=0, below=1)
-    rank_dropout: float = option(0.0, "dropout of ranks", low=0, below=1)
-    module_dropout: float = option(0.0, "dropout of layers", low=0, below=1)
-    tlora_min_rank: int = option(1, "ranks that are open at pure noise", low=1)
-    tlora_alpha: float = option(1.0, "exponent of the schedule", above=0)
+    conv_alpha: float | None = option(None, "alpha of k×k convolutions (unset: linear_alpha)", low=0)
+    dropout: float = option(0.0, "probability that a hidden value is dropped", low=0, below=1)
+    rank_dropout: float = option(0.0, "probability that a rank is dropped", low=0, below=1)
+    module_dropout: float = option(0.0, "probability that a layer is skipped", low=0, below=1)
+    tlora_min_rank: int = option(1, "active ranks at pure noise", low=1)
+    tlora_alpha: float = option(1.0, "exponent of T-LoRA's rank schedule", above=0)
     sig_type: str = option(
-        "principal", "singular vectors of the start", choices=("principal", "middle", "last")
+        "principal", "singular vectors that T-LoRA starts from", choices=("principal", "middle", "last")
     )
-    use_data_init: bool = option(True, "those of W; else of a random matrix")
-    dora_wd: bool = option(False, "DoRA")
-    wd_on_output: bool = option(True, "DoRA's length for each output")
-    preset: str = option("full", "LyCORIS' presets by name", choices=("full",))
+    use_data_init: bool = option(True, "start from singular vectors of W instead of a random matrix")
+    dora_wd: bool = option(False, "train DoRA magnitudes")
+    wd_on_output: bool = option(True, "one DoRA magnitude per output instead of per input")
+    preset: str = option("full", "name of a LyCORIS preset", choices=("full",))
 
 
 @dataclass(frozen=True)
 class Preset:
-    """apply_preset"""
+    """The table `apply_preset`: which layers are adapted."""
 
     enable_conv: bool = option(True, "adapt k×k convolutions too")
-    target_module: tuple[str, ...] = option((), "classes of blocks")
-    unet_target_module: tuple[str, ...] = option((), "the same")
-    target_name: tuple[str, ...] = option((), "patterns of layers")
-    unet_target_name: tuple[str, ...] = option((), "the same")
-    text_encoder_target_module: tuple[str, ...] = option((), "classes in text encoders")
-    text_encoder_target_name: tuple[str, ...] = option((), "patterns in text encoders")
-    exclude_name: tuple[str, ...] = option((), "patterns of what is left out")
-    use_fnmatch: bool = option(False, "patterns are shell wildcards, not regular expressions")
+    target_module: tuple[str, ...] = option((), "classes of blocks whose layers are adapted")
+    unet_target_module: tuple[str, ...] = option((), "classes of denoiser blocks to adapt")
+    target_name: tuple[str, ...] = option((), "patterns of names of layers to adapt")
+    unet_target_name: tuple[str, ...] = option((), "patterns of names of denoiser layers")
+    text_encoder_target_module: tuple[str, ...] = option((), "classes of text encoder blocks (refused)")
+    text_encoder_target_name: tuple[str, ...] = option((), "patterns of text encoder layers (refused)")
+    exclude_name: tuple[str, ...] = option((), "patterns of names of layers to leave out")
+    use_fnmatch: bool = option(False, "read patterns as shell wildcards instead of regular expressions")
 
 
 @dataclass(frozen=True)
 class Override:
-    """An entry of module_algo_map or name_algo_map"""
+    """One entry of `module_algo_map` or `name_algo_map`: settings of the layers that it matches."""
 
-    algo: str | None = option(None, "the method")
-    dim: int | None = option(None, "rank", low=1)
-    alpha: float | None = option(None, "scale × rank", low=0)
-    sig_type: str | None = option(None, "as above", choices=("principal", "middle", "last"))
-    use_data_init: bool | None = option(None, "as above")
+    algo: str | None = option(None, "training method")
+    dim: int | None = option(None, "rank of these layers", low=1)
+    alpha: float | None = option(None, "alpha of these layers, scale × rank", low=0)
+    sig_type: str | None = option(
+        None, "singular vectors that T-LoRA starts from", choices=("principal", "middle", "last")
+    )
+    use_data_init: bool | None = option(None, "start from singular vectors of W")
 
 
-# Keys that LyCORIS reads for its own ways of computing the same thing, or for its messages.
+# Keys that choose between equal computations or messages in LyCORIS.
 _WITHOUT_EFFECT: Mapping[str, str] = {
-    "bypass_mode": "layers are always computed the short way",
-    "mask_group_id": "every network here has masks of its own",
-    "lora_prefix": "files have the keys of docs/lora.md",
+    "bypass_mode": "adapters are always computed through their factors",
+    "mask_group_id": "every network here has its own rank mask",
+    "lora_prefix": "files always have the keys that docs/lora.md lists",
     "warn_on_unmatched": "a target that matches nothing is always an error",
 }
-# Keys that would change what is trained, and are not here; off is accepted.
+# Keys for features that do not exist here; accepted if they switch the feature off.
 _OFF: Mapping[str, str] = {
-    "use_tucker": "there is no Tucker decomposition here",
-    "use_cp": "there is no Tucker decomposition here",
-    "use_conv_cp": "there is no Tucker decomposition here",
-    "use_scalar": "a trained scalar is a second scale beside alpha",
-    "train_norm": "norms are not adapted here",
-    "rs_lora": "say the alpha that it would compute",
-    "train_llm_adapter": "no model here has one",
-    "full_matrix": "it is lokr's",
-    "unbalanced_factorization": "it is lokr's",
-    "decompose_both": "it is lokr's",
-    "constraint": "it is diag-oft's and boft's",
-    "rescaled": "it is diag-oft's and boft's",
-    "factor": "it is lokr's",
-    "block_size": "it is dylora's",
+    "use_tucker": "Tucker decomposition of convolutions is not supported",
+    "use_cp": "Tucker decomposition of convolutions is not supported",
+    "use_conv_cp": "Tucker decomposition of convolutions is not supported",
+    "use_scalar": "a trained scalar beside alpha is not supported",
+    "train_norm": "training of normalisation layers is not supported",
+    "rs_lora": "give the alpha that it computes, rank / √rank × alpha, as linear_alpha",
+    "train_llm_adapter": "no supported model has an LLM adapter",
+    "full_matrix": "it is an option of algo lokr",
+    "unbalanced_factorization": "it is an option of algo lokr",
+    "decompose_both": "it is an option of algo lokr",
+    "constraint": "it is an option of algo diag-oft and boft",
+    "rescaled": "it is an option of algo diag-oft and boft",
+    "factor": "it is an option of algo lokr",
+    "block_size": "it is an option of algo dylora",
 }
-# SimpleTuner's config.json as far as it is about the adapter.
+# Keys of SimpleTuner's config.json that concern the adapter, with their required values.
 _OUTER: Mapping[str, Any] = {
     "model_type": "lora",
     "lora_type": "lycoris",
@@ -106,7 +108,7 @@ Group = TypeVar("Group", Config, Preset, Override)
 
 @dataclass(frozen=True)
 class Translation:
-    """What a file asks for, in our words; an alpha of 0 is the rank."""
+    """The settings of a file as network module, rank, alpha and arguments; alpha 0 means the rank."""
 
     path: Path
     module: str
@@ -117,16 +119,16 @@ class Translation:
 
 
 def translate(path: str | Path) -> Translation:
-    """The network that a LyCORIS file, or the SimpleTuner config.json that names one, describes.
+    """Translate a LyCORIS file, or a SimpleTuner config.json that names one.
 
     Raises `Refused` for a file that is not JSON, for an unknown key (with the nearest known one) or value,
-    and for what no network here can do (with the way out). Nothing is rounded or cut.
+    and for a feature that no network here has.
     """
-    path, found, notes = _opened(Path(path))
-    told = _table(path, "apply_preset", found.pop("apply_preset", None))
-    maps = {name: _table(path, name, told.get(name)) for name in _MAPS}
-    preset_keys = {key: value for key, value in told.items() if key not in _MAPS}
-    config = _read(Config, found, f"{path}", notes, extra=("apply_preset",))
+    path, keys, notes = _opened(Path(path))
+    preset_table = _table(path, "apply_preset", keys.pop("apply_preset", None))
+    maps = {name: _table(path, name, preset_table.get(name)) for name in _MAPS}
+    preset_keys = {key: value for key, value in preset_table.items() if key not in _MAPS}
+    config = _read(Config, keys, f"{path}", notes, extra=("apply_preset",))
     preset = _read(Preset, preset_keys, f"apply_preset in {path}", notes, extra=_MAPS)
     overrides = {
         name: {
@@ -134,7 +136,7 @@ def translate(path: str | Path) -> Translation:
         }
         for name, table in maps.items()
     }
-    _check(path, config, preset, found, overrides)
+    _check(path, config, preset, keys, overrides)
     arguments = _starts(path, config, overrides, _covered(preset, maps)) if config.algo == "tlora" else {}
     shares = ("dropout", "rank_dropout", "module_dropout")
     arguments |= {name: f"{getattr(config, name):g}" for name in shares if getattr(config, name)}
@@ -143,7 +145,7 @@ def translate(path: str | Path) -> Translation:
         arguments["module_rules"] = rules
     if config.multiplier != 1:
         notes.append(
-            f"multiplier {config.multiplier:g} of {path} is part of alpha: files have it at strength 1"
+            f"multiplier {config.multiplier:g} of {path} is multiplied into alpha; the file has strength 1"
         )
     module = "networks.dora" if config.dora_wd else f"networks.{config.algo.replace('locon', 'lora')}"
     alpha = _alpha(config, config.linear_alpha, config.linear_dim)
@@ -157,43 +159,43 @@ _MAPS = ("module_algo_map", "name_algo_map")
 
 
 def _opened(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The LyCORIS file at or behind `path`: where it is, its keys, and notes."""
-    found, notes = _json(path), []
-    if "lycoris_config" in found:
-        for key, value in found.items():
+    """Path, keys and notes of the LyCORIS file: `path` itself, or the file that a config.json names."""
+    keys, notes = _json(path), []
+    if "lycoris_config" in keys:
+        for key, value in keys.items():
             if key == "lycoris_config":
                 continue
             if key not in _OUTER:
                 raise Refused(
-                    f"{path} has {key}{nearest(key, _OUTER)}, and of such a file only the adapter is read "
-                    f"here (lycoris_config, {', '.join(_OUTER)}); say the rest with this script's flags"
+                    f"{path} has {key}{nearest(key, _OUTER)}, and only lycoris_config, {', '.join(_OUTER)} "
+                    "are read from such a file; give the other settings as flags of this script"
                 )
             if value != _OUTER[key]:
                 raise Refused(
-                    f"{key} in {path} is {value!r}, and --lycoris_config is for {_OUTER[key]!r}; correct "
-                    "it, or leave it out"
+                    f"{key} in {path} is {value!r}, and --lycoris_config supports only {_OUTER[key]!r}; "
+                    "correct it, or leave it out"
                 )
-        told = Path(str(found["lycoris_config"]))
-        # SimpleTuner sees it from its own folder, in which config/ is
-        places = [told, path.parent / told, path.parent.parent / told, path.parent / told.name]
-        there = next((place for place in places if place.is_file()), None)
-        if there is None:
+        named = Path(str(keys["lycoris_config"]))
+        # SimpleTuner resolves it from its own folder, which contains config/
+        places = [named, path.parent / named, path.parent.parent / named, path.parent / named.name]
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
             raise Refused(
-                f"lycoris_config in {path} names {told}, which is not there (seen from {Path.cwd()} and from "
-                f"{path.parent.resolve()}); give --lycoris_config the file itself"
+                f"lycoris_config in {path} names {named}, which does not exist in {Path.cwd()} or "
+                f"{path.parent.resolve()}; give --lycoris_config the LyCORIS file itself"
             )
-        notes.append(f"{path} names {there} for the adapter")
-        path, found = there, _json(there)
-    return path, found, notes
+        notes.append(f"the adapter's settings come from {file}, which {path} names")
+        path, keys = file, _json(file)
+    return path, keys, notes
 
 
 def _json(path: Path) -> dict[str, Any]:
     text = existing_file(path, "correct --lycoris_config").read_text(encoding="utf-8-sig", errors="replace")
     try:
-        found = json.loads(text, object_pairs_hook=_once)
+        table = json.loads(text, object_pairs_hook=_once)
     except (json.JSONDecodeError, RecursionError) as error:
         raise Refused(f"{path} is not JSON: {error}; correct the file") from error
-    return _table(path, "the file", found)
+    return _table(path, "the file", table)
 
 
 def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -213,18 +215,16 @@ def _table(path: Path, name: str, value: Any) -> dict[str, Any]:
 
 
 def _read(
-    kind: type[Group], found: Mapping[str, Any], where: str, notes: list[str], extra: Sequence[str] = ()
+    kind: type[Group], table: Mapping[str, Any], where: str, notes: list[str], extra: Sequence[str] = ()
 ) -> Group:
-    """A record of the keys of one table; what has no effect is added to `notes`. Raises `Refused`."""
+    """Read one table into its record; add keys without effect to `notes`. Raises `Refused`."""
     known, values = fields_of(kind), {}
-    for key, value in _table(Path(where), "an entry", found).items():
+    for key, value in _table(Path(where), "an entry", table).items():
         if key in _WITHOUT_EFFECT:
             notes.append(f"{key} in {where} has no effect: {_WITHOUT_EFFECT[key]}")
         elif key in _OFF:
             if value not in (False, None, 0):
-                raise Refused(
-                    f"{key}={value} in {where} is not for a network here: {_OFF[key]}; leave it out"
-                )
+                raise Refused(f"{key}={value} in {where} is not supported: {_OFF[key]}; leave it out")
         elif key not in known:
             names = (*known, *extra, *_WITHOUT_EFFECT, *_OFF)
             raise Refused(
@@ -240,7 +240,7 @@ def _read(
     return kind(**values)
 
 
-# ---------- what fits together
+# ---------- consistency
 
 
 def _check(
@@ -250,29 +250,29 @@ def _check(
     given: Iterable[str],
     overrides: Mapping[str, Mapping[str, Override]],
 ) -> None:
-    own = ("tlora_min_rank", "tlora_alpha", "sig_type", "use_data_init")
-    stray = [key for key in own if key in given]
+    tlora_keys = ("tlora_min_rank", "tlora_alpha", "sig_type", "use_data_init")
+    stray = [key for key in tlora_keys if key in given]
     if stray and config.algo != "tlora":
         raise Refused(f"{stray[0]} in {path} is for algo tlora, and algo is {config.algo}; leave one out")
     if preset.text_encoder_target_module or preset.text_encoder_target_name:
         raise Refused(
             f"{path} names layers of text encoders, which are adapted as a whole or not at all; leave "
-            "text_encoder_target_… out, and give --train_text_encoder if they shall be adapted"
+            "text_encoder_target_… out, and give --train_text_encoder to adapt text encoders"
         )
     if config.dora_wd:
         if config.algo == "tlora":
             raise Refused(
-                f"{path} asks for dora_wd with algo tlora, whose ΔW has no one length; leave one out"
+                f"{path} has dora_wd with algo tlora, whose ΔW depends on the timestep; leave one out"
             )
         if not config.wd_on_output:
             raise Refused(
-                f"wd_on_output=false in {path} frees a length for each input; here each output has one; "
+                f"wd_on_output=false in {path} means one magnitude per input; here each output has one; "
                 "leave it out, or train with --network_module lycoris.kohya"
             )
         if config.multiplier != 1:
             raise Refused(
-                f"multiplier {config.multiplier:g} in {path} is a share of the whole change of dora_wd, "
-                "which no alpha can say; set it to 1.0"
+                f"multiplier {config.multiplier:g} in {path} scales the whole change of dora_wd, which alpha "
+                "cannot express; set it to 1.0"
             )
     for name, table in overrides.items():
         for key, entry in table.items():
@@ -303,14 +303,14 @@ def _starts(
     arguments["orthogonal"] = "True"  # LyCORIS has no other form, whatever SimpleTuner's page says
     entries = [entry for table in overrides.values() for entry in table.values()]
     for name in ("sig_type", "use_data_init"):
-        top, told = getattr(config, name), {getattr(entry, name) for entry in entries}
-        if told - {None} and told - {top}:
-            if not covered or len(told) > 1:
+        top, values = getattr(config, name), {getattr(entry, name) for entry in entries}
+        if values - {None} and values - {top}:
+            if not covered or len(values) > 1:
                 raise Refused(
                     f"{name} in {path} differs between layers, and a network here has one; write it beside "
                     "algo, at the top"
                 )
-            top = told.pop()
+            top = values.pop()
         arguments[name] = str(top)
     return arguments
 
@@ -328,13 +328,13 @@ def _targets(preset: Preset, maps: Mapping[str, Mapping[str, Any]]) -> dict[str,
     names = dict.fromkeys((*preset.target_name, *preset.unet_target_name, *maps["name_algo_map"]))
     if not classes and not names and not preset.enable_conv:
         classes = {"Linear": None}
-    found = {
+    arguments = {
         "target": "" if classes or names else ".",  # every Linear and Conv2d, of which a model may have none
         "target_module": ",".join(classes),
         "target_name": ";".join(_pattern(preset, name) for name in names),
         "exclude": "|".join(_pattern(preset, name, block=True) for name in preset.exclude_name),
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in arguments.items() if text}
 
 
 def _pattern(preset: Preset, name: str, block: bool = False, part: str = "^") -> str:
@@ -371,8 +371,8 @@ def _rules(config: Config, preset: Preset, overrides: Mapping[str, Mapping[str, 
             rank, alpha = entry.dim or config.linear_dim, entry.alpha
             if alpha is None and entry.dim and not config.linear_alpha:
                 alpha = 0.0  # the rank, whose multiple depends on the rank
-            said = [f"rank={entry.dim}"] if entry.dim else []
-            said += [] if alpha is None else [f"alpha={_alpha(config, alpha, rank) or float(rank)!r}"]
+            assigned = [f"rank={entry.dim}"] if entry.dim else []
+            assigned += [] if alpha is None else [f"alpha={_alpha(config, alpha, rank) or float(rank)!r}"]
             where = f"class:{key}" if name == "module_algo_map" else _pattern(preset, key, part=r"^unet\.")
-            rules += [f"{where} -> {' '.join(said)}"] if said else []
+            rules += [f"{where} -> {' '.join(assigned)}"] if assigned else []
     return "; ".join(rules)

@@ -102,18 +102,19 @@ def _names(options: Any) -> dict[tuple[float, float], str]:
     return dict(zip(grid, names, strict=True))
 
 
-def _more(told: tuple[str, ...]) -> list[tuple[Path, float]]:
+def _more(given: tuple[str, ...]) -> list[tuple[Path, float]]:
     """--more_loras as files and strengths; without a strength it is 1."""
-    found = []
-    for one in told:
-        path, equals, strength = one.rpartition("=")
+    adapters = []
+    for text in given:
+        path, equals, strength = text.rpartition("=")
         try:
-            found.append((Path(path), float(strength)) if equals else (Path(one), 1.0))
+            adapters.append((Path(path), float(strength)) if equals else (Path(text), 1.0))
         except ValueError as error:
             raise Refused(
-                f"--more_loras {one!r} does not end in a number; write FILE=0.7, or FILE=1 where a name has ="
+                f"--more_loras {text!r} does not end in a number; write FILE=0.7, "
+                "or FILE=1 for a file name with ="
             ) from error
-    return found
+    return adapters
 
 
 def _parts(options: Any) -> list[Entry]:
@@ -171,19 +172,19 @@ def _draw(
     family.add(models, ("denoiser",))
     attached = mixture.attach(models.denoiser, models.text_encoders, models.source.dtype)
     family.add(models, ("vae",))
-    own = own_side(models)
-    height, width = options.height or own, options.width or own
+    native_side = own_side(models)
+    height, width = options.height or native_side, options.width or native_side
     strength = _CFG if options.guidance_scale is None else options.guidance_scale
     cells: dict[tuple[float, float], Image.Image] = {}
     for pair, name in tqdm(names.items(), desc="images"):
         attached.set((*pair, *(strength for _, strength in _more(options.more_loras))))
         with torch.no_grad():
-            said, *negative = (text([prompt]) for prompt in prompts)
+            positive, *negative = (text([prompt]) for prompt in prompts)
         for copy in range(options.num_images):
             seed = options.seed + copy
             image = family.sample(
                 models,
-                said,
+                positive,
                 switches,
                 height=height,
                 width=width,

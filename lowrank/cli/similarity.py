@@ -58,19 +58,19 @@ Found = Mapping[str, list[LayerSimilarity]]  # matrix -> its layers
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare two adapters; 0, or `Refused` before any file is written."""
-    told = VISUALIZE_SIMILARITY.parse(argv).options
-    names = (told.lora1_name, told.lora2_name)
-    folder = writable_folder(told.output_dir)
-    first, second = (read_adapter(path, strict=False) for path in (told.lora1_path, told.lora2_path))
-    found = compare(comparable(first), comparable(second), names)
+    options = VISUALIZE_SIMILARITY.parse(argv).options
+    names = (options.lora1_name, options.lora2_name)
+    folder = writable_folder(options.output_dir)
+    first, second = (read_adapter(path, strict=False) for path in (options.lora1_path, options.lora2_path))
+    layers = compare(comparable(first), comparable(second), names)
     about = [*_files(first, second, names), *_notes((first, second), names)]
-    text = statistics_text(found, names) + "\n" + "\n".join(about) + "\n"
-    written = write_comparison(folder, found, names, text)
+    text = statistics_text(layers, names) + "\n" + "\n".join(about) + "\n"
+    written = write_comparison(folder, layers, names, text)
     _print(f"{text}\nWritten to {folder}:\n" + "".join(f"  {path.name}\n" for path in written))
     return 0
 
 
-def write_comparison(folder: Path, found: Found, names: Names, text: str) -> list[Path]:
+def write_comparison(folder: Path, comparison: Found, names: Names, text: str) -> list[Path]:
     """All files of one comparison, each whole or absent; other files in `folder` stay."""
     written = []
 
@@ -82,7 +82,7 @@ def write_comparison(folder: Path, found: Found, names: Names, text: str) -> lis
                 content.savefig(part, format="png", dpi=150)
         written.append(folder / name)
 
-    for matrix, layers in found.items():
+    for matrix, layers in comparison.items():
         with matplotlib.rc_context(
             {
                 "font.family": _fonts(),
@@ -96,7 +96,7 @@ def write_comparison(folder: Path, found: Found, names: Names, text: str) -> lis
             put(f"{matrix}_similarity_auto_scale_line.png", line_plot(matrix, layers, names, fixed=False))
             put(f"{matrix}_similarity_distribution.png", distribution_plot(matrix, layers, names))
         put(f"{matrix}_similarity_details.json", _json([_details(layer) for layer in layers]))
-    numbers = {matrix: statistics(layers) for matrix, layers in found.items()}
+    numbers = {matrix: statistics(layers) for matrix, layers in comparison.items()}
     verdicts = {matrix: {"verdict": judge(matrix, of["mean"])} for matrix, of in numbers.items()}
     put("all_statistics.json", _json({matrix: of | verdicts[matrix] for matrix, of in numbers.items()}))
     put("summary_statistics.txt", text)
@@ -106,10 +106,10 @@ def write_comparison(folder: Path, found: Found, names: Names, text: str) -> lis
 # ---------- text
 
 
-def statistics_text(found: Found, names: Names) -> str:
+def statistics_text(comparison: Found, names: Names) -> str:
     """summary_statistics.txt up to what the files are, in the layout of the QR-LoRA demo guide."""
     parts = ["=== QR-LoRA Similarity Analysis Summary ===\n"]
-    for matrix, layers in found.items():
+    for matrix, layers in comparison.items():
         parts.append("\n".join([f"{matrix} Matrix Similarity:", *_block(matrix, layers, names)]) + "\n")
     return "\n".join([*parts, _CAUTION]) + "\n"
 

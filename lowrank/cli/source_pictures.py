@@ -72,11 +72,11 @@ def draw_source(
     writable_folder(folder, "--source_data_dir")
     files: dict[Path, tuple[Prompt, int]] = {}
     for index, prompt in enumerate(prompt for prompt in prompts for _ in range(options.images_per_prompt)):
-        own = seed + index if prompt.seed is None else prompt.seed + index % options.images_per_prompt
-        name = hashlib.sha256(repr((replace(prompt, seed=None), own)).encode()).hexdigest()[:8]
+        image_seed = seed + index if prompt.seed is None else prompt.seed + index % options.images_per_prompt
+        name = hashlib.sha256(repr((replace(prompt, seed=None), image_seed)).encode()).hexdigest()[:8]
         path = folder / f"source_{index:05d}_{name}.png"
         if not path.exists():
-            files[path] = (prompt, own)
+            files[path] = (prompt, image_seed)
             with atomic(path.with_suffix(".txt")) as part:
                 part.write_text(prompt.prompt + "\n", encoding="utf-8")
     if files:

@@ -153,23 +153,24 @@ def compare(
             f"{names[0]} and {names[1]} have no layer in common ({names[0]}: {_examples(first)}; "
             f"{names[1]}: {_examples(second)}); compare adapters of the same model and targets"
         )
-    found: dict[str, list[LayerSimilarity]] = {matrix: [] for matrix in MATRICES}
-    for module, one, two in pairs:
-        _refuse_other_model(module, one, two, names)
+    by_matrix: dict[str, list[LayerSimilarity]] = {matrix: [] for matrix in MATRICES}
+    for module, first_roles, second_roles in pairs:
+        _refuse_other_model(module, first_roles, second_roles, names)
         for matrix, role in keys.MATRICES.items():
-            if role in one and role in two:
-                found[matrix].append(_compare_matrix(matrix, module, one, two, names))
-        whole = update(module, one), update(module, two)
+            if role in first_roles and role in second_roles:
+                by_matrix[matrix].append(_compare_matrix(matrix, module, first_roles, second_roles, names))
+        whole = update(module, first_roles), update(module, second_roles)
         if whole[0] is not None and whole[1] is not None:
-            rank = min(_rank(one), _rank(two))
-            found["deltaW"].append(_compare_updates(module, whole[0], whole[1], rank, names))
-    found = {matrix: layers for matrix, layers in found.items() if layers}
-    if not found:
+            rank = min(_rank(first_roles), _rank(second_roles))
+            by_matrix["deltaW"].append(_compare_updates(module, whole[0], whole[1], rank, names))
+    by_matrix = {matrix: layers for matrix, layers in by_matrix.items() if layers}
+    if not by_matrix:
         raise Refused(
-            f"no matrix in common: {names[0]} has {_held(first)}, {names[1]} has {_held(second)}; "
-            "a file saved without its basis can only be compared with one of its own kind"
+            f"no matrix in common: {names[0]} has {_role_names(first)}, {names[1]} has "
+            f"{_role_names(second)}; compare two files of one kind, "
+            "both with their basis or both without"
         )
-    return found
+    return by_matrix
 
 
 def comparable(adapter: Adapter) -> dict[str, Roles]:
@@ -196,8 +197,8 @@ def layer_name(module: str) -> str:
     return module if complete else f"transformer.{module}"
 
 
-def _compare_matrix(matrix: str, module: str, one: Roles, two: Roles, names: Names) -> LayerSimilarity:
-    a, b = (roles[keys.MATRICES[matrix]].double().flatten(1) for roles in (one, two))
+def _compare_matrix(matrix: str, module: str, first: Roles, second: Roles, names: Names) -> LayerSimilarity:
+    a, b = (roles[keys.MATRICES[matrix]].double().flatten(1) for roles in (first, second))
     alike, zero = a.shape == b.shape, _zero(a.norm().item(), b.norm().item(), names)
     layer = LayerSimilarity(
         layer_name(module),
@@ -216,16 +217,16 @@ def _compare_matrix(matrix: str, module: str, one: Roles, two: Roles, names: Nam
     if matrix == "deltaR" and not zero:
         layer = replace(layer, row_overlap=row_overlap(a, b))
         if alike:
-            a, b = a * strength(one, a.shape[0]), b * strength(two, b.shape[0])
+            a, b = a * strength(first, a.shape[0]), b * strength(second, b.shape[0])
             product, energies = (a * b).sum().item(), (a.square().sum().item(), b.square().sum().item())
             layer = replace(layer, interference=interference(product, *energies))
     return layer
 
 
-def _compare_updates(module: str, one: Delta, two: Delta, rank: int, names: Names) -> LayerSimilarity:
-    energies = energy(one), energy(two)
+def _compare_updates(module: str, first: Delta, second: Delta, rank: int, names: Names) -> LayerSimilarity:
+    energies = energy(first), energy(second)
     norms = math.sqrt(energies[0]), math.sqrt(energies[1])
-    out, inputs = one.up.shape[0], one.down.shape[1]
+    out, inputs = first.up.shape[0], first.down.shape[1]
     layer = LayerSimilarity(
         layer_name(module),
         None,
@@ -237,12 +238,12 @@ def _compare_updates(module: str, one: Delta, two: Delta, rank: int, names: Name
     )
     if layer.reason:
         return layer
-    product = inner(one, two)
+    product = inner(first, second)
     return replace(
         layer,
         similarity=_unit(product / (norms[0] * norms[1])),
         interference=interference(product, *energies),
-        row_overlap=row_overlap(rows(one), rows(two)),
+        row_overlap=row_overlap(rows(first), rows(second)),
     )
 
 
@@ -255,9 +256,11 @@ def _zero(first: float, second: float, names: Names) -> str | None:
     return f"zero in {' and '.join(zero)}" if zero else None
 
 
-def _refuse_other_model(module: str, one: Roles, two: Roles, names: Names) -> None:
+def _refuse_other_model(module: str, first: Roles, second: Roles, names: Names) -> None:
     full = layer_name(module)
-    ours, theirs = (check_shapes(full, roles, name) for roles, name in zip((one, two), names, strict=True))
+    ours, theirs = (
+        check_shapes(full, roles, name) for roles, name in zip((first, second), names, strict=True)
+    )
     for side in ("outputs", "inputs"):
         if ours.get(side) and theirs.get(side) and ours[side] != theirs[side]:
             raise Refused(
@@ -271,7 +274,7 @@ def _examples(layers: Mapping[str, Roles]) -> str:
     return f"{shown}, … {len(layers)} in all" if len(layers) > 2 else shown
 
 
-def _held(layers: Mapping[str, Roles]) -> str:
+def _role_names(layers: Mapping[str, Roles]) -> str:
     return ", ".join(sorted({role for roles in layers.values() for role in roles})) or "nothing"
 
 

@@ -7,8 +7,10 @@ such adapters run beside the sum, as the networks that made them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +22,13 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.network_module import network_named
 from lowrank.adapters.targets import as_passed
 from lowrank.combine.pair_sum import AttachedPairs, PairSum
+from lowrank.combine.whole_layers import WholeLayers
 from lowrank.errors import Refused
 from lowrank.formats.delta import LORA
+from lowrank.formats.foreign import refuse_foreign
 from lowrank.formats.read import Adapter, masked, read_adapter, refuse_masked
 from lowrank.naming import keys
+from lowrank.naming.places import LayerPath
 
 
 class Share(NamedTuple):
@@ -78,8 +83,8 @@ def read_mixture(
 
 
 def read_for_merge(path: str | Path, **options) -> Adapter:
-    """Read an adapter for a sum: products in fp32, and layers without a ΔW are not refused yet."""
-    return read_adapter(path, precision=torch.float32, strict=False, **options)
+    """Read an adapter for a sum: products in fp32, layers of all kinds, none without a ΔW refused yet."""
+    return read_adapter(path, precision=torch.float32, strict=False, foreign=True, **options)
 
 
 class Mixture:
@@ -93,7 +98,8 @@ class Mixture:
         self.rules = [tuple(shares) for shares in rules] or [()] * len(self.adapters)
         live = [i for i, adapter in enumerate(self.adapters) if _runs_as_network(adapter)]
         self.live = sorted(live, key=lambda i: not self.adapters[i].has_magnitude())  # next to the base first
-        self.still = [i for i in range(len(self.adapters)) if i not in live]
+        sums = (i for i in range(len(self.adapters)) if i not in live)
+        self.still = [i for i in sums if self.adapters[i].layers or not self.adapters[i].foreign]
         for i, shares in enumerate(self.rules):
             _check_rules(self.adapters[i], shares)
             if shares and i in self.still:
@@ -109,6 +115,10 @@ class Mixture:
         """How the adapters are computed: a line for the sum, and one for each network."""
         lines = [] if self.pairs is None else [self.pairs.describe()]
         lines += [f"{self.adapters[i].source} runs as {_method(self.adapters[i])}" for i in self.live]
+        for adapter in self.adapters:
+            if kinds := Counter(layer.kind.name for layer in adapter.foreign.values()):
+                counts = ", ".join(f"{name} × {count}" for name, count in kinds.items())
+                lines.append(f"{adapter.source}: {counts} run beside the layers, as whole matrices")
         return "\n".join(lines)
 
     def attach(
@@ -120,6 +130,9 @@ class Mixture:
     def save(self, path: str | Path, weights: Sequence[float], metadata: dict[str, str]) -> None:
         """Write the sum as one adapter. Raises `Refused` where an adapter is no low-rank pair."""
         refuse_masked(self.adapters)
+        for adapter in self.adapters:
+            if adapter.foreign:
+                refuse_foreign(adapter.foreign.values(), adapter.source)
         if self.live or self.pairs is None:
             adapter = self.adapters[self.live[0]]
             raise Refused(
@@ -153,7 +166,13 @@ class AttachedMixture:
             )
         self._live: dict[int, AdapterNetwork] = {}
         self._sums: list[tuple[tuple[int, ...], AttachedPairs]] = []
+        self._whole: dict[int, WholeLayers] = {}
         try:
+            for i, adapter in enumerate(mixture.adapters):
+                if adapter.foreign:  # first, so that they see the base's own weights
+                    share = functools.partial(_share_of_place, adapter, mixture.rules[i])
+                    self._whole[i] = WholeLayers(adapter, denoiser, text_encoders, dtype, share)
+                    self._undo.append(self._whole[i].restore)
             for i in mixture.live:
                 self._live[i] = _network(mixture.adapters[i], denoiser, text_encoders)
                 self._undo.append(self._live[i].restore)
@@ -175,6 +194,8 @@ class AttachedMixture:
         """Make the change Σ weights[i]·(adapter i); all zero is the base, bit for bit."""
         for group, attached in self._sums:
             attached.set([weights[i] for i in group])
+        for i, layers in self._whole.items():
+            layers.set(weights[i])
         for i, network in self._live.items():
             for layer in network.layers():
                 name = network.targets[layer.name].native or layer.name
@@ -184,6 +205,10 @@ class AttachedMixture:
         """Detach everything, the last first."""
         while self._undo:
             self._undo.pop()()
+
+
+def _share_of_place(adapter: Adapter, rules: Sequence[Share], place: LayerPath) -> float:
+    return share_of(rules, adapter.name(place))
 
 
 def _groups(mixture: Mixture) -> list[tuple[tuple[int, ...], PairSum]]:

@@ -22,7 +22,7 @@ from lowrank.errors import Refused
 from lowrank.formats.delta import LORA, Delta, method_for
 from lowrank.formats.read import Adapter, refuse_masked
 from lowrank.naming import keys
-from lowrank.naming.places import LayerPath
+from lowrank.naming.places import LayerPath, adapter_family
 from lowrank.tensors import write_tensors
 
 PAIRS = Method("static", Factor(lambda *_: ({}, {}), trained=()))  # frozen pairs of factors
@@ -41,6 +41,7 @@ class PairSum:
             _refuse_magnitudes(adapter)
             adapter.require_deltas()
         _check_one_base(adapters)
+        _check_one_family(adapters)
         self.modules: dict[str, str] = {}
         self.parts: dict[str, list[tuple[int, Delta]]] = {}
         owners: dict[str, list[tuple[Adapter, LayerPath]]] = {}
@@ -51,21 +52,16 @@ class PairSum:
                 self.modules.setdefault(name, module)
                 self.parts.setdefault(name, []).append((i, delta))
                 owners.setdefault(name, []).append((adapter, place))
-        most = max((len(parts) for parts in self.parts.values()), default=0)
-        if len(adapters) > 1 and most < len(adapters):
-            first, second = (next(iter(adapter.layers)) for adapter in adapters[:2])
-            raise Refused(
-                f"{adapters[0].source} and {adapters[1].source} have no layer in common, for example "
-                f"{adapters[0].name(first)} and {adapters[1].name(second)}; are both for one model?"
-            )
         for name, parts in self.parts.items():
             shapes = {i: (pair.up.shape[0], pair.down.shape[1]) for i, pair in parts}
             if len(set(shapes.values())) > 1:
                 sizes = " and ".join(f"{o}×{n} in {adapters[i].source}" for i, (o, n) in shapes.items())
                 raise Refused(f"{self.modules[name]} is {sizes}; merge adapters of one base")
-        frozen = {name: [_frozen_up(*owner) for owner in own] for name, own in owners.items()}
+        frozen = {
+            name: [_frozen_up(*owner) for owner in layer_owners] for name, layer_owners in owners.items()
+        }
         self.shared = {name for name, ups in frozen.items() if _equal(ups)}
-        self._first = {name: own[0] for name, own in owners.items()}
+        self._first = {name: layer_owners[0] for name, layer_owners in owners.items()}
 
     @property
     def adapts_text(self) -> bool:
@@ -84,14 +80,22 @@ class PairSum:
 
     def describe(self) -> str:
         """One sentence: how the sum is held."""
-        joined = [name for name in self.modules if name not in self.shared]
-        if not joined:
-            return f"{len(self.modules)} layers share one basis: ΔR are added, the rank stays"
-        ranks = sorted({sum(pair.rank for _, pair in self.parts[name]) for name in joined})
-        return (
-            f"{len(joined)} of {len(self.modules)} layers have different bases, ranks or kinds: they are "
-            f"concatenated, exactly, to rank {', '.join(map(str, ranks))}"
-        )
+        several = [name for name, parts in self.parts.items() if len(parts) > 1 or len(self.adapters) == 1]
+        joined = [name for name in several if name not in self.shared]
+        sentences = []
+        if alone := len(self.modules) - len(several):
+            sentences.append(
+                f"{alone} of {len(self.modules)} layers are in one adapter only and stay as they are"
+            )
+        if several and not joined:
+            sentences.append(f"{len(several)} layers share one basis: ΔR are added, the rank stays")
+        elif joined:
+            ranks = sorted({sum(pair.rank for _, pair in self.parts[name]) for name in joined})
+            sentences.append(
+                f"{len(joined)} of {len(self.modules)} layers have different bases, ranks or kinds: they are "
+                f"concatenated, exactly, to rank {', '.join(map(str, ranks))}"
+            )
+        return "; ".join(sentences)
 
     def save(self, path: str | Path, weights: Sequence[float], metadata: dict[str, str]) -> None:
         """Write the sum as one adapter: a ΔR file where every layer shares its Q, else a plain LoRA file.
@@ -108,7 +112,7 @@ class PairSum:
             factor, kernel = method.require_factor(), adapter.layers[place].kernel
             chain = factor.chains[0]
             roles = {chain.up[0]: self.up(name), chain.down[-1]: down}
-            for role in factor.record:
+            for role in factor.saved_only:
                 if role in first:
                     roles[role] = first[role].float() * adapter.layers[place].scale
             sides = factor.sides()
@@ -154,6 +158,25 @@ def _check_one_base(adapters: Sequence[Adapter]) -> None:
         )
 
 
+def _check_one_family(adapters: Sequence[Adapter]) -> None:
+    """Raise `Refused` for adapters of two families. Adapters of one family need no layer in common."""
+    families: dict[str, str] = {}  # by family the first file of it
+    for adapter in adapters:
+        families.setdefault(_family(adapter), adapter.source)
+    families.pop("", None)
+    if len(families) > 1:
+        (first, file), (second, other) = list(families.items())[:2]
+        raise Refused(f"{file} is for {first} and {other} is for {second}; merge adapters of one model")
+
+
+def _family(adapter: Adapter) -> str:
+    """The family of the model that an adapter is for; empty where its names fit several."""
+    try:
+        return adapter.family or adapter_family(adapter.modules.values(), adapter.metadata, adapter.source)
+    except Refused:
+        return ""
+
+
 def _frozen_up(adapter: Adapter, place: LayerPath) -> Tensor | None:
     """The up of a layer that trains its down alone, as ΔR does, so that downs on equal ups can be added."""
     roles = adapter.raw.get(place, {})
@@ -165,7 +188,7 @@ def _frozen_up(adapter: Adapter, place: LayerPath) -> Tensor | None:
 
 def _equal(tensors: Sequence[Tensor | None]) -> bool:
     first = tensors[0]
-    return first is not None and all(one is not None and torch.equal(first, one) for one in tensors)
+    return first is not None and all(tensor is not None and torch.equal(first, tensor) for tensor in tensors)
 
 
 def _with_kernel(value: Tensor, sides: Sequence[str], kernel: Sequence[int]) -> Tensor:
@@ -225,8 +248,8 @@ class AttachedPairs:
     def set(self, weights: Sequence[float]) -> None:
         for layer in self.network.layers():
             down = self.pairs.down(self._names[layer.name], weights)
-            own = layer.get_buffer("down")
-            own.copy_(down.reshape(own.shape))
+            buffer = layer.get_buffer("down")
+            buffer.copy_(down.reshape(buffer.shape))
 
 
 def _hosts(pairs: PairSum, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> dict:

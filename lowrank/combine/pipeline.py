@@ -56,10 +56,12 @@ class TimestepRanks:
             getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
         ]
         model: Any = uncompiled(denoiser)
-        own = dtype or (model.dtype if hasattr(model, "dtype") else next(model.parameters()).dtype)
+        computed = dtype or (model.dtype if hasattr(model, "dtype") else next(model.parameters()).dtype)
         mixture = Mixture([adapter])
-        present = [one for one in encoders if isinstance(one, nn.Module)] if mixture.adapts_text else []
-        self.attached = mixture.attach(denoiser, present, own)
+        present = (
+            [encoder for encoder in encoders if isinstance(encoder, nn.Module)] if mixture.adapts_text else []
+        )
+        self.attached = mixture.attach(denoiser, present, computed)
         for network in self.attached.networks:
             network.clock.steps = lambda: _steps(scheduler)
         self.attached.set((strength,))
@@ -87,9 +89,9 @@ def timestep_ranks(
 
 def denoiser_of(pipe: Any) -> nn.Module:
     """The U-Net or transformer of a pipeline; a module is its own."""
-    for found in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None), pipe):
-        if isinstance(found, nn.Module):
-            return found
+    for candidate in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None), pipe):
+        if isinstance(candidate, nn.Module):
+            return candidate
     raise Refused(f"{type(pipe).__name__} has no unet and no transformer; give a pipeline of diffusers")
 
 

@@ -63,7 +63,7 @@ def without(side: Side, part: Tensor, share: float, count: int) -> Tensor:
     `part` (r, m) is that LoRA's columns in these coordinates. diag(s²) − share·partᵀpart is the others'
     energy; exact where the sketch is.
     """
-    rest = side.values.square().diag() - share * part.T @ part
-    found, vectors = torch.linalg.eigh(rest)
-    kept = (found > DEPENDENT**2 * side.values[0] ** 2).nonzero().flatten().flip(0)[:count]
+    remaining = side.values.square().diag() - share * part.T @ part
+    values, vectors = torch.linalg.eigh(remaining)
+    kept = (values > DEPENDENT**2 * side.values[0] ** 2).nonzero().flatten().flip(0)[:count]
     return vectors[:, kept]

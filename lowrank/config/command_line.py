@@ -259,7 +259,7 @@ def _config_path(text: str) -> Path:
 def _keys(path: Path, lists: Collection[str]) -> list[tuple[str, object]]:
     """Keys and values of a TOML file; tables of the first level are flattened, but those named as `lists`."""
     try:
-        found = parse_toml(path.read_text(encoding="utf-8"), f"--config_file {path}")
+        table = parse_toml(path.read_text(encoding="utf-8"), f"--config_file {path}")
     except FileNotFoundError as error:
         raise Refused(
             f"--config_file {path} does not exist (seen from {Path.cwd()}); correct the path"
@@ -269,7 +269,7 @@ def _keys(path: Path, lists: Collection[str]) -> list[tuple[str, object]]:
             f"--config_file {path} cannot be read: {error}; correct the path or the file"
         ) from error
     flat: list[tuple[str, object]] = []
-    for key, value in found.items():
+    for key, value in table.items():
         section = isinstance(value, dict) and key not in lists
         flat += value.items() if section else [(key, value)]
     return flat

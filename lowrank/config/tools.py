@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lowrank.config.command_line import CommandLine, Parsed
 from lowrank.config.flag import comma_floats, comma_words, option, path
@@ -139,6 +140,38 @@ class UniversalBasis:
     )
 
 
+class RankChoice(NamedTuple):
+    """Ranks of a written adapter: `most`, or those that `method` finds with `target`, `most` at most."""
+
+    method: str
+    target: float
+    most: int | None
+
+
+_AUTO = ("sv_ratio", "sv_fro", "sv_cumulative")  # as in kohya's resize_lora.py
+
+
+def rank_choice(text: str) -> RankChoice:
+    """`8` as the rank 8; `auto:sv_fro=0.9,max=32` as the ranks that keep 90 % of each ‖ΔW‖, 32 at most."""
+    parts = (word.partition("=") for word in text.removeprefix("auto:").split(","))
+    words = {name: value for name, _, value in parts}
+    try:
+        if not text.startswith("auto:"):
+            choice = RankChoice("fixed", 0.0, int(text))
+        else:
+            most = int(words.pop("max")) if "max" in words else None
+            ((method, target),) = words.items()
+            choice = RankChoice(method, float(target), most)
+    except ValueError as error:
+        raise Refused(
+            f"{text!r} is no rank; give a whole number, or e.g. auto:sv_fro=0.9, auto:sv_ratio=20, "
+            "auto:sv_cumulative=0.9,max=32"
+        ) from error
+    if choice.method not in ("fixed", *_AUTO):
+        raise Refused(f"{text!r} names {choice.method}; give one of {', '.join(_AUTO)}")
+    return choice
+
+
 _PRECISIONS = ("fp32", "fp16", "bf16")
 FORMATS = ("kohya", "diffusers", "peft", "lycoris", "qrlora", "lycoris-tlora", "merged")
 
@@ -158,8 +191,12 @@ class Export:
     dtype: str | None = option(
         None, "precision of the written file (unset: as in the source)", choices=_PRECISIONS
     )
-    rank: int | None = option(
-        None, "reduce every layer to at most this rank by SVD, and print what is lost", low=1
+    rank: tuple[str, float, int | None] | None = option(
+        None,
+        "reduce every layer by SVD and print what is lost: a largest rank, or ranks by singular values as "
+        "kohya's resize_lora.py has them (auto:sv_ratio=20, auto:sv_fro=0.9, auto:sv_cumulative=0.9; with "
+        ",max=32 a largest rank too). LoKr, LoHa and other kinds become the nearest LoRA",
+        convert=rank_choice,
     )
     parts: str = option("all", "layers to export", choices=("all", "unet", "text"))
     base: str | None = option(
@@ -261,6 +298,20 @@ def check_merge(parsed: Parsed[Merge]) -> Iterator[str]:
     yield from ()
 
 
+def check_rank(parsed: Parsed[Export]) -> Iterator[str]:
+    """Refuse a rank below 1, and a target outside of its method's limits."""
+    if parsed.options.rank is None:
+        return
+    method, target, most = parsed.options.rank
+    if most is not None and most < 1:
+        raise Refused(f"--rank {most} is below 1; give 1 or more")
+    if method == "sv_ratio" and target <= 1:
+        raise Refused(f"--rank auto:sv_ratio={target:g} is not above 1; give e.g. 20")
+    if method in _AUTO[1:] and not 0 < target <= 1:
+        raise Refused(f"--rank auto:{method}={target:g} is not above 0 and at most 1; give e.g. 0.9")
+    yield from ()
+
+
 SAVE_RESIDUAL = CommandLine(
     "save_flux_residual.py",
     "Write W − QR of every adapted layer of FLUX, for programs based on the published QR-LoRA code.",
@@ -293,6 +344,7 @@ EXPORT = CommandLine(
     "Write an adapter as a file of another program, and read it back.",
     Export,
     positional=("source", "target"),
+    check=check_rank,
 )
 
 IMPORT = CommandLine(

@@ -70,10 +70,10 @@ def _inner(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> Te
     return (left * right).sum().clamp_min(0)
 
 
-def distance(one: Delta, other: Delta) -> float:
+def distance(first: Delta, second: Delta) -> float:
     """‖ΔW − ΔW′‖_F of two layers, without forming either and without cancelling: QR of the joined factors."""
-    up = torch.cat([one.scale * one.up.double(), -other.scale * other.up.double()], 1)
-    down = torch.cat([one.down.double(), other.down.double()])
+    up = torch.cat([first.scale * first.up.double(), -second.scale * second.up.double()], 1)
+    down = torch.cat([first.down.double(), second.down.double()])
     if up.shape[1] >= min(up.shape[0], down.shape[1]):
         return float(torch.linalg.norm(up @ down))
     left = torch.linalg.qr(up, mode="r")[1] if up.shape[0] > up.shape[1] else up
@@ -108,7 +108,7 @@ def is_orthogonal(roles: Mapping[str, Tensor]) -> bool:
 def missing_roles(roles: Mapping[str, Tensor], method: Method) -> list[str]:
     """The factors that a layer lacks for its ΔW."""
     factor = method.require_factor()
-    needed = [role for role in (*factor.trained, *method.file_roles()) if role not in factor.record]
+    needed = [role for role in (*factor.trained, *method.file_roles()) if role not in factor.saved_only]
     return [role for role in dict.fromkeys(needed) if role not in roles]
 
 
@@ -154,7 +154,7 @@ def delta_of(
     if factor == LORA_FACTOR and up.dim() == down.dim() and math.prod(up.shape[2:]) == 1:
         U, D = up.flatten(1), down.flatten(1)  # a plain pair needs no layer
         return Delta(U, D, scale, _magnitude(module, roles, U, source), kernel)
-    host = phantom(up.shape[-4 if kernel else -2], down.shape[1], kernel)
+    host = weightless_host(up.shape[-4 if kernel else -2], down.shape[1], kernel)
     layer = AdaptedLayer(module, host, method, rank, scale * rank, Clock(method))
     stored = torch.promote_types(up.dtype, down.dtype)
     if torch.float64 in (stored, precision):
@@ -237,7 +237,7 @@ def check_shapes(
     return sizes
 
 
-def phantom(outs: int, ins: int, kernel: tuple[int, ...], value: Tensor | None = None) -> Layer:
+def weightless_host(outs: int, ins: int, kernel: tuple[int, ...], value: Tensor | None = None) -> Layer:
     """A Linear or Conv2d of any size that takes no memory: its rows are all `value` (I[, k, k]), or zero."""
     shape = (ins, *kernel)
     if kernel:

@@ -1,6 +1,6 @@
 """Hosts without weights for other programs to put an adapter on, and the outputs of the loaded layers.
 
-A host has a layer's name and size and takes no memory (`delta.phantom`).
+A host has a layer's name and size and takes no memory (`delta.weightless_host`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.formats.delta import Delta, phantom
+from lowrank.formats.delta import Delta, weightless_host
 from lowrank.naming.places import LayerPath
 
 
@@ -55,18 +55,18 @@ def hosts(
 
 
 def host(layer: Delta) -> nn.Module:
-    """A phantom host for a layer: its weight is zero, or with DoRA has rows of the size of ΔW's."""
+    """A weightless host for a layer: its weight is zero, or with DoRA has rows of the size of ΔW's."""
     width = layer.down.shape[1]
     row = None
     if layer.magnitude is not None:
         row = torch.linspace(-1, 1, width)
         row = row * (layer.norm() / layer.up.shape[0] ** 0.5 + 1e-3) / row.norm()
-    return phantom(layer.up.shape[0], width // math.prod(layer.kernel), layer.kernel, row)
+    return weightless_host(layer.up.shape[0], width // math.prod(layer.kernel), layer.kernel, row)
 
 
 def outputs(layer: Delta, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """(output of the adapted layer for x, output of the host alone), in float64."""
-    if layer.magnitude is None:  # the phantom's weight is zero, so that only the change has an output
+    if layer.magnitude is None:  # the weightless_host's weight is zero, so that only the change has an output
         h = apply_thin(layer, x.double())
         return h, torch.zeros_like(h)
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lowrank.adapters.method import Method
 from lowrank.errors import Refused
 from lowrank.files import sha256
 from lowrank.formats.delta import LORA, Delta, delta_of, distance, method_for
+from lowrank.formats.foreign import ForeignLayer, split
 from lowrank.naming import keys
 from lowrank.naming.places import adapter_family, places
 from lowrank.tensors import existing_file
@@ -42,19 +44,25 @@ def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
     file, layers, problems = existing_file(path), [], []
     raw = open_adapter_file(file)
     contents = read_adapter_file(raw, method.file_roles() if method else (), strict=False)
+    whole = split(contents, raw.state, broken := {})
+    contents = replace(contents, layers=whole.pairs)
+    problems += list(broken.values())
     for module in contents.layers:
         layer = _layer(module, contents, method)
         layers.append(layer)
         if layer["problem"]:
             problems.append(f"{module}: {layer['problem']}")
-    other, metadata = contents.not_understood, raw.metadata
-    kinds = Counter(kind for _, kind in {(key.module, key.kind) for key in other} if "unknown" not in kind)
+    for module, layer in {layer.module: layer for layer in whole.foreign.values()}.items():
+        layers.append(_foreign_layer(module, layer, problems))
+    other, metadata = whole.not_understood, raw.metadata
+    kinds = Counter(layer.kind.name for layer in {id(v.tensors): v for v in whole.foreign.values()}.values())
+    families = {**contents.layers, **dict.fromkeys(whole.modules.values())}
     return {
         "file": str(file),
         "bytes": file.stat().st_size,
         "sha256": sha256(file),
         "tensors": len(raw.state),
-        "model": _family(contents.layers, metadata, problems),
+        "model": _family(families, metadata, problems),
         "method": metadata.get("lowrank.method") or _kind(contents.layers, kinds),
         "ranks": _counted(layer["rank"] for layer in layers),
         "alphas": _counted(layer["alpha"] for layer in layers),
@@ -63,6 +71,7 @@ def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
         "targets": _counted(_target(layer["path"]) for layer in layers),
         "experts": max((layer["experts"] for layer in layers), default=1),
         "norm": math.sqrt(sum((layer["norm"] or 0.0) ** 2 for layer in layers)),
+        "without_norm": sum(layer["norm"] is None and not layer["problem"] for layer in layers),
         "base": _facts(metadata, BASE) | _lowrank(metadata, ("base_model", "base_hash")),
         "basis_hash": metadata.get("lowrank.basis_hash"),
         "training": _facts(metadata, TRAINING),
@@ -72,7 +81,9 @@ def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
         "options": _json(metadata.get("lowrank.options")),
         "other_keys": {
             "count": len(other),
-            "kinds": dict(kinds),
+            "kinds": _counted(
+                kind for _, kind in {(k.module, k.kind) for k in other} if "unknown" not in kind
+            ),
             "examples": sorted(key.key for key in other)[:5],
         },
         "problems": problems,
@@ -119,6 +130,32 @@ def _layer(module: str, contents: AdapterFile, method: Method | None) -> dict[st
     }
 
 
+def _foreign_layer(module: str, layer: ForeignLayer, problems: list[str]) -> dict[str, Any]:
+    """The facts of a layer that is no pair of factors; its norm is unknown where ΔW depends on the base."""
+    place = places(module)[0][0]
+    alpha = layer.tensors.get("alpha")
+    facts: dict[str, Any] = {
+        "module": module,
+        "part": place.part,
+        "path": place.path if layer.piece is None else module,
+        "kind": layer.kind.name,
+        "rank": layer.rank(),
+        "alpha": float(alpha) if alpha is not None and alpha.numel() == 1 else None,
+        "outputs": None,
+        "inputs": None,
+        "norm": None,
+        "experts": 1,
+        "lengths": "magnitude" in layer.tensors,
+        "problem": None,
+    }
+    try:
+        facts["norm"] = replace(layer, piece=None).norm()
+    except Refused as refused:
+        facts["problem"] = str(refused)
+        problems.append(str(refused))
+    return facts
+
+
 def _family(layers: Mapping[str, Any], metadata: Mapping[str, str], problems: list[str]) -> str | None:
     if not layers:
         return None
@@ -130,11 +167,12 @@ def _family(layers: Mapping[str, Any], metadata: Mapping[str, str], problems: li
 
 
 def _kind(layers: Mapping[str, Mapping[str, Tensor]], others: Counter) -> str:
+    foreign = sorted(others)
     if not layers:
-        return " + ".join(sorted(others)) or "unknown"
+        return " + ".join(foreign) or "unknown"
     kinds = {method_for(roles, None).name for roles in layers.values()} - {LORA.name}
     dora = any("magnitude" in roles for roles in layers.values())
-    return "+".join(sorted(kinds)) or (keys.DORA if dora else LORA.name)
+    return " + ".join(["+".join(sorted(kinds)) or (keys.DORA if dora else LORA.name), *foreign])
 
 
 def _target(path: str) -> str:

@@ -164,7 +164,7 @@ def _projected(
             whole = layer.norm() ** 2
             inside = float(kept.double().square().sum())
             error, total = max(0.0, whole - inside), total + whole
-            roles = {chain.up[0]: Q, **dict.fromkeys(factor.record, R), chain.down[-1]: kept}
+            roles = {chain.up[0]: Q, **dict.fromkeys(factor.saved_only, R), chain.down[-1]: kept}
             share = math.sqrt(error / whole) if whole else 0.0
             worst = max(worst, (share, place.path))
         lost += error
@@ -254,8 +254,8 @@ def to_native_tlora(adapter: Adapter, start_left_out: bool) -> Native:
         alpha = rank * strength(roles, rank)
         sizes.add((rank, alpha))
         name, table = native_layer(place, adapter.family)
-        for role, own in sides.items():
-            state[f"{name}.{table[role]}"] = roles[role].flatten() if len(own) == 1 else roles[role]
+        for role, inherited in sides.items():
+            state[f"{name}.{table[role]}"] = roles[role].flatten() if len(inherited) == 1 else roles[role]
         state[f"{name}.{table['alpha']}"] = torch.tensor(alpha)
     rank, alpha = sizes.pop() if len(sizes) == 1 else (None, None)
     known = orthogonal and (start_left_out or "lowrank.options" in adapter.metadata)

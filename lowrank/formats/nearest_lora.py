@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.adapters.experts import beside
+from lowrank.adapters.experts import stacked_ups
 from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.magnitude import in_peft_shape
 from lowrank.adapters.network import AdapterNetwork
@@ -54,7 +54,7 @@ def least_squares(ups: Tensor, moments: Tensor) -> tuple[Tensor, Lost]:
     ups (E, O, R), moments M (E·R, E·R) as a sum or mean of u′ u′ᵀ; computed in float64.
     """
     E, _, R = ups.shape
-    B, M = beside(ups).double(), moments.double()  # (O, E·R), (E·R, E·R)
+    B, M = stacked_ups(ups).double(), moments.double()  # (O, E·R), (E·R, E·R)
     S = torch.eye(R, dtype=M.dtype, device=M.device).repeat(1, E)  # (R, E·R)
     mean, C = ups.double().mean(0), S @ M @ S.T
     rest = B - mean @ S  # what the mean does not explain: B̄ = mean + rest·M Sᵀ·C⁺
@@ -122,7 +122,7 @@ def _static(layer: AdaptedLayer, moments: Tensor) -> tuple[dict[str, Tensor], Lo
 @contextlib.contextmanager
 def _gathered(network: AdapterNetwork) -> Iterator[dict[str, Tensor]]:
     """Σ u′ u′ᵀ by layer name, of all that goes through the hosts within the block, without dropout."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def watch(layer: AdaptedLayer):
         def before(_host, inputs):
@@ -130,7 +130,7 @@ def _gathered(network: AdapterNetwork) -> Iterator[dict[str, Tensor]]:
                 _, D = layer.factors()
                 wide = layer.hidden(inputs[0].to(D.dtype), D)
             wide = (wide.movedim(1, -1) if layer.conv else wide).flatten(0, -2).double()  # (N, E·R)
-            found[layer.name] = found.get(layer.name, 0) + wide.T @ wide
+            tensors[layer.name] = tensors.get(layer.name, 0) + wide.T @ wide
 
         return before
 
@@ -138,7 +138,7 @@ def _gathered(network: AdapterNetwork) -> Iterator[dict[str, Tensor]]:
     training = network.training
     network.eval()
     try:
-        yield found
+        yield tensors
     finally:
         network.train(training)
         for handle in handles:

@@ -29,6 +29,7 @@ from lowrank.adapters.network_module import method_made_by
 from lowrank.errors import Refused
 from lowrank.formats import tlora
 from lowrank.formats.delta import LORA, Delta, delta_of, is_orthogonal, method_for, swapped
+from lowrank.formats.foreign import ForeignLayer, Split, refuse_foreign, split
 from lowrank.naming import flux as flux_names
 from lowrank.naming.places import LayerPath, adapter_family, check_family, places
 
@@ -52,6 +53,7 @@ class Adapter:
     schedule: Schedule | None = None  # of the open ranks of a T-LoRA
     not_understood: Sequence[ForeignKey] = ()  # keys that are not used
     refusals: Mapping[LayerPath, str] = field(default_factory=dict)  # why a layer has no ΔW, where not strict
+    foreign: Mapping[LayerPath, ForeignLayer] = field(default_factory=dict)  # that are no pair, if read
 
     def fact(self, name: str) -> str | None:
         """A fact of `lowrank.*` metadata, or None."""
@@ -86,20 +88,23 @@ def read_adapter(
     start: Callable[[str], Tensor] | None = None,
     precision: torch.dtype | None = None,
     strict: bool = True,
+    foreign: bool = False,
 ) -> Adapter:
     """Read an adapter file of any dialect and method by layer; FLUX's joined layers are split, exactly.
 
     `family` is the kind of model, for files that fit several. `at`, in 0..1000, bakes a T-LoRA at a
     timestep, `schedule` is SimpleTuner's `_tlora_config`, `start(module)` gives W (O, I) of the base where a
     T-LoRA leaves out its start. Products of factors are computed in `precision` at least, and stored in the
-    file's own without one. Raises `Refused` for what has no ΔW of its own; with `strict` off, the reasons are
-    in `refusals`, layers that change nothing stay, and the family may be unknown.
+    file's own without one. With `foreign`, layers that are no pair of factors are read too (`foreign`);
+    without it their keys are in `not_understood`. Raises `Refused` for what has no ΔW of its own; with
+    `strict` off, the reasons are in `refusals`, layers that change nothing stay, and the family may be
+    unknown.
     """
     raw = file if isinstance(file, RawFile) else open_adapter_file(file)
     method = method_made_by(raw.metadata, raw.source)
     contents = read_adapter_file(raw, method.file_roles() if method else ())
-    if not contents.layers:
-        _refuse_no_adapter(contents)
+    whole = _split(contents, raw, foreign)
+    contents = replace(contents, layers=whole.pairs)
     if contents.may_be_official_qr:
         logger.warning(
             "%s is read as a plain LoRA; if it is an official QR-LoRA file, which has the same keys and no "
@@ -114,17 +119,34 @@ def read_adapter(
         gate = tlora.schedule_of(raw.source, layers, raw.metadata, schedule)
     if start is not None:
         layers = tlora.with_copies(layers, start, raw.metadata, raw.source)
+    names = [*layers, *(whole.modules.values() if foreign else ())]
     if family is not None:
-        check_family(layers, family, raw.source)
+        check_family(names, family, raw.source)
     elif strict:
-        family = adapter_family(layers, raw.metadata, raw.source)
+        family = adapter_family(names, raw.metadata, raw.source)
     wide = torch.float32 if at is not None and precision is None else precision
     adapter = Adapter(
         raw.source, family or "", {}, raw.metadata, method=method, schedule=gate,
-        not_understood=contents.not_understood,
+        not_understood=whole.not_understood if foreign else contents.not_understood,
+        foreign=whole.foreign if foreign else {},
     )  # fmt: skip
     adapter = _by_place(adapter, replace(contents, layers=layers), wide, strict)
+    if foreign:
+        adapter = replace(adapter, modules={**whole.modules, **adapter.modules})
     return adapter if at is None or gate is None else baked(adapter, at)
+
+
+def _split(contents: AdapterFile, raw: RawFile, foreign: bool) -> Split:
+    """The file's layers by kind. Raises `Refused` where none of them can be used."""
+    damaged: dict[str, str] = {}
+    whole = split(contents, raw.state, None if foreign else damaged)
+    if not whole.pairs and not (foreign and whole.foreign):
+        if damaged:
+            raise Refused(next(iter(damaged.values())))
+        if whole.foreign:
+            refuse_foreign(whole.foreign.values(), raw.source)
+        _refuse_no_adapter(contents)
+    return whole
 
 
 def read_and_report(file: str | Path | RawFile, family: str | None = None, **options: Any) -> Adapter:
@@ -189,7 +211,7 @@ def _by_place(
                 continue  # zero rows of a joined layer stand for one that was not adapted
             deltas[place] = part
             raw[place] = roles if piece is None else _cut_roles(roles, piece, ranks, adapter.method)
-    if strict and not deltas:
+    if strict and not deltas and not adapter.foreign:
         raise Refused(f"{adapter.source} holds only layers whose change is zero; it has nothing to convert")
     return replace(adapter, layers=deltas, raw=raw, modules=modules, refusals=refusals)
 

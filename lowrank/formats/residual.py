@@ -59,10 +59,10 @@ def check_residual(
     path = residual_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            own = dict(file.metadata() or {})
+            file_metadata = dict(file.metadata() or {})
             names = {k.removesuffix(".residual.weight"): k for k in file.keys()}  # noqa: SIM118
             for fact in ("base_hash", "basis_hash", "rank"):
-                mine, theirs = own.get(f"lowrank.{fact}"), metadata.get(f"lowrank.{fact}")
+                mine, theirs = file_metadata.get(f"lowrank.{fact}"), metadata.get(f"lowrank.{fact}")
                 if mine and theirs and mine != theirs:
                     raise Refused(
                         f"{path} was made with {fact} {mine[:16]} and the adapter with {theirs[:16]}; make "

@@ -1,7 +1,7 @@
 """Verify a written file: the program that the format is for loads it, and its layers' outputs equal ΔW·x.
 
 No model is needed: each library loads the file onto hosts, layers of the right names and sizes that take no
-memory (`delta.phantom`). The libraries that are installed are used; lowrank's own reader is the last resort.
+memory (`delta.weightless_host`). Installed libraries are used; the last resort is lowrank's own reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import Refused
 from lowrank.formats.base_checkpoint import BaseCheckpoint
-from lowrank.formats.delta import Delta, distance, phantom, swapped
+from lowrank.formats.delta import Delta, distance, swapped, weightless_host
 from lowrank.formats.hosts import Checked, Tree, Unread, compared, host, hosts
 from lowrank.formats.read import Adapter, read_adapter
 from lowrank.formats.writers import Choices, joined_magnitude, peft_path
@@ -207,11 +207,13 @@ def _by_diffusers(path: Path, adapter: Adapter) -> Checked:
 def _beside(adapter: Adapter) -> Iterator[tuple[str, Any]]:
     """Hosts of FLUX's layers without an adapter, which are zeros in a joined layer of kohya's files."""
     for place, layer in adapter.layers.items():
-        own = _joined(place, adapter)
-        for path, other in flux_names.modules(own.module) if own is not None and own.total > 1 else ():
-            if own is not None and place._replace(path=path) not in adapter.layers:
-                outs = layer.up.shape[0] // (own.stop - own.start) * (other.stop - other.start)
-                yield path, phantom(outs, layer.down.shape[1], ())
+        joined = _joined(place, adapter)
+        for path, other in (
+            flux_names.modules(joined.module) if joined is not None and joined.total > 1 else ()
+        ):
+            if joined is not None and place._replace(path=path) not in adapter.layers:
+                outs = layer.up.shape[0] // (joined.stop - joined.start) * (other.stop - other.start)
+                yield path, weightless_host(outs, layer.down.shape[1], ())
 
 
 def _check_text(state: Mapping[str, Tensor], component: str, adapter: Adapter, part: str) -> None:

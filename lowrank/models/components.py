@@ -202,11 +202,11 @@ def reading(what: str, where: str | Path) -> Iterator[None]:
 def complete(what: str, where: str | Path, info: Mapping[str, Any]) -> None:
     """Refuse weights with tensors missing or of another shape: libraries fill those with random numbers."""
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(problem) or ())
-        if found:
+        keys = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(problem) or ())
+        if keys:
             raise Refused(
-                f"the {what} in {where} does not fit its configuration: {len(found)} × "
-                f"{problem.split('_')[0]}, the first is {found[0]}; download the model again"
+                f"the {what} in {where} does not fit its configuration: {len(keys)} × "
+                f"{problem.split('_')[0]}, the first is {keys[0]}; download the model again"
             )
 
 

@@ -65,7 +65,7 @@ class Models:
     tokenizers: tuple[Any, ...] = ()
     # "denoiser", "vae", and of some families "scheduler": known without their weights
     configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    held: dict[str, Any] = field(default_factory=dict)  # kept by loading: the table of a single file
+    checkpoints: dict[str, Any] = field(default_factory=dict)  # single files that loading has opened
 
 
 class Load(Protocol):

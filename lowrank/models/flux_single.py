@@ -72,7 +72,7 @@ def _file(path: str | Path) -> Checkpoint:
 def transformer_config(file: Checkpoint) -> dict[str, Any]:
     """diffusers' configuration from the shapes of a BFL checkpoint; `Refused` when it is not one."""
     shapes = file.shapes
-    blocks = [(found[1], int(found[2])) for key in shapes if (found := _BLOCK.match(key))]
+    blocks = [(match[1], int(match[2])) for key in shapes if (match := _BLOCK.match(key))]
     head_of = "single_blocks.0.norm.query_norm.scale"
     needed = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", head_of)
     for key in needed:

@@ -128,9 +128,9 @@ def _open_file(source: Source) -> Models:
 
 def _file(models: Models) -> single.Checkpoint:
     """The whole checkpoint file, its table read once."""
-    if "file" not in models.held:
-        models.held["file"] = single.open_checkpoint(models.root)
-    return models.held["file"]
+    if "file" not in models.checkpoints:
+        models.checkpoints["file"] = single.open_checkpoint(models.root)
+    return models.checkpoints["file"]
 
 
 def _kind(models: Models) -> str:

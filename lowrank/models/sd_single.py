@@ -72,9 +72,9 @@ def unet_config(file: Checkpoint) -> dict[str, Any]:
 
 
 def _unet_config(shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, Any]:
-    found = sorted((int(m[1]), m[2], shapes[k][0]) for k in shapes if (m := _INPUT.match(k)))
+    inputs = sorted((int(m[1]), m[2], shapes[k][0]) for k in shapes if (m := _INPUT.match(k)))
     levels: list[list[tuple[int, int]]] = [[]]  # per level its resnets: (block, channels)
-    for block, what, channels in found:
+    for block, what, channels in inputs:
         if what == "op":
             levels.append([])
         else:

@@ -200,7 +200,7 @@ def hub_tokenizer(kind: Any, name: str, source: Source, subfolder: str | None = 
     there = kept is not None and kept.is_dir()
     within = {"subfolder": subfolder} if subfolder and not there else {}
     try:
-        found = kind.from_pretrained(
+        model = kind.from_pretrained(
             kept if there else name, local_files_only=there, cache_dir=source.cache_dir, **within
         )
     except (OSError, ValueError) as error:
@@ -209,5 +209,5 @@ def hub_tokenizer(kind: Any, name: str, source: Source, subfolder: str | None = 
             f"{kept or '--tokenizer_cache_dir/' + place}"
         ) from error
     if kept is not None and not there:
-        found.save_pretrained(kept)
-    return found
+        model.save_pretrained(kept)
+    return model

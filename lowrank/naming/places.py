@@ -28,6 +28,7 @@ time_embedding add_embedding input_blocks middle_block output_blocks in_layers o
 skip_connection time_embed label_emb double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod
 txt_mod img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation text_model
 self_attn q_proj k_proj v_proj out_proj text_projection token_embedding position_embedding wi_0 wi_1
+layer_norm layer_norm1 layer_norm2 final_layer_norm
 """
 _WORD = re.compile(r"(?:^|_)(" + "|".join(sorted(_WORDS.split(), key=len, reverse=True)) + r"|[^_]+)(?=_|$)")
 _TEXT = re.compile(r"^(?:base_model\.model\.)?text_encoder(?:_(\d))?\.")

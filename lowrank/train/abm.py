@@ -152,20 +152,20 @@ class Measured(NamedTuple):
     agreement: float
 
 
-def stage(abm: Abm, run: Run, held: Loader | None) -> Warmup:
+def stage(abm: Abm, run: Run, held_out: Loader | None) -> Warmup:
     """The warm-up stage that the flags ask for; `held` are the images that the guard measures, if any are."""
 
     def work(network: AdapterNetwork, _: WarmupBatches) -> None:
-        _Stage(abm, run, held, network).work()
+        _Stage(abm, run, held_out, network).work()
 
     return Warmup(abm_name(abm), work)
 
 
 class _Stage:
-    def __init__(self, abm: Abm, run: Run, held: Loader | None, network: AdapterNetwork) -> None:
+    def __init__(self, abm: Abm, run: Run, held_out: Loader | None, network: AdapterNetwork) -> None:
         self.abm, self.run, self.network = abm, run, network
         self.batch_size = abm.abm_batch_size or network.method.options.get("abm_batch_size")
-        measured = run.loader.shard(0, 1) if held is None else held
+        measured = run.loader.shard(0, 1) if held_out is None else held_out
         self.measured = list(itertools.islice(measured.epoch(0), MEASURED))
 
     def work(self) -> None:
@@ -212,10 +212,10 @@ class _Stage:
         teaches, losses = mode == "teach", []
         forward = self.teacher_forward if teaches else self.run.forward
         with self.as_teacher() if teaches else contextlib.nullcontext():
-            found = self.boundaries.during(
+            values = self.boundaries.during(
                 mode, lambda: losses.append(forward.losses(batch, generator(), at)[0])
             )
-        return found, losses[0] if losses else None
+        return values, losses[0] if losses else None
 
     def _compare(
         self, mode: str, batch: Batch, generator: Callable[[], torch.Generator], at: float | None = None
@@ -223,25 +223,27 @@ class _Stage:
         """Teacher, then student, on one noise: the mean over layers of what `mode` gives."""
         with torch.no_grad():
             self._pass("teach", batch, generator, at)
-        found, losses = self._pass(mode, batch, generator, at)
-        return torch.stack(list(found.values())).mean(), losses
+        values, losses = self._pass(mode, batch, generator, at)
+        return torch.stack(list(values.values())).mean(), losses
 
     def _survey(self) -> Boundaries:
         """The places that a trained layer comes before, in the order of the forward, and their weights."""
         abm, run = self.abm, self.run
         named = [(f"text encoder {n + 1}", encoder) for n, encoder in enumerate(run.text_encoders)]
         everywhere = [
-            one for part, root in (*named, ("denoiser", run.denoiser)) for one in activations(part, root)
+            activation
+            for part, root in (*named, ("denoiser", run.denoiser))
+            for activation in activations(part, root)
         ]
         self.boundaries = Boundaries(everywhere, abm.abm_margin, abm.abm_margin_mode == "relative")
         batch = _first(self.measured[0], 1)
         self.network.eval()  # a layer must not be left out by chance
         with self.boundaries.watched():
-            found, _ = self._pass("survey", batch, lambda: noise(run, batch), None)
+            values, _ = self._pass("survey", batch, lambda: noise(run, batch), None)
         self.network.train()
         weights: dict[str, float] = {}
-        for part in dict.fromkeys(name.partition(".")[0] for name in found):
-            behind = [name for name, after in found.items() if after and name.partition(".")[0] == part]
+        for part in dict.fromkeys(name.partition(".")[0] for name in values):
+            behind = [name for name, after in values.items() if after and name.partition(".")[0] == part]
             last = behind[len(behind) - math.ceil(abm.abm_layers * len(behind)) :]
             weights |= zip(last, depth_weights(len(last), abm.abm_weight_strategy), strict=True)
         if not weights:

@@ -76,7 +76,7 @@ class Boundaries:
     relative: bool
     weights: Mapping[str, float] = field(default_factory=dict)  # none: survey
     _aims: dict[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)  # signs, margins
-    _found: dict[str, Tensor] | None = None  # by name in order of the forward; None: do not count
+    _values: dict[str, Tensor] | None = None  # by name in order of the forward; None: do not count
     _mode: str = "off"
 
     @contextlib.contextmanager
@@ -94,11 +94,11 @@ class Boundaries:
         "survey": whether a trained parameter is before it; "teach" and "learn": remember, and compare with
         what was remembered, up to the last place; "count": the share of signs that differ, to the end.
         """
-        self._mode, self._found = mode, {}
+        self._mode, self._values = mode, {}
         with contextlib.suppress(_Stop):
             forward()
-        found, self._found = self._found, None
-        return found
+        values, self._values = self._values, None
+        return values
 
     def _see(self, place: Activation, _module: nn.Module, _arguments: tuple, out: Tensor) -> None:
         z, name = place.read(out), place.name
@@ -112,8 +112,8 @@ class Boundaries:
             value = ((z > 0) != self._aims[name][0]).float().mean()
         else:
             value = self.weights[name] * hinge(z, *self._aims[name])
-        if self._found is None:  # a recomputation
+        if self._values is None:  # a recomputation
             return
-        self._found[name] = value
-        if self._mode in ("teach", "learn") and len(self._found) == len(self.places):
+        self._values[name] = value
+        if self._mode in ("teach", "learn") and len(self._values) == len(self.places):
             raise _Stop

@@ -91,13 +91,13 @@ def _prepare_network(
     job: RunningJob, network: KohyaNetwork, models: Models, encoders: list[nn.Module]
 ) -> None:
     train, dtype = job.options.train, DTYPES[job.accelerator.mixed_precision]
-    own = isinstance(network, AdapterNetwork)
+    native = isinstance(network, AdapterNetwork)
     if train.gradient_checkpointing:
-        memory.checkpoint_blocks(models.denoiser, network.clock.now if own else contextlib.nullcontext)
+        memory.checkpoint_blocks(models.denoiser, network.clock.now if native else contextlib.nullcontext)
         for encoder in encoders:
             memory.checkpoint_text(encoder)
         network.enable_gradient_checkpointing()
-    if own:
+    if native:
         network.cast_frozen(dtype)
     network.to(job.accelerator.device)
     if train.full_fp16 or train.full_bf16:

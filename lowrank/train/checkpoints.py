@@ -109,13 +109,13 @@ def save_state(
 def find_state(wanted: str, output_dir: Path) -> Path:
     """The folder for `--resume`: a path, a name in `output_dir`, or the "latest" whole `checkpoint-N`."""
     if wanted == "latest":
-        found = checkpoints(output_dir)
-        if not found:
+        candidates = checkpoints(output_dir)
+        if not candidates:
             raise Refused(
                 f"there is no checkpoint-N folder in {output_dir} to resume from; leave --resume out to "
                 "start anew"
             )
-        return found[-1]
+        return candidates[-1]
     for folder in (Path(wanted), output_dir / wanted):
         if folder.is_dir():
             return folder

@@ -37,9 +37,14 @@ class LayerSampler:
     """Drops the gradients of layers that a step does not train, and measures importance at intervals."""
 
     def __init__(
-        self, updates: Updates, network: AdapterNetwork, held: ValidationLoss, accelerator: Accelerator
+        self, updates: Updates, network: AdapterNetwork, validation: ValidationLoss, accelerator: Accelerator
     ) -> None:
-        self._updates, self._network, self._held, self._accelerator = updates, network, held, accelerator
+        self._updates, self._network, self._validation, self._accelerator = (
+            updates,
+            network,
+            validation,
+            accelerator,
+        )
         self._layers = {layer.name: layer for layer in network.layers()}
         self.importance: dict[str, float] = {}  # s by layer, of those with a probe
 
@@ -61,11 +66,11 @@ class LayerSampler:
     @torch.no_grad()
     def probe(self, step: int) -> dict[str, float]:
         """Suppress some layers, measure the rise of the loss, and update the importance of those layers."""
-        updates, held = self._updates, self._held
+        updates, validation = self._updates, self._validation
         chosen = self._drawn(PROBED, step, max(1, min(updates.probed, len(self._layers) // 2)), -1.0)
-        full = held.measure(self._accelerator, self._network)
-        with suppressed((self._layers[name] for name in sorted(chosen)), updates.faint):
-            after = held.measure(self._accelerator, self._network)
+        full = validation.measure(self._accelerator, self._network)
+        with suppressed((self._layers[name] for name in sorted(chosen)), updates.suppressed_share):
+            after = validation.measure(self._accelerator, self._network)
         rise = (after - full) / full
         for name in sorted(chosen) if math.isfinite(rise) else ():  # a loss in fp16 may overflow
             before = self.importance.get(name)
@@ -74,7 +79,7 @@ class LayerSampler:
 
     def _drawn(self, epoch: int, step: int, count: int, sign: float) -> set[str]:
         names = list(self._layers)
-        generator = batch_generator(self._held.seed, epoch, step)
+        generator = batch_generator(self._validation.seed, epoch, step)
         odds = torch.sigmoid(sign * _standard([self.importance.get(name) for name in names]))
         return {names[i] for i in torch.multinomial(odds, count, generator=generator).tolist()}
 
@@ -109,11 +114,11 @@ def suppressed(layers: Iterable[AdaptedLayer], share: float) -> Iterator[None]:
 
 
 def layer_sampler(
-    network: object, forward: Forward, held: Loader | None, training: Loader, seed: int
+    network: object, forward: Forward, held_out: Loader | None, training: Loader, seed: int
 ) -> LayerSampler | None:
     """The sampler of a method with `updates`, else None; it measures one batch, held out if any is."""
     if not isinstance(network, AdapterNetwork) or network.method.updates is None:
         return None
-    measured = training.shard(0, 1) if held is None else held
+    measured = training.shard(0, 1) if held_out is None else held_out
     fixed = ValidationLoss(loader=measured, losses=forward.losses, seed=seed, limit=1)
     return LayerSampler(network.method.updates, network, fixed, forward.accelerator)

@@ -123,7 +123,7 @@ class Run:
         return self.loader.epoch(epoch, position, max_train_steps=self.steps, batches_per_step=per_step)
 
 
-class Micro(NamedTuple):
+class MicroBatchLosses(NamedTuple):
     """The losses of one micro-batch: the scalar to differentiate, its parts, and each sample's."""
 
     total: Tensor
@@ -154,7 +154,7 @@ def at_timesteps(network: KohyaNetwork, timesteps: Tensor) -> AbstractContextMan
     return denoise_at(timesteps) if denoise_at else nullcontext()
 
 
-def micro_step(run: Run, batch: Batch) -> Micro:
+def micro_step(run: Run, batch: Batch) -> MicroBatchLosses:
     """Loss of one batch, differentiable in the network's parameters."""
     device = run.accelerator.device
     losses, timesteps = run.forward.losses(batch, batch_generator(run.seed, batch.epoch, batch.position))
@@ -166,7 +166,7 @@ def micro_step(run: Run, batch: Batch) -> Micro:
     }
     if _penalties(run.network):
         parts |= run.network.penalties()
-    return Micro(torch.stack(list(parts.values())).sum(), parts, losses, timesteps)
+    return MicroBatchLosses(torch.stack(list(parts.values())).sum(), parts, losses, timesteps)
 
 
 def _fit(masks: Tensor, latents: Tensor) -> Tensor:

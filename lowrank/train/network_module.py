@@ -1,4 +1,4 @@
-"""The network module: found by name, asked through kohya's contract."""
+"""Find a network module by name and create its network through kohya's contract."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class KohyaNetwork(nn.Module):
         ) -> tuple[int, float, float]: ...
 
 
-def _own_networks() -> list[str]:
+def _builtin_names() -> list[str]:
     spec = importlib.util.find_spec("networks")
     folders = list(spec.submodule_search_locations or []) if spec else []
     return sorted(
@@ -79,13 +79,13 @@ def find_module(name: str) -> ModuleType:
 
     Raises `Refused` with the nearest known name when there is none, or when it lacks `create_network`.
     """
-    own = _own_networks()
+    builtin = _builtin_names()
     if not all(part.isidentifier() for part in name.split(".")):
         raise Refused(
-            f"--network_module {name!r} is not the dotted name of a module; ours are {', '.join(own)}, and "
-            "others are named as lycoris.kohya"
+            f"--network_module {name!r} is not the dotted name of a module; ours are {', '.join(builtin)}, "
+            "and others are named as lycoris.kohya"
         )
-    dotted = f"networks.{name}" if name in own else name
+    dotted = f"networks.{name}" if name in builtin else name
     try:
         module = importlib.import_module(dotted)
     except ModuleNotFoundError as error:
@@ -95,12 +95,12 @@ def find_module(name: str) -> ModuleType:
             ) from error
         short = name.removeprefix("networks.")
         raise Refused(
-            f"there is no network module {name!r}{nearest(short, own)}; ours are {', '.join(own)}, and any "
-            "importable module that follows kohya's contract works (lycoris.kohya)"
+            f"there is no network module {name!r}{nearest(short, builtin)}; ours are {', '.join(builtin)}, "
+            "and any importable module that follows kohya's contract works (lycoris.kohya)"
         ) from error
     if not hasattr(module, "create_network"):
         raise Refused(
-            f"{name} has no create_network, so it is not a network module; ours are {', '.join(own)}"
+            f"{name} has no create_network, so it is not a network module; ours are {', '.join(builtin)}"
         )
     return module
 
@@ -124,48 +124,35 @@ def create(
     dim_from_weights: bool,
     train_denoiser: bool = True,
 ) -> KohyaNetwork:
-    """A network on its hosts, ready for the optimizer.
+    """A network attached to its models, ready for the optimizer.
 
     Call order: kohya's trainer (kohya_ss/sd-scripts, train_network.py). Raises `Refused` for arguments that
     the module does not take, and for a foreign network without a layer in the denoiser's blocks.
     """
-    facade = facade_of(module)
-    foreign = facade is None
-    encoders = as_passed(text_encoders, denoiser)
-    if facade is not None:
-        facade.check(arguments)
-        alpha = facade.default_alpha(rank or 4) if alpha is None else alpha
-    unet = denoiser if train_denoiser or foreign else None
-    extra: dict[str, Any] = dict(arguments)
-    if dropout is not None and foreign:
-        extra.setdefault("dropout", str(dropout))
     if dim_from_weights and not weights:
         raise Refused("--dim_from_weights needs --network_weights; name the file whose ranks to take")
+    facade = facade_of(module)
+    encoders = as_passed(text_encoders, denoiser)
     before = _block_layers(denoiser)
-    with (
-        _complaints_of(module, extra) if foreign else contextlib.nullcontext(),
-        _published(denoiser, foreign),
-    ):
-        if dim_from_weights:
-            network, _ = module.create_network_from_weights(1.0, weights, None, encoders, unet, **extra)
-        else:
-            network = module.create_network(
-                1.0,
-                rank,
-                1.0 if alpha is None else alpha,
-                None,
-                encoders,
-                unet,
-                neuron_dropout=dropout,
-                **extra,
+    if facade is None:
+        extra = {**({} if dropout is None else {"dropout": str(dropout)}), **arguments}
+        with _complaints_of(module, extra), _published(denoiser):
+            network = _call(
+                module, denoiser, encoders, rank, alpha, dropout, extra, weights, dim_from_weights
             )
+    else:
+        facade.check(arguments)
+        alpha = facade.default_alpha(rank or 4) if alpha is None else alpha
+        unet = denoiser if train_denoiser else None
+        network = _call(module, unet, encoders, rank, alpha, dropout, arguments, weights, dim_from_weights)
     if network is None:
         raise Refused(f"{module.__name__} made no network for this model; see its messages above")
     network.apply_to(encoders, denoiser, bool(text_encoders), train_denoiser)
-    if foreign and train_denoiser and before and _block_layers(denoiser) == before:
+    if facade is None and train_denoiser and before and _block_layers(denoiser) == before:
         raise Refused(
             f"{module.__name__} adapts no layer in the blocks of {type(denoiser).__name__} with "
-            f"--network_args {_text(extra)}; give it another preset or other targets, or choose networks.lora"
+            f"--network_args {_text(arguments)}; give it another preset or other targets, or choose "
+            "networks.lora"
         )
     if weights:
         result = network.load_weights(weights)
@@ -178,11 +165,30 @@ def create(
     return cast(KohyaNetwork, network)
 
 
+def _call(
+    module: ModuleType,
+    unet: nn.Module | None,
+    encoders: object,
+    rank: int | None,
+    alpha: float | None,
+    dropout: float | None,
+    arguments: Mapping[str, str],
+    weights: str | None,
+    dim_from_weights: bool,
+) -> Any:
+    """The module's network by kohya's contract: with the ranks of a file, or with a rank and alpha."""
+    if dim_from_weights:
+        network, _ = module.create_network_from_weights(1.0, weights, None, encoders, unet, **arguments)
+        return network
+    alpha = 1.0 if alpha is None else alpha
+    return module.create_network(1.0, rank, alpha, None, encoders, unet, neuron_dropout=dropout, **arguments)
+
+
 @contextlib.contextmanager
-def _published(denoiser: nn.Module, foreign: bool) -> Iterator[None]:
-    """While a foreign module looks for its layers, the denoiser's parts bear the names that it knows."""
+def _published(denoiser: nn.Module) -> Iterator[None]:
+    """Give the denoiser's submodules the class names of the published code while a module looks for them."""
     renamed: list[tuple[nn.Module, Any]] = [
-        (part, type(part)) for part in denoiser.modules() if foreign and type(part).__name__ in _PUBLISHED
+        (part, type(part)) for part in denoiser.modules() if type(part).__name__ in _PUBLISHED
     ]
     try:
         for part, kind in renamed:
@@ -220,7 +226,7 @@ def _block_layers(denoiser: nn.Module) -> dict[str, tuple]:
             len(part._forward_hooks) + len(part._forward_pre_hooks),
         )
         for name, part in denoiser.named_modules()
-        if any(name.startswith(f"{one}.") for one in lists)
+        if any(name.startswith(f"{blocks}.") for blocks in lists)
     }
 
 

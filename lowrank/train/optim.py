@@ -151,19 +151,19 @@ def import_class(path: str, flag: str, home: str, names: Iterable[str] = ()) -> 
     module, _, attribute = (path if "." in path else f"{home}.{path}").rpartition(".")
     root = module.split(".")[0]
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise missing_package(flag, attribute, (error.name or root).split(".")[0]) from error
     except ImportError as error:
         raise Refused(f"{flag} {path} cannot be imported ({error}); reinstall {root}") from error
-    if not hasattr(found, attribute):
-        classes = [name for name in vars(found) if name[0].isupper()]
+    if not hasattr(imported, attribute):
+        classes = [name for name in vars(imported) if name[0].isupper()]
         close = nearest(attribute, names) or nearest(attribute, classes)
         raise Refused(
             f"{flag} {path} is unknown{close}; give a class of {home} or its dotted name"
             + (f", or one of {', '.join(names)}" if names else "")
         )
-    return getattr(found, attribute)
+    return getattr(imported, attribute)
 
 
 def _add_flags(options: Options, make: type, arguments: dict[str, Any]) -> None:

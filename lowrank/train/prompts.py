@@ -135,18 +135,18 @@ def read_prompts(
         entries = _json_entries(path, text)
     else:
         raise Refused(f"{flag} {path} is neither .txt, .toml nor .json; save it as one of them")
-    found = [
+    prompts = [
         parse_line(entry, default, where, step)
         if isinstance(entry, str)
         else _checked(where, entry, default, step)
         for where, entry in entries
     ]
-    if not found and path.suffix == ".txt":  # some launchers write the file always
+    if not prompts and path.suffix == ".txt":  # some launchers write the file always
         log.warning("%s %s is empty: nothing is drawn", flag, path)
         return []
-    if not found or not all(prompt.prompt for prompt in found):
+    if not prompts or not all(prompt.prompt for prompt in prompts):
         raise Refused(f"{flag} {path} holds an empty prompt or none; write a prompt per line")
-    return found
+    return prompts
 
 
 def _toml_entries(path: Path, text: str) -> list[tuple[str, Any]]:

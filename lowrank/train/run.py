@@ -9,6 +9,9 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+
 from lowrank.config.flag import pairs
 from lowrank.data.loader import Loader
 from lowrank.files import only_writer
@@ -121,19 +124,13 @@ def _train(
     prompts: list[Prompt],
     network: KohyaNetwork,
 ) -> int:
-    """Build what the loop needs, resume or warm up, train, and save the final file."""
-    options, accelerator, plan = job.options, job.accelerator, _plan(job, loader)
-    groups, group_names = optimizer_groups(
-        network, options.optimizer.text_encoder_lr, options.optimizer.unet_lr, setup.base_rate(job)
-    )
-    optimizer_name, optimizer_args, optimizer = optim.build_optimizer(groups, options.optimizer)
-    scheduler = build_scheduler(optimizer, options.optimizer, plan.steps, accelerator.num_processes)
-    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    """Build the saver and the loop, resume or warm up, train, and save the final file."""
+    plan, folder = _plan(job, loader), job.names.output_dir
+    optimizer, scheduler, description, group_names = _optimizer(job, network, plan)
     forward = run_forward(job, models, network, text)
     # the moving average covers one epoch, as in kohya's scripts, or 20 steps if an epoch has one step
     window = plan.steps_per_epoch if plan.steps_per_epoch > 1 else 20
-    folder = job.names.output_dir
-    log = RunLog(accelerator, folder, loss_components(network), plan.steps, window)
+    log = RunLog(job.accelerator, folder, loss_components(network), plan.steps, window)
     sampler = layer_sampling.layer_sampler(network, forward, held_out, loader, job.seed)
     saver = Saver(
         job=job,
@@ -146,24 +143,15 @@ def _train(
             loader=loader,
             held_out=held_out,
             plan=plan,
-            optimizer=f"{optimizer_name}({optimizer_args})",
+            optimizer=description,
         ),
         fingerprint=check.run_fingerprint(job, loader, models),
         plan=plan,
         log=log,
         preview=run_preview(job, models, prompts, text),
-        validation=validation_loss(options.validation, held_out, forward.losses, job.seed),
+        validation=validation_loss(job.options.validation, held_out, forward.losses, job.seed),
         layer_sampler=sampler,
     )
-    progress = Progress() if job.resumed is None else saver.resume(job.resumed)
-    if progress.step >= plan.steps:
-        check.refuse_ended(job, progress.step, plan.steps)
-        saver.finish(progress)  # the run had stopped between its last checkpoint and its final file
-        return 0
-    if accelerator.is_main_process:
-        describe_run(folder, job.config, job.command)
-    setup.start_trackers(job)
-    setup.announce(job, loader, plan, network)
     run = Run(
         forward=forward,
         denoiser=models.denoiser,
@@ -175,14 +163,42 @@ def _train(
         steps=plan.steps,
         epochs=plan.epochs,
         seed=job.seed,
-        max_grad_norm=options.optimizer.max_grad_norm,
-        scale_weight_norms=options.network.scale_weight_norms,
+        max_grad_norm=job.options.optimizer.max_grad_norm,
+        scale_weight_norms=job.options.network.scale_weight_norms,
         log=log,
         after_step=saver.after_step,
         after_epoch=saver.after_epoch,
         last_checkpoint=saver.last_checkpoint,
         mask_gradients=sampler.mask_gradients if sampler else None,
     )
+    return _start_or_resume(job, run, saver, held_out)
+
+
+def _optimizer(
+    job: RunningJob, network: KohyaNetwork, plan: RunPlan
+) -> tuple[AcceleratedOptimizer, AcceleratedScheduler, str, list[str]]:
+    """The prepared optimizer and scheduler, the optimizer's name with arguments, and its groups' names."""
+    options = job.options.optimizer
+    groups, group_names = optimizer_groups(
+        network, options.text_encoder_lr, options.unet_lr, setup.base_rate(job)
+    )
+    name, arguments, optimizer = optim.build_optimizer(groups, options)
+    scheduler = build_scheduler(optimizer, options, plan.steps, job.accelerator.num_processes)
+    return (*job.accelerator.prepare(optimizer, scheduler), f"{name}({arguments})", group_names)
+
+
+def _start_or_resume(job: RunningJob, run: Run, saver: Saver, held_out: Loader | None) -> int:
+    """Take the run from its checkpoint or its warm-up to its last file; return the exit code."""
+    options = job.options
+    progress = Progress() if job.resumed is None else saver.resume(job.resumed)
+    if progress.step >= run.steps:
+        check.refuse_ended(job, progress.step, run.steps)
+        saver.finish(progress)  # the run had stopped between its last checkpoint and its final file
+        return 0
+    if job.accelerator.is_main_process:
+        describe_run(job.names.output_dir, job.config, job.command)
+    setup.start_trackers(job)
+    setup.announce(job, run.loader, _plan(job, run.loader), run.network)
     if job.resumed is None:
         abm_stage = abm.stage(options.abm, run, held_out) if options.abm.abm_enabled else None
         with memory.tf32(options.train.allow_tf32):
@@ -191,12 +207,12 @@ def _train(
     if options.sampling.sample_at_first and progress.step == 0:
         saver.draw("e000000", 0)
     try:
-        with _stoppable(saver), memory.tf32(options.train.allow_tf32), optim.training(optimizer):
+        with _stoppable(saver), memory.tf32(options.train.allow_tf32), optim.training(run.optimizer):
             progress = train(run, progress)
         if not saver.stopped:
             saver.finish(progress)
     finally:
-        log.close()
+        run.log.close()
     return 130 if saver.stopped else 0
 
 

@@ -119,9 +119,9 @@ def build_scheduler(
     here. Adafactor with its own rate and schedule-free optimizers have nothing to schedule: the first reports
     its rate, the others keep theirs. Raises `Refused` for names and arguments that do not fit.
     """
-    own = any(group.get("relative_step") for group in optimizer.param_groups)
-    if own or schedule_free(optimizer):
-        return _adafactor(optimizer, options) if own else LambdaLR(optimizer, lambda step: 1.0)
+    relative_step = any(group.get("relative_step") for group in optimizer.param_groups)
+    if relative_step or schedule_free(optimizer):
+        return _adafactor(optimizer, options) if relative_step else LambdaLR(optimizer, lambda step: 1.0)
     if options.lr_scheduler_type:
         check_schedule(options)
         return _custom(optimizer, options, processes)

@@ -97,8 +97,8 @@ def _precision(options: TrainOptions) -> str | None:
 def scale_fp16_gradients(scaler: Any) -> None:
     """Allow a gradient scaler to unscale gradients of fp16 parameters, which torch forbids by default."""
     unscale = scaler._unscale_grads_
-    scaler._unscale_grads_ = lambda optimizer, scale, found, _allow_fp16: unscale(
-        optimizer, scale, found, True
+    scaler._unscale_grads_ = lambda optimizer, scale, found_inf, _allow_fp16: unscale(
+        optimizer, scale, found_inf, True
     )
 
 

@@ -30,21 +30,21 @@ NOISE = -1000  # a stage's noise in its epoch e is that of epoch NOISE − e, wh
 
 def stage_names(network: Any, abm: Abm) -> tuple[str, ...]:
     """The names of the stages, in the order they run: the method's own, then ABM."""
-    own = tuple(stage.name for stage in _own(network))
-    return (*own, abm_name(abm)) if abm.abm_enabled else own
+    stages = tuple(stage.name for stage in _network_stages(network))
+    return (*stages, abm_name(abm)) if abm.abm_enabled else stages
 
 
 def abm_name(abm: Abm) -> str:
     return f"ABM, {abm.abm_steps} steps, teacher {abm.abm_teacher}"
 
 
-def _own(network: Any) -> tuple[Warmup, ...]:
+def _network_stages(network: Any) -> tuple[Warmup, ...]:
     return network.method.warmup if isinstance(network, AdapterNetwork) else ()
 
 
 def warm_up(run: Run, abm: Warmup | None) -> None:
     """Run the method's stages, then ABM. Raises `Refused` as they do."""
-    stages = (*_own(run.network), *([abm] if abm else []))
+    stages = (*_network_stages(run.network), *([abm] if abm else []))
     for stage in stages:
         run.log.message(f"warm-up: {stage.name}")
         with _left_as_it_was(run):

@@ -11,6 +11,7 @@ from typing import Any
 import comfy_stub as stub
 import pytest
 import torch
+from adapter_files import lokr
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from repository import ROOT
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from toys import PLAIN, SHIPPED, shake
 from transformers import CLIPTextModel
 
 from lowrank.errors import Refused
+from lowrank.formats.read import read_adapter
 from lowrank.naming import keys
 from lowrank.tensors import read_tensors, write_tensors
 
@@ -191,7 +193,7 @@ def test_strength_scales_change(case, nodes, trained):
     network.set_multiplier(0.5)
     model, _ = loader(nodes, case, strength=0.5)
     assert close(model.sample(case.x, case.sigmas), case.expected())
-    again, _ = nodes.NODE_CLASS_MAPPINGS["LowrankLoader"]().load(model, "a.safetensors", -0.5)
+    again, _ = nodes.NODE_CLASS_MAPPINGS["LowrankLoader"]().run(model, "a.safetensors", -0.5)
     network.set_multiplier(0.0)
     assert close(again.sample(case.x, case.sigmas), case.expected())
 
@@ -290,7 +292,7 @@ def test_style_and_content_with_shared_basis(case, nodes, trained):
     style, content = trained("delta_r", "style.safetensors", 1), trained("delta_r", "content.safetensors", 2)
     style.set_multiplier(0.7)
     content.set_multiplier(1.2)
-    merge = nodes.NODE_CLASS_MAPPINGS["LowrankMerge"]().merge
+    merge = nodes.NODE_CLASS_MAPPINGS["LowrankMerge"]().run
     model, _ = merge(case.model, "style.safetensors", "content.safetensors", 0.7, 1.2)
     assert close(model.sample(case.x, case.sigmas), case.expected())
     assert {patch[1].weights[1].shape[0] for patches in model.patches.values() for patch in patches} == {8}
@@ -300,11 +302,65 @@ def test_masked_style_with_plain_content(case, nodes, trained):
     content = trained("dora", "content.safetensors", 2)  # first: a patch of W, beside which the style is
     style = trained("tlora", "style.safetensors", 1)
     style.set_multiplier(0.7)
-    merge = nodes.NODE_CLASS_MAPPINGS["LowrankMerge"]().merge
+    merge = nodes.NODE_CLASS_MAPPINGS["LowrankMerge"]().run
     model, _ = merge(case.model, "style.safetensors", "content.safetensors", 0.7, 1.0)
     with style.denoise_at(case.timesteps):
         assert close(model.sample(case.x, case.sigmas), case.expected())
     assert content.method.magnitude is not None
+
+
+def test_merge_of_doras_does_not_depend_on_their_order(case, nodes, trained):
+    """W + α·(W₁ − W) + β·(W₂ − W): the second is not normalised by what the first changed."""
+    base = case.expected()
+    changes = []
+    for seed, name in ((1, "style.safetensors"), (2, "content.safetensors")):
+        network = trained("dora", name, seed)
+        changes.append(case.expected() - base)
+        network.set_multiplier(0.0)
+    merge = nodes.NODE_CLASS_MAPPINGS["LowrankMerge"]().run
+    wanted = base + 0.7 * changes[0] - 1.2 * changes[1]  # the layers are linear in their weights
+    for files, weights in (((0, 1), (0.7, -1.2)), ((1, 0), (-1.2, 0.7))):
+        names = [("style.safetensors", "content.safetensors")[i] for i in files]
+        model, _ = merge(case.model, *names, *weights)
+        assert close(model.sample(case.x, case.sigmas), wanted)
+
+
+@pytest.mark.parametrize("case", ["flux", "sd"], indirect=True)
+def test_layers_that_are_no_pair(case, nodes, tmp_path):
+    """LoKr on a layer (of FLUX: one of the rows of a fused one), a bias, and OFT, beside each other."""
+    flux = "hidden_size" in case.model.model.model_config.unet_config
+    first = (
+        "transformer_blocks.0.attn.to_k"
+        if flux
+        else "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
+    )
+    second = "transformer_blocks.0.ff.net.2" if flux else "down_blocks.0.resnets.0.conv1"
+    prefix = "transformer" if flux else "unet"
+    W, V = (case.denoiser.get_submodule(name) for name in (first, second))
+    small = lokr(f"{prefix}.{first}", *W.weight.shape)
+    state = {**small, f"{prefix}.{second}.diff_b": torch.randn(V.bias.shape)}
+    state[f"{prefix}.{second}.oft_blocks"] = 0.1 * torch.randn(len(V.weight) // 8, 8, 8)
+    write_tensors(tmp_path / "a.safetensors", {k: v for k, v in state.items() if "oft" not in k}, {})
+    write_tensors(tmp_path / "b.safetensors", {k: v for k, v in state.items() if "oft" in k}, {})
+    options: Any = {"foreign": True, "strict": False}
+    changes = [read_adapter(tmp_path / f"{name}.safetensors", **options).foreign for name in "ab"]
+    model, _ = nodes.NODE_CLASS_MAPPINGS["LowrankMerge"]().run(
+        case.model, "a.safetensors", "b.safetensors", 0.7, 0.5
+    )
+    saved = {name: value.clone() for name, value in case.denoiser.state_dict().items()}
+    with torch.no_grad():
+        for share, layers in zip((0.7, 0.5), changes, strict=True):
+            for place, layer in layers.items():
+                host, W = case.denoiser.get_submodule(place.path), saved[f"{place.path}.weight"]
+                if layer.kind.change is not None:
+                    host.weight += share * layer.change(W)
+                if layer.bias() is not None:
+                    host.bias += share * layer.bias()
+    try:
+        assert not close(case.expected(), case.model.sample(case.x, case.sigmas), 1e-3)
+        assert close(model.sample(case.x, case.sigmas), case.expected())
+    finally:
+        case.denoiser.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("case", ["sd"], indirect=True)
@@ -354,10 +410,41 @@ def test_node_interface(nodes, tmp_path):
         told = kind.INPUT_TYPES()
         inputs = [*told["required"], *told["optional"]]
         code = getattr(kind, kind.FUNCTION).__code__
-        assert set(code.co_varnames[1 : code.co_argcount]) == set(inputs)
-        assert any(entry == (["x.safetensors"],) for entry in told["required"].values())
+        assert set(code.co_varnames[: code.co_argcount]) == set(inputs)
+        assert any(entry[0] == ["x.safetensors"] for entry in told["required"].values())
+        for entry in (*told["required"].values(), *told["optional"].values()):
+            assert entry[1]["tooltip"].endswith(".")
     merge = nodes.NODE_CLASS_MAPPINGS["LowrankMerge"].INPUT_TYPES()["required"]
     assert merge["alpha"][0] == merge["beta"][0] == "FLOAT"
+
+
+def test_schema_of_newer_comfyui(nodes, tmp_path, monkeypatch):
+    """Where comfy_api is there the nodes come through `comfy_entrypoint`, with the same names and inputs."""
+    import asyncio
+
+    (tmp_path / "x.safetensors").touch()
+    stub.install_schema(monkeypatch)
+    newer = importlib.reload(nodes)
+    assert newer.NODE_CLASS_MAPPINGS is None  # ComfyUI would take these first
+    extension = asyncio.run(newer.comfy_entrypoint())
+    made = asyncio.run(extension.get_node_list())
+    older = importlib.import_module("comfyui.nodes").CLASSES
+    for node in made:
+        schema = node.define_schema()
+        types = older[schema.node_id].INPUT_TYPES()
+        wanted = {**types["required"], **types["optional"]}
+        assert {entry.id for entry in schema.inputs} == set(wanted)
+        for entry in schema.inputs:
+            assert entry.optional == (entry.id in types["optional"])
+            facts = wanted[entry.id][1]
+            assert {name: entry.facts[name] for name in facts if name != "tooltip"} == {
+                name: value for name, value in facts.items() if name != "tooltip"
+            }
+            assert entry.tooltip == facts["tooltip"]
+    monkeypatch.setattr(importlib.import_module("comfyui.nodes"), "read_adapter", lambda *a: a)
+    load = next(node for node in made if node.define_schema().node_id == "LowrankLoader")
+    with pytest.raises(AttributeError):  # it reaches our code, with a model that is none
+        load.execute(model=1, lora_name="x.safetensors", strength_model=1.0)
 
 
 def test_imports_are_torch_and_safetensors():

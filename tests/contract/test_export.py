@@ -21,10 +21,11 @@ from lowrank.cli import export
 from lowrank.config.tools import EXPORT, IMPORT, INSPECT
 from lowrank.config.tools import FORMATS as EXPORTED
 from lowrank.errors import Refused
-from lowrank.formats import base_checkpoint, verify
+from lowrank.formats import base_checkpoint, merging, verify
 from lowrank.formats.delta import Delta, delta_of, distance
 from lowrank.formats.read import Adapter, read_adapter
-from lowrank.formats.write import FORMATS, only, resize, write
+from lowrank.formats.resize import RankRule, resize
+from lowrank.formats.write import FORMATS, only, write
 from lowrank.formats.writers import Choices
 from lowrank.models.sd_single import published_config
 from lowrank.naming import flux as flux_names
@@ -411,7 +412,7 @@ def test_half_precision_rounding_is_reported(name, dtype, most, saved, tmp_path,
 
 def test_rank_reduction_reports_its_loss(saved, tmp_path, capsys):
     adapter = read_adapter(saved("sd15", "qrlora"))
-    small, loss = resize(adapter, 3)
+    small, loss = resize(adapter, RankRule(most=3))
     assert {one.rank for one in small.layers.values()} == {3}
     apart = {p: distance(one, small.layers[p]) for p, one in adapter.layers.items()}
     whole = {p: one.norm() for p, one in adapter.layers.items()}
@@ -421,7 +422,7 @@ def test_rank_reduction_reports_its_loss(saved, tmp_path, capsys):
     place = next(iter(apart))
     best = torch.linalg.svdvals(adapter.layers[place].delta().double())[3:].square().sum().sqrt()
     assert apart[place] == pytest.approx(float(best), rel=1e-4)  # Eckart–Young: none is nearer
-    same, none = resize(adapter, 8)
+    same, none = resize(adapter, RankRule(most=8))
     assert none.together == 0 and same.layers == adapter.layers
     assert export.main([str(saved("sd15", "qrlora")), str(tmp_path / "o.safetensors"), "--rank", "3"]) == 0
     assert f"rank 3: {loss.together:.2%} of ‖ΔW‖ is lost" in capsys.readouterr().out
@@ -438,16 +439,14 @@ def test_merged_folder_and_file_equal_live_adapter(method, tiny_sdxl, bases, tmp
     ours = files.answer("sdxl", unet)
     adapter = read_adapter(tmp_path / "in.safetensors")
     hashed = (tiny_sdxl / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    lost = base_checkpoint.merge(
-        base_checkpoint.BaseCheckpoint(tiny_sdxl), adapter.layers, tmp_path / "merged", {}
-    )
+    lost = merging.merge(base_checkpoint.BaseCheckpoint(tiny_sdxl), adapter.layers, tmp_path / "merged", {})
     assert lost <= 1e-6  # fp32
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet")
     assert (files.answer("sdxl", merged) - ours).norm() / ours.norm() <= 1e-5
     assert (tiny_sdxl / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == hashed
     assert (tmp_path / "merged" / "model_index.json").is_file()
     single = tiny_sdxl / "single" / "model.safetensors"
-    base_checkpoint.merge(
+    merging.merge(
         base_checkpoint.BaseCheckpoint(single), adapter.layers, tmp_path / "one.safetensors", {"a": "b"}
     )
     theirs, before = load_file(tmp_path / "one.safetensors"), load_file(single)
@@ -470,16 +469,16 @@ def test_merge_reads_shards_and_rounds_once(tmp_path, monkeypatch):
     other = {"model.diffusion_model.img_in.weight": torch.ones(3, 5), "scalar": torch.tensor(2.0)}
     save_file({layer: W.bfloat16(), **other}, tmp_path / "base.safetensors", {"kept": "yes"})
     adapter = {LayerPath("unet", "transformer_blocks.0.attn.to_k"): _random(32, 64, 2, 0.01)}
-    monkeypatch.setattr(base_checkpoint, "PIECE", 640)
-    most, rows = [], base_checkpoint.TensorFile.rows
+    monkeypatch.setattr(merging, "PIECE", 640)
+    most, rows = [], merging.TensorFile.rows
 
     def watched(self, *args):
         most.append(rows(self, *args).numel())
         return rows(self, *args)
 
-    monkeypatch.setattr(base_checkpoint.TensorFile, "rows", watched)
+    monkeypatch.setattr(merging.TensorFile, "rows", watched)
     target = tmp_path / "out.safetensors"
-    lost = base_checkpoint.merge(
+    lost = merging.merge(
         base_checkpoint.BaseCheckpoint(tmp_path / "base.safetensors"), adapter, target, {}, strength=0.5
     )
     assert max(most) == 640
@@ -500,18 +499,18 @@ def test_merge_into_base_errors(saved, tiny_sd, tmp_path):
     base = base_checkpoint.BaseCheckpoint(tiny_sd)
     adapter = read_adapter(saved("flux", "lora"))
     with pytest.raises(Refused, match="is not in"):
-        base_checkpoint.merge(base, adapter.layers, tmp_path / "out", {})
+        merging.merge(base, adapter.layers, tmp_path / "out", {})
     wrong = {LayerPath("unet", "mid_block.attentions.0.proj_in"): _random(8, 8, 2)}
     with pytest.raises(Refused, match="8×8 in the adapter"):
-        base_checkpoint.merge(base, wrong, tmp_path / "out", {})
+        merging.merge(base, wrong, tmp_path / "out", {})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     right = {LayerPath("unet", "mid_block.attentions.0.proj_in"): _random(64, 64, 2)}
     with pytest.raises(Refused, match="exists already"):
-        base_checkpoint.merge(base, right, tmp_path / "full", {})
+        merging.merge(base, right, tmp_path / "full", {})
     with pytest.raises(Refused, match="never written"):
         one = base_checkpoint.BaseCheckpoint(tiny_sd / "single" / "model.safetensors")
-        base_checkpoint.merge(one, right, tiny_sd / "single" / "model.safetensors", {})
+        merging.merge(one, right, tiny_sd / "single" / "model.safetensors", {})
     key = "model.diffusion_model.double_blocks.0.img_attn.proj.weight"
     for extra, dtype in (
         ({key.replace("weight", "scale_weight"): torch.ones(1)}, torch.float8_e4m3fn),
@@ -520,7 +519,7 @@ def test_merge_into_base_errors(saved, tiny_sd, tmp_path):
         save_file({key: torch.ones(8, 8).to(dtype), **extra}, tmp_path / "packed.safetensors")
         packed = base_checkpoint.BaseCheckpoint(tmp_path / "packed.safetensors")
         with pytest.raises(Refused, match="is quantised"):
-            base_checkpoint.merge(
+            merging.merge(
                 packed,
                 {LayerPath("unet", "transformer_blocks.0.attn.to_out.0"): _random(8, 8, 2)},
                 tmp_path / "o.safetensors",

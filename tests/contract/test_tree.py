@@ -201,6 +201,36 @@ def test_file_length_limit(file):
     )
 
 
+@pytest.mark.parametrize("file", python_files("lowrank", "networks", "tools", "comfyui"), ids=name)
+def test_function_length_limit(file):
+    functions = (node for node in ast.walk(parsed(file)) if isinstance(node, ast.FunctionDef))
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    long = {function: lines for function, lines in long.items() if lines > 60}
+    assert not long, f"{name(file)}: functions over 60 lines, which hold more than one idea: {long}"
+
+
+RIDDLES = {"told", "one", "found", "own", "held", "said"}  # names that do not tell what a value is
+
+
+def bound_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name of everything that a file assigns or defines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.lineno, node.name
+
+
+@pytest.mark.parametrize("file", python_files("lowrank", "networks", "tools", "comfyui"), ids=name)
+def test_names_tell_what_a_value_is(file):
+    riddles = [(line, bound) for line, bound in bound_names(parsed(file)) if bound.strip("_") in RIDDLES]
+    assert not riddles, f"{name(file)}: line and name of identifiers that hide what they are: {riddles}"
+
+
 def test_number_of_long_files():
     files = python_files("lowrank", "networks")
     long = [name(f) for f in files if len(f.read_text(encoding="utf-8").splitlines()) > LONG]

@@ -60,7 +60,7 @@ HOSTILE = {
     "whole numbers": ({**whole(A), UP: torch.ones(64, 2, dtype=torch.int8)}, "no plain floating-point"),
     "two models": ({**whole(A), **whole(FLUX_KEY)}, "two models at once"),
     "one layer twice": ({**whole(A), **TWICE}, "twice"),
-    "another kind": ({f"{A}.hada_w1_a": torch.ones(2, 2)}, "no adapter that is known here"),
+    "half a LoHa": ({f"{A}.hada_w1_a": torch.ones(2, 2)}, "LoHa and has no hada_w1_b"),
     "not ours": (
         {"layer.lora_down.weight": torch.ones(2, 4), "layer.lora_up.weight": torch.ones(4, 2)},
         "no layer of SD",
@@ -76,3 +76,20 @@ HOSTILE = {
 class Code:
     def __reduce__(self):
         return print, ("run",)
+
+
+# ---------- layers that are no pair of factors
+
+NORM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_norm1"
+Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def lokr(name: str, outs: int, ins: int, factor: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    small = {
+        "lokr_w1": torch.randn(factor, factor, generator=generator),
+        "lokr_w2_a": torch.randn(outs // factor, 2, generator=generator) / 8,
+        "lokr_w2_b": torch.randn(2, ins // factor, generator=generator) / 8,
+        "alpha": torch.tensor(1.0),
+    }
+    return {f"{name}.{key}": value for key, value in small.items()}

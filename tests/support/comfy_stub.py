@@ -111,9 +111,14 @@ def calculate_weight(patches: list[tuple], weight: Tensor, key: str) -> Tensor:
         whole, part = weight, weight if offset is None else weight.narrow(*offset)
         assert strength_model == 1.0
         change = function or (lambda a: a)
-        part = patch.calculate_weight(
-            part, key, strength, strength_model, offset, change, torch.float32, None
-        )
+        if isinstance(patch, tuple):
+            kind, (value,) = patch
+            assert kind == "diff"
+            part += change(strength * value.to(part.dtype))
+        else:
+            part = patch.calculate_weight(
+                part, key, strength, strength_model, offset, change, torch.float32, None
+            )
         weight = part if offset is None else whole
     return weight
 
@@ -302,3 +307,34 @@ def install(monkeypatch: Any, folder: Path) -> None:
     paths.get_filename_list = lambda kind: sorted(file.name for file in folder.iterdir())
     paths.get_full_path_or_raise = lambda kind, name: str(folder / name)
     monkeypatch.setitem(sys.modules, "folder_paths", paths)
+
+
+# ---------- comfy_api.latest (ComfyUI 004b1b5)
+
+
+class _SchemaInput:
+    def __init__(self, id: str, optional: bool = False, tooltip: str | None = None, **facts: Any) -> None:
+        self.id, self.optional, self.tooltip, self.facts = id, optional, tooltip, facts
+
+
+def _schema_type(*facts: str) -> Any:
+    class Input(_SchemaInput):
+        def __init__(self, id: str, **given: Any) -> None:
+            assert given.keys() <= {"optional", "tooltip", *facts}, given
+            super().__init__(id, **given)
+
+    return types.SimpleNamespace(Input=Input, Output=lambda: None)
+
+
+def install_schema(monkeypatch: Any) -> None:
+    """Put `comfy_api.latest` into sys.modules, with the arguments that its inputs take."""
+    numbers = ("default", "min", "max", "step")
+    io = types.SimpleNamespace(
+        Model=_schema_type(), Clip=_schema_type(), Float=_schema_type(*numbers), Int=_schema_type(*numbers),
+        Combo=_schema_type("options"), Schema=types.SimpleNamespace, ComfyNode=object,
+        NodeOutput=lambda *results: results,
+    )  # fmt: skip
+    latest: Any = types.ModuleType("comfy_api.latest")
+    latest.io, latest.ComfyExtension = io, type("ComfyExtension", (), {})
+    monkeypatch.setitem(sys.modules, "comfy_api", types.ModuleType("comfy_api"))
+    monkeypatch.setitem(sys.modules, "comfy_api.latest", latest)

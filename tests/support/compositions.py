@@ -33,7 +33,7 @@ FACTORS: dict[str, Callable[[str], Method]] = {  # by name, from a folder for ba
 
 
 def _plus(factor: Factor) -> Method:
-    sped = set(factor.plus) & set(factor.trained)
+    sped = set(factor.loraplus) & set(factor.trained)
     if not sped:
         raise Refused("LoRA+ speeds up the trained up factor, and this method trains none")
     return Method("loraplus", rates=dict.fromkeys(sped, 16.0))

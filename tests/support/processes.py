@@ -10,7 +10,7 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from repository import ROOT
 IMPORTED = ("lowrank.cli.flux_train", "lowrank.cli.sd_train", "networks.effilora")
 
 
-def _run(script: str, words: Sequence[str], environment: Mapping[str, str], log: str) -> None:
-    """The script as `python SCRIPT WORDS` runs it, with one thread, its output in LOG."""
+def _call(function: Callable, words: Sequence, environment: Mapping[str, str], log: str) -> None:
+    """`function(*words)` with one thread, its output in LOG."""
     import torch
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -28,21 +28,31 @@ def _run(script: str, words: Sequence[str], environment: Mapping[str, str], log:
     os.dup2(file, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    function(*words)
+
+
+def run_script(script: str, *words: str) -> None:
+    """The script as `python SCRIPT WORDS` runs it."""
     sys.argv = [script, *words]
-    runpy.run_path(script, run_name="__main__")
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def call(
+    function: Callable, words: Sequence, log: Path, environment: Mapping[str, str] | None = None
+) -> ForkServerProcess:
+    """A process that runs a function of `tests/support`, as `start` runs a script."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    process = context.Process(target=_call, args=(function, list(words), environment or {}, str(log)))
+    process.start()
+    return process
 
 
 def start(
     script: str, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
     """A running process; its output goes to LOG, a signal to its `pid`, its exit code is `exitcode`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
-    process = context.Process(
-        target=_run, args=(str(ROOT / script), list(words), environment or {}, str(log))
-    )
-    process.start()
-    return process
+    return call(run_script, (script, *words), log, environment)
 
 
 def finished(process: ForkServerProcess, seconds: float = 240) -> int:

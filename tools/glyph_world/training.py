@@ -63,32 +63,15 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     model = nn.ModuleDict(dict(modules))
     averaged = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": plan.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.99))
+    optimizer = _optimizer(model, plan)
     path, first, spent = folder / f"{name}.pt", 0, 0.0
     if path.is_file():
-        state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
-        model.load_state_dict(state["model"])
-        averaged, first, spent = state["averaged"], state["step"], state["seconds"]
-        optimizer.load_state_dict(state["optimizer"])
+        averaged, first, spent = _resume(path, model, optimizer)
 
     def save(step: int, seconds: float) -> None:
+        state = {"model": model.state_dict(), "averaged": averaged, "optimizer": optimizer.state_dict()}
         with atomic(path) as part:
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "averaged": averaged,
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "seconds": seconds,
-                },
-                part,
-            )
+            torch.save({**state, "step": step, "seconds": seconds}, part)
 
     model.train()
     started = saved = time.monotonic()
@@ -122,11 +105,28 @@ def fit(
     save(done, seconds)
     model.load_state_dict(averaged)
     model.eval()
-    return {
-        "steps": done,
-        "minutes": round(seconds / 60, 1),
-        **{key: round(v, 5) for key, v in smooth.items()},
-    }
+    losses = {key: round(v, 5) for key, v in smooth.items()}
+    return {"steps": done, "minutes": round(seconds / 60, 1), **losses}
+
+
+def _resume(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], int, float]:
+    """Load a checkpoint; return the averaged weights, the step and the seconds spent."""
+    state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["averaged"], state["step"], state["seconds"]
+
+
+def _optimizer(model: nn.Module, plan: Plan) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and kernels only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": plan.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.99))
 
 
 @torch.no_grad()

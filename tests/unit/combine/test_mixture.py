@@ -148,12 +148,11 @@ def test_mixtures_refuse_what_does_not_belong_together(flux, saved, cache, tmp_p
         )
     with pytest.raises(Refused, match="different base models"):
         read_mixture([tmp_path / "one", tmp_path / "two"])
-    part = shake(made("lora", base_of(flux), cache, target="single_transformer"))
-    part.save_weights(str(tmp_path / "single.safetensors"), None, {})
-    double = shake(made("lora", base_of(flux), cache, target=r"^transformer_blocks.*to_q"))
-    double.save_weights(str(tmp_path / "double.safetensors"), None, {})
-    with pytest.raises(Refused, match="no layer in common"):
-        read_mixture([tmp_path / "single.safetensors", tmp_path / "double.safetensors"])
+    sd = tmp_path / "sd.safetensors"
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(8, 1)}, sd)
+    with pytest.raises(Refused, match=f"{style} is for flux and {sd} is for sd15"):
+        read_mixture([style, sd])
     smaller = FluxTransformer2DModel(**{**FLUX, "num_attention_heads": 1})
     with pytest.raises(Refused, match="another base"):
         read_mixture([style]).attach(smaller)
@@ -163,6 +162,31 @@ def test_mixtures_refuse_what_does_not_belong_together(flux, saved, cache, tmp_p
         torch_file = tmp_path / "none.safetensors"
         save_file({"x": torch.zeros(1)}, torch_file)
         read_adapter(torch_file)
+
+
+def test_adapters_without_a_common_layer_are_added(flux, cache, tmp_path):
+    """As B-LoRA's style and content, which are on two blocks of one model."""
+    files, alone = [], 0
+    plain = forward(flux)
+    for name, target in (("single", "single_transformer"), ("double", r"^transformer_blocks.*to_q")):
+        files.append(tmp_path / f"{name}.safetensors")
+        shake(made("lora", base_of(flux), cache, target=target)).save_weights(str(files[-1]), None, {})
+        alone += len(read_adapter(files[-1]).layers)
+    mixture = read_mixture(files)
+    assert len(mixture.adapters[0].layers.keys() | mixture.adapters[1].layers.keys()) == alone
+    assert "one adapter only" in mixture.describe()
+    attached = mixture.attach(flux)
+    attached.set((0.7, 1.2))
+    together = forward(flux)
+    attached.restore()
+    assert (together - plain).norm() / plain.norm() > 1e-2
+    mixture.save(tmp_path / "sum.safetensors", (0.7, 1.2), {})
+    saved_sum = read_adapter(tmp_path / "sum.safetensors")
+    for file, weight in zip(files, (0.7, 1.2), strict=True):
+        for place, layer in read_adapter(file).layers.items():
+            wanted = weight * layer._replace(up=layer.up.double(), down=layer.down.double()).delta()
+            difference_ = saved_sum.layers[place].delta() - wanted
+            assert difference_.norm() <= 1e-6 * wanted.norm()  # fp32 with one rounding of the weight
 
 
 def test_qr_without_its_initial_copy_is_not_merged_as_a_lora(saved, tmp_path):

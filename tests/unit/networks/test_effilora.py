@@ -187,7 +187,7 @@ def test_experts_train_and_diverge(kind):
 
 
 def test_experts_of_other_factor_role():
-    """A core between frozen sides has experts as well as an up: role = factor.plus[0]."""
+    """A core between frozen sides has experts as well as an up: role = factor.loraplus[0]."""
 
     def start(weights, ranks, scales):
         made = {}
@@ -198,7 +198,7 @@ def test_experts_of_other_factor_role():
         return made, {}
 
     chain = Chain(("basis_up", "core_up"), ("basis_down",))
-    factor = Factor(start, ("core_up",), (chain,), plus=("core_up",))
+    factor = Factor(start, ("core_up",), (chain,), loraplus=("core_up",))
     own = effilora.experts(effilora.Options(num_experts=2), factor)
     assert own.factor is None and own.experts is not None and own.experts.role == "core_up"
     model, x = base("linear"), Linears.example()
@@ -211,7 +211,7 @@ def test_experts_of_other_factor_role():
     want = sum(w[..., e, None] * (h @ (layer.basis_up @ layer.core_up[e]).T) for e in range(2))
     torch.testing.assert_close(layer.delta(x), layer.scale * want)
     with pytest.raises(Refused, match="trains none"):
-        effilora.experts(effilora.Options(), dataclasses.replace(factor, plus=()))
+        effilora.experts(effilora.Options(), dataclasses.replace(factor, loraplus=()))
 
 
 @pytest.mark.parametrize("kind", HOSTS)
@@ -424,8 +424,8 @@ def test_least_squares_static_up():
     torch.manual_seed(0)
     ups, u = torch.randn(3, 7, 4, dtype=torch.float64), torch.randn(500, 4, dtype=torch.float64)
     w = experts.softmax_router(u, 2 * torch.randn(3, 4, dtype=torch.float64))
-    wide = experts.widen(u, w)
-    live = wide @ experts.beside(ups).T
+    wide = experts.mixed_hidden(u, w)
+    live = wide @ experts.stacked_ups(ups).T
     static, error = least_squares(ups, wide.T @ wide)
     torch.testing.assert_close(static.T, torch.linalg.lstsq(u, live).solution)
     assert error == pytest.approx((float((live - u @ static.T).norm()), float(live.norm())), rel=1e-9)
@@ -465,7 +465,7 @@ def test_unrouted_keeps_dora_gain():
     model, x = base("linear"), Linears.example(8)
     method = effilora.method(effilora.Options(num_experts=2)) | dora.LENGTHS
     net = shake(joined(method, model), 0.2)
-    gains = [layer._gain(*layer.factors()) for layer in net.layers()]
+    gains = [layer._row_scale(*layer.factors()) for layer in net.layers()]
     state, errors = unrouted(net, lambda: model(x))
     live = model(x)
     net.restore()
@@ -473,7 +473,7 @@ def test_unrouted_keeps_dora_gain():
     plain.apply_to([], model, False, True)
     assert plain.load_state_dict(state, False) == ([], [])
     for layer, gain in zip(plain.layers(), gains, strict=True):
-        torch.testing.assert_close(layer._gain(*layer.factors()), gain)
+        torch.testing.assert_close(layer._row_scale(*layer.factors()), gain)
     assert (model(x) - live).norm() < 0.2 * live.norm() and max(one.share for one in errors.values()) < 0.5
 
 

@@ -42,15 +42,17 @@ def small(net):
 
 
 def test_schedule_share():
-    whole = Schedule(12, 1.0).of(24)
+    whole = Schedule(12, 1.0).for_rank(24)
     assert [whole.least(rank) for rank in (24, 16, 20, 3, 1, 48)] == [12, 8, 10, 1, 1, 24]
-    assert Schedule().of(7).least(7) == 3 and Schedule(12).least(16) == 12  # of an older file's layers: 12
+    assert (
+        Schedule().for_rank(7).least(7) == 3 and Schedule(12).least(16) == 12
+    )  # of an older file's layers: 12
     opened = whole.open(torch.tensor([float(t) for t in TIMES]), 16)
     assert opened.tolist() == [8 * (1000 - t) // 1000 + 8 for t in TIMES]
     pairs = Schedule(12, 1.0, group=2, max_rank=24)
     assert torch.equal(pairs.open(torch.tensor(TIMES), 32), 2 * opened)
     with pytest.raises(Refused, match="tlora_min_rank 25 is not between 1 and rank 24"):
-        Schedule(25).of(24)
+        Schedule(25).for_rank(24)
 
 
 @pytest.mark.parametrize("orthogonal", ["True", "False"])
