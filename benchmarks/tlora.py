@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.formats.delta import phantom
-from lowrank.models.sd_single import published_config
+from lowrank.models import published
 from tools import make_tiny_sd
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,7 +46,7 @@ KINDS = {
 def attention_layers() -> list[tuple[int, int]]:
     """Return (out, in) of the linear layers in SDXL's attention blocks."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(published_config("sdxl")["unet"])
+        unet = UNet2DConditionModel.from_config(published.configurations("sdxl")["unet"])
     ends = ("to_q", "to_k", "to_v", "to_out.0")
     return [
         (layer.out_features, layer.in_features)

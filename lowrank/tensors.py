@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank.errors import Refused
 from lowrank.files import atomic, existing_file
@@ -37,6 +38,11 @@ _NOT_A_PICKLE = (
     TypeError,
     ValueError,
 )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False on the meta device and for fake tensors, which have a shape and no values."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:

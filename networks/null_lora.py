@@ -29,6 +29,7 @@ from lowrank.adapters.method import Chain, Factor, Method, Start, structural
 from lowrank.adapters.network_module import bind
 from lowrank.bases.null_space import Null, least_active, null_spaces, nullity
 from lowrank.errors import Refused, nearest
+from lowrank.tensors import has_values
 from networks.universal_lora import Directions
 
 SOURCES = ("weight", "activation")
@@ -86,7 +87,7 @@ def allowed_ranks(
             "null_lora needs an even rank: rank %d becomes %d in %d layers, for example %s; give an even one",
             *(ranks[changed[0]], even[changed[0]], len(changed), changed[0]),
         )
-    if options.null_adaptive_rank and not any(weight.is_meta for weight in weights.values()):
+    if options.null_adaptive_rank and all(map(has_values, weights.values())):
         nullities = {name: nullity(weights[name], options.null_threshold) for name in ranks}
         mean = sum(nullities.values()) / len(nullities) or 1.0
         for name, rank in even.items():

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lowrank.adapters.gate import open_ranks
 from lowrank.errors import Refused
 from lowrank.files import atomic
+from lowrank.models.published import configurations
 from lowrank.models.samplers import SAMPLERS, build_sampler
-from lowrank.models.sd_single import published_config
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_RANK = 65536  # above the rank of any layer
@@ -80,8 +80,8 @@ def steps_of(
             raise Refused(f"FLUX has its own sampler, not {name}; leave --sampler out")
         return Steps(f"FLUX, {side}×{side}, {count} steps", _flow(count, side))
     # the spacing of the published models; the default of diffusers' Euler class differs
-    published = {**published_config(family)["scheduler"], "timestep_spacing": "leading"}
-    scheduler: Any = build_sampler(name, published)
+    schedule = {**configurations(family)["scheduler"], "timestep_spacing": "leading"}
+    scheduler: Any = build_sampler(name, schedule)
     scheduler.set_timesteps(count)
     label = {"sd15": "SD 1.5", "sdxl": "SDXL"}[family]
     return Steps(f"{label}, {name}, {count} steps", scheduler.timesteps.double())

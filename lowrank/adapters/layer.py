@@ -18,6 +18,7 @@ from lowrank.adapters.method import Chain, Method
 from lowrank.adapters.targets import Layer, dense_weight
 from lowrank.errors import Refused
 from lowrank.naming import keys
+from lowrank.tensors import has_values
 
 
 class AdaptedLayer(nn.Module):
@@ -149,7 +150,7 @@ class AdaptedLayer(nn.Module):
 
     def start_magnitude(self) -> None:
         """Set m = ‖W + ΔW‖ per row with the function of the forward, so that g is exactly 1 at step 0."""
-        if self.method.magnitude and not self.host.weight.is_meta:
+        if self.method.magnitude and has_values(self.host.weight):
             with torch.no_grad():
                 self.magnitude.copy_(self.row_norm(*self.factors()).reshape(self.magnitude.shape))
 

@@ -24,7 +24,7 @@ from lowrank.adapters.method import Method, check_made_by
 from lowrank.adapters.targets import Layer, Target, dense_weight
 from lowrank.errors import Refused
 from lowrank.naming import keys
-from lowrank.tensors import write_tensors
+from lowrank.tensors import has_values, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class AdapterNetwork(nn.Module):
     def start(self, only: Iterable[str] | None = None, roles: Iterable[str] | None = None) -> None:
         """Set the values at step 0, `only` of layers with these names, and only of these `roles`."""
         layers = [layer for layer in self._all_layers.values() if only is None or layer.name in set(only)]
-        if not layers or layers[0].host.weight.is_meta:
+        if not layers or not has_values(layers[0].host.weight):
             return
         ranks = {layer.name: layer.rank for layer in layers}
         scales = {layer.name: layer.scale for layer in layers}

@@ -24,6 +24,7 @@ from lowrank.adapters.targets import host_shape
 from lowrank.errors import Refused
 from lowrank.laplace.context_file import LEGACY, Context, Curvature, weight_fingerprint
 from lowrank.naming import keys
+from lowrank.tensors import has_values
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def bind_penalty(network: Any, context: Context, strength: float, source: str) -
             f"{', '.join(list(by_key.values())[:2])} and the network {', '.join(names[:2])}; "
             "make a context of this base model and these targets"
         )
-    if not next(iter(matches)).host.weight.is_meta:
+    if has_values(next(iter(matches)).host.weight):
         _check_base({layer: context.probes[name] for layer, name in matches.items()}, source)
         _log_coverage(names, [layer.name for layer in matches], len(context.layers), source)
     return _laplace(

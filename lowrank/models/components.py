@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging
 
 from lowrank.errors import Refused
+from lowrank.models import published
 from lowrank.models.family import ROLES, Models, Source
 
 _WHOLE = 64 << 20  # files up to this size are hashed byte for byte
@@ -84,6 +86,13 @@ def load_component(kind: Any, source: Source, root: Path, name: str, **dtype: to
     return ready(module, name, folder, source)
 
 
+def text_config(kind: Any, root: Path, name: str) -> Any:
+    """The configuration of a text encoder of class `kind` in a diffusers folder."""
+    folder = component_folder(root, name, kind.__name__)
+    with reading(f"configuration of {name}", folder):
+        return kind.config_class.from_pretrained(folder, local_files_only=True)
+
+
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
     """Keep transformers from drawing a progress bar per file."""
@@ -143,7 +152,8 @@ def hash_of(places: Iterable[Path]) -> str:
 def local_folder(source: Source, download: Callable[..., str | os.PathLike]) -> Path:
     """The local folder of a diffusers model: `source.path`, or the snapshot of a hub id from `download`.
 
-    An existing folder is never looked up on the hub. Raises `Refused` for a path that is neither.
+    An existing folder is never looked up on the hub. Without `source.weights` only configurations are
+    fetched. Raises `Refused` for a path that is neither.
     """
     path = Path(source.path)
     if path.is_dir():
@@ -153,6 +163,8 @@ def local_folder(source: Source, download: Callable[..., str | os.PathLike]) -> 
             f"the base model {source.path!r} is neither a folder nor a hub id like "
             "'black-forest-labs/FLUX.1-dev'; check the path"
         )
+    if not source.weights:
+        download = _configurations
     try:
         return Path(
             download(
@@ -164,6 +176,15 @@ def local_folder(source: Source, download: Callable[..., str | os.PathLike]) -> 
             f"there is no folder {source.path!r}, and the hub gave no model of this name: "
             f"{_first_line(error)}; check the name, the network or your login"
         ) from error
+
+
+def _configurations(repository: str, *, revision: str | None, cache_dir: str | None, **_: Any) -> str:
+    """The folder of a hub model's configurations: from `configs/models` if it is there, else fetched."""
+    if repository in published.KINDS:
+        return str(published.folder(repository))
+    return snapshot_download(
+        repository, revision=revision, cache_dir=cache_dir, allow_patterns=["*.json", "*/*.json"]
+    )
 
 
 def component_folder(root: Path, name: str, what: str) -> Path:

@@ -49,6 +49,7 @@ class Source:
     tokenizer_cache_dir: str | None = None
     v2: bool = False  # SD 2.x is expected, and another model is refused
     v_parameterization: bool = False  # predicts v, where no scheduler configuration says so
+    weights: bool = True  # False: configurations are enough, and no weights are downloaded
 
 
 @dataclass
@@ -121,6 +122,8 @@ class Family(Generic[Options]):
     # the part of the conditions that comes from trained encoders, with gradient
     trained_text: Callable[[Models, Sequence[str], Options], dict[str, Tensor]]
     empty: Callable[[Models], nn.Module]  # the denoiser without weights, on the meta device
+    # each text encoder without weights, on the meta device, and the most tokens that it takes
+    empty_text: Callable[[Models], list[tuple[nn.Module, int]]]
     # (denoiser, noisy, timesteps, text, options) → prediction (B, C, h, w)
     denoise: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor], Options], Tensor]
     pipeline: Callable[[Models], Any]  # the stock pipeline around the present denoiser

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowrank.config.flux import FluxModel
 from lowrank.errors import Refused
 from lowrank.models.family import Family, FamilyOptions, Models, latent_scale
-from lowrank.models.flux_load import add_flux_components, load_flux, model_hash
+from lowrank.models.flux_load import add_flux_components, empty_text, load_flux, model_hash
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 
 log = logging.getLogger(__name__)
@@ -271,6 +271,7 @@ FLUX: Family[FluxOptions] = Family(
     keep_trained_text=keep_trained_text,
     trained_text=trained_text,
     empty=empty,
+    empty_text=empty_text,
     denoise=denoise,
     pipeline=pipeline,
     sample=sample,

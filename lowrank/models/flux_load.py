@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import nn
 from transformers import (
@@ -20,6 +22,7 @@ from lowrank.models import components, flux_single, single
 from lowrank.models.components import component_folder, local_folder
 from lowrank.models.family import ROLES, Models, Source
 
+T5_TOKENS = 512  # the tokenizer of FLUX.1-dev cuts captions there
 FOLDERS = {
     "denoiser": ("transformer",),
     "vae": ("vae",),
@@ -104,6 +107,25 @@ def _text_encoders(models: Models) -> tuple[nn.Module, nn.Module]:
     return load(CLIPTextModel, "text_encoder", source.clip_l), load(
         T5EncoderModel, "text_encoder_2", source.t5xxl
     )
+
+
+def empty_text(models: Models) -> list[tuple[nn.Module, int]]:
+    """CLIP-L and T5 on the meta device, each with the most tokens that it takes."""
+
+    def config(kind: Any, name: str, given: str | None) -> Any:
+        if given is None:
+            return components.text_config(kind, models.root, name)
+        return flux_single.text_config(kind, Path(given))
+
+    clip = config(CLIPTextModel, "text_encoder", models.source.clip_l)
+    t5 = config(T5EncoderModel, "text_encoder_2", models.source.t5xxl)
+    tokenizer = models.root / "tokenizer_2" / "tokenizer_config.json"
+    facts = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else {}
+    with torch.device("meta"):
+        return [
+            (CLIPTextModel(clip), clip.max_position_embeddings),
+            (T5EncoderModel(t5), min(facts.get("model_max_length", T5_TOKENS), T5_TOKENS)),
+        ]
 
 
 def _tokenizers(models: Models) -> tuple[Any, ...]:

@@ -32,6 +32,7 @@ from lowrank.naming import flux as flux_names
 VAE_FACTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}  # FLUX.1's autoencoder
 TOKENIZERS = {CLIPTokenizer: "openai/clip-vit-large-patch14", T5TokenizerFast: "google/t5-v1_1-xxl"}
 
+_OTHERS = ("logit_scale", "text_projection", "decoder.")  # tensors that are not the encoder's
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)\.(weight|bias|scale)$")
 
 
@@ -119,14 +120,19 @@ def transformer(path: Path, dtype: torch.dtype) -> nn.Module:
 
 def text_encoder(kind: Any, path: Path, dtype: torch.dtype) -> nn.Module:
     """CLIP-L or T5-XXL from one file in transformers' names (clip_l.safetensors, t5xxl_fp16.safetensors)."""
-    others = ("logit_scale", "text_projection", "decoder.")
     with reading(kind.__name__, path):
         file = open_checkpoint(path)
-        names = [name for name in file.shapes if not name.startswith(others)]
-        configure = {CLIPTextModel: clip_config}.get(kind, t5_config)
-        config = configure({name: file.shapes[name] for name in names})
+        names = [name for name in file.shapes if not name.startswith(_OTHERS)]
         state = {name: value.to(dtype) for name, value in file.read(names)}
-    return filled_encoder(kind, config, state, dtype, path)
+    return filled_encoder(kind, text_config(kind, path), state, dtype, path)
+
+
+def text_config(kind: Any, path: Path) -> Any:
+    """The configuration of CLIP-L or T5-XXL in one file, from the shapes in its table."""
+    with reading(kind.__name__, path):
+        shapes = open_checkpoint(path).shapes
+        configure = {CLIPTextModel: clip_config}.get(kind, t5_config)
+        return configure({name: shape for name, shape in shapes.items() if not name.startswith(_OTHERS)})
 
 
 def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> T5Config:

@@ -21,7 +21,7 @@ from lowrank.models import clip_text
 from lowrank.models.family import Family, FamilyOptions, Models, latent_scale
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 from lowrank.models.samplers import build_sampler as sampler_of
-from lowrank.models.sd_load import add_sd_components, is_v2, load_sd, model_hash
+from lowrank.models.sd_load import add_sd_components, empty_text, is_v2, load_sd, model_hash
 
 STEP = 8  # diffusers' pipelines draw sides that are multiples of it
 
@@ -240,6 +240,7 @@ SD15: Family[SdOptions] = Family(
     keep_trained_text=keep_trained_text,
     trained_text=conditions,
     empty=empty,
+    empty_text=empty_text,
     denoise=denoise,
     pipeline=pipeline,
     sample=sample,

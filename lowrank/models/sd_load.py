@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lowrank.errors import Refused
-from lowrank.models import components, sd_single, single
+from lowrank.models import components, published, sd_single, single
 from lowrank.models.components import component_folder, local_folder
 from lowrank.models.family import ROLES, Models, Source
 from lowrank.models.samplers import scheduler_from
@@ -114,7 +115,7 @@ def _open_file(source: Source) -> Models:
     single.check_file("pretrained_model_name_or_path", source.path, pickles=True)
     models = Models(source, Path(source.path))
     file = _file(models)
-    facts = sd_single.published_config(_kind(models))
+    facts = published.configurations(_kind(models))
     unet = file.under(sd_single.UNET)
     config = sd_single.unet_config(unet) | {"sample_size": facts["unet"]["sample_size"]}
     config |= unet.configs.get("unet", {})
@@ -161,7 +162,7 @@ def _vae_config(models: Models) -> Mapping[str, Any]:
 
 def _published(models: Models) -> Mapping[str, Any]:
     unet = models.configs["denoiser"]
-    return sd_single.published_config("sdxl" if takes_sizes(unet) else "sd2" if is_v2(models) else "sd15")
+    return published.configurations("sdxl" if takes_sizes(unet) else "sd2" if is_v2(models) else "sd15")
 
 
 def _vae_facts(models: Models, given: str | None, known: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -170,7 +171,7 @@ def _vae_facts(models: Models, given: str | None, known: Mapping[str, Any]) -> M
         scale = {"scaling_factor": known["scaling_factor"]}
         return scale | dict(components.config(AutoencoderKL, root, name, "latent_channels"))
     if sd_single.is_whole(file := _whole(models, root)):
-        known = sd_single.published_config(sd_single.kind_of(file))["vae"]
+        known = published.configurations(sd_single.kind_of(file))["vae"]
     return single.autoencoder_config(_vae_file(models, root), known)
 
 
@@ -207,6 +208,19 @@ def _text_encoders(models: Models) -> tuple[nn.Module, ...]:
         for index in range(len(_encoders(models)))
     )
     return tuple(components.ready(encoder, "text encoder", root, source) for encoder in encoders)
+
+
+def empty_text(models: Models) -> list[tuple[nn.Module, int]]:
+    """Each text encoder on the meta device, and the most tokens that it takes."""
+    empties = []
+    for index, (name, _, kind) in enumerate(_encoders(models)):
+        if models.root.is_file():
+            facts = sd_single.text_config(_file(models), _kind(models), index)
+        else:
+            facts = components.text_config(kind, models.root, name)
+        with torch.device("meta"):
+            empties.append((kind(facts), facts.max_position_embeddings))
+    return empties
 
 
 def _tokenizers(models: Models) -> tuple[Any, ...]:

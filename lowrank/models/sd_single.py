@@ -6,7 +6,6 @@ Sizes are read off the tensors' shapes, so that a file of any width and depth lo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +18,8 @@ from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import lowrank
 from lowrank.errors import Refused
+from lowrank.models import published
 from lowrank.models.components import reading
 from lowrank.models.single import Checkpoint, clip_config, fill, filled_encoder
 from lowrank.naming import unet as unet_names
@@ -33,13 +32,6 @@ ENCODERS = {
     "sdxl": (("conditioner.embedders.0.transformer.", False), ("conditioner.embedders.1.model.", True)),
 }
 _INPUT = re.compile(r"input_blocks\.(\d+)\.0\.(op|in_layers\.2)\.(?:conv\.)?weight$")
-
-
-def published_config(kind: str) -> dict[str, dict[str, Any]]:
-    """The configurations of the published model of a kind: "sd15", "sd2" or "sdxl"."""
-    path = Path(lowrank.__file__).resolve().parents[1] / "configs" / "models" / f"{kind}.json"
-    with reading("model configuration", path):
-        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def is_whole(file: Checkpoint) -> bool:
@@ -85,7 +77,7 @@ def _unet_config(shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str
     widths = [level[0][1] for level in levels]
     attending = next(f"input_blocks.{level[0][0]}.1" for level, d in zip(levels, depths, strict=True) if d)
     linear = len(shapes[f"{attending}.proj_in.weight"]) == 2
-    config = published_config("sd15")["unet"] | {
+    config = published.configurations("sd15")["unet"] | {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
         "block_out_channels": widths,
@@ -135,10 +127,38 @@ def _open_clip(file: Checkpoint, prefix: str, whole: bool) -> dict[str, Tensor]:
     return convert_open_clip_checkpoint(model, dict(file.read(names)), prefix)
 
 
+def _known_text(kind: str, index: int) -> dict[str, Any]:
+    return published.configurations(kind)[f"text_encoder{'' if index == 0 else f'_{index + 1}'}"]
+
+
+def text_config(file: Checkpoint, kind: str, index: int) -> CLIPTextConfig:
+    """The configuration of one text encoder of a whole file, from the shapes in its table."""
+    prefix, open_clip = ENCODERS[kind][index]
+    known = _known_text(kind, index)
+    with reading("text encoder", file.path):
+        if not open_clip:
+            config = clip_config(file.under(prefix).shapes)
+        else:
+            shapes, blocks = file.under(prefix).shapes, "transformer.resblocks."
+            layers = {name.removeprefix(blocks).split(".")[0] for name in shapes if name.startswith(blocks)}
+            width = shapes["ln_final.weight"][0]
+            config = CLIPTextConfig(
+                vocab_size=shapes["token_embedding.weight"][0],
+                hidden_size=width,
+                projection_dim=shapes.get("text_projection", (width, width))[1],
+                num_attention_heads=max(1, width // 64),
+                intermediate_size=shapes[f"{blocks}0.mlp.c_fc.weight"][0],
+                max_position_embeddings=shapes["positional_embedding"][0],
+                num_hidden_layers=len(layers) - (kind == "sd2"),
+            )
+    config.update({"hidden_act": known["hidden_act"], "layer_norm_eps": known["layer_norm_eps"]})
+    return config
+
+
 def text_encoder(file: Checkpoint, kind: str, index: int, dtype: torch.dtype) -> nn.Module:
     """One text encoder of a whole file as transformers' class in `dtype`."""
     prefix, open_clip = ENCODERS[kind][index]
-    known = published_config(kind)[f"text_encoder{'' if index == 0 else f'_{index + 1}'}"]
+    known = _known_text(kind, index)
     with reading("text encoder", file.path):
         if open_clip:
             # SD 2 was trained on the last layer but one, and its published encoder ends there

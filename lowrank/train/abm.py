@@ -33,7 +33,7 @@ from lowrank.data.loader import Batch, Loader
 from lowrank.errors import Refused
 from lowrank.models.family import DTYPES, Models
 from lowrank.naming import keys
-from lowrank.tensors import read_tensors
+from lowrank.tensors import has_values, read_tensors
 from lowrank.train import network_module, setup
 from lowrank.train.abm_hooks import Boundaries, activations, depth_weights
 from lowrank.train.attach import check_base
@@ -113,7 +113,7 @@ def load_teacher(
         weights_sd=None if len(state) == len(whole) else state,
         **arguments,
     )
-    if not next(denoiser.parameters()).is_meta:
+    if has_values(next(denoiser.parameters())):
         made.read_state(state, facts, path)
     return made
 

@@ -6,12 +6,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from lowrank.adapters.targets import as_passed
@@ -22,7 +20,7 @@ from lowrank.files import sha256, writable_folder
 from lowrank.models.family import Models
 from lowrank.tensors import read_names
 from lowrank.train import checkpoints, network_module
-from lowrank.train.attach import check_base, load_components
+from lowrank.train.attach import check_base
 from lowrank.train.checkpoints import KOHYAS, Checkpoint, Names
 from lowrank.train.job import RunningJob
 from lowrank.train.network_module import KohyaNetwork
@@ -92,22 +90,18 @@ def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNe
     if network_module.facade_of(job.networks) is None:
         return None, None
     denoiser, trains_text = job.family.empty(models), job.options.trains_text
+    encoders: tuple[nn.Module, ...] = ()
     if job.base_weights or trains_text:
-        load_components(job, models, ("text",))
+        encoders = tuple(encoder for encoder, _ in job.family.empty_text(models))
     for path, strength in job.base_weights:
-        passed = as_passed(_shapes(models.text_encoders), denoiser)
+        passed = as_passed(encoders, denoiser)
         other, _ = job.networks.create_network_from_weights(
             strength, path, None, passed, denoiser, for_inference=True
         )
         other.load_weights(path)
-    trained = job.family.keep_trained_text(replace(models), job.switches) if trains_text else []
-    return denoiser, job.create(denoiser, _shapes(trained), weights)
-
-
-def _shapes(encoders: Sequence[Any]) -> list[nn.Module]:
-    """Copies of transformers' models without values."""
-    with torch.device("meta"):
-        return [type(encoder)(encoder.config) for encoder in encoders]
+    kept = replace(models, text_encoders=encoders)
+    trained = job.family.keep_trained_text(kept, job.switches) if trains_text else []
+    return denoiser, job.create(denoiser, trained, weights)
 
 
 # ------------------------------------------------------------------ a resumed run

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import nn
 
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.config.train import TrainOptions
 from lowrank.data import summary
 from lowrank.data.loader import Loader
-from lowrank.train import setup, warmup
+from lowrank.plan.live import GIB, Phase
+from lowrank.train import plan_memory, setup, warmup
 from lowrank.train.job import RunningJob
 from lowrank.train.network_module import KohyaNetwork, optimizer_groups
 from lowrank.train.schedule import RunPlan
 
-GIB = 2**30
+LARGEST = 5  # parts of a peak that are shown
 
 
 def show(
@@ -23,7 +24,7 @@ def show(
     plan: RunPlan,
     denoiser: nn.Module | None,
     network: KohyaNetwork | None,
-    dtype: torch.dtype,
+    phases: Sequence[Phase],
 ) -> int:
     """Print the tables and return 0; `denoiser` and `network` have no values, or are None (other modules)."""
     facts = summary.dataset_summary(loader)
@@ -52,7 +53,9 @@ def show(
         "micro-batches a step"
     )
     if denoiser is not None and network is not None:
-        _show_memory(denoiser, network, job.options, dtype)
+        _show_memory(phases, denoiser, network)
+    else:
+        print("memory: not predicted, because network modules of other programs may need values")
     return 0
 
 
@@ -73,24 +76,16 @@ def _show_layers(network: AdapterNetwork, job: RunningJob) -> None:
         print(f"group {name.strip()}: {count:,} parameters, lr {group['lr']:g}")
 
 
-def _show_memory(denoiser: nn.Module, network: nn.Module, options: TrainOptions, dtype: torch.dtype) -> None:
-    train, optimizer = options.train, options.optimizer
+def _show_memory(phases: Sequence[Phase], denoiser: nn.Module, network: nn.Module) -> None:
     trained = sum(p.numel() for p in network.parameters())
     frozen = sum(b.numel() for b in network.buffers())
     base = sum(p.numel() for p in denoiser.parameters())
-    width = 1 if train.fp8_base or train.fp8_base_unet else dtype.itemsize
-    states = 2 if "8bit" in optimizer.optimizer_type.lower() or optimizer.use_8bit_adam else 8
-    parts = {
-        "base weights": base * width,
-        "frozen factors": frozen * dtype.itemsize,
-        "trained factors": trained * 4,
-        "gradients": trained * 4,
-        "optimizer": trained * states,
-    }
     print(f"parameters: {trained:,} trained, {frozen:,} frozen, {base:,} in the base")
-    for name, size in parts.items():
-        print(f"  {name}: {size / GIB:.2f} GiB")
-    print(
-        f"  together {sum(parts.values()) / GIB:.2f} GiB, and activations (least with "
-        "--gradient_checkpointing)"
-    )
+    print("memory of the GPU, predicted from the run's own functions without values (GiB):")
+    for phase in phases:
+        parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in phase.parts[:LARGEST])
+        print(f"  {phase.name} {phase.peak / GIB:.2f}: {parts}")
+    most = max(phases, key=plan_memory.total)
+    extra = plan_memory.allowance(most)
+    print(f"  allowance: {', '.join(f'{name} {size / GIB:.2f}' for name, size in extra.items())}")
+    print(f"  together {plan_memory.total(most) / GIB:.2f} in the phase {most.name}")

@@ -172,9 +172,11 @@ def run_preview(
     sampling, sampler = job.options.sampling, job.options.sampler
 
     def picture(prompt: Prompt, seed: int) -> Image.Image:
-        if models.vae is not None:
-            move(models, ("vae",), job.accelerator.device)
-        return draw_picture(job.family, models, job.switches, text, prompt, seed)
+        between = models.vae.device  # the CPU, if training does not need the VAE
+        move(models, ("vae",), job.accelerator.device)
+        image = draw_picture(job.family, models, job.switches, text, prompt, seed)
+        move(models, ("vae",), between)
+        return image
 
     by_file, steps = bool(sampling.sample_prompts), sampling.sample_every_n_steps
     epochs = sampling.sample_every_n_epochs or (None if by_file or steps else sampling.validation_epochs)

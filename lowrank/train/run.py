@@ -16,8 +16,19 @@ from lowrank.config.flag import pairs
 from lowrank.data.loader import Loader
 from lowrank.files import only_writer
 from lowrank.models import memory
-from lowrank.models.family import DTYPES, Models
-from lowrank.train import abm, check, data, dry_run, layer_sampling, metadata, optim, setup, warmup
+from lowrank.models.family import Models
+from lowrank.train import (
+    abm,
+    check,
+    data,
+    dry_run,
+    layer_sampling,
+    metadata,
+    optim,
+    plan_memory,
+    setup,
+    warmup,
+)
 from lowrank.train.attach import adapt, changes_text, keep_vae, load_components, merge_base_weights
 from lowrank.train.checkpoints import Checkpoint, Names, Progress
 from lowrank.train.job import RunningJob, TrainJob
@@ -86,8 +97,8 @@ def _launch(job: RunningJob) -> int:
     if options.abm.abm_enabled and job.resumed is None:
         abm.check_abm(job, models, denoiser_shapes)
     if options.train.dry_run:
-        dtype = DTYPES[accelerator.mixed_precision]
-        return dry_run.show(job, loader, _plan(job, loader), denoiser_shapes, network_shapes, dtype)
+        phases = plan_memory.plan_memory(job, models, loader) if network_shapes is not None else []
+        return dry_run.show(job, loader, _plan(job, loader), denoiser_shapes, network_shapes, phases)
     if job.resumed is not None:
         check.check_resumed(job, check.run_fingerprint(job, loader, models), _plan(job, loader).steps)
 

@@ -27,7 +27,7 @@ from lowrank.formats.read import Adapter, read_adapter
 from lowrank.formats.resize import RankRule, resize
 from lowrank.formats.write import FORMATS, only, write
 from lowrank.formats.writers import Choices
-from lowrank.models.sd_single import published_config
+from lowrank.models import published
 from lowrank.naming import flux as flux_names
 from lowrank.naming import places
 from lowrank.naming import unet as unet_names
@@ -120,7 +120,7 @@ def _meta(family: str):
     with torch.device("meta"):
         if family == "flux":
             return FluxTransformer2DModel(**FLUX_DEV)
-        return UNet2DConditionModel.from_config(published_config(family)["unet"])
+        return UNet2DConditionModel.from_config(published.configurations(family)["unet"])
 
 
 def _layers(model):

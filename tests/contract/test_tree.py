@@ -25,13 +25,14 @@ MAY_IMPORT = {
     "config": set(),
     "data": {"config"},
     "objective": {"config"},
+    "plan": set(),
     "adapters": {"config"},
     "models": {"config"},  # the declarations of a family's options
     "laplace": {"adapters"},
     "bases": {"adapters", "laplace"},
     "formats": {"adapters", "bases"},
     "combine": {"adapters", "bases", "formats"},
-    "train": {"config", "data", "objective", "adapters", "models"},
+    "train": {"config", "data", "objective", "adapters", "models", "plan"},
     "cli": {
         *("config", "data", "objective", "adapters", "models"),
         *("laplace", "bases", "formats", "combine", "train"),

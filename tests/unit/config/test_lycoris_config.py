@@ -28,7 +28,7 @@ from lowrank.cli.sd_train import main_sdxl as sdxl
 from lowrank.config.flux import FLUX_TRAIN
 from lowrank.config.sd import SD_TRAIN
 from lowrank.errors import Refused
-from lowrank.models import sd_single
+from lowrank.models import published
 from lowrank.train.network_module import facade_of, find_module
 
 FILES = ROOT / "tests" / "fixtures" / "lycoris"  # the blocks of the user's T-LoRA guide, letter by letter
@@ -52,8 +52,8 @@ def full():
     """Full-size denoisers on the meta device, FLUX.2's with fewer blocks."""
     with torch.device("meta"):
         return {
-            "sd15": UNet2DConditionModel.from_config(sd_single.published_config("sd15")["unet"]),
-            "sdxl": UNet2DConditionModel.from_config(sd_single.published_config("sdxl")["unet"]),
+            "sd15": UNet2DConditionModel.from_config(published.configurations("sd15")["unet"]),
+            "sdxl": UNet2DConditionModel.from_config(published.configurations("sdxl")["unet"]),
             "flux": FluxTransformer2DModel(**FLUX_DEV),
             "flux2": Flux2Transformer2DModel(num_layers=2, num_single_layers=3),
         }

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from lowrank.errors import Refused
-from lowrank.models import memory, sd_single
+from lowrank.models import memory, published, sd_single
 from lowrank.models.family import ROLES, Source, latent_scale
 from lowrank.models.flux import FLUX
 from lowrank.models.samplers import SAMPLERS, build_sampler
@@ -220,7 +220,7 @@ def shapes_only(state: dict) -> Checkpoint:
 
 
 def test_full_sizes_are_read_off_the_tensors(kind):
-    facts = sd_single.published_config(kind)
+    facts = published.configurations(kind)
     state = full(facts["unet"])
     told = sd_single.unet_config(shapes_only(state))
     expected = facts["unet"]
@@ -242,7 +242,7 @@ def test_full_sizes_are_read_off_the_tensors(kind):
 
 def test_names_are_those_of_diffusers_converter(kind):
     """At full size our names, and diffusers' own reading of original files, agree on every tensor."""
-    facts = sd_single.published_config(kind)
+    facts = published.configurations(kind)
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel.from_config(facts["unet"]), AutoencoderKL.from_config(facts["vae"])
     blocks = unet_names.Blocks.of(unet)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lowrank.adapters.targets import as_passed, find, find_all
-from lowrank.models import sd_single
+from lowrank.models import published
 from lowrank.models.family import Source
 from lowrank.models.sd import SD15
 from lowrank.models.sdxl import SDXL
@@ -26,7 +26,7 @@ def full():
     found = {}
     with torch.device("meta"):
         for kind in ("sd15", "sd2", "sdxl"):
-            facts = sd_single.published_config(kind)
+            facts = published.configurations(kind)
             encoders: list = [CLIPTextModel(CLIPTextConfig(**facts["text_encoder"]))]
             if kind == "sdxl":
                 encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**facts["text_encoder_2"])))

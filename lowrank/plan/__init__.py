@@ -1,0 +1,1 @@
+"""The memory that a step needs, from a step without values."""
