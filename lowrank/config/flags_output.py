@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from lowrank.config.flag import file_name, option, path
 from lowrank.config.flags_data import HoldOut
 
+DRAWN = "sample_prompts or sample_prompt_lines or validation_prompt"  # what a picture can be drawn of
+
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
@@ -119,7 +121,9 @@ class Hub:
         choices=("model", "dataset", "space"),
         acts_with=("huggingface_repo_id",),
     )
-    huggingface_path_in_repo: str | None = option(None, "folder in the repository --huggingface_repo_id")
+    huggingface_path_in_repo: str | None = option(
+        None, "folder in the repository --huggingface_repo_id", acts_with=("huggingface_repo_id",)
+    )
     huggingface_token: str | None = option(
         None,
         "access token of the Hugging Face hub; never logged or saved",
@@ -133,7 +137,9 @@ class Hub:
         choices=("private", "public"),
         acts_with=("huggingface_repo_id",),
     )
-    async_upload: bool = option(False, "upload files in the background while training goes on")
+    async_upload: bool = option(
+        False, "upload files in the background while training goes on", acts_with=("huggingface_repo_id",)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,22 +159,27 @@ class Sampling:
         None,
         "file of prompts (.txt, .toml, .json) to draw while training; a line is like 'a cat --w 512 --s 20'",
     )
+    sample_prompt_lines: tuple[str, ...] = option(
+        (), "prompts to draw while training, each as a line of the file --sample_prompts"
+    )
     sample_every_n_steps: int | None = option(
         None,
         "draw pictures of --sample_prompts every n steps",
         low=1,
         off_at_zero=True,
-        acts_with=("sample_prompts or validation_prompt", "not sample_every_n_epochs"),
+        acts_with=(DRAWN, "not sample_every_n_epochs"),
     )
     sample_every_n_epochs: int | None = option(
         None,
         "draw pictures of --sample_prompts every n epochs; has precedence over --sample_every_n_steps",
         low=1,
         off_at_zero=True,
-        acts_with=("sample_prompts or validation_prompt",),
+        acts_with=(DRAWN,),
     )
     sample_at_first: bool = option(
-        False, "draw pictures before the first step too", acts_with=("sample_prompts or validation_prompt",)
+        False,
+        "draw pictures before the first step too",
+        acts_with=(DRAWN,),
     )
 
 
