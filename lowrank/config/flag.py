@@ -209,6 +209,8 @@ class FlagSpec(NamedTuple):
     def _item(self, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise Refused(f"{value!r} is not {WORDS.get(self.kind, 'a text')}")
+        if self.kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # interfaces write 1.0
         return self.from_text(str(value))
 
     def to_toml(self, value: object) -> str:

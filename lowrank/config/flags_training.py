@@ -231,7 +231,12 @@ class Train:
         "folder of a saved state, its name in --output_dir, or 'latest'",
         aliases=("--resume_from_checkpoint",),
     )
-    dry_run: bool = option(False, "show data, adapter, step plan and memory, and exit", saved=False)
+    dry_run: bool = option(
+        False,
+        "show data, adapter, step plan and memory, and exit",
+        aliases=("--debug_dataset",),
+        saved=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

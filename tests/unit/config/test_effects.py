@@ -61,7 +61,7 @@ def test_sixteen_flags_without_effect():
         ("--lr_scheduler_power 2", "sd", "without --lr_scheduler polynomial"),
         ("--unet_lr 1e-4 --network_train_text_encoder_only", "sd", "the text encoders alone are trained"),
         ("--text_encoder_lr 1e-5", "flux", "no text encoder is trained; that needs --train_text_encoder"),
-        ("--sample_every_n_epochs 1", "flux", "without --sample_prompts or --validation_prompt"),
+        ("--sample_every_n_epochs 1", "flux", "without --sample_prompts or --sample_prompt_lines or"),
         ("--logit_mean 1", "flux", "without --weighting_scheme logit_normal"),
         ("--discrete_flow_shift 2 --timestep_sampling sigmoid", "flux", "without --timestep_sampling sigma"),
         ("--wandb_run_name a --log_with tensorboard", "sd", "without --log_with wandb or all"),
