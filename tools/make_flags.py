@@ -129,13 +129,17 @@ def unsupported() -> str:
     """What each script ignores, and what it refuses with the way out; without the flags of the tables."""
     known = {name for surface in TRAINERS.values() for name in surface.specs}
     ignored: dict[str, list[str]] = {}
+    reasons = {name: why for surface in TRAINERS.values() for name, why in surface.accepted.items()}
     for title, surface in TRAINERS.items():
-        for name in set(surface.ignored) - known:
+        for name in {*surface.ignored, *surface.accepted} - known:
             ignored.setdefault(name, []).append(title)
     lines = [
         "\n## Flags of other trainers: ignored\n\nThe script accepts them, warns once, and continues.\n\n",
-        "| flag | ignored by |\n|---|---|\n",
-        *(f"| `--{name}` | {', '.join(titles)} |\n" for name, titles in sorted(ignored.items())),
+        "| flag | ignored by | why |\n|---|---|---|\n",
+        *(
+            f"| `--{name}` | {', '.join(titles)} | {reasons.get(name, '')} |\n"
+            for name, titles in sorted(ignored.items())
+        ),
         "\n## Flags of other trainers: refused\n\n| flag | refused by | what to do |\n|---|---|---|\n",
     ]
     refused: dict[tuple[str, str], list[str]] = {}
