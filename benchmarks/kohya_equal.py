@@ -137,7 +137,9 @@ def main(argv: list[str] | None = None) -> int:
             options = ("--network_module", module, "--output_name", name, *more)
             job = json.dumps([trainer, str(folder / "tape.safetensors"), tiny, [*words, *map(str, options)]])
             child(python, folder, Path(__file__).resolve(), "--child", job)
-            return load_file(folder / f"{name}.safetensors")
+            trained = load_file(folder / f"{name}.safetensors")
+            # safetensors 0.8 returns views of the file, which a later run of this name overwrites
+            return {key: value.clone() for key, value in trained.items()}
 
         # a start whose ups are not zero, so that both factors have gradients from the first step
         start = run(

@@ -27,6 +27,9 @@ unexpected, and the change of every layer equals ours to 10⁻⁵ of its size in
 EXPORT_NOTES = """
 `merged` rounds once to the precision of the checkpoint and prints what the rounding loses. DoRA has two
 conventions of norm, chosen with `--dora_norm`. diffusers ignores kohya's `dora_scale`; use `--to diffusers`.
+diffusers 0.42 with transformers 5 does not load a DoRA's lengths into text encoders: `--to diffusers` of
+such an adapter is refused, and exact with `--parts unet`. It does not read text encoders of kohya's files
+right either.
 
 ### Several experts, by calibration
 

@@ -211,7 +211,8 @@ def exports(family: str, trained: Recipe) -> Iterator[Recipe]:
     # DoRA of a text layer that the loss hardly reaches is too close to rounding to be verified.
     parts = ("--parts", "unet") if family == "sdxl" and method in LENGTHS else ()
     yield export("kohya", "out.safetensors", *joined, *parts)
-    yield export("diffusers", "out.safetensors", "--dtype", "fp16", "--rank", "2")
+    denoiser = ("--parts", "unet") if method in LENGTHS else ()  # diffusers loads no lengths into CLIP
+    yield export("diffusers", "out.safetensors", "--dtype", "fp16", "--rank", "2", *denoiser)
     yield export("peft", "out")
     yield export("lycoris", "out.safetensors", "--parts", "unet")
     yield export("merged", "out", "--model", model, "--strength", "0.8", refused=family == "sdxl")

@@ -219,13 +219,13 @@ def _of_denoiser(options: FluxLayers, common: CommonArguments, denoiser: nn.Modu
             "modules": [block for kind, block in BLOCKS.items() if options.train_blocks in ("all", kind)],
             "names": [f"^(?:{words})$"] if inputs else [],
         }
-    found = find("unet", denoiser, exclude=common.exclude, **selection)
-    if any(joined_path(target.path) == flux_names.SWAPPED for target in found):
+    targets = find("unet", denoiser, exclude=common.exclude, **selection)
+    if any(joined_path(target.path) == flux_names.SWAPPED for target in targets):
         raise Refused(
             "target matches norm_out.linear, whose rows have another order in kohya's FLUX; leave it out, or "
             "choose networks.lora"
         )
-    return sorted(found, key=lambda target: _position(target.path))
+    return sorted(targets, key=lambda target: _position(target.path))
 
 
 def _position(path: str) -> tuple[int, int, int, int]:
@@ -279,7 +279,7 @@ def in_dims(text: str | None) -> tuple[int, ...]:
 
 def reg_pairs(argument: str, text: str | None, kind: Callable[[str], Number]) -> dict[str, Number]:
     """Return `REGEX=4,REGEX=8` as numbers by pattern. Raises `Refused` for a malformed pair."""
-    found: dict[str, Number] = {}
+    numbers: dict[str, Number] = {}
     for pair in filter(None, (part.strip() for part in (text or "").split(","))):
         pattern, equals, value = pair.partition("=")
         try:
@@ -291,8 +291,8 @@ def reg_pairs(argument: str, text: str | None, kind: Callable[[str], Number]) ->
             raise Refused(
                 f"network argument {argument} has {pair!r} ({error}); write REGEX=NUMBER, separated by commas"
             ) from error
-        found[pattern.strip()] = number
-    return found
+        numbers[pattern.strip()] = number
+    return numbers
 
 
 def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

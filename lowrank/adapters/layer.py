@@ -229,7 +229,9 @@ class AdaptedLayer(nn.Module):
             U = U.mean(0)  # a mixture has a ΔW for each input; the mean of the experts replaces it
         with torch.autocast(U.device.type, enabled=False):
             W, U, D = dense_weight(self.host).to(U.device, wide), U.flatten(1).to(wide), D.flatten(1).to(wide)
-            return magnitude.row_norm(W, U, D, self.scale)
+            squares = getattr(self.host, "row_norms", None)  # of a frozen host, before it was quantised
+            squares = None if squares is None else squares.to(U.device, wide)
+            return magnitude.row_norm(W, U, D, self.scale, squares)
 
     def _row_scale(self, U: Tensor, D: Tensor) -> Tensor:
         """Return g = m/‖W + ΔW‖ (O,), exactly 1 at the start: both are rounded to the magnitude's dtype."""

@@ -254,6 +254,8 @@ class AdapterNetwork(nn.Module):
         state = {}
         for target, tensors in layers:
             native, table = target.native, keys.PEFT if target.native else keys.KOHYA
+            if self.factor.copy is not None:
+                table = {**table, **keys.SUBTRACTED}
             for role, value in tensors.items():
                 if role in self.leave_out:
                     continue

@@ -147,6 +147,11 @@ def as_passed(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> Any:
     return list(text_encoders)
 
 
+def is_clip(model: nn.Module) -> bool:
+    """Return whether a model is a CLIP, whose paths in files begin with a level `text_model`."""
+    return bool(_row(model).level)
+
+
 def find_all(
     text_encoder: Any,
     unet: nn.Module | None,

@@ -26,7 +26,7 @@ from lowrank.errors import Refused
 from lowrank.files import writable_folder
 from lowrank.laplace.context_file import Context, write_context
 from lowrank.laplace.fisher import Fisher
-from lowrank.models import memory
+from lowrank.models import blocks, memory
 from lowrank.models.family import Family, FamilyOptions, Models, Source, align, release
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
@@ -162,7 +162,8 @@ def _prepared(
     passed = as_passed(encoders, denoiser) if encoders else []
     targets = find_all(passed, denoiser, target=measure.target, exclude=measure.exclude, conv=measure.conv)
     if options.base_model.fp8_base:
-        memory.store_in_fp8(denoiser, models.source.dtype)
+        blocks.freeze_base(denoiser)
+        blocks.store_base(denoiser, "fp8")
     if options.base_model.gradient_checkpointing:
         memory.checkpoint_blocks(denoiser)
     return targets

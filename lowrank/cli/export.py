@@ -27,7 +27,7 @@ from lowrank.formats.read import Adapter, baked, read_adapter, read_and_report
 from lowrank.formats.resize import Loss, RankRule, as_pairs, resize
 from lowrank.formats.tlora import export_lycoris, ranks_of
 from lowrank.formats.verify import difference
-from lowrank.formats.write import FORMATS, only, write
+from lowrank.formats.write import only, readers_of, write
 from lowrank.formats.writers import Choices
 from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
@@ -119,12 +119,13 @@ def _export(args: Export, adapter: Adapter, live: str | RawFile) -> int:
         base.check(adapter.layers)
     choices = Choices(dtype, args.dora_norm, base, flat_clip())
     files = write(adapter, args.to, args.target, choices)
-    print(f"{', '.join(map(str, files))}: {_described(adapter)}; read by {FORMATS[args.to].readers}")
+    print(f"{', '.join(map(str, files))}: {described(adapter)}; read by {readers_of(adapter, args.to)}")
     if args.verify != "off":
         checked = verify.check_export(adapter, args.to, Path(args.target), choices)
         for result in checked:
             print(
-                f"read back by {result.reader}: {result.layers} layers, at most {result.worst:.1e} of a "
+                result.note
+                or f"read back by {result.reader}: {result.layers} layers, at most {result.worst:.1e} of a "
                 "change apart"
             )
         if not checked:
@@ -140,12 +141,12 @@ def _of_rank(args: Export, adapter: Adapter, base: base_checkpoint.BaseCheckpoin
         rule, others = RankRule(*args.rank), adapter.foreign
         adapter, loss = resize(adapter, rule)
         if adapter.layers:
-            print(f"{_ranks(adapter)}: {_lost(loss)}")
+            print(f"{_ranks(adapter)}: {lost_text(loss)}")
         if any(layer.changes_matrix for layer in others.values()):
             kinds = Counter(layer.kind.name for layer in others.values() if layer.changes_matrix)
             adapter, loss = as_pairs(adapter, rule, base)
             counts = ", ".join(f"{name} × {count}" for name, count in kinds.items())
-            print(f"{counts}: the nearest LoRA, {_ranks(adapter)}: {_lost(loss)}")
+            print(f"{counts}: the nearest LoRA, {_ranks(adapter)}: {lost_text(loss)}")
     if args.to != MERGED and adapter.foreign:
         if matrices := [layer for layer in adapter.foreign.values() if layer.changes_matrix]:
             refuse_foreign(matrices, adapter.source)
@@ -158,7 +159,8 @@ def _of_rank(args: Export, adapter: Adapter, base: base_checkpoint.BaseCheckpoin
     return adapter
 
 
-def _lost(loss: Loss) -> str:
+def lost_text(loss: Loss) -> str:
+    """What smaller ranks lose, in a sentence."""
     return f"{loss.together:.2%} of ‖ΔW‖ is lost, {loss.worst:.2%} in the worst layer ({loss.layer})"
 
 
@@ -171,7 +173,8 @@ def flat_clip() -> bool:
     return not hasattr(tiny, "text_model")
 
 
-def _described(adapter: Adapter) -> str:
+def described(adapter: Adapter) -> str:
+    """The number of an adapter's layers and their ranks."""
     return f"{len(adapter.layers)} layers of {_ranks(adapter)}"
 
 

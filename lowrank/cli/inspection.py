@@ -12,6 +12,7 @@ from lowrank.adapters.network_module import method_made_by
 from lowrank.config.tools import INSPECT
 from lowrank.errors import Refused
 from lowrank.formats import inspect
+from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.read import read_adapter
 from lowrank.tensors import read_metadata
 
@@ -24,7 +25,8 @@ _FEW = 8
 def main(argv: list[str] | None = None) -> int:
     """Print the facts of the files. Raises `Refused` for a file without tensors."""
     args = INSPECT.parse(argv).options
-    reports = [inspect.report(file, _method(file)) for file in args.files]
+    base = BaseCheckpoint(args.model) if args.model else None
+    reports = [inspect.report(file, _method(file), base) for file in args.files]
     differences = _differences(args.files, reports) if len(reports) == 2 else None
     if args.json:
         shown = reports if differences is None else [*reports, {"differences": differences}]
@@ -100,7 +102,7 @@ def report_lines(report: Mapping[str, Any], every: bool = False, metadata: bool 
 def _unmeasured(report: Mapping[str, Any]) -> str:
     """The layers whose ΔW is not in the norm, because it depends on the base's weights."""
     count = report["without_norm"] if report["experts"] == 1 else 0
-    return f" without {count} layers whose ΔW depends on the base" if count else ""
+    return f" without {count} layers whose ΔW depends on the base (--model)" if count else ""
 
 
 def _plain(text: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowrank.cli.resolve import with_network
 from lowrank.config.command_line import Parsed
 from lowrank.config.flag import pairs, parse_text
@@ -100,7 +102,7 @@ def _job(
         switches=switches,
         objective=objective,
         command=parsed.command,
-        config=parsed.toml(),
+        config=lambda options: replace(parsed, options=options).toml(),
         notes=parsed.notes,
     )
 

@@ -174,6 +174,21 @@ def _check_network(parsed: Parsed[TrainOptions]) -> None:
         )
 
 
+def _check_memory(parsed: Parsed[TrainOptions]) -> None:
+    memory = parsed.options.memory
+    if memory.text_encoders_on_cpu and parsed.options.trains_text:
+        raise Refused(
+            "--text_encoders_on_cpu cannot be used while text encoders are trained; add "
+            "--network_train_unet_only, or leave it out"
+        )
+    implied = "fp8_scaled" if memory.fp8_scaled else "fp8"
+    if memory.base_storage and memory.fp8_flag and memory.base_storage != implied:
+        raise Refused(
+            f"--base_storage {memory.base_storage} and --{memory.fp8_flag}, which is --base_storage "
+            f"{implied}, exclude each other; give one of them"
+        )
+
+
 def _check_abm(parsed: Parsed[TrainOptions]) -> None:
     abm = parsed.options.abm
     if abm.abm_enabled and abm.abm_teacher != "base":
@@ -201,6 +216,6 @@ def _check_schedule(parsed: Parsed[TrainOptions]) -> Iterator[str]:
 
 
 _RULES = (
-    *(_check_model, _check_saving, _check_data, _check_masks, _check_network, _check_abm, _check_schedule),
-    *(check_optimizer, without_effect),
+    *(_check_model, _check_saving, _check_data, _check_masks, _check_network, _check_memory, _check_abm),
+    *(_check_schedule, check_optimizer, without_effect),
 )

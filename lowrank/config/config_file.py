@@ -98,16 +98,16 @@ def _read(path: Path, lists: Collection[str]) -> dict[str, Any]:
     label = f"--config_file {path}"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        found = json.loads(text) if path.suffix == ".json" else parse_toml(text, label)
+        table = json.loads(text) if path.suffix == ".json" else parse_toml(text, label)
     except FileNotFoundError as error:
         raise Refused(f"{label} does not exist (seen from {Path.cwd()}); correct the path") from error
     except Refused:
         raise
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise Refused(f"{label} cannot be read: {error}; correct the path or the file") from error
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise Refused(f'{label} is not a JSON object; write {{"learning_rate": 1e-4, …}}')
     flat: dict[str, Any] = {}
-    for key, value in found.items():
+    for key, value in table.items():
         flat |= value if isinstance(value, dict) and key not in lists else {key: value}
     return flat

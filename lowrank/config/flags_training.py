@@ -203,13 +203,6 @@ class Train:
     full_bf16: bool = option(
         False, "adapter and gradients in bf16; needs --mixed_precision bf16", metadata=True
     )
-    fp8_base: bool = option(False, "base weights in fp8; needs --mixed_precision fp16 or bf16", metadata=True)
-    fp8_base_unet: bool = option(
-        False,
-        "weights of the U-Net or transformer in fp8, text encoders unchanged; needs --mixed_precision fp16 "
-        "or bf16",
-        metadata=True,
-    )
     seed: int | None = option(
         None,
         "seed of all random numbers (unset: a random seed, which is recorded)",

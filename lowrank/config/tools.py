@@ -228,6 +228,32 @@ class Export:
 
 
 @dataclass(frozen=True)
+class ExtractAdapter:
+    """Adapter to extract"""
+
+    model: str = path(
+        "", "base: folder of a diffusers model, or one checkpoint file in safetensors", required=True
+    )
+    tuned: str = path("", "fine-tuned checkpoint of the same model, folder or file", required=True)
+    target: str = path("", "file to write; a folder for --to peft", required=True)
+    to: str = option(
+        "kohya", "format of the file that is written", choices=("kohya", "diffusers", "peft", "lycoris")
+    )
+    rank: tuple[str, float, int | None] | None = option(
+        None,
+        "rank of each layer (unset: 64): a number, or by singular values as kohya's resize_lora.py has them "
+        "(auto:sv_fro=0.9 keeps 90 % of each ‖ΔW‖; also sv_ratio, sv_cumulative; ,max=32: at most 32)",
+        convert=rank_choice,
+    )
+    min_change: float = option(
+        0.0, "leave out layers whose ‖ΔW‖ is at most this share of the weight's ‖W‖", low=0
+    )
+    parts: str = option("all", "components to compare", choices=("all", "unet", "text"))
+    dtype: str | None = option(None, "precision of the written file (unset: fp32)", choices=_PRECISIONS)
+    base: str | None = option(None, "kind of model, if the names of the layers fit several", choices=FAMILIES)
+
+
+@dataclass(frozen=True)
 class ImportAdapter:
     """Adapter to import"""
 
@@ -271,6 +297,9 @@ class Inspect:
     """Files to inspect"""
 
     files: tuple[str, ...] = path((), "adapter files of any program", required=True)
+    model: str | None = path(
+        None, "base model, to measure the ΔW of OFT, GLoRA, IA3 and LoKr with DoRA, which depends on it"
+    )
     json: bool = option(False, "print everything as one JSON document")
     layers: bool = option(False, "print a line for each layer instead of each block")
     metadata: bool = option(False, "print the file's metadata verbatim")
@@ -298,7 +327,7 @@ def check_merge(parsed: Parsed[Merge]) -> Iterator[str]:
     yield from ()
 
 
-def check_rank(parsed: Parsed[Export]) -> Iterator[str]:
+def check_rank(parsed: Parsed[Export] | Parsed[ExtractAdapter]) -> Iterator[str]:
     """Refuse a rank below 1, and a target outside of its method's limits."""
     if parsed.options.rank is None:
         return
@@ -344,6 +373,14 @@ EXPORT = CommandLine(
     "Write an adapter as a file of another program, and read it back.",
     Export,
     positional=("source", "target"),
+    check=check_rank,
+)
+
+EXTRACT_LORA = CommandLine(
+    "tools/extract_lora.py",
+    "Write the adapter that is nearest to the difference of two checkpoints.",
+    ExtractAdapter,
+    positional=("model", "tuned", "target"),
     check=check_rank,
 )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from lowrank.config.command_line import ConfigFile
 from lowrank.config.flag import FlagSpec, fields_of
 from lowrank.config.flags_data import Augmentation, Buckets, Captions, Data, Masks, Prior, Sizes
+from lowrank.config.flags_memory import Memory
 from lowrank.config.flags_output import Hub, Logging, Sampling, Saving, Validation
 from lowrank.config.flags_training import Abm, Model, Network, Optimizer, Train
 from lowrank.config.objective import LossOptions
@@ -29,6 +30,7 @@ class TrainOptions:
     network: Network
     abm: Abm
     train: Train
+    memory: Memory
     optimizer: Optimizer
     objective: LossOptions
     saving: Saving

@@ -54,7 +54,7 @@ REFUSED = """
 """
 
 REFUSED_BY_FLUX = """
-    blocks_to_swap split_mode: use --fp8_base with --gradient_checkpointing; fp8 halves the base's memory
+    split_mode: use --blocks_to_swap 18, which keeps as many blocks in host memory
 """
 
 REFUSED_BY_SD = """

@@ -141,6 +141,16 @@ class BaseCheckpoint:
         """W in fp32 and in its own shape."""
         return self.weight(place).reshape(self.shape(place))
 
+    def has_bias(self, place: LayerPath) -> bool:
+        """Whether a layer has a bias."""
+        return place in self._biases
+
+    def bias(self, place: LayerPath) -> Tensor:
+        """A layer's bias (O,) in fp32."""
+        rows = self.bias_rows(place)
+        value = rows.file.rows(rows.name, *rows.range()).float()
+        return torch.cat(value.chunk(2)[::-1]) if rows.swapped else value
+
     def bias_rows(self, place: LayerPath) -> Rows:
         """Where a layer's bias is. Raises `Refused` for a layer without one."""
         if place not in self._biases:

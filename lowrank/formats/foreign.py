@@ -228,9 +228,14 @@ def _layers(
 
 def refuse_foreign(layers: Iterable[ForeignLayer], source: str) -> None:
     """Raise `Refused` for layers that are no pair of factors, where a program needs pairs."""
-    kinds = Counter(layer.kind.name for layer in layers)
-    counts = ", ".join(f"{name} in {count} layers" for name, count in kinds.items())
+    examples: dict[str, str] = {}
+    kinds: Counter[str] = Counter()
+    for layer in layers:
+        kinds[layer.kind.name] += 1
+        shown = next(name for name in layer.tensors if name in layer.kind.shown_by)
+        examples.setdefault(layer.kind.name, f"{layer.module}.{shown}")
+    counts = ", ".join(f"{name} in {count} layers ({examples[name]})" for name, count in kinds.items())
     raise Refused(
-        f"{source} has {counts}, whose ΔW is no pair of low-rank factors; write the nearest LoRA with "
-        "tools/export_lora.py --rank 32, or merge it exactly with --to merged --model BASE"
+        f"{source} has {counts}, whose change is no pair of low-rank factors and would be left out; write "
+        "the nearest LoRA with tools/export_lora.py --rank 32, or merge it with --to merged --model BASE"
     )

@@ -79,7 +79,7 @@ def _rotation(blocks: Tensor, outs: int, alpha: Tensor | None) -> Tensor:
     if alpha is not None and float(alpha) > 0:
         norm, most = torch.linalg.vector_norm(Q) + 1e-8, float(alpha) * outs
         Q = Q * (most / norm if norm > most else 1.0)
-    identity = torch.eye(Q.shape[-1], dtype=Q.dtype)
+    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     return torch.linalg.solve(identity - Q, identity + Q, left=False)
 
 

@@ -18,11 +18,15 @@ from lowrank.naming.places import LayerPath
 
 
 class Checked(NamedTuple):
-    """Which program read the file, how many layers, and the worst relative difference of a layer."""
+    """Which program read the file, how many layers, and the worst relative difference of a layer.
+
+    With a `note` it does not read the file right, which is the program's fault; the note has a way out.
+    """
 
     reader: str
     layers: int
     worst: float
+    note: str = ""
 
 
 class Unread(ValueError):

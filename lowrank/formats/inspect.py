@@ -21,6 +21,7 @@ from lowrank.adapter_file import AdapterFile, open_adapter_file, read_adapter_fi
 from lowrank.adapters.method import Method
 from lowrank.errors import Refused
 from lowrank.files import sha256
+from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.delta import LORA, Delta, delta_of, distance, method_for
 from lowrank.formats.foreign import ForeignLayer, split
 from lowrank.naming import keys
@@ -39,8 +40,13 @@ _OWN = ("version", "method", "options", "command", "base_model", "base_hash", "b
 _NONE = (None, "", "None", "null")
 
 
-def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
-    """The report of a file, ready for JSON. Raises `Refused` for a file without tensors."""
+def report(
+    path: str | Path, method: Method | None = None, base: BaseCheckpoint | None = None
+) -> dict[str, Any]:
+    """The report of a file, ready for JSON; `base` measures layers whose ΔW depends on it.
+
+    Raises `Refused` for a file without tensors.
+    """
     file, layers, problems = existing_file(path), [], []
     raw = open_adapter_file(file)
     contents = read_adapter_file(raw, method.file_roles() if method else (), strict=False)
@@ -53,7 +59,7 @@ def report(path: str | Path, method: Method | None = None) -> dict[str, Any]:
         if layer["problem"]:
             problems.append(f"{module}: {layer['problem']}")
     for module, layer in {layer.module: layer for layer in whole.foreign.values()}.items():
-        layers.append(_foreign_layer(module, layer, problems))
+        layers.append(_foreign_layer(module, layer, problems, base))
     other, metadata = whole.not_understood, raw.metadata
     kinds = Counter(layer.kind.name for layer in {id(v.tensors): v for v in whole.foreign.values()}.values())
     families = {**contents.layers, **dict.fromkeys(whole.modules.values())}
@@ -130,8 +136,10 @@ def _layer(module: str, contents: AdapterFile, method: Method | None) -> dict[st
     }
 
 
-def _foreign_layer(module: str, layer: ForeignLayer, problems: list[str]) -> dict[str, Any]:
-    """The facts of a layer that is no pair of factors; its norm is unknown where ΔW depends on the base."""
+def _foreign_layer(
+    module: str, layer: ForeignLayer, problems: list[str], base: BaseCheckpoint | None
+) -> dict[str, Any]:
+    """The facts of a layer that is no pair of factors; its norm may need the base."""
     place = places(module)[0][0]
     alpha = layer.tensors.get("alpha")
     facts: dict[str, Any] = {
@@ -149,7 +157,12 @@ def _foreign_layer(module: str, layer: ForeignLayer, problems: list[str]) -> dic
         "problem": None,
     }
     try:
-        facts["norm"] = replace(layer, piece=None).norm()
+        if layer.needs_base and base is not None:
+            change = layer.change(base.original(place))
+            assert change is not None  # kinds that need the base change a weight
+            facts["norm"] = float(change.double().norm())
+        else:
+            facts["norm"] = replace(layer, piece=None).norm()
     except Refused as refused:
         facts["problem"] = str(refused)
         problems.append(str(refused))

@@ -112,10 +112,11 @@ def _file(
     state: dict[str, Tensor] = {}
     for place, roles in layers.items():
         module, table = native_layer(place, adapter.family)
+        changed = keys.SUBTRACTED if keys.QR_BASIS[0] in roles else {}  # `down` and `up` beside their start
         for role, value in roles.items():
             if role == "magnitude" and table is keys.PEFT:
                 value = value.flatten() if value.dim() == 2 else value.reshape(1, -1, 1, 1)
-            state[f"{module}.{table[role]}"] = value
+            state[f"{module}.{changed.get(role) or table[role]}"] = value
     sizes = {(_width(place, roles), float(roles["alpha"])) for place, roles in layers.items()}
     rank, alpha = sizes.pop() if len(sizes) == 1 else (None, None)
     kept = {k: v for k, v in adapter.metadata.items() if not k.startswith(("lowrank.", "sshs_"))}

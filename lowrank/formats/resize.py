@@ -36,9 +36,17 @@ class RankRule(NamedTuple):
     target: float = 0.0
     most: int | None = None
 
-    def rank(self, S: Tensor) -> int:
-        """The number of kept singular values; S (n,) is in descending order."""
-        count = len(S) if self.method == "fixed" else METHODS[self.method](S, self.target)
+    def rank(self, S: Tensor, energy: float | None = None) -> int:
+        """The number of kept singular values; S (n,) is in descending order.
+
+        S may be without its smallest values for the rules of `FROM_TOP`, with `energy` = ‖ΔW‖².
+        """
+        if self.method == "fixed":
+            count = len(S)
+        elif self.method == "sv_fro":
+            count = sv_fro(S, self.target, energy)
+        else:
+            count = METHODS[self.method](S, self.target)
         if self.method != "fixed" and float(S[0]) <= ZERO:
             count = 1
         return max(1, min(count, len(S), self.most or len(S)))
@@ -49,9 +57,9 @@ def sv_ratio(S: Tensor, target: float) -> int:
     return int((S[0] / target < S).sum())
 
 
-def sv_fro(S: Tensor, target: float) -> int:
-    """The smallest number of singular values with √ΣS² at least target·‖ΔW‖."""
-    return _first(S.square(), target**2)
+def sv_fro(S: Tensor, target: float, energy: float | None = None) -> int:
+    """The smallest number of singular values with √ΣS² at least target·‖ΔW‖; `energy` is ‖ΔW‖²."""
+    return _first(S.square(), target**2, energy)
 
 
 def sv_cumulative(S: Tensor, target: float) -> int:
@@ -59,9 +67,9 @@ def sv_cumulative(S: Tensor, target: float) -> int:
     return _first(S, target)
 
 
-def _first(values: Tensor, target: float) -> int:
-    """The length of the shortest start of `values` with `target` of their sum."""
-    shares = values.cumsum(0) / values.sum()
+def _first(values: Tensor, target: float, total: float | None = None) -> int:
+    """The length of the shortest start of `values` with `target` of their sum, or of `total`."""
+    shares = values.cumsum(0) / (values.sum() if total is None else total)
     return int(torch.searchsorted(shares, torch.tensor(target, dtype=shares.dtype))) + 1
 
 
@@ -70,6 +78,8 @@ METHODS: Mapping[str, Callable[[Tensor, float], int]] = {
     "sv_fro": sv_fro,
     "sv_cumulative": sv_cumulative,
 }
+
+FROM_TOP = ("fixed", "sv_ratio", "sv_fro")  # rules that need only the singular values that they keep
 
 
 class Loss(NamedTuple):
@@ -109,14 +119,14 @@ class Cut(NamedTuple):
 
 def cut_matrix(matrix: Tensor, rule: RankRule, kernel: tuple[int, ...] = ()) -> Cut:
     """The nearest pair to a matrix (O, I), in fp32."""
-    whole = float(matrix.double().square().sum())
+    whole = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
     smaller = min(matrix.shape)
-    if rule.method == "fixed" and rule.most is not None and rule.most * FEW < smaller:
+    if rule.method in FROM_TOP and rule.most is not None and rule.most * FEW < smaller:
         u, s, vh, _ = top_subspace(matrix.float(), rule.most)
     else:
         wide = torch.float64 if smaller <= EXACT else torch.float32
         u, s, vh = torch.linalg.svd(matrix.to(wide), full_matrices=False)
-    rank = rule.rank(s)
+    rank = rule.rank(s, whole)
     root = s[:rank].sqrt()
     up, down = (u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()
     kept = float(s[:rank].double().square().sum())

@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import warnings as python_warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.errors import Refused
 from lowrank.formats.base_checkpoint import BaseCheckpoint
+from lowrank.formats.clip_hosts import clip_hosts, text_by_diffusers
 from lowrank.formats.delta import Delta, distance, swapped, weightless_host
 from lowrank.formats.hosts import Checked, Tree, Unread, compared, host, hosts
 from lowrank.formats.read import Adapter, read_adapter
@@ -111,10 +113,17 @@ def readers(to: str, adapter: Adapter, choices: Choices) -> dict[str, Callable[[
     programs: dict[str, Callable[[Path], Checked]] = {}
     if to == "kohya" and installed("lycoris") and not lengths_by_base:
         programs["lycoris.kohya"] = lambda path: _by_lycoris_kohya(path, adapter, choices.base)
+    denoiser, text = ("unet" in _parts(adapter)), any(part != "unet" for part in _parts(adapter))
     if to == "kohya" and installed("peft") and not dora and (adapter.family != "flux" or published):
-        programs["diffusers"] = lambda path: _by_diffusers(path, adapter)
+        if denoiser:
+            programs["diffusers"] = lambda path: _by_diffusers(path, adapter)
+        if text:
+            programs["diffusers, text encoders"] = lambda path: _kohya_text_by_diffusers(path, adapter)
     if to == "diffusers" and installed("peft"):
-        programs["diffusers"] = lambda path: _by_diffusers(path, adapter)
+        if denoiser:
+            programs["diffusers"] = lambda path: _by_diffusers(path, adapter)
+        if text:
+            programs["diffusers, text encoders"] = lambda path: _text_by_diffusers(path, adapter)
     if to == "peft" and installed("peft"):
         programs["PEFT"] = lambda path: _by_peft(path, adapter, choices.flat_clip)
     if to == "lycoris" and installed("lycoris") and not lengths_by_base:
@@ -135,7 +144,8 @@ def load_by_peft(folder: Path, adapter: Adapter, model: Any, part: str = "unet")
     from peft import PeftConfig, PeftModel
 
     component = str(folder / places.component_name(part, adapter.family))
-    with _quiet():
+    with _quiet(), python_warnings.catch_warnings():
+        python_warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT's own code
         loaded = PeftModel(model, PeftConfig.from_pretrained(component))
         result = loaded.load_adapter(component, "default")
     missing = [key for key in result.missing_keys if ".lora_" in key]
@@ -149,9 +159,10 @@ def _by_peft(folder: Path, adapter: Adapter, flat_clip: bool) -> Checked:
 
     pairs = []
     for part in _parts(adapter):
-        tree = hosts(adapter.layers, part, name)
+        clip = clip_hosts(adapter.layers, part)
+        tree, names = clip or (hosts(adapter.layers, part, name), {})
         load_by_peft(folder, adapter, tree, part)
-        pairs += _pairs(adapter, part, tree, name)
+        pairs += _pairs(adapter, part, tree, lambda place, names=names: names.get(place) or name(place))
     return compared(pairs, "PEFT")
 
 
@@ -159,8 +170,8 @@ class _TwoLayers:
     layers_per_block = 2  # of every SD model's U-Net
 
 
-def _diffusers_state(path: Path, adapter: Adapter) -> tuple[Any, Any, Any]:
-    """(state, alphas, metadata) of a file, as the reading half of `pipe.load_lora_weights` returns them."""
+def _mixin(adapter: Adapter) -> Any:
+    """The class of diffusers that loads adapters of a family."""
     from diffusers import loaders
 
     mixins = {
@@ -168,12 +179,18 @@ def _diffusers_state(path: Path, adapter: Adapter) -> tuple[Any, Any, Any]:
         "sdxl": loaders.StableDiffusionXLLoraLoaderMixin,
         "sd15": loaders.StableDiffusionLoraLoaderMixin,
     }
-    mixin: Any = mixins[adapter.family]
+    return mixins[adapter.family]
+
+
+def _diffusers_state(path: Path, adapter: Adapter) -> tuple[Any, Any, Any]:
+    """(state, alphas, metadata) of a file, as the reading half of `pipe.load_lora_weights` returns them."""
     options: dict[str, Any] = (
         {"return_alphas": True} if adapter.family == "flux" else {"unet_config": _TwoLayers}
     )
     with _quiet():
-        return mixin.lora_state_dict(str(path), return_lora_metadata=True, **options)
+        # the file's name by itself: offline, diffusers before 0.36 refuses a path without one
+        where = {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
+        return _mixin(adapter).lora_state_dict(**where, return_lora_metadata=True, **options)
 
 
 def load_by_diffusers(path: Path, adapter: Adapter, denoiser: Any) -> None:
@@ -189,19 +206,30 @@ def load_by_diffusers(path: Path, adapter: Adapter, denoiser: Any) -> None:
 def _by_diffusers(path: Path, adapter: Adapter) -> Checked:
     from diffusers.loaders import PeftAdapterMixin
 
-    pairs = []
-    for part in _parts(adapter):
-        if part == "unet":
-            tree = hosts(adapter.layers, part)
-            for name, beside in _beside(adapter):
-                tree.put(name, beside)
-            tree.__class__ = type("Tree", (Tree, PeftAdapterMixin), {})
-            load_by_diffusers(path, adapter, tree)
-            pairs += _pairs(adapter, part, tree)
-        else:  # transformers loads these into its own models only
-            component = places.component_name(part, adapter.family)
-            _check_text(_diffusers_state(path, adapter)[0], component, adapter, part)
-    return compared(pairs, "diffusers")
+    tree = hosts(adapter.layers, "unet")
+    for name, beside in _beside(adapter):
+        tree.put(name, beside)
+    tree.__class__ = type("Tree", (Tree, PeftAdapterMixin), {})
+    load_by_diffusers(path, adapter, tree)
+    return compared(_pairs(adapter, "unet", tree), "diffusers")
+
+
+def _text_by_diffusers(path: Path, adapter: Adapter) -> Checked:
+    with _quiet():
+        return text_by_diffusers(adapter, _mixin(adapter), _diffusers_state(path, adapter))
+
+
+def _kohya_text_by_diffusers(path: Path, adapter: Adapter) -> Checked:
+    """`_text_by_diffusers` for kohya's keys, which diffusers does not read right with every transformers."""
+    with contextlib.suppress(Unread):
+        checked = _text_by_diffusers(path, adapter)
+        if checked.worst <= LIMITS[torch.bfloat16]:
+            return checked
+    note = (
+        "diffusers: the installed version does not read the text encoders of kohya's files right with this "
+        "transformers; for pipe.load_lora_weights use --to diffusers"
+    )
+    return Checked("diffusers, text encoders", 0, 0.0, note)
 
 
 def _beside(adapter: Adapter) -> Iterator[tuple[str, Any]]:
@@ -214,15 +242,6 @@ def _beside(adapter: Adapter) -> Iterator[tuple[str, Any]]:
             if joined is not None and place._replace(path=path) not in adapter.layers:
                 outs = layer.up.shape[0] // (joined.stop - joined.start) * (other.stop - other.start)
                 yield path, weightless_host(outs, layer.down.shape[1], ())
-
-
-def _check_text(state: Mapping[str, Tensor], component: str, adapter: Adapter, part: str) -> None:
-    """Raise `Unread` unless diffusers' state has two factors of each text encoder layer, and nothing else."""
-    count = sum(key.startswith(f"{component}.") for key in state)
-    layers = [layer for place, layer in adapter.layers.items() if place.part == part]
-    magnitudes = sum(layer.magnitude is not None for layer in layers)
-    if count != 2 * len(layers) + magnitudes:
-        raise Unread(f"diffusers reads {count} tensors of {component}, {len(layers)} layers were written")
 
 
 def load_by_lycoris(path: Path, model: nn.Module) -> None:

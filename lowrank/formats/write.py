@@ -57,10 +57,7 @@ def write(adapter: Adapter, to: str, target: str | Path, choices: Choices) -> li
     form, target = FORMATS[to], Path(target)
     if target.resolve() == Path(adapter.source).resolve():
         raise Refused(f"{target} is the adapter itself, which is not overwritten; give another name")
-    if not form.folder and target.suffix != ".safetensors":
-        raise Refused(f"{target} is no .safetensors name, and --to {to} writes one such file; give one")
-    if form.folder and (target.suffix == ".safetensors" or target.is_file()):
-        raise Refused(f"{target} is a file, and --to {to} writes a folder for each model; give a folder")
+    check_target(to, target)
     files = form.write(adapter, choices)
     states = [
         {key: _in_dtype(key, value, choices.dtype) for key, value in file.state.items()} for file in files
@@ -77,6 +74,23 @@ def write(adapter: Adapter, to: str, target: str | Path, choices: Choices) -> li
                 part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             written.append(target / name)
     return written
+
+
+def readers_of(adapter: Adapter, to: str) -> str:
+    """The programs that read a format, and what one of them drops of this adapter."""
+    dora = any(layer.magnitude is not None for layer in adapter.layers.values())
+    if to == "diffusers" and dora:
+        return "diffusers (ComfyUI drops the lengths of a DoRA here; --to kohya --dora_norm base has them)"
+    return FORMATS[to].readers
+
+
+def check_target(to: str, target: Path) -> None:
+    """Raise `Refused` for a file where a format is a folder, and for the name of no safetensors file."""
+    folder = FORMATS[to].folder
+    if not folder and target.suffix != ".safetensors":
+        raise Refused(f"{target} is no .safetensors name, and --to {to} writes one such file; give one")
+    if folder and (target.suffix == ".safetensors" or target.is_file()):
+        raise Refused(f"{target} is a file, and --to {to} writes a folder for each model; give a folder")
 
 
 def _in_dtype(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -258,7 +258,7 @@ def write_diffusers(adapter: Adapter, choices: Choices) -> list[Written]:
         state |= _named_tensors(places.diffusers_layer(place, adapter.family), layer, keys.PEFT, alpha=False)
     metadata = _kept_metadata(adapter)
     if len({layer.rank for layer in layers.values()}) > 1:
-        configs = _peft_configs(layers, adapter.family)
+        configs = _peft_configs(layers, adapter.family, any_clip=True)
         header = {f"{part}.{key}": value for part, config in configs.items() for key, value in config.items()}
         metadata["lora_adapter_metadata"] = json.dumps(header, sort_keys=True)
     return [Written("", state, {**metadata, "format": "pt"})]
@@ -269,22 +269,30 @@ def peft_path(place: LayerPath, flat_clip: bool) -> str:
     return place.path.removeprefix("text_model.") if flat_clip and place.part == "te1" else place.path
 
 
-def _peft_configs(layers: Mapping[LayerPath, Delta], family: str, flat_clip: bool = False) -> dict[str, dict]:
-    """PEFT's LoraConfig of each component: the common rank and alpha, others by the layer's path."""
+def _peft_configs(
+    layers: Mapping[LayerPath, Delta], family: str, flat_clip: bool = False, any_clip: bool = False
+) -> dict[str, dict]:
+    """PEFT's LoraConfig of each component: the common rank and alpha, others by the layer's path.
+
+    With `any_clip` paths of text encoders are without `text_model` and match at their end, so that they fit
+    the CLIP of every transformers.
+    """
     components: dict[str, dict[str, Delta]] = {}
     for place, layer in layers.items():
         component = components.setdefault(places.component_name(place.part, family), {})
-        component[peft_path(place, flat_clip)] = layer
+        path = place.path.removeprefix("text_model.") if any_clip else peft_path(place, flat_clip)
+        component[path] = layer
     configs = {}
     for name, component in components.items():
         ranks = {path: layer.rank for path, layer in component.items()}
         alphas = {path: layer.scale * layer.rank for path, layer in component.items()}
+        start = "" if any_clip and name.startswith("text_encoder") else "^"
         rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         configs[name] = {
             "r": rank,
             "lora_alpha": alpha,
-            "rank_pattern": {f"^{path}": value for path, value in ranks.items() if value != rank},
-            "alpha_pattern": {f"^{path}": value for path, value in alphas.items() if value != alpha},
+            "rank_pattern": {f"{start}{path}": value for path, value in ranks.items() if value != rank},
+            "alpha_pattern": {f"{start}{path}": value for path, value in alphas.items() if value != alpha},
             "target_modules": sorted(component),
             "use_dora": any(layer.magnitude is not None for layer in component.values()),
         }

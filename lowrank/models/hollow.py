@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.models import components
 from lowrank.models.family import Family, Models
+from lowrank.tensors import has_values
 
 _WORDS = 8  # tokens of a caption where no length is asked for; captions are padded
 
@@ -41,7 +42,10 @@ def _vae(models: Models) -> nn.Module:
 
 
 def _placed(module: nn.Module, models: Models, dtype: torch.dtype | None = None) -> nn.Module:
-    """A module on the meta device with memory on the model's device, in the dtype of the model, frozen."""
+    """A module on the meta device with memory on the model's device, in the dtype of the model, frozen.
+
+    Where tensors have values, they are random.
+    """
     dtype, placed = dtype or models.source.dtype, {}
 
     def empty(value: Tensor) -> Tensor:
@@ -56,6 +60,9 @@ def _placed(module: nn.Module, models: Models, dtype: torch.dtype | None = None)
             part._parameters[name] = nn.Parameter(empty(value), requires_grad=False)
         for name, value in part.named_buffers(recurse=False):
             part._buffers[name] = empty(value)
+    if has_values(next(module.parameters())):
+        for parameter in module.parameters():
+            parameter.normal_(std=0.02)
     return module.eval()
 
 

@@ -1,16 +1,13 @@
-"""What trades time for memory: gradient checkpointing, float8 storage of the frozen base, and how much was
-used.
-"""
+"""Gradient checkpointing, attention kernels and TensorFloat-32."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.errors import Refused
@@ -50,47 +47,6 @@ def checkpoint_text(encoder: Any) -> None:
     enable = getattr(encoder, "activation_checkpointing_enable", None)  # its name since transformers 5
     (enable or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
     encoder.train()
-
-
-def store_in_fp8(denoiser: ModelMixin, compute_dtype: torch.dtype) -> None:
-    """Keep the frozen base in float8_e4m3fn and widen each layer only while it computes (diffusers' layerwise
-    casting).
-
-    Half of bf16's memory for the weights; norms, modulations and the outermost projections keep their
-    precision. It pays in training only together with gradient checkpointing: without it, autograd keeps the
-    widened weights. Do it before adapters are attached. Raises `Refused` for float32, and for a base that is
-    quantised already.
-    """
-    if compute_dtype not in (torch.bfloat16, torch.float16):
-        raise Refused(
-            f"--fp8_base computes in half precision, not {compute_dtype}; add --mixed_precision bf16"
-        )
-    odd = next((name for name, p in denoiser.named_parameters() if not p.is_floating_point()), None)
-    if odd:
-        raise Refused(
-            f"--fp8_base needs an ordinary base, but {odd} is already quantised; leave one of the two out"
-        )
-    outermost = ("conv_in", "conv_out")
-    convolutions = [
-        module
-        for name, module in denoiser.named_modules()
-        if isinstance(module, nn.Conv2d) and name not in outermost
-    ]
-    denoiser.enable_layerwise_casting(
-        storage_dtype=torch.float8_e4m3fn, compute_dtype=compute_dtype, skip_modules_classes=(nn.Conv2d,)
-    )
-    for module in convolutions:
-        module.to(torch.float8_e4m3fn)
-        module.forward = functools.partial(_convolve, module, compute_dtype)
-
-
-def _convolve(module: nn.Conv2d, dtype: torch.dtype, input: Tensor) -> Tensor:
-    """A convolution with its weight widened for this call.
-
-    Layerwise casting changes the weight in place, and a convolution's backward keeps that very weight.
-    """
-    bias = None if module.bias is None else module.bias.to(dtype)
-    return module._conv_forward(input.to(dtype), module.weight.to(dtype), bias)
 
 
 def attention(denoiser: ModelMixin, name: str) -> None:

@@ -18,6 +18,8 @@ KOHYA = {
     **{role: role for role in ("lambda_layer", "base_q", "base_p", "base_lambda")},
 }
 PEFT = {**KOHYA, "down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# `down` and `up` where a method subtracts its initial copy: other programs would add U·D without subtracting
+SUBTRACTED = {"down": "trained_down.weight", "up": "trained_up.weight"}
 MIDDLE = "mid"  # LyCORIS' third factor of a convolution
 ROUTER = "router"  # of experts
 LORA, DORA = "lora", "dora"  # the methods of a plain pair of factors, without and with a magnitude
@@ -32,7 +34,7 @@ IMPORTED = ("lora", "dora", "delta_r", "delta_r_triu", "qrlora")  # methods of i
 # What QR-LoRA's analysis calls the matrices of a file
 MATRICES = {"Q": "q", "deltaR": "delta_r", "baseR": "base_r", "A": "down", "B": "up"}
 OLD_UP = "lora.up.weight"  # official QR-LoRA, and diffusers before PEFT
-_READ = {suffix: role for table in (KOHYA, PEFT) for role, suffix in table.items()} | {
+_READ = {suffix: role for table in (KOHYA, PEFT, SUBTRACTED) for role, suffix in table.items()} | {
     "lora.down.weight": "down",
     OLD_UP: "up",
     "lora_A.default.weight": "down",

@@ -19,17 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 GIB = 2**30
+HOST = "host memory"
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The peak of one phase of a run in bytes, and its parts, largest first."""
+    """The peak of one phase of a run in bytes, its parts, largest first, and its work."""
 
     name: str
     peak: int
     parts: tuple[tuple[str, int], ...]
+    flops: int = 0  # floating-point operations of matrix products, convolutions and attention
 
 
 class LiveMemory(TorchDispatchMode):
@@ -37,7 +40,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self, inputs: bool = False) -> None:
         super().__init__()
-        self.bytes = self.peak = 0
+        self.bytes = self.peak = self.flops = 0
         self.phases: list[Phase] = []
         self._inputs = inputs
         self._storages: dict[int, tuple[Any, int, str]] = {}  # by address: weak reference, bytes, part
@@ -54,6 +57,8 @@ class LiveMemory(TorchDispatchMode):
         if self._inputs:
             self.count(tree_iter((args, kwargs)))
         result = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         self.count((result,) if isinstance(result, Tensor) else tree_iter(result))
         return result
 
@@ -67,6 +72,9 @@ class LiveMemory(TorchDispatchMode):
     def _add(self, storage: torch.UntypedStorage, part: str) -> None:
         key = storage._cdata
         if key in self._storages or key in self._outside:
+            return
+        if part == HOST:
+            self._outside[key] = weakref.ref(storage, partial(self._forget, key))
             return
         size = storage.nbytes()
         self._storages[key] = weakref.ref(storage, partial(self._drop, key)), size, part
@@ -82,7 +90,7 @@ class LiveMemory(TorchDispatchMode):
 
     @contextlib.contextmanager
     def part(self, label: str) -> Iterator[None]:
-        """Count new tensors under `label` for a block."""
+        """Count new tensors under `label` for a block; those of `HOST` are in host memory and not counted."""
         self._labels.append(label)
         try:
             yield
@@ -120,10 +128,12 @@ class LiveMemory(TorchDispatchMode):
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Record the peak of a block as a `Phase`."""
-        self.peak, self._peak_parts = self.bytes, dict(self._parts)
+        self.peak, self._peak_parts, before = self.bytes, dict(self._parts), self.flops
         yield
         parts = sorted(((size, part) for part, size in self._peak_parts.items() if size), reverse=True)
-        self.phases.append(Phase(name, self.peak, tuple((part, size) for size, part in parts)))
+        self.phases.append(
+            Phase(name, self.peak, tuple((part, size) for size, part in parts), self.flops - before)
+        )
 
     def watch(self, model: nn.Module, what: str) -> None:
         """Count what the children of a module make under their names; lists of blocks as one part."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lowrank import adapter_file
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused
-from lowrank.models import memory
+from lowrank.models import blocks, memory
 from lowrank.models.family import DTYPES, Models, align, move, release
 from lowrank.naming.keys import is_text_encoder
 from lowrank.tensors import read_metadata, read_names
@@ -26,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 def load_components(job: RunningJob, models: Models, roles: tuple[str, ...]) -> None:
     """Load components, aligned in memory so that equal weights of any file give equal bits."""
-    job.family.add(models, roles)
+    source = models.source
+    for role in roles:
+        if role == "text" and job.options.memory.text_encoders_on_cpu:
+            models.source = replace(source, device="cpu")
+        job.family.add(models, (role,))
+        models.source = source
     align(models)
 
 
@@ -56,13 +62,15 @@ def merge_base_weights(job: RunningJob, models: Models) -> None:
 
 def adapt(job: RunningJob, models: Models, encoders: list[nn.Module]) -> KohyaNetwork:
     """Freeze the denoiser and attach the network to it."""
-    train = job.options.train
-    models.denoiser.requires_grad_(False).eval()
-    choose_attention(job.options.xformers, models.denoiser)
-    if train.fp8_base or train.fp8_base_unet:
-        memory.store_in_fp8(models.denoiser, DTYPES[job.accelerator.mixed_precision])
+    denoiser, kind, swap = models.denoiser, job.options.memory.storage, job.options.memory.blocks_to_swap
+    denoiser.requires_grad_(False).eval()
+    choose_attention(job.options.xformers, denoiser)
+    if kind or swap:
+        blocks.freeze_base(denoiser)
     torch.manual_seed(job.seed)
-    network = job.create(models.denoiser, encoders, job.options.network.network_weights)
+    network = job.create(denoiser, encoders, job.options.network.network_weights)
+    if kind or swap:  # after adapters have read what they need of the weights
+        blocks.store_base(denoiser, kind, swap, job.accelerator.device)
     _prepare_network(job, network, models, encoders)
     return network
 

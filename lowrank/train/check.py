@@ -17,6 +17,7 @@ from lowrank.config.train import TrainOptions, declared
 from lowrank.data.loader import Loader
 from lowrank.errors import Refused
 from lowrank.files import sha256, writable_folder
+from lowrank.models import blocks
 from lowrank.models.family import Models
 from lowrank.tensors import read_names
 from lowrank.train import checkpoints, network_module
@@ -81,15 +82,16 @@ def _refuse_to_overwrite(names: Names) -> None:
 def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNetwork | None]:
     """Create denoiser and network without values, and load every file that the options name into them.
 
-    Raises `Refused` for a rank, a target or a file that does not fit the model. Returns None for both with a
-    foreign network module, which may need values.
+    Raises `Refused` for a rank, a target, a file or a number of blocks that does not fit the model. Returns
+    None for both with a foreign network module, which may need values.
     """
-    weights = job.options.network.network_weights
+    weights, denoiser = job.options.network.network_weights, job.family.empty(models)
+    blocks.swapped(denoiser, job.options.memory.blocks_to_swap)
     for path in (*(path for path, _ in job.base_weights), *([weights] if weights else [])):
         check_base(job, models, path)
     if network_module.facade_of(job.networks) is None:
         return None, None
-    denoiser, trains_text = job.family.empty(models), job.options.trains_text
+    trains_text = job.options.trains_text
     encoders: tuple[nn.Module, ...] = ()
     if job.base_weights or trains_text:
         encoders = tuple(encoder for encoder, _ in job.family.empty_text(models))

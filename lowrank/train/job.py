@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -39,7 +40,7 @@ class TrainJob:
     switches: FamilyOptions
     objective: Objective
     command: str  # the shell line, without secrets
-    config: str  # every option as TOML, for --config_file
+    config: Callable[[TrainOptions], str]  # every option as TOML, for --config_file
     notes: tuple[str, ...] = ()
 
 

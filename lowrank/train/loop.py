@@ -7,12 +7,14 @@ a resumed run, another number of processes, or a validation in between changes n
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -142,9 +144,14 @@ def _penalties(network: KohyaNetwork) -> tuple:
 
 
 def batch_generator(seed: int, epoch: int, position: int) -> torch.Generator:
-    """The generator of one batch; also seeds torch's global generator, which dropout uses."""
+    """The generator of one batch; also seeds the global generators of torch (dropout), Python and numpy.
+
+    Networks of other programs draw from the last two: DyLoRA chooses a rank with `random`.
+    """
     digest = hashlib.sha256(f"{seed},{epoch},{position}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[8:15], "big"))
+    random.seed(digest[16:24])
+    np.random.seed(int.from_bytes(digest[24:28], "big"))
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 from torch import nn
 
 from lowrank.adapters.network_module import NetworkModule
-from lowrank.adapters.targets import as_passed
+from lowrank.adapters.targets import as_passed, is_clip
 from lowrank.errors import Refused, nearest
 
 if TYPE_CHECKING:
     from torch.nn.modules.module import _IncompatibleKeys
+
+logger = logging.getLogger(__name__)
 
 # diffusers' classes by the names in Black Forest Labs' code (flux/modules/layers.py), which kohya's modules
 # and LyCORIS' presets list
@@ -132,7 +135,8 @@ def create(
     if dim_from_weights and not weights:
         raise Refused("--dim_from_weights needs --network_weights; name the file whose ranks to take")
     facade = facade_of(module)
-    encoders = as_passed(text_encoders, denoiser)
+    passed = text_encoders if facade is not None else [_with_text_level(encoder) for encoder in text_encoders]
+    encoders = as_passed(passed, denoiser)
     before = _block_layers(denoiser)
     if facade is None:
         extra = {**({} if dropout is None else {"dropout": str(dropout)}), **arguments}
@@ -156,6 +160,8 @@ def create(
         )
     if weights:
         result = network.load_weights(weights)
+        if facade is None:
+            _warn_not_loaded(module.__name__, weights, result)
         if facade is not None and result.missing_keys:
             raise Refused(
                 f"{weights} lacks {len(result.missing_keys)} tensors of this network, for example "
@@ -182,6 +188,31 @@ def _call(
         return network
     alpha = 1.0 if alpha is None else alpha
     return module.create_network(1.0, rank, alpha, None, encoders, unet, neuron_dropout=dropout, **arguments)
+
+
+def _warn_not_loaded(name: str, file: str, result: Any) -> None:
+    """Warn of a file's tensors that a foreign network reports as not loaded."""
+    report = result if isinstance(result, Mapping) else {}
+    keys = getattr(result, "unexpected_keys", report.get("unexpected keys", ()))
+    if keys:
+        logger.warning(
+            "%s does not load %d tensors of %s, for example %s: they are for layers that it does not adapt",
+            *(name, len(keys), file, keys[0]),
+        )
+
+
+class _TextModel(nn.Module):
+    """A text encoder below the level `text_model`, which transformers 5 does not have and files do."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_model = encoder
+
+
+def _with_text_level(encoder: nn.Module) -> nn.Module:
+    """The encoder with the paths that other programs' modules make names of (`lora_te_text_model_…`)."""
+    has_level = any(name == "text_model" for name, _ in encoder.named_children())
+    return _TextModel(encoder) if is_clip(encoder) and not has_level else encoder
 
 
 @contextlib.contextmanager

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lowrank.data.loader import Batch, Loader
 from lowrank.models.family import DTYPES, Models, latent_scale
+from lowrank.models.frozen import frozen_layers
 from lowrank.models.hollow import hollow
 from lowrank.plan.fake import without_values
-from lowrank.plan.live import LiveMemory, Phase
+from lowrank.plan.live import HOST, LiveMemory, Phase
 from lowrank.train import optim, setup
 from lowrank.train.attach import adapt, keep_vae, load_components
 from lowrank.train.job import RunningJob
@@ -65,6 +67,11 @@ class _Processor:
         return torch.autocast("cpu", DTYPES[self.mixed_precision])
 
 
+def precision(job: RunningJob) -> str:
+    """The precision of a run on a GPU, which may differ from that on this machine."""
+    return job.options.train.mixed_precision or job.accelerator.mixed_precision
+
+
 def plan_memory(
     job: RunningJob, models: Models, loader: Loader, *, gpu: bool = True, values: bool = False
 ) -> list[Phase]:
@@ -73,10 +80,10 @@ def plan_memory(
     `gpu` gives tensors the dtypes of autocast on CUDA. With `values` the same functions run on real tensors
     of random weights, which measures what a plan predicts.
     """
-    precision = job.options.train.mixed_precision or job.accelerator.mixed_precision
-    processor: Any = _Processor(precision)
+    kind = precision(job)
+    processor: Any = _Processor(kind)
     job = replace(job, family=hollow(job.family), accelerator=processor)
-    source = replace(models.source, dtype=DTYPES[precision], device="cpu")
+    source = replace(models.source, dtype=DTYPES[kind], device="cpu")
     models = replace(models, source=source, denoiser=None, vae=None, text_encoders=(), tokenizers=())
     live, mode = LiveMemory(), contextlib.nullcontext() if values else without_values(cuda_autocast=gpu)
     logging.disable(logging.WARNING)  # the run itself logs the same lines
@@ -94,12 +101,13 @@ def _run(
     options, family = job.options, job.family
     width, height = largest_bucket(loader)
     caption = "a"
+    on_cpu = options.memory.text_encoders_on_cpu
     with live.phase("text encoding"):
-        with live.part("weights of the text encoders"):
+        with live.part(HOST if on_cpu else "weights of the text encoders"):
             load_components(job, models, ("text",))
         with live.part("weights of the VAE"):
             load_components(job, models, ("vae",))
-        with live.part("activations of the text encoders"):
+        with live.part(HOST if on_cpu else "activations of the text encoders"):
             text = TextConditions(
                 family,
                 models,
@@ -120,6 +128,11 @@ def _run(
         load_components(job, models, ("denoiser",))
     with live.part("adapter"):
         network = adapt(job, models, text.encoders)
+        live.relabel(
+            (layer.packed for layer in frozen_layers(models.denoiser) if layer.packed is not None),
+            "weights of the denoiser",
+        )
+        live.leave(streamed(models.denoiser))
     live.watch(models.denoiser, "activations")
     with live.phase("training step"):
         optimizer = _train(job, models, network, text, _batch(job, models, loader, caption, cached), live)
@@ -130,6 +143,12 @@ def _run(
             for prompt in _distinct(prompts):
                 _sample(job, models, text, prompt, live)
     del optimizer  # it was alive in the previews
+
+
+def streamed(denoiser: nn.Module) -> list[Tensor]:
+    """The weights that are in host memory, and copied to the device ahead of use."""
+    streams = {id(layer.stream): layer.stream for layer in frozen_layers(denoiser) if layer.stream}
+    return [weight for stream in streams.values() for weight in stream.weights]
 
 
 def _train(

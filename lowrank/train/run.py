@@ -22,6 +22,7 @@ from lowrank.train import (
     check,
     data,
     dry_run,
+    fit_memory,
     layer_sampling,
     metadata,
     optim,
@@ -94,11 +95,17 @@ def _launch(job: RunningJob) -> int:
     held_out = loader.held_out()
     loader = loader.shard(accelerator.process_index, accelerator.num_processes)
     denoiser_shapes, network_shapes = check.rehearse(job, models)
+    phases = None
+    if options.memory.vram is not None:
+        shapes = denoiser_shapes if network_shapes is not None else None
+        job, phases = fit_memory.fitted(job, models, loader, shapes)
+        options = job.options
     if options.abm.abm_enabled and job.resumed is None:
         abm.check_abm(job, models, denoiser_shapes)
     if options.train.dry_run:
-        phases = plan_memory.plan_memory(job, models, loader) if network_shapes is not None else []
-        return dry_run.show(job, loader, _plan(job, loader), denoiser_shapes, network_shapes, phases)
+        if network_shapes is not None and phases is None:
+            phases = plan_memory.plan_memory(job, models, loader)
+        return dry_run.show(job, loader, _plan(job, loader), denoiser_shapes, network_shapes, phases or [])
     if job.resumed is not None:
         check.check_resumed(job, check.run_fingerprint(job, loader, models), _plan(job, loader).steps)
 
@@ -207,7 +214,7 @@ def _start_or_resume(job: RunningJob, run: Run, saver: Saver, held_out: Loader |
         saver.finish(progress)  # the run had stopped between its last checkpoint and its final file
         return 0
     if job.accelerator.is_main_process:
-        describe_run(job.names.output_dir, job.config, job.command)
+        describe_run(job.names.output_dir, job.config(options), job.command)
     setup.start_trackers(job)
     setup.announce(job, run.loader, _plan(job, run.loader), run.network)
     if job.resumed is None:

@@ -32,7 +32,7 @@ def run_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
 
     Raises `Refused` for a named GPU that torch does not find, and for flags that need another precision.
     """
-    train = options.train
+    train, memory = options.train, options.memory
     trackers, logs = _trackers(options, folder)
     accelerator = Accelerator(
         mixed_precision=_precision(options),
@@ -50,8 +50,9 @@ def run_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
     for flag, given, needed in (
         ("full_fp16", train.full_fp16, ("fp16",)),
         ("full_bf16", train.full_bf16, ("bf16",)),
-        ("fp8_base", train.fp8_base, ("fp16", "bf16")),
-        ("fp8_base_unet", train.fp8_base_unet, ("fp16", "bf16")),
+        ("fp8_base", memory.fp8_base, ("fp16", "bf16")),
+        ("fp8_base_unet", memory.fp8_base_unet, ("fp16", "bf16")),
+        ("fp8_scaled", memory.fp8_scaled, ("fp16", "bf16")),
     ):
         if given and used not in needed:
             raise Refused(

@@ -15,7 +15,7 @@ from repository import ROOT
 
 from lowrank.cli.resolve import with_network
 from lowrank.config.flag import pairs
-from lowrank.config.tools import EXPORT, IMPORT, INSPECT
+from lowrank.config.tools import EXPORT, EXTRACT_LORA, IMPORT, INSPECT
 from lowrank.train.network_module import facade_of, find_module
 from tools import draw_qr_method
 from tools.make_flags import SURFACES, TRAINERS, list_flags
@@ -25,6 +25,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 PARSERS = {
     "tools/export_lora.py": EXPORT,
     "tools/import_lora.py": IMPORT,
+    "tools/extract_lora.py": EXTRACT_LORA,
     "tools/inspect_lora.py": INSPECT,
 }
 # flags of other programs, and of the lines of a prompt file, that pages speak of
@@ -332,12 +333,14 @@ def test_first_adapter_memory_table():
     from diffusers import FluxTransformer2DModel, UNet2DConditionModel  # pyright: ignore
 
     from lowrank.adapters.targets import find
+    from lowrank.models import blocks
 
-    def sizes(make) -> tuple[int, int]:
+    def sizes(make) -> tuple[int, dict[bool, int]]:
         with torch.device("meta"):
             model = make()
         sides = sum(sum(target.module.weight.shape[:2]) for target in find("unet", model))
-        return sides, sum(parameter.numel() for parameter in model.parameters())
+        kinds = {False: None, True: "fp8"}
+        return sides, {fp8: blocks.base_bytes(model, torch.bfloat16, kind)[0] for fp8, kind in kinds.items()}
 
     unet = {f: results(f"configs/models/{f}.json")["unet"] for f in ("sd15", "sdxl")}
     known = {
@@ -349,13 +352,36 @@ def test_first_adapter_memory_table():
     for command, trained, base, adapter, total in table(
         "first_adapter.md", "| command | trained parameters |"
     ):
-        sides, count = known[command.split(",")[0]]
+        sides, weights = known[command.split(",")[0]]
         rank = int(found[1]) if (found := re.search(r"rank (\d+)", command)) else rank
         delta_r = "ΔR" in command
         assert delta_r or int(trained.replace(",", "")) == rank * sides, command
-        width = 1 if "fp8" in command else 2
-        assert float(base) == pytest.approx(count * width / 2**30, abs=0.006), command
+        assert float(base) == pytest.approx(weights["fp8" in command] / 2**30, abs=0.006), command
         assert float(total) == pytest.approx(float(base) + float(adapter), abs=0.011), command
+
+
+def test_low_memory_tables():
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel  # pyright: ignore
+
+    from lowrank.models import blocks
+
+    with torch.device("meta"):
+        flux: torch.nn.Module = FluxTransformer2DModel(guidance_embeds=True)
+        unets = [
+            UNet2DConditionModel.from_config(results(f"configs/models/{name}.json")["unet"])
+            for name in ("sd15", "sdxl")
+        ]
+    for kinds, *cells in table("low_memory.md", "| kind | bytes per weight |"):
+        for kind in kinds.removeprefix("unset, ").split():
+            size = blocks.base_bytes(flux, torch.bfloat16, kind)[0]
+            assert float(cells[1]) == pytest.approx(size / 2**30, abs=0.051), kind
+    for kind, *cells in table("low_memory.md", "| FLUX.1-dev, GiB on the device |"):
+        for count, cell in zip((0, 18, 35), cells, strict=True):
+            size = blocks.base_bytes(flux, torch.bfloat16, kind, count)[0]
+            assert float(cell) == pytest.approx(size / 2**30, abs=0.051), (kind, count)
+    text = (ROOT / "docs" / "low_memory.md").read_text(encoding="utf-8")
+    counts = [sum(map(len, blocks.stacks(unet))) for unet in unets]
+    assert "SD 1.5 has {} and SDXL {}, and two stay".format(*counts) in text
 
 
 def test_method_figure_is_current():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from toys import SHIPPED
 
 from lowrank.cli import export
-from lowrank.config.tools import EXPORT, IMPORT, INSPECT
+from lowrank.config.tools import EXPORT, EXTRACT_LORA, IMPORT, INSPECT
 from lowrank.config.tools import FORMATS as EXPORTED
 from lowrank.errors import Refused
 from lowrank.formats import base_checkpoint, merging, verify
@@ -64,10 +64,14 @@ class Weights:
 @pytest.mark.slow
 def test_export_matrix_read_back(family, method, to, saved, tmp_path):
     adapter = read_adapter(saved(family, method))
-    if to in ("lycoris", "qrlora"):
-        adapter = only(adapter, "unet")
     target = tmp_path / ("out" if FORMATS[to].folder else "out.safetensors")
     choices = Choices(base=Weights(files.denoiser(family)), flat_clip=export.flat_clip())
+    if (method, to) == ("dora", "diffusers"):
+        write(adapter, to, target, choices)
+        with pytest.raises(Refused, match="does not load the lengths of their rows"):
+            verify.check_export(adapter, to, target, choices)
+    if to in ("lycoris", "qrlora") or (method, to) == ("dora", "diffusers"):
+        adapter = only(adapter, "unet")
     if why := refusal(family, method, to):
         with pytest.raises(Refused, match=why):
             write(adapter, to, target, choices)
@@ -631,8 +635,8 @@ def test_compatibility_pages_are_current():
     assert make_compatibility.PAGE.read_text(encoding="utf-8") == make_compatibility.page()
     assert set(SHIPPED) == set(METHODS), "give each method a row in tests/support/compatibility.py"
     text = (make_compatibility.ROOT / "docs" / "export.md").read_text(encoding="utf-8")
-    positional = ("--source", "--target", "--files")
-    for made in (EXPORT, IMPORT, INSPECT):
+    positional = ("--source", "--target", "--tuned", "--files")
+    for made in (EXPORT, EXTRACT_LORA, IMPORT, INSPECT):
         flags = [flag for spec in made.specs.values() for flag in spec.names if flag not in positional]
         assert flags and all(f"`{flag}`" in text for flag in flags)
     assert all(f"`{to}`" in text for to in FORMATS)

@@ -86,7 +86,7 @@ NATIVE = {
     "effilora": {"lora_A.weight", "lora_B.weight", "router"},
     "delta_r": {"lora.q.weight", "lora.base_r.weight", "lora.delta_r.weight"},
     "delta_r_triu": {"lora.q.weight", "lora.base_r.weight", "lora.delta_r.weight"},
-    "qrlora": {"lora_A.weight", "lora_B.weight", "lora.q.weight", "lora.base_r.weight"},
+    "qrlora": {"trained_down.weight", "trained_up.weight", "lora.q.weight", "lora.base_r.weight"},
     "null_lora": {"free_up", "free_down", "norm_up", "norm_down", "null_up", "null_down"},
     "universal_lora": {"basis_up", "basis_down", "core"},
     "network_null_lalora_plus": {

@@ -50,6 +50,9 @@ IMPORTS = {
     "LyCORIS T-LoRA": ("`….lambda_layer`; its start comes from `--model`", "exact at every timestep"),
     "official T-LoRA": ("`….processor.to_q_lora.…`; `--tlora_min_rank`", "exact at every timestep"),
     "any LoRA as ΔR": ("`--method delta_r --model BASE`: Qᵀ·ΔW", "the lost share is printed"),
-    "LoHa, LoKr, OFT, GLoRA, full": ("other mathematics", "refused, or left out and counted"),
+    "LoHa, LoKr, OFT, GLoRA, IA3, full": (
+        "no low-rank factors; merged and live they are exact",
+        "as the nearest LoRA: `tools/export_lora.py --rank` first",
+    ),
     "DoRA with a length for each input": ("LyCORIS' wd_on_output=False", "refused"),
 }

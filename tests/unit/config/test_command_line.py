@@ -638,9 +638,9 @@ def test_nothing_is_both_a_flag_and_not(surface):
 
 
 def test_what_is_off_is_accepted(tmp_path):
-    parsed = flux("--blocks_to_swap", "0", "--torch_compile", "false", "--save_every_n_steps", "0")
+    parsed = flux("--split_mode", "0", "--torch_compile", "false", "--save_every_n_steps", "0")
     assert parsed.options.saving.save_every_n_steps is None
-    assert parsed.notes == ("ignored for FLUX: blocks_to_swap, torch_compile",)
+    assert parsed.notes == ("ignored for FLUX: split_mode, torch_compile",)
     text = "split_mode = false\ntorch_compile = ''\nscale_weight_norms = 0\nmax_train_epochs = 0"
     parsed = flux("--config_file", config(tmp_path, text))
     assert parsed.options.network.scale_weight_norms is None and parsed.options.train.max_train_epochs is None

@@ -12,6 +12,7 @@ from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
 from lowrank.config.tools import (
     EXPORT,
     EXTRACT_BASIS,
+    EXTRACT_LORA,
     IMPORT,
     INFERENCE_MERGE,
     INSPECT,
@@ -21,7 +22,8 @@ from lowrank.config.tools import (
 
 COMMAND_LINES = (
     *(SD_TRAIN, SDXL_TRAIN, FLUX_TRAIN, CALC_CONTEXT),
-    *(EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY, EXPORT, IMPORT, INSPECT),
+    *(EXTRACT_BASIS, EXTRACT_LORA, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY),
+    *(EXPORT, IMPORT, INSPECT),
 )
 # Beginnings that need another text to be understood, and words that this project does not use for programs.
 DEPENDENT = re.compile(

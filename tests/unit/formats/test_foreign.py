@@ -178,7 +178,9 @@ def test_merge_of_every_kind_into_a_checkpoint(layout, mixed, tiny_sd, tmp_path,
 def test_nearest_lora_states_its_error(mixed, tiny_sd, tmp_path, capsys):
     file, state = mixed
     target = tmp_path / "lora.safetensors"
-    with pytest.raises(Refused, match=r"LoKr in 1 layers, whose ΔW is no pair .* --rank"):
+    with pytest.raises(
+        Refused, match=r"LoKr in 1 layers \(.*attn1_to_q.lokr_w1\), whose change is no pair .* --rank"
+    ):
         export.main([str(file), str(target)])
     assert not target.exists()
     assert export.main([str(file), str(target), "--rank", "3"]) == 0
@@ -214,7 +216,7 @@ def test_convolution_needs_the_base_for_its_kernel(sizes, tiny_sd, tmp_path):
     torch.testing.assert_close(written, wanted_lokr(state, name), rtol=1e-4, atol=1e-5)
 
 
-def test_report_names_the_kinds_and_measures_them(mixed, tmp_path, capsys):
+def test_report_names_the_kinds_and_measures_them(mixed, tiny_sd, tmp_path, capsys):
     file, state = mixed
     facts = report(file)
     assert facts["method"] == "lora + LoKr + bias + norm"
@@ -222,11 +224,18 @@ def test_report_names_the_kinds_and_measures_them(mixed, tmp_path, capsys):
     layer = next(layer for layer in facts["layers"] if layer.get("kind") == "LoKr")
     assert layer["norm"] == pytest.approx(float(wanted_lokr(state).norm()), rel=1e-5)
     assert layer["rank"] == 2 and layer["alpha"] == 1.0
-    blocks = {f"{Q}.oft_blocks": torch.zeros(4, 8, 8), f"{Q}.alpha": torch.tensor(0.0)}
+    base = BaseCheckpoint(tiny_sd)
+    W = base.weight(read_place(Q))
+    blocks = {f"{Q}.oft_blocks": torch.randn(len(W) // 8, 8, 8), f"{Q}.alpha": torch.tensor(0.0)}
     save_file(blocks, tmp_path / "oft.safetensors")
     assert inspection.main([str(tmp_path / "oft.safetensors")]) == 0
     printed = capsys.readouterr().out
-    assert "OFT" in printed and "without 1 layers whose ΔW depends on the base" in printed
+    assert "OFT" in printed and "without 1 layers whose ΔW depends on the base (--model)" in printed
+    (layer,) = read_adapter(tmp_path / "oft.safetensors", foreign=True, family="sd15").foreign.values()
+    facts = report(tmp_path / "oft.safetensors", base=base)
+    assert facts["norm"] == pytest.approx(float(layer.change(W).norm()), rel=1e-5)
+    assert inspection.main([str(tmp_path / "oft.safetensors"), "--model", str(tiny_sd)]) == 0
+    assert "depends on the base" not in capsys.readouterr().out
 
 
 def test_joined_layer_of_flux_is_cut_by_rows(tmp_path):

@@ -99,3 +99,13 @@ def test_rank_of_the_command_line():
 def test_targets_outside_of_their_limits(text, message, tmp_path):
     with pytest.raises(Refused, match=message):
         export.main([str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--rank", text])
+
+
+@pytest.mark.parametrize(("method", "target"), [("sv_ratio", 4.0), ("sv_fro", 0.9), ("sv_fro", 0.9999)])
+def test_ranks_from_the_largest_singular_values_alone(method, target):
+    """A large matrix is not decomposed as a whole where the rule has a largest rank."""
+    layer = spread(12)
+    matrix = torch.zeros(400, 300)
+    matrix[:40, :30] = layer.up @ layer.down
+    found = cut_matrix(matrix, RankRule(method, target, 16)).layer.rank
+    assert found == kohya_rank(matrix, method, target, 16)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from lowrank.errors import Refused
-from lowrank.models import memory, published, sd_single
+from lowrank.models import blocks, frozen, memory, published, sd_single
 from lowrank.models.family import ROLES, Source, latent_scale
 from lowrank.models.flux import FLUX
 from lowrank.models.samplers import SAMPLERS, build_sampler
@@ -526,9 +526,10 @@ def test_fp8_storage(kind, folders):
     z, t = torch.randn(1, 4, 8, 8, generator=seeded()), torch.tensor([400])
     with torch.no_grad():
         before = family.denoise(models.denoiser, z, t, text)
-        memory.store_in_fp8(models.denoiser, torch.bfloat16)
+        blocks.freeze_base(models.denoiser)
+        blocks.store_base(models.denoiser, "fp8")
         after = family.denoise(models.denoiser, z, t, text)
-    small = [p for p in models.denoiser.parameters() if p.dtype == torch.float8_e4m3fn]
+    small = [layer for layer in frozen.frozen_layers(models.denoiser) if layer.format.kind == "fp8"]
     assert len(small) > 50 and after.dtype == torch.bfloat16
     assert (after - before).abs().max() < 0.25 * before.abs().max()
 

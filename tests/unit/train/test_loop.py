@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import random
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -85,3 +87,13 @@ def test_trackers_get_the_pictures(tmp_path, monkeypatch):
     assert told["wandb"] == [({"sample_0": ((8, 8), "a cat"), "sample_1": ((16, 8), "a dog")}, 7)]
     assert sorted(told["tensorboard"]) == [("validation", (1, 8, n, 3), 7) for n in (8, 16)]
     assert [path.name[:14] for path in paths] == ["cat_e000000_00", "cat_e000000_01"]
+
+
+def test_generators_of_python_and_numpy_are_functions_of_the_batch():
+    """kohya's and LyCORIS' DyLoRA draw a rank with `random`; a resumed run must draw the same."""
+    drawn = []
+    for place in ((1, 0, 3), (1, 0, 4), (1, 0, 3)):
+        batch_generator(*place)
+        drawn.append((random.random(), float(np.random.rand())))
+        random.random()  # a run that drew more
+    assert drawn[0] == drawn[2] and drawn[0][0] != drawn[1][0] and drawn[0][1] != drawn[1][1]

@@ -6,7 +6,10 @@ import types
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import nn
+from transformers import CLIPTextModel
 
 from lowrank.errors import Refused
 from lowrank.models.family import Source
@@ -88,3 +91,37 @@ def test_a_network_outside_the_blocks_is_refused(denoiser):
     found = types.SimpleNamespace(__name__="elsewhere", create_network=lambda *_, **__: Elsewhere())
     with pytest.raises(Refused, match="elsewhere adapts no layer in the blocks"):
         create(found, denoiser)
+
+
+def test_text_encoder_layers_of_lycoris_have_the_names_of_files(tiny_sd, tmp_path, caplog):
+    """transformers 5 has no level `text_model`; ComfyUI and kohya know no lora_te_encoder_…"""
+    pytest.importorskip("lycoris")
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
+    encoder = CLIPTextModel.from_pretrained(tiny_sd / "text_encoder")
+    name, rank = "lora_te_text_model_encoder_layers_0_self_attn_q_proj", 4
+    width = encoder.config.hidden_size
+    down, up = torch.randn(rank, width), torch.randn(width, rank)
+    state = {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_up.weight": up,
+        f"{name}.alpha": torch.tensor(4.0),
+    }
+    state["lora_te_text_model_encoder_layers_99_mlp_fc1.lora_up.weight"] = torch.ones(2, 2)
+    save_file(state, tmp_path / "given.safetensors")
+    network = network_module.create(
+        network_module.find_module("lycoris.kohya"), unet, [encoder], rank=rank, alpha=4.0, dropout=None,
+        arguments={"algo": "lora", "preset": "attn-mlp"}, weights=str(tmp_path / "given.safetensors"),
+        dim_from_weights=False,
+    )  # fmt: skip
+    saved = network.state_dict()
+    names = {key.partition(".")[0] for key in saved if key.startswith("lora_te")}
+    assert names and all(name.startswith("lora_te_text_model_encoder_layers_") for name in names)
+    assert torch.equal(saved[f"{name}.lora_up.weight"], up) and torch.equal(
+        saved[f"{name}.lora_down.weight"], down
+    )
+    assert "does not load 1 tensors" in caplog.text and "layers_99" in caplog.text
+    ids = torch.tensor([[1, 5, 9, 2]])
+    adapted = encoder(ids).last_hidden_state
+    for layer in network.loras:
+        layer.restore()
+    assert not torch.allclose(adapted, encoder(ids).last_hidden_state)
