@@ -26,6 +26,25 @@ def shortened(text: str, longest: int = LONGEST) -> str:
     return f"{text[: longest - end - 3]} … {text[-end:]}"
 
 
+class SeveralRefused(Refused):
+    """Several errors at once, in `reasons`; each is one sentence with its way out."""
+
+    def __init__(self, title: str, reasons: Iterable[str]) -> None:
+        self.title, self.reasons = title, tuple(reasons)
+        super().__init__(f"{title}: " + "; ".join(self.reasons))
+
+
+def reasons_of(error: Refused) -> tuple[str, ...]:
+    """The reasons of an error: one, or several."""
+    return error.reasons if isinstance(error, SeveralRefused) else (str(error),)
+
+
+def joined(title: str, reasons: Iterable[str]) -> Refused:
+    """Return one error with all reasons, of which there is at least one."""
+    different = tuple(dict.fromkeys(reasons))
+    return SeveralRefused(title, different) if len(different) > 1 else Refused(different[0])
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the known name closest to `name`, or an empty string when none is close."""
     close = difflib.get_close_matches(name[:200], [str(k) for k in known], n=1, cutoff=0.6)

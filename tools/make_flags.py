@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from lowrank.config.command_line import CommandLine  # noqa: E402
 from lowrank.config.context import CALC_CONTEXT  # noqa: E402
+from lowrank.config.effects import describe  # noqa: E402
 from lowrank.config.flag import FlagSpec, shown  # noqa: E402
 from lowrank.config.flux import FLUX_TRAIN  # noqa: E402
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN  # noqa: E402
@@ -42,6 +43,7 @@ New here? Start with [the twenty flags that matter](twenty_flags.md).
   `--network_args rank_dropout=0.1 target=attn`.
 - `--config_file run.toml` reads flags as keys of a TOML file, in any sections.
   The command line has precedence. Every run writes such a file, `config.toml`.
+- `acts only with …`: a training script prints a line for such a flag if it cannot act in the run.
 - An unknown flag or a value of the wrong type ends with exit code 2.
   Every other error that you can correct ends with exit code 1.
 """
@@ -92,7 +94,9 @@ def list_flags(surfaces: Mapping[str, CommandLine]) -> list[FlagRow]:
             if name not in rows:
                 group = (spec.group.__doc__ or "").splitlines()[0].rstrip(".")
                 defaults = tuple(cell(name, specs[title], surface) for title, surface in surfaces.items())
-                rows[name] = FlagRow(group, spec.names, spec.flag.help, values(spec), defaults)
+                acting = describe(spec.flag.acts_with)
+                meaning = f"{spec.flag.help}; {acting}" if acting else spec.flag.help
+                rows[name] = FlagRow(group, spec.names, meaning, values(spec), defaults)
             elif spec.flag.help not in rows[name].help:
                 rows[name] = rows[name]._replace(help=f"{rows[name].help}; {script}: {spec.flag.help}")
     return list(rows.values())
@@ -125,13 +129,17 @@ def unsupported() -> str:
     """What each script ignores, and what it refuses with the way out; without the flags of the tables."""
     known = {name for surface in TRAINERS.values() for name in surface.specs}
     ignored: dict[str, list[str]] = {}
+    reasons = {name: why for surface in TRAINERS.values() for name, why in surface.accepted.items()}
     for title, surface in TRAINERS.items():
-        for name in set(surface.ignored) - known:
+        for name in {*surface.ignored, *surface.accepted} - known:
             ignored.setdefault(name, []).append(title)
     lines = [
         "\n## Flags of other trainers: ignored\n\nThe script accepts them, warns once, and continues.\n\n",
-        "| flag | ignored by |\n|---|---|\n",
-        *(f"| `--{name}` | {', '.join(titles)} |\n" for name, titles in sorted(ignored.items())),
+        "| flag | ignored by | why |\n|---|---|---|\n",
+        *(
+            f"| `--{name}` | {', '.join(titles)} | {reasons.get(name, '')} |\n"
+            for name, titles in sorted(ignored.items())
+        ),
         "\n## Flags of other trainers: refused\n\n| flag | refused by | what to do |\n|---|---|---|\n",
     ]
     refused: dict[tuple[str, str], list[str]] = {}

@@ -73,7 +73,7 @@ def train(
 
 
 def methods(family: str) -> Iterator[Recipe]:
-    """Every network of networks/ once; Stable Diffusion's text encoders are trained too."""
+    """Every network of networks/ that is for the family; Stable Diffusion's text encoders are trained too."""
     context, basis = f"{family}/context/context.safetensors", f"{family}/basis/basis.safetensors"
     arguments: dict[str, tuple[str, ...]] = {
         "lora": (),
@@ -100,6 +100,8 @@ def methods(family: str) -> Iterator[Recipe]:
             *("basis_path=auto:random", "enable_effilora=True", "num_experts=2", "router_scope=sample"),
         ),
     }  # fmt: skip
+    if family == "flux":
+        arguments["lora_flux"] = ("train_single_block_indices=all", "single_mod_dim=2")
     for method, given in arguments.items():
         words = ("--network_args", *given) if given else ()
         read = (

@@ -6,8 +6,8 @@ Names and meanings up to `loraplus_…` are those of kohya sd-scripts (networks/
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -103,15 +103,31 @@ class CommonArguments:
         return bool(self.conv_dim) or self.conv_block_dims is not None
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The layers to adapt, and the rank and learning rate of those that do not have the network's."""
+
+    targets: list[Target]
+    ranks: Mapping[str, int] = field(default_factory=dict)  # by the layer's name; 0 leaves it out
+    speeds: Mapping[str, Speed] = field(default_factory=dict)
+
+
 def _split(text: str | None, separator: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in (text or "").split(separator) if item.strip())
 
 
 def layer_sizes(
-    common: CommonArguments, targets: Sequence[Target], rank: int, alpha: float, clamp: bool = False
+    common: CommonArguments,
+    targets: Sequence[Target],
+    rank: int,
+    alpha: float,
+    *,
+    ranks: Mapping[str, int],
+    clamp: bool = False,
 ) -> dict[str, tuple[int, float]]:
     """Return (rank, alpha) by layer name, without excluded layers; an alpha of 0 means the rank.
 
+    `ranks` are the ranks of layers that do not have `rank`, by name; the common arguments replace both.
     Raises `Refused` for a rank above min(O, I) of its layer, and if no layer is left. With `clamp` such a
     rank is lowered to min(O, I) at unchanged alpha/rank, with one warning.
     """
@@ -124,7 +140,8 @@ def layer_sizes(
     for target in targets:
         kernel = target.module.kernel_size if isinstance(target.module, nn.Conv2d) else (1, 1)
         wide = tuple(kernel) != (1, 1)
-        size = conv if wide and common.conv_dim is not None else (rank, alpha)
+        plain = (ranks.get(target.name, rank), alpha)
+        size = conv if wide and common.conv_dim is not None else plain
         block = unet_blocks.index(target.name)
         if table is not None and block is not None:
             size = table[wide][block]

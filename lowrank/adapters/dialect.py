@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from lowrank.adapter_file import AdapterFile, Roles
 from lowrank.adapters.method import Method
@@ -72,6 +73,27 @@ def _check_whole(name: str, roles: Roles, method: Method, source: str) -> None:
             f"{name} in {source} has no {', '.join(sorted(absent))}, only {', '.join(sorted(roles))}; the "
             "file is incomplete, use another"
         )
+
+
+def joined_state(layers: Iterable[tuple[Target, Roles]]) -> dict[str, Tensor]:
+    """Return the tensors of a file with kohya's keys, where FLUX's q, k and v are rows of one layer."""
+    by_name: dict[str, list[tuple[Target, Roles]]] = {}
+    for target, roles in layers:
+        piece = flux_names.joined_rows(target.path) if target.part == "unet" else None
+        name = target.name if piece is None else f"lora_unet_{piece.module.replace('.', '_')}"
+        by_name.setdefault(name, []).append((target, roles))
+    state = {}
+    for name, parts in by_name.items():
+        target, roles = parts[0]
+        piece = flux_names.joined_rows(target.path) if target.part == "unet" else None
+        if piece and piece.total > 1:
+            unit = host_shape(target.module)[0] // (piece.stop - piece.start)
+            of_path = {part.path: part_roles for part, part_roles in parts}
+            pieces = flux_names.modules(piece.module)
+            rows = [unit * (part.stop - part.start) for _, part in pieces]
+            roles = join_layers([of_path.get(path) for path, _ in pieces], rows)
+        state |= {f"{name}.{keys.KOHYA.get(role, role)}": value for role, value in roles.items()}
+    return state
 
 
 def check_start(file: AdapterFile, method: Method) -> None:

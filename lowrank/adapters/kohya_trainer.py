@@ -70,18 +70,25 @@ def pull(args: Any) -> Callable[[nn.Module], None]:
 def limit_norms(network: Any, value: float) -> tuple[int, float, float]:
     """Scale trained factors so that each ‖s·U·D‖_F ≤ value; return (number scaled, mean, max norm)."""
     factor = network.factor
-    if factor.copy or factor.share or network.method.experts:
+    if factor.copy or network.method.experts or (factor.share and not factor.joined):
         raise Refused(f"--scale_weight_norms is not defined for {network.method.name}; leave it out")
+    wholes: dict[int, list[Any]] = {}  # the parts of one joined layer share D
+    for layer in network.layers():
+        wholes.setdefault(id(layer.roles().get(factor.shared, layer)), []).append(layer)
     norms, scaled = [], 0
     with torch.no_grad():
-        for layer in network.layers():
-            U, D = (factor.flatten(1) for factor in layer.factors())
-            norm = layer.scale * ((U.T @ U) * (D @ D.T).T).sum().clamp_min(0).sqrt()
+        for parts in wholes.values():
+            of_parts = []
+            for layer in parts:
+                U, D = (factor.flatten(1) for factor in layer.factors())
+                of_parts.append(layer.scale * ((U.T @ U) * (D @ D.T).T).sum().clamp_min(0).sqrt())
+            norm = of_parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(of_parts))
             ratio = norm.clamp(max=value) / norm.clamp_min(value / 2)
             if ratio < 1 and norm > value:
                 scaled += 1
-                for role in factor.trained:
-                    layer.roles()[role].mul_(ratio ** (1 / len(factor.trained)))
+                trained = [layer.roles()[role] for layer in parts for role in factor.trained]
+                for parameter in {id(parameter): parameter for parameter in trained}.values():
+                    parameter.mul_(ratio ** (1 / len(factor.trained)))
             norms.append(norm.clamp(max=value))
     stacked = torch.stack(norms)
     return scaled, stacked.mean().item(), stacked.max().item()

@@ -70,6 +70,9 @@ class Factor:
     not_recomputable: str = ""  # why frozen roles cannot be computed again, so that files must have them
     # (part, path, input shape (I[, k, k])) -> key; layers of equal keys share the last down role
     share: Callable[[str, str, tuple[int, ...]], Hashable] | None = None
+    joined: bool = (
+        False  # files have kohya's names, and FLUX's joined layers; layers that share are its parts
+    )
 
     @property
     def copies(self) -> tuple[str, ...]:

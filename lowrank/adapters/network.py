@@ -48,8 +48,6 @@ class DenseWeights(Mapping[str, Tensor]):
 class AdapterNetwork(nn.Module):
     """Adapted layers of one model. They are in the state dict after `apply_to` has attached them."""
 
-    train_t5xxl = False  # read by kohya's FLUX and SD3 trainers
-
     def __init__(
         self,
         method: Method,
@@ -60,6 +58,8 @@ class AdapterNetwork(nn.Module):
         super().__init__()
         self.method, self.factor, self.clock = method, method.require_factor(), Clock(method)
         self.targets = {target.name: target for target in targets}
+        # read by kohya's FLUX and SD3 trainers
+        self.train_t5xxl = any(target.part == "te3" for target in targets)
         if len(self.targets) != len(targets):
             raise Refused("two target layers have one key; choose fewer with --network_args target=…")
         ungated = dataclasses.replace(method, gate=None)  # text encoders have no timestep
@@ -254,18 +254,20 @@ class AdapterNetwork(nn.Module):
 
     def native_state(self) -> dict[str, Tensor]:
         """Return the tensors of a native file by key."""
+        layers = [(self.targets[layer.name], layer.tensors()) for layer in self.layers()]
+        if self.factor.joined:
+            return dialect.joined_state(layers)
         state = {}
-        for layer in self.layers():
-            native = self.targets[layer.name].native
-            table = keys.PEFT if native else keys.KOHYA
+        for target, tensors in layers:
+            native, table = target.native, keys.PEFT if target.native else keys.KOHYA
             if self.factor.copy is not None:
                 table = {**table, **keys.SUBTRACTED}
-            for role, value in layer.tensors().items():
+            for role, value in tensors.items():
                 if role in self.leave_out:
                     continue
                 if role == "magnitude" and native:
                     value = magnitude.in_peft_shape(value)
-                state[f"{native or layer.name}.{table.get(role, role)}"] = value
+                state[f"{native or target.name}.{table.get(role, role)}"] = value
         return state
 
     def describe(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lowrank.adapter_file import RawFile, open_adapter_file, read_adapter_file
 from lowrank.adapters import dialect
-from lowrank.adapters.arguments import CommonArguments, layer_sizes, speeds
+from lowrank.adapters.arguments import Chosen, CommonArguments, layer_sizes, speeds
 from lowrank.adapters.method import Factor, Method, check_made_by
 from lowrank.adapters.network import AdapterNetwork, DenseWeights
 from lowrank.adapters.targets import Target, find_all
@@ -37,8 +37,15 @@ Sizes = Mapping[str, tuple[int, float]]  # (rank, alpha) by layer name
 class NetworkModule:
     """kohya's two functions for one method, and what this program's trainer needs before it calls them."""
 
-    def __init__(self, method: Callable[[Any], Method], options: type, alpha_is_rank: bool) -> None:
+    def __init__(
+        self,
+        method: Callable[[Any], Method],
+        options: type,
+        alpha_is_rank: bool,
+        layers: Callable[[Any, CommonArguments, Any, nn.Module | None, int], Chosen],
+    ) -> None:
         self._method, self._options, self._alpha_is_rank = method, options, alpha_is_rank
+        self._layers = layers
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -118,13 +125,13 @@ class NetworkModule:
             common = dataclasses.replace(common, dropout=neuron_dropout)
         rank = 4 if network_dim is None else int(network_dim)
         alpha = self.default_alpha(rank) if network_alpha is None else float(network_alpha)
-        targets = find_all(
-            text_encoder, unet, exclude=common.exclude, conv=common.convolutional, **common.selection
-        )
-        method = method.for_rank(rank)
+        options = _parse_arguments(self._options, arguments)
+        chosen = self._layers(options, common, text_encoder, unet, rank)
+        targets, method = chosen.targets, method.for_rank(rank)
         # A gate opens shares of the ranks: in small layers the rank is lowered, because more would be unused.
-        sizes = layer_sizes(common, targets, rank, alpha, clamp=method.gate is not None)
+        sizes = layer_sizes(common, targets, rank, alpha, ranks=chosen.ranks, clamp=method.gate is not None)
         network = _build(method, common, targets, _allowed_ranks(method, targets, sizes), multiplier)
+        network.speeds = {**chosen.speeds, **network.speeds}
         network.start()
         return network
 
@@ -173,11 +180,26 @@ class NetworkModule:
         return network, {**state, **{key: raw.state[key] for key in unused}}
 
 
+def usual_layers(
+    options: Any, common: CommonArguments, text_encoder: Any, unet: nn.Module | None, rank: int
+) -> Chosen:
+    """Return the default targets of the model, or those that the common arguments choose."""
+    return Chosen(
+        find_all(text_encoder, unet, exclude=common.exclude, conv=common.convolutional, **common.selection)
+    )
+
+
 def bind(
-    method: Callable[[Any], Method], options: type, alpha_is_rank: bool = False
+    method: Callable[[Any], Method],
+    options: type,
+    alpha_is_rank: bool = False,
+    layers: Callable[[Any, CommonArguments, Any, nn.Module | None, int], Chosen] = usual_layers,
 ) -> tuple[Callable, Callable]:
-    """Return kohya's two functions for a method; their `__self__` is the `NetworkModule`."""
-    module = NetworkModule(method, options, alpha_is_rank)
+    """Return kohya's two functions for a method; their `__self__` is the `NetworkModule`.
+
+    `layers(options, common, text_encoder, unet, rank)` chooses the layers and their ranks.
+    """
+    module = NetworkModule(method, options, alpha_is_rank, layers)
     return module.create_network, module.create_network_from_weights
 
 

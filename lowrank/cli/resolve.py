@@ -16,6 +16,7 @@ from lowrank.errors import Refused
 from lowrank.train.network_module import facade_of, find_module
 
 T = TypeVar("T", bound=TrainOptions)
+ENDING = ".safetensors"
 # flags that are arguments of the network module, by the argument's name
 _ARGUMENTS = {
     "use_zero_init": "use_zero_init",
@@ -30,7 +31,7 @@ def with_network(parsed: Parsed[T], unnamed: str) -> Parsed[T]:
 
     Where no module is named it is `unnamed`, or what --lycoris_config asks for.
     """
-    parsed = _with_lycoris(parsed)
+    parsed = _with_lycoris(_with_plain_name(parsed))
     network = parsed.options.network
     name = adapter_module(network, unnamed)
     facade = facade_of(find_module(name))
@@ -53,6 +54,17 @@ def with_network(parsed: Parsed[T], unnamed: str) -> Parsed[T]:
             network_args=tuple(f"{key}={value}" for key, value in arguments.items()),
         ),
     )
+
+
+def _with_plain_name(parsed: Parsed[T]) -> Parsed[T]:
+    """The options with --output_name without the ending of adapter files, which is added to every name."""
+    saving = parsed.options.saving
+    if not (saving.output_name or "").endswith(ENDING):
+        return parsed
+    plain = (saving.output_name or "").removesuffix(ENDING) or None
+    note = f"{parsed.flag('output_name')} {saving.output_name}: the name is {plain}, and files get the ending"
+    options = dataclasses.replace(parsed.options, saving=dataclasses.replace(saving, output_name=plain))
+    return dataclasses.replace(parsed, options=options, notes=(*parsed.notes, note))
 
 
 def _replaced(parsed: Parsed[T], network: Network, notes: tuple[str, ...] = ()) -> Parsed[T]:

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-from lowrank.errors import Refused, shortened
+from lowrank.errors import Refused, SeveralRefused, shortened
 
 # Scripts whose main imports torch at once: their command line is parsed before, so that help and errors in
 # flags come without waiting for torch.
@@ -18,6 +18,11 @@ _LINES = {
     "residual": ("tools", "SAVE_RESIDUAL"),
     "similarity": ("tools", "VISUALIZE_SIMILARITY"),
 }
+
+
+def _printable(text: str) -> str:
+    """The text with blanks for characters that a terminal could act on: it may quote a stranger's file."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def run(name: str, main: str = "main") -> NoReturn:
@@ -33,9 +38,13 @@ def run(name: str, main: str = "main") -> NoReturn:
             module, line = _LINES[name]
             getattr(importlib.import_module(f"lowrank.config.{module}"), line).parse()
         code = getattr(importlib.import_module(f"lowrank.cli.{name}"), main)(None)
+    except SeveralRefused as refused:
+        print(f"error: {_printable(refused.title)}:", file=sys.stderr)
+        for number, reason in enumerate(refused.reasons, 1):
+            print(f"  {number}. {_printable(reason)}", file=sys.stderr)
+        code = 1
     except Refused as refused:
-        text = "".join(c if c.isprintable() else " " for c in str(refused))  # it may quote a stranger's file
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {_printable(str(refused))}", file=sys.stderr)
         code = 1
     except OSError as error:  # of the system: a disk, a network, a permission
         print(f"error: {shortened(str(error))}", file=sys.stderr)

@@ -9,8 +9,7 @@ from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
 
 def main(argv: list[str] | None = None) -> int:
     """Train an adapter for SD 1.x or 2.x, and return the exit code. Raises `Refused`."""
-    parsed = SD_TRAIN.parse(argv)
-    check_machine(parsed)
+    parsed = SD_TRAIN.parse(argv, check_machine)
     start_missing_processes()
     from lowrank.cli import train_jobs  # imports torch, which takes seconds: only for a sound command line
 
@@ -19,8 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def main_sdxl(argv: list[str] | None = None) -> int:
     """Train an adapter for SDXL, and return the exit code. Raises `Refused`."""
-    parsed = SDXL_TRAIN.parse(argv)
-    check_machine(parsed)
+    parsed = SDXL_TRAIN.parse(argv, check_machine)
     start_missing_processes()
     from lowrank.cli import train_jobs  # imports torch, which takes seconds: only for a sound command line
 

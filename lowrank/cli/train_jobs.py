@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from lowrank.cli.resolve import with_network
 from lowrank.config.command_line import Parsed
-from lowrank.config.flux import FluxTrainOptions
+from lowrank.config.flag import pairs, parse_text
+from lowrank.config.flux import KOHYA_MODULES, FluxTrainOptions
 from lowrank.config.sd import SdTrainOptions, SdxlTrainOptions
 from lowrank.config.train import TrainOptions
+from lowrank.errors import Refused
 from lowrank.models.family import Family, FamilyOptions, Source
 from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SD15, SdOptions
@@ -65,8 +67,23 @@ def flux_job(parsed: Parsed[FluxTrainOptions]) -> TrainJob:
         guidance_scale=flux.guidance_scale,
         t5xxl_max_token_length=flux.t5xxl_max_token_length,
         apply_t5_attn_mask=flux.apply_t5_attn_mask,
+        trains_t5=_trains_t5(parsed.options),
     )
     return _job(parsed, _FLUX, FLUX, source, switches, Flow(**vars(parsed.options.objective)))
+
+
+def _trains_t5(options: FluxTrainOptions) -> bool:
+    """Whether networks.lora_flux adapts T5. Raises `Refused` for cached outputs of T5."""
+    network, data = options.network, options.data
+    asked = pairs("--network_args", network.network_args).get("train_t5xxl", "False")
+    if not (network.network_module in KOHYA_MODULES and options.trains_text and parse_text(bool, asked)):
+        return False
+    if data.cache_text_encoder_outputs or data.cache_text_encoder_outputs_to_disk:
+        raise Refused(
+            "--cache_text_encoder_outputs keeps the outputs of T5, and --network_args train_t5xxl=True would "
+            "change them; leave one of them out"
+        )
+    return True
 
 
 def _job(

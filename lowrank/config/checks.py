@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from lowrank.config.command_line import Parsed
+from lowrank.config.effects import without_effect
 from lowrank.config.flag import pairs
 from lowrank.config.flags_training import Network
-from lowrank.config.optimizers import check_optimizer_installed, check_rates
+from lowrank.config.optimizers import check_optimizer, check_optimizer_installed
 from lowrank.config.train import TrainOptions
-from lowrank.errors import Refused
+from lowrank.errors import Refused, joined, reasons_of
 from lowrank.files import existing_file, existing_folder
 
+T = TypeVar("T")
+FOLDERS = ("train_data_dir", "reg_data_dir", "instance_data_dir")
+FILES = ("network_weights", "lycoris_config", "base_weights", "dataset_config", "sample_prompts")
 SOURCES = ("dataset_config", "in_json", "train_data_dir", "instance_data_dir")
 _REPLACED = ("in_json", "train_data_dir", "reg_data_dir")  # --dataset_config replaces these
 LORA_INIT_METHODS = {"triu_deltaR": "delta_r_triu", "deltaR": "delta_r", "qr": "qrlora"}
@@ -26,54 +31,71 @@ def adapter_module(network: Network, unnamed: str = "networks.delta_r_triu") -> 
     return unnamed
 
 
+def gathered(
+    parsed: Parsed[T], rules: Iterable[Callable[[Parsed[T]], Iterable[str] | None]]
+) -> Iterator[str]:
+    """Yield the notes of all rules; raises all that they refuse together."""
+    problems: list[str] = []
+    for rule in rules:
+        try:
+            yield from rule(parsed) or ()
+        except Refused as error:
+            problems += reasons_of(error)
+    if problems:
+        raise joined(f"{parsed.prog} cannot run with these flags", problems)
+
+
 def check_training(parsed: Parsed[TrainOptions]) -> Iterator[str]:
     """The rules of every trainer; raises `Refused`, yields notes."""
-    model, saving, logging = parsed.options.model, parsed.options.saving, parsed.options.logging
-    if not model.pretrained_model_name_or_path:
+    yield from gathered(parsed, _RULES)
+
+
+def _check_model(parsed: Parsed[TrainOptions]) -> None:
+    if not parsed.options.model.pretrained_model_name_or_path:
         raise Refused("no base model; give --pretrained_model_name_or_path FOLDER_OR_HUB_ID")
+
+
+def _check_saving(parsed: Parsed[TrainOptions]) -> None:
+    saving = parsed.options.saving
     if saving.save_model_as != "safetensors":
         raise Refused(
             f"--save_model_as {saving.save_model_as} would be a pickle, which can run code when it is "
             "loaded; use safetensors"
         )
-    yield from _check_data(parsed)
-    yield from _check_masks_and_validation(parsed)
-    if logging.log_prefix and not logging.logging_dir:
-        yield "--log_prefix has no effect without --logging_dir"
-    _check_network(parsed)
-    _check_memory(parsed)
-    yield from _check_abm(parsed)
     if saving.upcast_before_saving and saving.save_precision in ("fp16", "bf16"):
         raise Refused(
             f"--upcast_before_saving and --save_precision {saving.save_precision} exclude each other; "
             "give one of them"
         )
-    _check_schedule(parsed)
-    check_rates(parsed.options)
 
 
 def check_machine(parsed: Parsed[TrainOptions]) -> None:
     """Raise `Refused` for files and folders that do not exist, and for packages that are not installed."""
-    options = parsed.options
-    data, network = options.data, options.network
-    check_optimizer_installed(options.optimizer)
-    for name, folder in (
-        ("train_data_dir", data.train_data_dir),
-        ("reg_data_dir", data.reg_data_dir),
-        ("instance_data_dir", data.instance_data_dir),
-    ):
-        read = name != "reg_data_dir" or (data.train_data_dir and not data.in_json)
-        if folder and read and not data.dataset_config:
-            existing_folder(folder, name)
-    files = [("network_weights", network.network_weights), ("lycoris_config", network.lycoris_config)]
-    files += [("base_weights", file) for file in network.base_weights]
-    files += [("dataset_config", data.dataset_config), ("sample_prompts", options.sampling.sample_prompts)]
-    for name, file in files:
-        if file:
+    for _ in gathered(parsed, (_check_package, *map(_existing, FOLDERS), *map(_existing, FILES))):
+        pass
+
+
+def _check_package(parsed: Parsed[TrainOptions]) -> None:
+    check_optimizer_installed(parsed.options.optimizer)
+
+
+def _existing(name: str) -> Callable[[Parsed[TrainOptions]], None]:
+    """The check of a flag that names a folder or files; a folder that is not read is not checked."""
+
+    def check(parsed: Parsed[TrainOptions]) -> None:
+        data, value = parsed.options.data, parsed.value(name)
+        if name in FOLDERS:
+            read = name != "reg_data_dir" or (data.train_data_dir and not data.in_json)
+            if value and read and not data.dataset_config:
+                existing_folder(value, name)
+            return
+        for file in value if isinstance(value, tuple) else (value,) if value else ():
             try:
                 existing_file(file)
             except Refused as refused:
                 raise Refused(f"{parsed.flag(name)}: {refused}") from refused
+
+    return check
 
 
 def _check_data(parsed: Parsed[TrainOptions]) -> Iterator[str]:
@@ -103,8 +125,6 @@ def _check_data(parsed: Parsed[TrainOptions]) -> Iterator[str]:
                 raise Refused(f"--with_prior_preservation needs --{name}")
         if sources[0] != "instance_data_dir":
             raise Refused("--with_prior_preservation belongs to --instance_data_dir; use --reg_data_dir here")
-    elif prior.class_data_dir or prior.class_prompt:
-        yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
     if data.center_crop and augmentation.random_crop:
         raise Refused("--center_crop and --random_crop exclude each other; give one")
     for name, given in (("color_aug", augmentation.color_aug), ("random_crop", augmentation.random_crop)):
@@ -120,17 +140,12 @@ def _check_data(parsed: Parsed[TrainOptions]) -> Iterator[str]:
         )
 
 
-def _check_masks_and_validation(parsed: Parsed[TrainOptions]) -> Iterator[str]:
-    data, masks, validation = parsed.options.data, parsed.options.masks, parsed.options.validation
+def _check_masks(parsed: Parsed[TrainOptions]) -> None:
+    data, masks = parsed.options.data, parsed.options.masks
     if data.dataset_config:  # its own keys decide
         return
     if data.masked_loss and not (masks.alpha_mask or masks.conditioning_data_dir):
         raise Refused("--masked_loss has no masks; give --conditioning_data_dir FOLDER or --alpha_mask")
-    if masks.conditioning_data_dir and not data.masked_loss:
-        yield "--conditioning_data_dir has no effect without --masked_loss"
-    every = [name for name in parsed.given if name.startswith("validate_every") and parsed.value(name)]
-    if every and not validation.validation_split:
-        yield f"--{every[0]} has no effect without --validation_split"
 
 
 def _check_network(parsed: Parsed[TrainOptions]) -> None:
@@ -174,19 +189,13 @@ def _check_memory(parsed: Parsed[TrainOptions]) -> None:
         )
 
 
-def _check_abm(parsed: Parsed[TrainOptions]) -> Iterator[str]:
+def _check_abm(parsed: Parsed[TrainOptions]) -> None:
     abm = parsed.options.abm
-    if not abm.abm_enabled:
-        known = [name for name in parsed.given if name.startswith("abm_")]
-        given = [name for name in known if parsed.value(name) != parsed.specs[name].default]
-        if given:  # a run's own config.toml has all of them
-            yield f"{', '.join(map(parsed.flag, given))}: no effect without --abm_enabled"
-        return
-    if abm.abm_teacher != "base":
+    if abm.abm_enabled and abm.abm_teacher != "base":
         existing_file(abm.abm_teacher, f"give {parsed.flag('abm_teacher')} an adapter file, or the word base")
 
 
-def _check_schedule(parsed: Parsed[TrainOptions]) -> None:
+def _check_schedule(parsed: Parsed[TrainOptions]) -> Iterator[str]:
     optimizer, train, sampling = parsed.options.optimizer, parsed.options.train, parsed.options.sampling
     if "max_train_steps" in parsed.given and parsed.flag("max_train_epochs") == "--num_train_epochs":
         raise Refused(
@@ -198,16 +207,15 @@ def _check_schedule(parsed: Parsed[TrainOptions]) -> None:
             f"{parsed.flag('lr_warmup_steps')} {optimizer.lr_warmup_steps:g} has no effect with "
             "--lr_scheduler constant; use constant_with_warmup, or 0"
         )
-    every = [n for n in ("sample_every_n_steps", "sample_every_n_epochs") if getattr(sampling, n)]
-    if (every or sampling.sample_at_first) and not (sampling.sample_prompts or sampling.validation_prompt):
-        raise Refused(
-            f"--{(every or ['sample_at_first'])[0]} has nothing to draw; give --sample_prompts FILE or "
-            "--validation_prompt TEXT"
+    every = sampling.sample_every_n_steps or sampling.sample_every_n_epochs
+    if sampling.sample_prompts and not every:
+        yield (
+            f"{parsed.flag('sample_prompts')} is drawn only at the end of training; give "
+            "--sample_every_n_epochs 1 to draw it while training"
         )
-    hub = parsed.options.hub
-    for name, given in (
-        ("huggingface_path_in_repo", hub.huggingface_path_in_repo),
-        ("async_upload", hub.async_upload),
-    ):
-        if given and not hub.huggingface_repo_id:
-            raise Refused(f"--{name} needs --huggingface_repo_id OWNER/NAME")
+
+
+_RULES = (
+    *(_check_model, _check_saving, _check_data, _check_masks, _check_network, _check_memory, _check_abm),
+    *(_check_schedule, check_optimizer, without_effect),
+)

@@ -11,19 +11,20 @@ other mistake that a user can correct raises `Refused`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 
+from lowrank.config.config_file import config_path, read_config, unknown_keys
 from lowrank.config.flag import FlagSpec, fields_of, option
-from lowrank.config.parser import GivenValue, Parser, name_positional, off
-from lowrank.errors import Refused, nearest
-from lowrank.files import CONFIG, atomic, parse_toml, read_text
+from lowrank.config.parser import GivenValue, Parser, name_positional
+from lowrank.errors import Refused, joined, nearest, reasons_of
+from lowrank.files import atomic
 
 T = TypeVar("T")
 Options = TypeVar("Options", covariant=True)
@@ -35,7 +36,10 @@ class ConfigFile:
     """Configuration file"""
 
     config_file: str | None = option(
-        None, "TOML file whose keys are flags, in any sections; the ending .toml may be left out", saved=False
+        None,
+        "TOML or JSON file whose keys are flags, in any sections, also a file of the interface kohya_ss; the "
+        "ending .toml may be left out",
+        saved=False,
     )
     output_config: bool = option(False, "write the given flags to --config_file and exit", saved=False)
     allow_unknown_config_keys: bool = option(
@@ -97,8 +101,9 @@ class CommandLine(Generic[T]):
 
     `options` is the record that `parse` fills, and `defaults` replace the defaults of its fields. Words
     without a flag are values of the flags `positional`, in order. Flags in `ignored` are accepted without
-    effect and listed in one note. `refused` maps flags of other trainers to what to do instead. `check`
-    receives the parsed options, raises `Refused` and yields notes.
+    effect and listed in one note; those in `accepted` get a note with the reason. `refused` maps flags of
+    other trainers to what to do instead. `check` receives the parsed options, raises `Refused` and yields
+    notes. `follow` receives the values that were given and returns defaults that follow from them.
     """
 
     prog: str
@@ -108,9 +113,11 @@ class CommandLine(Generic[T]):
     defaults: Mapping[str, object] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     ignored_by: str = "this script"
+    accepted: Mapping[str, str] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     off_at_zero: bool = False
     check: Callable[[Parsed[T]], Iterable[str]] | None = None
+    follow: Callable[[Mapping[str, Any]], Mapping[str, object]] | None = None
 
     @property
     def groups(self) -> dict[str, type]:
@@ -141,7 +148,7 @@ class CommandLine(Generic[T]):
             prog=self.prog, description=self.description, usage=f"%(prog)s{words} [--flag value …]"
         )
         parser.add(self.specs)
-        parser.add_others(self.ignored, self.refused)
+        parser.add_others((*self.ignored, *self.accepted), self.refused)
         return parser
 
     def _shown(self, name: str) -> str:
@@ -149,80 +156,122 @@ class CommandLine(Generic[T]):
         word = f"{name.upper()} …" if self.specs[name].many else name.upper()
         return word if name in self.positional else f"--{name}"
 
-    def parse(self, argv: Sequence[str] | None = None) -> Parsed[T]:
-        """The options of `argv` (None: `sys.argv[1:]`). Raises `Refused` or `SystemExit`."""
+    def parse(
+        self, argv: Sequence[str] | None = None, machine: Callable[[Parsed[T]], None] | None = None
+    ) -> Parsed[T]:
+        """The options of `argv` (None: `sys.argv[1:]`). Raises `Refused` or `SystemExit`.
+
+        `machine` checks what the options need on this machine; all problems are raised together.
+        """
         argv = list(sys.argv[1:] if argv is None else argv)
-        known, parser, notes = self.specs, self.parser(), []
+        known, parser = self.specs, self.parser()
         words = name_positional(argv, known, self.positional) if self.positional else argv
         # A leading blank keeps argparse from reading "-0.5,1" as a flag.
         words = [f" {word}" if _NUMBERS.fullmatch(word) else word for word in words]
         space, extra = parser.parse_known_args(words, argparse.Namespace(given=[], ignored=[]))
         if extra:
             _stray(parser, extra, known)
-        given = of_argv = _settled(space.given, notes)
+        reading = _Reading(ignored=space.ignored)
+        given = of_argv = _settled(space.given, reading.notes)
         writing = "output_config" in of_argv and of_argv["output_config"].value
         if "config_file" in of_argv and not writing:
-            given = self._config(of_argv, space.ignored, notes) | of_argv
+            given = self._config(of_argv, reading) | of_argv
         needed = [name for name, spec in known.items() if spec.flag.required]
         missing = [self._shown(name) for name in needed if name not in given]
         if missing:
             parser.error(f"missing {', '.join(missing)}")
-        if space.ignored:
-            notes.append(f"ignored for {self.ignored_by}: {', '.join(sorted(set(space.ignored)))}")
-        parsed = self._filled(known, given, notes, _command(self.prog, argv, of_argv.values()))
+        reading.notes += self._ignored(set(reading.ignored))
+        parsed = self._filled(known, given, reading, _command(self.prog, argv, of_argv.values()), machine)
         if writing:
             _write_config(parsed)
         return parsed
 
     def _filled(
-        self, known: Mapping[str, FlagSpec], given: Mapping[str, GivenValue], notes: list[str], command: str
+        self,
+        known: Mapping[str, FlagSpec],
+        given: Mapping[str, GivenValue],
+        reading: _Reading,
+        command: str,
+        machine: Callable[[Parsed[T]], None] | None,
     ) -> Parsed[T]:
-        """The record of options, each value inside its limits, and `check`'s notes added to `notes`."""
-        values = {name: given[name].value if name in given else spec.default for name, spec in known.items()}
+        """The record of options, each value inside its limits, and `check`'s notes added to the notes."""
+        stated = {name: value.value for name, value in given.items()}
+        follows = self.follow(stated) if self.follow else {}
+        values = {name: spec.default for name, spec in known.items()} | dict(follows) | stated
         labels = {name: value.label for name, value in given.items()}
         for name, spec in known.items():
-            if self.off_at_zero and spec.flag.off_at_zero and values[name] == 0:
+            off = self.off_at_zero and spec.flag.off_at_zero and values[name] == 0
+            if off or (values[name] == "" and spec.default is None):
                 values[name] = None
-            spec.check_range(labels.get(name, f"--{name}"), values[name])
+            with reading.gathered():
+                spec.check_range(labels.get(name, f"--{name}"), values[name])
+        parsed = None
+        with reading.gathered():
+            parsed = Parsed(self.prog, command, known, self._record(values), labels)
+            with reading.gathered():
+                reading.notes += self.check(parsed) if self.check else ()
+            with reading.gathered():
+                _ = machine(parsed) if machine else None
+        if reading.problems or parsed is None:
+            raise joined(f"{reading.source or self.prog} has several problems", reading.problems)
+        return dataclasses.replace(parsed, notes=tuple(reading.notes))
+
+    def _ignored(self, names: set[str]) -> Iterator[str]:
+        """A line for each ignored flag with a reason, and one for the others."""
+        if plain := sorted(name for name in names if not self.accepted.get(name)):
+            yield f"ignored for {self.ignored_by}: {', '.join(plain)}"
+        for name in sorted(names - set(plain)):
+            yield f"--{name} has no effect: {self.accepted[name]}"
+
+    def _record(self, values: Mapping[str, object]) -> T:
         filled = {
             section: group(**{name: values[name] for name in fields_of(group)})
             for section, group in self.groups.items()
         }
-        options = cast(T, filled[""]) if "" in filled else self.options(**filled)
-        parsed = Parsed(self.prog, command, known, options, labels, tuple(notes))
-        return dataclasses.replace(parsed, notes=(*notes, *self.check(parsed))) if self.check else parsed
+        return cast(T, filled[""]) if "" in filled else self.options(**filled)
 
-    def _config(
-        self, given: Mapping[str, GivenValue], ignored: list[str], notes: list[str]
-    ) -> dict[str, GivenValue]:
-        """The values of --config_file; its keys without effect are added to `ignored`."""
-        path = _config_path(given["config_file"].value)
+    def _config(self, given: Mapping[str, GivenValue], reading: _Reading) -> dict[str, GivenValue]:
+        """The values of --config_file; its problems and its keys without effect are added to `reading`."""
         specs = [spec for spec in self.specs.values() if spec.group is not ConfigFile]
         known = {name[2:]: spec for spec in specs for name in spec.names}
-        values, unknown = [], []
-        for key, value in _keys(path, {name for name, spec in known.items() if spec.many}):
-            label = f"{key} in {path}"
-            if key in self.refused and off(value):  # GUIs write every setting, also those that are off
-                ignored.append(key)
-            elif key in self.refused:
-                raise Refused(f"{label} is not supported: {self.refused[key]}")
-            elif key not in known:
-                (ignored if key in self.ignored else unknown).append(key)
-            else:
-                try:
-                    values.append(GivenValue(known[key], label, known[key].from_toml(value)))
-                except Refused as error:
-                    raise Refused(f"{label}: {error}") from error
+        path = config_path(given["config_file"].value)
+        config = read_config(path, known, (*self.ignored, *self.accepted), self.refused, self.ignored_by)
+        reading.source = str(path)
+        reading.ignored += config.ignored
         allowed = given.get("allow_unknown_config_keys")
-        if unknown and not (allowed and allowed.value):
-            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-            raise Refused(
-                f"unknown key {unknown[0]!r}{nearest(unknown[0], known)}{more} in {path}; correct it, or "
-                "give --allow_unknown_config_keys for a file written by a GUI"
-            )
-        if unknown:
-            notes.append(f"unknown keys of {path} without effect: {', '.join(unknown)}")
-        return _settled(values, notes)
+        if config.unknown and allowed and allowed.value:
+            reading.notes.append(f"unknown keys of {path} without effect: {', '.join(config.unknown)}")
+        else:
+            config.problems += unknown_keys(config, known)
+        if config.interface:
+            keys = ", ".join(sorted(config.interface))
+            reading.notes.append(f"keys of kohya_ss' interface without effect in {path}: {keys}")
+        reading.problems += [f"{path}: {problem}" for problem in config.problems]
+        settled: dict[str, GivenValue] = {}
+        with reading.gathered():
+            settled = _settled(config.values, reading.notes)
+        space = argparse.Namespace(given=[], ignored=reading.ignored)
+        _, extra = self.parser().parse_known_args(config.words, space)
+        reading.problems += [f"{path}: {word!r} in additional_parameters is unknown" for word in extra]
+        return settled | _settled(space.given, reading.notes)
+
+
+@dataclasses.dataclass
+class _Reading:
+    """What is found while a command line is read."""
+
+    ignored: list[str]
+    notes: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    source: str = ""  # the --config_file
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Add the reasons of a `Refused` to the problems instead of raising it."""
+        try:
+            yield
+        except Refused as error:
+            self.problems += reasons_of(error)
 
 
 def _settled(values: Iterable[GivenValue], notes: list[str]) -> dict[str, GivenValue]:
@@ -249,24 +298,10 @@ def _stray(parser: argparse.ArgumentParser, extra: list[str], known: Mapping[str
     parser.error(f"unknown flag {name}{nearest(name, [n for spec in known.values() for n in spec.names])}")
 
 
-def _config_path(text: str) -> Path:
-    return Path(text if text.endswith(".toml") else f"{text}.toml")
-
-
-def _keys(path: Path, lists: Collection[str]) -> list[tuple[str, object]]:
-    """Keys and values of a TOML file; tables of the first level are flattened, but those named as `lists`."""
-    table = parse_toml(read_text(path, "--config_file", CONFIG), f"--config_file {path}")
-    flat: list[tuple[str, object]] = []
-    for key, value in table.items():
-        section = isinstance(value, dict) and key not in lists
-        flat += value.items() if section else [(key, value)]
-    return flat
-
-
 def _write_config(parsed: Parsed[Any]) -> NoReturn:
     if "config_file" not in parsed.given:
         raise Refused("--output_config needs the file to write; give --config_file PATH")
-    path = _config_path(parsed.value("config_file"))
+    path = config_path(parsed.value("config_file"))
     if os.path.exists(path):
         raise Refused(f"--output_config does not write over {path}; give another --config_file")
     with atomic(path) as part:

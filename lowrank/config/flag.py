@@ -49,6 +49,7 @@ class Flag:
     `metadata` names the option's key in adapter files without its prefix `ss_` (True: the option's own name);
     with `per_folder` the key is written only for a run without `--dataset_config`. A run that resumes must
     agree on the value of a `resume` option. `off_at_zero`: 0 on a command line of training means unset.
+    `acts_with` are the conditions under which the option acts (`config.effects`).
     """
 
     help: str
@@ -69,6 +70,7 @@ class Flag:
     per_folder: bool = False
     resume: bool = False
     off_at_zero: bool = False
+    acts_with: tuple[str, ...] = ()
 
 
 def option(default: object, help: str, **details: Any) -> Any:
@@ -227,6 +229,8 @@ class FlagSpec(NamedTuple):
     def _item(self, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise Refused(f"{quoted(value)} is not {WORDS.get(self.kind, 'a text')}")
+        if self.kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # interfaces write 1.0
         return self.from_text(str(value))
 
     def to_toml(self, value: object) -> str:

@@ -125,16 +125,36 @@ class Buckets:
         per_folder=True,
     )
     min_bucket_reso: int = option(
-        256, "smallest side of a bucket", unit="pixels", low=1, metadata=True, per_folder=True
+        256,
+        "smallest side of a bucket",
+        unit="pixels",
+        low=1,
+        metadata=True,
+        per_folder=True,
+        acts_with=("enable_bucket or dataset_config", "not bucket_no_upscale"),
     )
     max_bucket_reso: int = option(
-        1024, "largest side of a bucket", unit="pixels", low=1, metadata=True, per_folder=True
+        1024,
+        "largest side of a bucket",
+        unit="pixels",
+        low=1,
+        metadata=True,
+        per_folder=True,
+        acts_with=("enable_bucket or dataset_config", "not bucket_no_upscale"),
     )
     bucket_reso_steps: int = option(
-        64, "the sides of a bucket are multiples of this number", unit="pixels", low=1
+        64,
+        "the sides of a bucket are multiples of this number",
+        unit="pixels",
+        low=1,
+        acts_with=("enable_bucket or dataset_config",),
     )
     bucket_no_upscale: bool = option(
-        False, "never enlarge an image; buckets come from the images", metadata=True, per_folder=True
+        False,
+        "never enlarge an image; buckets come from the images",
+        metadata=True,
+        per_folder=True,
+        acts_with=("enable_bucket or dataset_config",),
     )
 
 
@@ -149,13 +169,22 @@ class Captions:
         aliases=("--caption_extention",),
         convert=ending,
     )
-    caption_separator: str = option(",", "text between the tags of a caption")
+    caption_separator: str = option(
+        ",", "text between the tags of a caption", acts_with=("tags that move or secondary_separator",)
+    )
     shuffle_caption: bool = option(False, "shuffle the tags of a caption", metadata=True, per_folder=True)
     keep_tokens: int = option(
-        0, "leading tags that are never shuffled or dropped", low=0, metadata=True, per_folder=True
+        0,
+        "leading tags that are never shuffled or dropped",
+        low=0,
+        metadata=True,
+        per_folder=True,
+        acts_with=("tags that move",),
     )
     keep_tokens_separator: str = option(
-        "", "tags before this text stay in place, and so do those after its second occurrence"
+        "",
+        "tags before this text stay in place, and so do those after its second occurrence",
+        acts_with=("tags that move",),
     )
     secondary_separator: str | None = option(None, "tags joined by this text stay together")
     enable_wildcard: bool = option(
@@ -173,7 +202,10 @@ class Captions:
         0.0, "share of a caption's tags that are dropped", low=0, high=1, metadata=True
     )
     token_warmup_min: int = option(
-        1, "number of leading tags used at the first step, with --token_warmup_step", low=0
+        1,
+        "number of leading tags used at the first step, with --token_warmup_step",
+        low=0,
+        acts_with=("token_warmup_step or dataset_config",),
     )
     token_warmup_step: float = option(
         0.0, "step from which all tags of a caption are used; a number below 1 is a share of all steps", low=0
@@ -185,7 +217,9 @@ class Masks:
     """Masks"""
 
     conditioning_data_dir: str | None = path(
-        None, "folder of mask images, each named as its training image; their red channel is the mask"
+        None,
+        "folder of mask images, each named as its training image; their red channel is the mask",
+        acts_with=("masked_loss or dataset_config",),
     )
     alpha_mask: bool = option(False, "use the alpha channel of each image as the mask of its loss")
 
@@ -207,6 +241,7 @@ class HoldOut:
         low=0,
         high=SEEDS,
         metadata=True,
+        acts_with=("validation_split or dataset_config",),
     )
 
 
@@ -217,16 +252,29 @@ class Prior:
     with_prior_preservation: bool = option(
         False, "train on class images too, so that the class is not forgotten"
     )
-    class_data_dir: str | None = path(None, "folder of class images; missing class images are generated")
-    class_prompt: str | None = option(
-        None, "caption of the class images, and the prompt that generates missing ones"
+    class_data_dir: str | None = path(
+        None,
+        "folder of class images; missing class images are generated",
+        acts_with=("with_prior_preservation",),
     )
-    num_class_images: int = option(100, "number of class images to train on", low=1)
+    class_prompt: str | None = option(
+        None,
+        "caption of the class images, and the prompt that generates missing ones",
+        acts_with=("with_prior_preservation",),
+    )
+    num_class_images: int = option(
+        100, "number of class images to train on", low=1, acts_with=("with_prior_preservation",)
+    )
     prior_generation_precision: str | None = option(
         None,
         "precision in which class images are generated (unset: the precision of training)",
         choices=("no", "fp32", "fp16", "bf16"),
+        acts_with=("with_prior_preservation",),
     )
     prior_loss_weight: float = option(
-        1.0, "weight of the loss of class or regularisation images", low=0, metadata=True
+        1.0,
+        "weight of the loss of class or regularisation images",
+        low=0,
+        metadata=True,
+        acts_with=("reg_data_dir or with_prior_preservation or dataset_config",),
     )

@@ -86,7 +86,9 @@ class Network:
         "saves Q alone, none saves neither, and reading the file then needs the base model",
         choices=("full", "q", "none"),
     )
-    train_text_encoder: bool = option(False, "adapt the text encoders too", resume=True)
+    train_text_encoder: bool = option(
+        False, "adapt the text encoders too", resume=True, acts_with=("not network_train_unet_only",)
+    )
     network_train_unet_only: bool = option(False, "adapt the U-Net or transformer alone")
     network_train_text_encoder_only: bool = option(False, "adapt the text encoders alone", resume=True)
     scale_weight_norms: float | None = option(
@@ -113,34 +115,47 @@ class Abm:
     abm_enabled: bool = option(
         False, "before training, bring the signs of the adapter's pre-activations to those of a teacher"
     )
-    abm_steps: int = option(500, "optimizer steps of the ABM stage", low=1, high=STEPS)
-    abm_lr: float = option(1e-4, "learning rate of the ABM stage", above=0)
+    abm_steps: int = option(
+        500, "optimizer steps of the ABM stage", low=1, high=STEPS, acts_with=("abm_enabled",)
+    )
+    abm_lr: float = option(1e-4, "learning rate of the ABM stage", above=0, acts_with=("abm_enabled",))
     abm_margin: float = option(
-        0.5, "ABM: how far beyond zero a pre-activation should be, in the unit of --abm_margin_mode", low=0
+        0.5,
+        "ABM: how far beyond zero a pre-activation should be, in the unit of --abm_margin_mode",
+        low=0,
+        acts_with=("abm_enabled",),
     )
     abm_weight_strategy: str = option(
         "uniform",
         "ABM: weight of layer l of L: uniform is 1, linear is (l+1)/L, quadratic is the square of linear, "
         "as in the paper",
         choices=("uniform", "linear", "quadratic"),
+        acts_with=("abm_enabled",),
     )
     abm_batch_size: int | None = option(
         None,
         "samples of a batch that ABM uses (unset: network argument abm_batch_size, else all)",
         low=1,
         off_at_zero=True,
+        acts_with=("abm_enabled",),
     )
     abm_teacher: str = path(
         "base",
         "teacher of ABM: an adapter file, or the word base, from which a fresh adapter cannot learn anything",
+        acts_with=("abm_enabled",),
     )
     abm_margin_mode: str = option(
         "relative",
         "unit of --abm_margin: relative is the layer's median |pre-activation| of the teacher, absolute is 1",
         choices=("relative", "absolute"),
+        acts_with=("abm_enabled",),
     )
     abm_layers: float = option(
-        1.0, "share of the layers that ABM uses, counted from the last layer", above=0, high=1
+        1.0,
+        "share of the layers that ABM uses, counted from the last layer",
+        above=0,
+        high=1,
+        acts_with=("abm_enabled",),
     )
     abm_guard: bool = option(
         True,
@@ -154,7 +169,14 @@ class Train:
     """Training"""
 
     train_batch_size: int = option(1, "images per process and micro-batch", low=1, resume=True)
-    max_train_steps: int = option(1600, "optimizer steps to train", low=1, high=STEPS, metadata=True)
+    max_train_steps: int = option(
+        1600,
+        "optimizer steps to train",
+        low=1,
+        high=STEPS,
+        metadata=True,
+        acts_with=("not max_train_epochs",),
+    )
     max_train_epochs: int | None = option(
         None,
         "epochs to train; has precedence over --max_train_steps",
@@ -206,7 +228,12 @@ class Train:
         "folder of a saved state, its name in --output_dir, or 'latest'",
         aliases=("--resume_from_checkpoint",),
     )
-    dry_run: bool = option(False, "show data, adapter, step plan and memory, and exit", saved=False)
+    dry_run: bool = option(
+        False,
+        "show data, adapter, step plan and memory, and exit",
+        aliases=("--debug_dataset",),
+        saved=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +288,7 @@ class Optimizer:
         low=0,
         metadata=True,
         resume=True,
+        acts_with=("a part at the base rate",),
     )
     unet_lr: float | None = option(
         None,
@@ -268,6 +296,7 @@ class Optimizer:
         low=0,
         metadata=True,
         resume=True,
+        acts_with=("a trained denoiser",),
     )
     text_encoder_lr: tuple[float, ...] | None = option(
         None,
@@ -275,6 +304,7 @@ class Optimizer:
         low=0,
         metadata=True,
         resume=True,
+        acts_with=("a trained text encoder",),
     )
     scale_lr: bool = option(False, "multiply --learning_rate by accumulation steps × batch size × processes")
     max_grad_norm: float = option(
@@ -286,6 +316,7 @@ class Optimizer:
         convert=scheduler,
         metadata=True,
         resume=True,
+        acts_with=("a schedule by name",),
     )
     lr_warmup_steps: float = option(
         0,
@@ -300,15 +331,30 @@ class Optimizer:
         "all steps",
         low=0,
         convert=steps_or_share,
+        acts_with=("a schedule by name", "lr_scheduler=warmup_stable_decay"),
     )
     lr_scheduler_num_cycles: int = option(
-        1, "restarts of the schedule cosine_with_restarts", aliases=("--lr_num_cycles",), low=1
+        1,
+        "restarts of the schedule cosine_with_restarts",
+        aliases=("--lr_num_cycles",),
+        low=1,
+        acts_with=(
+            "a schedule by name",
+            "lr_scheduler=cosine_with_restarts|cosine_with_min_lr|warmup_stable_decay",
+        ),
     )
     lr_scheduler_power: float = option(
-        1.0, "power of the schedule polynomial", aliases=("--lr_power",), above=0
+        1.0,
+        "power of the schedule polynomial",
+        aliases=("--lr_power",),
+        above=0,
+        acts_with=("a schedule by name", "lr_scheduler=polynomial"),
     )
     lr_scheduler_timescale: int | None = option(
-        None, "time scale of the schedule inverse_sqrt (unset: the warm-up, or 10,000)", low=1
+        None,
+        "time scale of the schedule inverse_sqrt (unset: the warm-up, or 10,000)",
+        low=1,
+        acts_with=("a schedule by name", "lr_scheduler=inverse_sqrt"),
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         None,
@@ -316,6 +362,7 @@ class Optimizer:
         "of --learning_rate",
         low=0,
         high=1,
+        acts_with=("a schedule by name", "lr_scheduler=cosine_with_min_lr|warmup_stable_decay"),
     )
     lr_scheduler_type: str = option(
         "",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from lowrank.config.checks import check_training
+from lowrank.config.checks import check_training, gathered
 from lowrank.config.command_line import CommandLine, Parsed
 from lowrank.config.flag import option, path
 from lowrank.config.objective import FlowOptions
 from lowrank.config.train import TrainOptions
-from lowrank.config.unsupported import IGNORED, IGNORED_BY_FLUX, REFUSED, REFUSED_BY_FLUX, ways_out
+from lowrank.config.unsupported import ACCEPTED, IGNORED, IGNORED_BY_FLUX, REFUSED, REFUSED_BY_FLUX, ways_out
 from lowrank.errors import Refused
 
 
@@ -18,7 +19,9 @@ from lowrank.errors import Refused
 class FluxModel:
     """FLUX"""
 
-    model_type: str = option("flux", "architecture of the base model", choices=("flux",), metadata=True)
+    model_type: str = option(
+        "flux", "architecture of the base model", choices=("flux", "chroma"), metadata=True
+    )
     clip_l: str | None = path(None, "CLIP-L text encoder in place of the model's own")
     t5xxl: str | None = path(None, "T5 text encoder in place of the model's own")
     ae: str | None = path(None, "autoencoder in place of the model's own")
@@ -49,14 +52,41 @@ class FluxTrainOptions(TrainOptions):
     objective: FlowOptions
 
 
+KOHYA_MODULES = ("networks.lora_flux", "lora_flux")
+
+
+def follow_module(given: Mapping[str, Any]) -> dict[str, object]:
+    """The defaults of kohya's module: networks.lora_flux trains CLIP-L too."""
+    kohya = given.get("network_module") in KOHYA_MODULES
+    return {"train_text_encoder": True} if kohya and not given.get("network_train_unet_only") else {}
+
+
 def check_flux(parsed: Parsed[FluxTrainOptions]) -> Iterator[str]:
     """Rules between flags of FLUX training; raises `Refused`, yields notes."""
-    yield from check_training(parsed)
-    network, rates = parsed.options.network, parsed.options.optimizer.text_encoder_lr
+    yield from gathered(parsed, (check_training, _check_architecture, _check_text, _check_defaults))
+
+
+def _check_architecture(parsed: Parsed[FluxTrainOptions]) -> None:
+    if parsed.options.flux_model.model_type == "chroma":
+        raise Refused(
+            "--model_type chroma: Chroma has no CLIP-L and no guidance embedding, and its modulation comes "
+            "from another network; only FLUX.1 is trained here. Train it with kohya's flux_train_network.py, "
+            "which can load the networks of this project"
+        )
+
+
+def _check_text(parsed: Parsed[FluxTrainOptions]) -> None:
+    network = parsed.options.network
     if network.train_text_encoder and network.network_train_unet_only:
         raise Refused("--train_text_encoder and --network_train_unet_only exclude each other; give one")
-    if rates and not (network.train_text_encoder or network.network_train_text_encoder_only):
-        yield "--text_encoder_lr has no effect without --train_text_encoder, which adapts CLIP-L too"
+
+
+def _check_defaults(parsed: Parsed[FluxTrainOptions]) -> Iterator[str]:
+    """Name defaults that are not kohya's where kohya's module is trained."""
+    if parsed.options.network.network_module in KOHYA_MODULES:
+        for name, kohyas in (("learning_rate", "2e-6"), ("model_prediction_type", "sigma_scaled")):
+            if name not in parsed.given:
+                yield f"--{name} is {parsed.value(name)} if it is not given; kohya's default is {kohyas}"
 
 
 FLUX_TRAIN = CommandLine(
@@ -71,6 +101,8 @@ FLUX_TRAIN = CommandLine(
     ignored_by="FLUX",
     off_at_zero=True,
     ignored=(*IGNORED.split(), *IGNORED_BY_FLUX.split()),
+    accepted=ways_out(ACCEPTED),
     refused=ways_out(REFUSED, REFUSED_BY_FLUX),
     check=check_flux,
+    follow=follow_module,
 )

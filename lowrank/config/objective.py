@@ -22,15 +22,30 @@ class LossOptions:
 
     loss_type: str = option("l2", "distance between prediction and target", choices=LOSSES, metadata=True)
     huber_schedule: str = option(
-        "snr", "how the Huber threshold follows the timestep", choices=HUBER_SCHEDULES, metadata=True
+        "snr",
+        "how the Huber threshold follows the timestep",
+        choices=HUBER_SCHEDULES,
+        metadata=True,
+        acts_with=("loss_type=huber|smooth_l1",),
     )
-    huber_c: float = option(0.1, "threshold of the Huber loss", above=0, metadata=True)
-    huber_scale: float = option(1.0, "factor of the threshold of the Huber loss", above=0, metadata=True)
+    huber_c: float = option(
+        0.1, "threshold of the Huber loss", above=0, metadata=True, acts_with=("loss_type=huber|smooth_l1",)
+    )
+    huber_scale: float = option(
+        1.0,
+        "factor of the threshold of the Huber loss",
+        above=0,
+        metadata=True,
+        acts_with=("loss_type=huber|smooth_l1",),
+    )
     ip_noise_gamma: float = option(
         0.0, "strength of input perturbation, which adds noise to the noise; 0 is off", low=0, metadata=True
     )
     ip_noise_gamma_random_strength: bool = option(
-        False, "draw the strength of input perturbation between 0 and --ip_noise_gamma", metadata=True
+        False,
+        "draw the strength of input perturbation between 0 and --ip_noise_gamma",
+        metadata=True,
+        acts_with=("ip_noise_gamma",),
     )
 
     def __post_init__(self) -> None:
@@ -49,6 +64,7 @@ class FlowOptions(LossOptions):
         "how the Huber threshold follows the timestep; snr has no meaning for FLUX",
         choices=HUBER_SCHEDULES,
         metadata=True,
+        acts_with=("loss_type=huber|smooth_l1",),
     )
     timestep_sampling: str = option(
         "sigma", "distribution of the noise level sigma", choices=SAMPLINGS, metadata=True
@@ -58,6 +74,7 @@ class FlowOptions(LossOptions):
         "spread of the noise levels of --timestep_sampling sigmoid, shift and flux_shift",
         above=0,
         metadata=True,
+        acts_with=("timestep_sampling=sigmoid|shift|flux_shift",),
     )
     discrete_flow_shift: float = option(
         3.0,
@@ -66,6 +83,7 @@ class FlowOptions(LossOptions):
         "QR-LoRA",
         above=0,
         metadata=True,
+        acts_with=("timestep_sampling=sigma|shift",),
     )
     model_prediction_type: str = option(
         "raw",
@@ -79,12 +97,27 @@ class FlowOptions(LossOptions):
         "density of the noise levels of --timestep_sampling sigma, and weight of the loss",
         choices=SCHEMES,
         metadata=True,
+        acts_with=("timestep_sampling=sigma or weighting_scheme=sigma_sqrt|cosmap|none|uniform",),
     )
-    logit_mean: float = option(0.0, "mean of --weighting_scheme logit_normal", metadata=True)
+    logit_mean: float = option(
+        0.0,
+        "mean of --weighting_scheme logit_normal",
+        metadata=True,
+        acts_with=("weighting_scheme=logit_normal", "timestep_sampling=sigma"),
+    )
     logit_std: float = option(
-        1.0, "standard deviation of --weighting_scheme logit_normal", above=0, metadata=True
+        1.0,
+        "standard deviation of --weighting_scheme logit_normal",
+        above=0,
+        metadata=True,
+        acts_with=("weighting_scheme=logit_normal", "timestep_sampling=sigma"),
     )
-    mode_scale: float = option(1.29, "scale of --weighting_scheme mode", metadata=True)
+    mode_scale: float = option(
+        1.29,
+        "scale of --weighting_scheme mode",
+        metadata=True,
+        acts_with=("weighting_scheme=mode", "timestep_sampling=sigma"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,7 +153,10 @@ class DiffusionOptions(LossOptions):
         metadata=True,
     )
     noise_offset_random_strength: bool = option(
-        False, "draw the strength of the noise offset between 0 and --noise_offset", metadata=True
+        False,
+        "draw the strength of the noise offset between 0 and --noise_offset",
+        metadata=True,
+        acts_with=("noise_offset",),
     )
     adaptive_noise_scale: float | None = option(
         None, "add this × the mean of the latents to --noise_offset; may be negative", metadata=True
@@ -133,6 +169,7 @@ class DiffusionOptions(LossOptions):
         "strength of each level of --multires_noise_iterations relative to the previous level",
         low=0,
         metadata=True,
+        acts_with=("multires_noise_iterations",),
     )
     min_snr_gamma: float | None = option(
         None, "γ of min-SNR weighting of the loss; 5 is usual", low=0, metadata=True

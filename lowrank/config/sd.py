@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lowrank.config.checks import check_training
+from lowrank.config.checks import check_training, gathered
 from lowrank.config.command_line import CommandLine, Parsed
 from lowrank.config.flag import option, path
+from lowrank.config.flags_output import DRAWN
 from lowrank.config.objective import DiffusionOptions
 from lowrank.config.train import TrainOptions
-from lowrank.config.unsupported import IGNORED, REFUSED, REFUSED_BY_SD, ways_out
+from lowrank.config.unsupported import ACCEPTED, IGNORED, REFUSED, REFUSED_BY_SD, ways_out
 from lowrank.errors import Refused
 
 LENGTHS = {"75": None, "150": 150, "225": 225}
@@ -62,7 +63,12 @@ class SdModel:
         False,
         "compute attention with torch's own kernels, some of them memory-efficient; this is also the default",
     )
-    sample_sampler: str = option("ddim", "sampler of the pictures drawn while training", choices=SAMPLERS)
+    sample_sampler: str = option(
+        "ddim",
+        "sampler of the pictures drawn while training",
+        choices=SAMPLERS,
+        acts_with=(DRAWN,),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +108,32 @@ class SdTrainOptions(SdxlTrainOptions):
 
 def check_sd(parsed: Parsed[SdxlTrainOptions]) -> Iterator[str]:
     """Rules between flags of SD training; raises `Refused`, yields notes."""
-    yield from check_training(parsed)
-    options = parsed.options
-    if not options.saving.output_dir:
+    yield from gathered(parsed, (check_training, _check_output, _check_cached_text, _check_objective))
+
+
+def _check_output(parsed: Parsed[SdxlTrainOptions]) -> None:
+    if not parsed.options.saving.output_dir:
         raise Refused("no output folder; give --output_dir FOLDER")
-    to_disk = options.data.cache_text_encoder_outputs_to_disk
-    if (to_disk or options.data.cache_text_encoder_outputs) and options.trains_text:
+
+
+def _check_cached_text(parsed: Parsed[SdxlTrainOptions]) -> None:
+    data = parsed.options.data
+    to_disk = data.cache_text_encoder_outputs_to_disk
+    if (to_disk or data.cache_text_encoder_outputs) and parsed.options.trains_text:
         raise Refused(
             f"--cache_text_encoder_outputs{'_to_disk' * to_disk} keeps the outputs of the text encoders, and "
             "adapters would change them; give --network_train_unet_only, or drop it"
         )
-    if options.objective.zero_terminal_snr and not options.objective.v_parameterization:
+
+
+def _check_objective(parsed: Parsed[SdxlTrainOptions]) -> Iterator[str]:
+    objective = parsed.options.objective
+    if objective.zero_terminal_snr and not objective.v_parameterization:
         yield (
             "--zero_terminal_snr without --v_parameterization: the last timestep is pure noise, so a "
             "prediction of the noise learns nothing there"
         )
-    if options.sd_model.mem_eff_attn:
+    if parsed.options.sd_model.mem_eff_attn:
         yield "--mem_eff_attn: torch's own attention chooses a memory-efficient kernel where there is one"
 
 
@@ -131,6 +147,7 @@ SD_TRAIN = CommandLine(
     ignored_by="Stable Diffusion",
     off_at_zero=True,
     ignored=tuple(IGNORED.split()),
+    accepted=ways_out(ACCEPTED),
     refused=ways_out(REFUSED, REFUSED_BY_SD),
     check=check_sd,
 )
@@ -143,6 +160,7 @@ SDXL_TRAIN = CommandLine(
     ignored_by="SDXL",
     off_at_zero=True,
     ignored=(*IGNORED.split(), "clip_skip"),  # SDXL always takes the layer before the last
+    accepted=ways_out(ACCEPTED),
     refused=ways_out(REFUSED, REFUSED_BY_SD, "v2: SDXL is not SD 2.x; use train_network_ABM.py for that"),
     check=check_sd,
 )

@@ -50,6 +50,12 @@ class TrainOptions:
         return self.network.train_text_encoder
 
     @property
+    def uses_base_rate(self) -> bool:
+        """Whether a part that is trained has no rate of its own and takes --learning_rate."""
+        denoiser = not self.network.network_train_text_encoder_only and self.optimizer.unet_lr is None
+        return denoiser or (self.trains_text and not self.optimizer.text_encoder_lr)
+
+    @property
     def caches_latents(self) -> bool:
         """Whether latents are cached, in memory at least."""
         return self.data.cache_latents or self.data.cache_latents_to_disk

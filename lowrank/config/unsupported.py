@@ -10,6 +10,16 @@ IGNORED = """
     dynamo_backend console_log_simple
 """
 
+# Accepted without effect, each with a reason.
+ACCEPTED = """
+    cache_info: image sizes are read from the heads of the files, which is fast
+    skip_cache_check: caches are found by their content and need no check
+    disable_mmap_load_safetensors: weights are read from a mapped file, which is faster
+    initial_epoch initial_step skip_until_initial_step: --resume continues at the right step and image
+    ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph: `accelerate launch` sets up processes
+    log_config: every option is always written to config.toml in --output_dir
+"""
+
 # Ignored by FLUX training, in kohya's script too.
 IGNORED_BY_FLUX = """
     v2 v_parameterization vae clip_skip max_token_length weighted_captions sample_sampler
@@ -23,18 +33,11 @@ IGNORED_BY_FLUX = """
 REFUSED = """
     dataset_name dataset_config_name image_column caption_column dataset_class: pictures come from a folder;
         give --instance_data_dir, --train_data_dir or --dataset_config
-    cache_info: image sizes are read from the heads of the files, which is fast; drop it
-    skip_cache_check: caches are found by their content and need no check; drop it
-    debug_dataset: use --dry_run
     face_crop_aug_range: use --random_crop, or crop the pictures beforehand
-    disable_mmap_load_safetensors: drop it
     controlnet_model_name_or_path: no ControlNet is trained here; drop it
     torch_compile: no model is compiled here; drop it, and use --mixed_precision bf16 for faster steps
     fused_backward_pass blockwise_fused_optimizers fused_optimizer_groups: it is for training whole models;
         drop it
-    initial_epoch initial_step skip_until_initial_step: --resume continues at the right step and image; drop
-        it
-    ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph: `accelerate launch` sets up processes; drop it
     deepspeed zero_stage zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients
         offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path:
         adapters have little optimizer state to shard; use `accelerate launch --num_processes N`, and
@@ -46,7 +49,6 @@ REFUSED = """
     push_to_hub: give --huggingface_repo_id OWNER/NAME
     save_state_to_huggingface: upload the state folder with the Hugging Face command line
     resume_from_huggingface: download the state folder and give --resume FOLDER
-    log_config: every option is always written to config.toml in --output_dir; drop it
     log_tracker_config: use --log_tracker_name, --wandb_run_name and the tracker's environment variables
     cpu_offload_checkpointing: use --gradient_checkpointing, and --fp8_base if that is not enough
 """

@@ -157,6 +157,11 @@ def _count(examples: Sequence[Example], subset: int) -> int:
     return sum(example.subset == subset for example in examples)
 
 
+def count_regularisation(loader: Loader) -> int:
+    """Regularisation images times their folder's repeats, as kohya's metadata count them: not balanced."""
+    return sum(example.repeats for part in loader.examples for example in part if example.is_reg)
+
+
 def _total(group: Sequence[Placed], *, reg: bool) -> int:
     return sum(image.repeats for image in group if image.example.is_reg == reg)
 

@@ -119,7 +119,7 @@ class Family(Generic[Options]):
     decode: Callable[[Models, Tensor], Tensor]  # (B, C, h, w) → (B, 3, H, W) in [−1, 1]
     encode_text: Callable[[Models, Sequence[str], Options], list[dict[str, Tensor]]]  # CPU, by caption
     # keep only the encoders that adapters can train
-    keep_trained_text: Callable[[Models], list[nn.Module]]
+    keep_trained_text: Callable[[Models, Options], list[nn.Module]]
     # the part of the conditions that comes from trained encoders, with gradient
     trained_text: Callable[[Models, Sequence[str], Options], dict[str, Tensor]]
     empty: Callable[[Models], nn.Module]  # the denoiser without weights, on the meta device

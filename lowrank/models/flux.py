@@ -33,6 +33,7 @@ class FluxOptions(FamilyOptions):
     guidance_scale: float = FluxModel.guidance_scale  # only models with a guidance embedder use it
     t5xxl_max_token_length: int | None = FluxModel.t5xxl_max_token_length  # None: see `text_length`
     apply_t5_attn_mask: bool = FluxModel.apply_t5_attn_mask  # hide T5's padding in T5 and in the denoiser
+    trains_t5: bool = False  # adapters can change T5 too
 
 
 # ---------- text
@@ -54,23 +55,26 @@ def encode_text(
     Captions are encoded one by one, so that what is cached does not depend on its neighbours. A caption
     longer than T5's length is cut, and named in the log.
     """
-    (clip, t5), (clip_tokens, t5_tokens) = models.text_encoders, models.tokenizers
-    length, encoded = text_length(models, options), []
+    encoded = []
     for caption in captions:
-        tokens = t5_tokens(
-            caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        if tokens.attention_mask.all() and len(t5_tokens(caption, verbose=False).input_ids) > length:
-            log.warning("caption cut to %d T5 tokens: %s…", length, caption[:80])
-        mask = tokens.attention_mask.to(t5.device) if options.apply_t5_attn_mask else None
-        encoded.append(
-            {
-                "pooled": _pooled(clip, clip_tokens, [caption])[0].cpu(),
-                "t5": t5(tokens.input_ids.to(t5.device), attention_mask=mask).last_hidden_state[0].cpu(),
-                "t5_mask": tokens.attention_mask[0].bool(),
-            }
-        )
+        hidden, mask = _t5(models, [caption], options)
+        pooled = _pooled(models.text_encoders[0], models.tokenizers[0], [caption])
+        encoded.append({"pooled": pooled[0].cpu(), "t5": hidden[0].cpu(), "t5_mask": mask[0].cpu()})
     return encoded
+
+
+def _t5(models: Models, captions: Sequence[str], options: FluxOptions) -> tuple[Tensor, Tensor]:
+    """T5's output (B, L, D₂) and the mask of its tokens (B, L) bool. Captions that are cut are logged."""
+    t5, tokenizer, length = models.text_encoders[1], models.tokenizers[1], text_length(models, options)
+    tokens = tokenizer(
+        list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    for caption, mask in zip(captions, tokens.attention_mask, strict=True):
+        if mask.all() and len(tokenizer(caption, verbose=False).input_ids) > length:
+            log.warning("caption cut to %d T5 tokens: %s…", length, caption[:80])
+    hide = tokens.attention_mask.to(t5.device) if options.apply_t5_attn_mask else None
+    hidden = t5(tokens.input_ids.to(t5.device), attention_mask=hide).last_hidden_state
+    return hidden, tokens.attention_mask.bool()
 
 
 def _pooled(clip: Any, tokenizer: Any, captions: Sequence[str]) -> Tensor:
@@ -84,17 +88,21 @@ def _pooled(clip: Any, tokenizer: Any, captions: Sequence[str]) -> Tensor:
     return clip(ids.to(clip.device)).pooler_output  # (B, D)
 
 
-def keep_trained_text(models: Models) -> list[nn.Module]:
-    """Drop all text encoders but CLIP-L, which adapters can train, and return it."""
-    models.text_encoders, models.tokenizers = models.text_encoders[:1], models.tokenizers[:1]
+def keep_trained_text(models: Models, options: FluxOptions = FluxOptions()) -> list[nn.Module]:
+    """Drop the text encoders that adapters cannot change, and return the others: CLIP-L, on request T5."""
+    kept = 2 if options.trains_t5 else 1
+    models.text_encoders, models.tokenizers = models.text_encoders[:kept], models.tokenizers[:kept]
     return list(models.text_encoders)
 
 
 def trained_text(
     models: Models, captions: Sequence[str], options: FluxOptions = FluxOptions()
 ) -> dict[str, Tensor]:
-    """The conditions that come from the trained encoders, with gradient: `pooled` (B, D)."""
-    return {"pooled": _pooled(models.text_encoders[0], models.tokenizers[0], captions)}
+    """The conditions that come from the trained encoders, with gradient: `pooled` (B, D), and those of T5."""
+    conditions = {"pooled": _pooled(models.text_encoders[0], models.tokenizers[0], captions)}
+    if options.trains_t5:
+        conditions["t5"], conditions["t5_mask"] = _t5(models, captions, options)
+    return conditions
 
 
 def empty(models: Models) -> FluxTransformer2DModel:

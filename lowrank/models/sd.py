@@ -79,7 +79,7 @@ def encode_text(
     ]
 
 
-def keep_trained_text(models: Models) -> list[nn.Module]:
+def keep_trained_text(models: Models, options: SdOptions = PLAIN) -> list[nn.Module]:
     """The text encoders that adapters can train: all of them."""
     return list(models.text_encoders)
 

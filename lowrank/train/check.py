@@ -100,7 +100,8 @@ def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNe
             strength, path, None, passed, denoiser, for_inference=True
         )
         report_unused(path, other.load_weights(path).unexpected_keys, job.options.network.strict)
-    trained = job.family.keep_trained_text(replace(models, text_encoders=encoders)) if trains_text else []
+    kept = replace(models, text_encoders=encoders)
+    trained = job.family.keep_trained_text(kept, job.switches) if trains_text else []
     return denoiser, job.create(denoiser, trained, weights, report=True)
 
 

@@ -307,7 +307,8 @@ def _limit_norms(network: KohyaNetwork, limit: float, device: torch.device) -> d
     scaled, mean, largest = network.apply_max_norm_regularization(limit, device)
     return {
         "max_norm/keys_scaled": scaled,
-        "max_norm/average_key_norm": mean,
+        "max_norm/average_key_norm": mean,  # the name in kohya's trainers up to 0.9
+        "norm/avg_key_norm": mean,
         "max_norm/max_key_norm": largest,
     }
 

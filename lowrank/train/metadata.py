@@ -66,11 +66,11 @@ def at_start(
     values |= {
         "session_id": uuid.uuid4().int % 2**31,
         "training_started_at": time.time(),
-        "optimizer": optimizer,
+        "optimizer": optimizer.removesuffix("()"),
         "seed": job.seed,
         "num_train_images": counts["num_train_images"],
         "num_validation_images": 0 if held_out is None else len(held_out.placed),
-        "num_reg_images": counts["num_reg_images"],
+        "num_reg_images": summary.count_regularisation(loader),
         "num_batches_per_epoch": len(loader),
         "num_epochs": plan.epochs,
         "max_train_steps": plan.steps,
@@ -117,7 +117,9 @@ def _option_values(options: TrainOptions) -> dict[str, object]:
         if key and not (per_folder and options.data.dataset_config):
             values[spec.name if key is True else key] = value
     values["cache_latents"] = options.caches_latents
-    values["text_encoder_lr"] = list(options.optimizer.text_encoder_lr or ()) or None
+    rates = options.optimizer.text_encoder_lr or ()
+    values["text_encoder_lr"] = (rates[0] if len(rates) == 1 else list(rates)) if rates else None
+    values["ip_noise_gamma"] = options.objective.ip_noise_gamma or None
     return values
 
 
@@ -157,7 +159,7 @@ def _modelspec(job: RunningJob, models: Models, loader: Loader) -> dict[str, str
         "implementation": family.implementation,
         "resolution": f"{width}x{height}",
         "title": saving.metadata_title or saving.output_name or f"LoRA@{time.strftime('%Y%m%d%H%M%S')}",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "implementation_version": f"lowrank/{__version__}",
         "encoder_layer": job.options.encoder_layer,
         "author": saving.metadata_author,
         "description": saving.metadata_description,
@@ -190,11 +192,12 @@ def _data_url(path: str) -> str:
 
 
 def at_save(metadata: Mapping[str, str], *, step: int, epoch: int, minimum: bool) -> dict[str, str]:
-    """The metadata of a file written at this step."""
+    """The metadata of a file written at this step; `epoch` counts as `Saver` counts it."""
+    dated = {**metadata, "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S")}
     if minimum:
-        return dict(metadata)
+        return dated
     return {
-        **metadata,
+        **dated,
         "ss_steps": str(step),
         "ss_epoch": str(epoch),
         "ss_training_finished_at": str(time.time()),

@@ -43,9 +43,6 @@ _COMPLAINTS = (ValueError, TypeError, LookupError, AssertionError, AttributeErro
 
 logger = logging.getLogger(__name__)
 
-# Names that kohya's launchers and interfaces have written into them; ours decide by the model's class.
-ALIASES = {"networks.lora_flux": "networks.lora", "lora_flux": "networks.lora"}
-
 
 class KohyaNetwork(nn.Module):
     """What a trainer calls of a network by kohya's contract, besides nn.Module's methods.
@@ -99,7 +96,7 @@ def find_module(name: str) -> ModuleType:
             f"--network_module {name!r} is not the dotted name of a module; ours are {', '.join(builtin)}, "
             "and others are named as lycoris.kohya"
         )
-    dotted = f"networks.{name}" if name in builtin else ALIASES.get(name, name)
+    dotted = f"networks.{name}" if name in builtin else name
     try:
         module = importlib.import_module(dotted)
     except ModuleNotFoundError as error:

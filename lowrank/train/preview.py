@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +16,16 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.errors import Refused, nearest
+from lowrank.errors import nearest
 from lowrank.files import atomic
 from lowrank.models.family import Family, FamilyOptions, Models, move, release
 from lowrank.train.job import RunningJob
 from lowrank.train.preview_sheet import write_sheet
-from lowrank.train.prompts import Prompt, read_prompts
+from lowrank.train.prompts import Prompt, parse_lines, read_prompts
 from lowrank.train.text_conditions import stack_text
 from lowrank.train.watch import evaluation_mode
+
+logger = logging.getLogger(__name__)
 
 
 def draw_picture(
@@ -156,24 +159,21 @@ def save_png(path: Path, image: Image.Image, parameters: str) -> None:
 
 
 def preview_prompts(job: RunningJob, models: Models) -> list[Prompt]:
-    """The prompts to draw during training, from --sample_prompts or --validation_prompt. Raises `Refused`."""
+    """The prompts to draw during training, from --sample_prompts or --validation_prompt."""
     sampling, samplers = job.options.sampling, job.options.samplers
     width, height = job.options.sizes.resolution
     default, prompts = replace(job.script.prompt, width=width, height=height), []
     if sampling.sample_prompts:
         prompts = read_prompts(sampling.sample_prompts, default, job.family.bucket_step(models))
+    elif sampling.sample_prompt_lines:
+        prompts = parse_lines(sampling.sample_prompt_lines, default, job.family.bucket_step(models))
     elif sampling.validation_prompt:
         prompts = [replace(default, prompt=sampling.validation_prompt)]
-    for prompt in prompts:
-        name = prompt.sample_sampler
-        if name is not None and name not in samplers:
-            hint = (
-                f"give one of {', '.join(samplers)}"
-                if samplers
-                else "this model has one sampler; leave it out"
-            )
-            raise Refused(f"the sampler {name!r} of a prompt is unknown{nearest(name, samplers)}; {hint}")
-    return prompts
+    unknown = {prompt.sample_sampler for prompt in prompts} - {None, *samplers}
+    for name in sorted(filter(None, unknown)):
+        known = f"known: {', '.join(samplers)}" if samplers else "this model has one sampler"
+        logger.warning("the sampler %r of a prompt is left out%s; %s", name, nearest(name, samplers), known)
+    return [replace(p, sample_sampler=None) if p.sample_sampler in unknown else p for p in prompts]
 
 
 def run_preview(
@@ -192,7 +192,10 @@ def run_preview(
         move(models, ("vae",), between)
         return image
 
-    by_file, steps = bool(sampling.sample_prompts), sampling.sample_every_n_steps
+    by_file, steps = (
+        bool(sampling.sample_prompts or sampling.sample_prompt_lines),
+        sampling.sample_every_n_steps,
+    )
     epochs = sampling.sample_every_n_epochs or (None if by_file or steps else sampling.validation_epochs)
     return Preview(
         prompts=[replace(prompt, sample_sampler=prompt.sample_sampler or sampler) for prompt in prompts],

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank.config.flag import SEEDS, quoted
-from lowrank.errors import Refused, nearest, shortened
+from lowrank.config.flag import SEEDS
+from lowrank.errors import Refused, nearest
 from lowrank.files import parse_json, parse_toml, read_text
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,6 @@ _LETTERS = {
     "g": "guidance_scale",
     "ss": "sample_sampler",
 }
-_OTHERS = ("cn", "ctr", "rcfg", "fs")  # of other models: refused by name
 _KINDS = {
     "width": int,
     "height": int,
@@ -55,7 +56,6 @@ _KINDS = {
     "negative_prompt": str,
     "sample_sampler": str,
 }
-_WORDS = {int: "a whole number", float: "a finite number", str: "a text"}
 _LIMITS = {
     "width": (16, 16384),
     "height": (16, 16384),
@@ -67,28 +67,33 @@ _LIMITS = {
 
 
 def _value(where: str, key: str, value: Any) -> Any:
-    """A value of a line (a text), of TOML or of JSON as the kind that `key` has, within its limits."""
-    kind, read = _KINDS[key], None
-    if isinstance(value, str) or (kind is not str and type(value) in (int, float)):
-        with contextlib.suppress(ValueError, OverflowError):
-            read = kind(value)
-    cut = kind is int and isinstance(value, float) and read != value
-    if read is None or cut or (kind is float and not math.isfinite(read)):
-        raise Refused(f"{where}: {key} {quoted(value)} is not {_WORDS[kind]}")
-    low, high = _LIMITS.get(key, (None, None))
-    if low is not None and not low <= read <= high:
-        raise Refused(f"{where}: {key} {shortened(str(value), 160)} is not between {low} and {high}")
-    return read
+    """A value of a line (a text), of TOML or of JSON as the kind that `key` has, within its limits.
+
+    As in kohya's scripts, a number is cut to a whole one and to its limits, and other words count as unset
+    (None); the log names what was changed.
+    """
+    kind, number = _KINDS[key], None
+    if kind is str:
+        return value if isinstance(value, str) else None
+    for read in (int, float):
+        if number is None and not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                number = read(value) if isinstance(value, str) or read is float else operator.index(value)
+    if number is None or not math.isfinite(number):
+        log.warning("%s: %s %r is not a number and is left out", where, key, value)
+        return None
+    low, high = _LIMITS[key]
+    used = kind(min(max(number, low), high))
+    if used != number:
+        log.warning("%s: %s %s becomes %s", where, key, value, used)
+    return used
 
 
 def _checked(where: str, values: dict[str, Any], default: Prompt, step: int) -> Prompt:
-    for key in values:
-        if key not in _KINDS:
-            raise Refused(
-                f"{where} has the unknown key {quoted(key)}{nearest(key, _KINDS)}; known: {', '.join(_KINDS)}"
-            )
-    prompt = replace(default, **{key: _value(where, key, value) for key, value in values.items()})
-    return rounded(prompt, step)
+    for key in values.keys() - _KINDS.keys():
+        log.warning("%s: %s is unknown here and is left out%s", where, key, nearest(key, _KINDS))
+    read = {key: _value(where, key, value) for key, value in values.items() if key in _KINDS}
+    return rounded(replace(default, **{key: value for key, value in read.items() if value is not None}), step)
 
 
 def rounded(prompt: Prompt, step: int) -> Prompt:
@@ -100,18 +105,13 @@ def rounded(prompt: Prompt, step: int) -> Prompt:
 def parse_line(line: str, default: Prompt, where: str = "the prompt", step: int = 16) -> Prompt:
     """`a cat --n blurry --w 512 --h 768 --d 1 --s 28 --l 7.5 --ss euler_a`; letters in either case.
 
-    `default` is what a line leaves open; sides are multiples of `step`. Raises `Refused`.
+    `default` is what a line leaves open; sides are multiples of `step`. Options that are unknown are logged.
     """
     parts = re.split(r"\s--(?=[A-Za-z])", " " + line)
     values: dict[str, Any] = {"prompt": parts[0].strip()}
     for part in parts[1:]:
         letter, _, value = part.partition(" ")
-        name = _LETTERS.get(letter.lower())
-        if name is None:
-            known = " ".join(f"--{letter}" for letter in _LETTERS)
-            why = "is for other models" if letter.lower() in _OTHERS else "is unknown"
-            raise Refused(f"{where}: option --{letter:.40} {why}; a prompt line knows {known}")
-        values[name] = value.strip()
+        values[_LETTERS.get(letter.lower(), f"--{letter}")] = value.strip()
     return _checked(where, values, default, step)
 
 
@@ -143,6 +143,12 @@ def read_prompts(
     if not prompts or not all(prompt.prompt for prompt in prompts):
         raise Refused(f"{flag} {path} holds an empty prompt or none; write a prompt per line")
     return prompts
+
+
+def parse_lines(lines: Sequence[str], default: Prompt, step: int = 16) -> list[Prompt]:
+    """The prompts of --sample_prompt_lines."""
+    named = ((f"--sample_prompt_lines {i}", line) for i, line in enumerate(lines, 1) if line.strip())
+    return [parse_line(line, default, where, step) for where, line in named]
 
 
 def _toml_entries(path: Path, text: str) -> list[tuple[str, Any]]:

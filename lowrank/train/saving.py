@@ -74,7 +74,7 @@ class Saver:
         if options.checkpointing_steps and (last or _due(step, options.checkpointing_steps)):
             self._save_checkpoint(progress)
         if _due(step, options.save_every_n_steps) and not last:
-            self._save_adapter(self._names.step(step), progress, options.save_state)
+            self._save_adapter(self._names.step(step), progress, options.save_state, progress.epoch)
             self._remove_old_steps(step)
         if _due(step, self._preview.every_steps) and not last:
             self.draw(f"{step:06d}", step)
@@ -137,13 +137,17 @@ class Saver:
             loss = validation.measure(self._accelerator, self._network)
         self._log.validation(loss, kind, count)
 
-    def _save_adapter(self, path: Path, progress: Progress, with_state: bool) -> None:
+    def _save_adapter(
+        self, path: Path, progress: Progress, with_state: bool, ended: int | None = None
+    ) -> None:
+        """Write an adapter file; `ended` epochs are in its metadata (None: one that has begun counts)."""
         precision = "float" if self._options.upcast_before_saving else self._options.save_precision
         if self._accelerator.is_main_process:
             self._log.message(f"saving checkpoint: {path}")
             with self._averaged():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._network.save_weights(str(path), _PRECISIONS[precision], self._metadata(progress))
+                facts = self._metadata(progress, ended)
+                self._network.save_weights(str(path), _PRECISIONS[precision], facts)
         self._accelerator.wait_for_everyone()
         if with_state:
             self._save_state(self._names.state(path), progress)
@@ -230,8 +234,8 @@ class Saver:
         if lacks_pictures:
             self.draw(tag, progress.step)
 
-    def _metadata(self, progress: Progress) -> dict[str, str]:
-        epoch = progress.epoch + (progress.position > 0)
+    def _metadata(self, progress: Progress, ended: int | None = None) -> dict[str, str]:
+        epoch = progress.epoch + (progress.position > 0) if ended is None else ended
         return metadata.at_save(
             self._run_metadata, step=progress.step, epoch=epoch, minimum=self._options.no_metadata
         )

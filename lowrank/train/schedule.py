@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lowrank.config.flag import literals
 from lowrank.config.flags_training import Optimizer as Options
-from lowrank.errors import Refused, nearest
+from lowrank.config.optimizers import schedule_arguments
+from lowrank.errors import Refused
 from lowrank.train.optim import import_class, schedule_free
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Curve:
 
 
 def rate_factor(name: str, curve: Curve) -> Callable[[int], float]:
-    """The schedule `name` as a function of the step. Raises `Refused` for malformed `rules`."""
+    """The schedule `name` as a function of the step."""
     from diffusers.optimization import get_scheduler  # imported late: parsing needs neither
     from transformers import optimization as transformers
 
@@ -65,14 +66,8 @@ def rate_factor(name: str, curve: Curve) -> Callable[[int], float]:
             name, carrier, **lengths, scheduler_specific_kwargs=arguments[name]
         )
         return made.lr_lambdas[0]
-    try:
-        made = get_scheduler(name, carrier, curve.rules, **lengths, num_cycles=curve.cycles)
-        return made.lr_lambdas[0]
-    except ValueError as error:
-        raise Refused(
-            f"--lr_scheduler_args step_rules={curve.rules!r} is not of the form 1:10,0.1:20,0.01: factor 1 "
-            "before step 10, 0.1 before step 20, then 0.01"
-        ) from error
+    made = get_scheduler(name, carrier, curve.rules, **lengths, num_cycles=curve.cycles)
+    return made.lr_lambdas[0]
 
 
 def _polynomial(step: int, curve: Curve, end: float, power: float) -> float:
@@ -127,35 +122,20 @@ def build_scheduler(
     one optimizer step. Adafactor with relative steps and schedule-free optimizers ignore the schedule: the
     first reports its own rate, the others keep theirs. Raises `Refused` for unknown names and arguments.
     """
-    name = options.lr_scheduler
     relative_step = any(group.get("relative_step") for group in optimizer.param_groups)
     if relative_step or schedule_free(optimizer):
-        if (name != "constant" and not name.startswith("adafactor:")) or options.lr_scheduler_type:
-            log.warning("%s has its own schedule; --lr_scheduler has no effect", type(optimizer).__name__)
         return _adafactor(optimizer, options) if relative_step else LambdaLR(optimizer, lambda step: 1.0)
     if options.lr_scheduler_type:
         check_schedule(options)
         return _custom(optimizer, options, processes)
-    if name.startswith("adafactor:"):
-        raise Refused(f"--lr_scheduler {name} is only for --optimizer_type Adafactor; use constant")
-    factor = rate_factor(name, _curve(optimizer, options, total_steps))
+    factor = rate_factor(options.lr_scheduler, _curve(optimizer, options, total_steps))
     if processes == 1:
         return LambdaLR(optimizer, factor)
     return LambdaLR(optimizer, lambda step: factor(step // processes))
 
 
 def _curve(optimizer: torch.optim.Optimizer, options: Options, total_steps: int) -> Curve:
-    name, arguments = options.lr_scheduler, literals("--lr_scheduler_args", options.lr_scheduler_args)
-    known = ("step_rules",) if name == "piecewise_constant" else ()
-    for key in arguments.keys() - set(known):
-        raise Refused(
-            f"--lr_scheduler_args {key} is no argument of {name}{nearest(key, known)}; use the flags "
-            "--lr_warmup_steps, --lr_scheduler_num_cycles and the like"
-        )
-    if known and "step_rules" not in arguments:
-        raise Refused(f"--lr_scheduler {name} needs --lr_scheduler_args \"step_rules='1:10,0.1:20,0.01'\"")
-    if name == "cosine_with_min_lr" and options.lr_scheduler_min_lr_ratio is None:
-        raise Refused(f"--lr_scheduler {name} needs --lr_scheduler_min_lr_ratio, e.g. 0.1")
+    arguments = schedule_arguments(options)
     warmup, decay = (
         int(value * total_steps) if value < 1 else int(value)
         for value in (options.lr_warmup_steps, options.lr_decay_steps)
@@ -172,7 +152,7 @@ def _curve(optimizer: torch.optim.Optimizer, options: Options, total_steps: int)
         timescale=options.lr_scheduler_timescale,
         floor=options.lr_scheduler_min_lr_ratio or 0.0,
         end=min(1.0, LAST_RATE / rate),
-        rules=str(arguments.get("step_rules", "")),
+        rules=arguments.get("step_rules", ""),
     )
 
 

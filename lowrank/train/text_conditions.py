@@ -49,7 +49,7 @@ class TextConditions:
         self._family, self._models, self._switches = family, models, switches
         self._device = torch.device(models.source.device)
         self._trains, self._listed = trains, captions is not None
-        self._whole = trains and _trains_all(family, models)
+        self._whole = trains and _trains_all(family, models, switches)
         if trains and not self._listed and not self._whole:
             raise Refused(
                 "--train_text_encoder needs captions that can be listed; leave out --shuffle_caption, "
@@ -69,7 +69,7 @@ class TextConditions:
                 progress=progress,
             )
         self._read: dict[str, Mapping[str, Tensor]] = {}
-        self.encoders: list[nn.Module] = family.keep_trained_text(models) if trains else []
+        self.encoders: list[nn.Module] = family.keep_trained_text(models, switches) if trains else []
         if self._listed and not trains:
             release(models, ("text",))
 
@@ -96,9 +96,9 @@ class TextConditions:
         return self._read[caption]
 
 
-def _trains_all(family: Family, models: Models) -> bool:
+def _trains_all(family: Family, models: Models, switches: FamilyOptions) -> bool:
     """Whether adapters can go on every text encoder of the family, so that none of them can be freed."""
-    return len(family.keep_trained_text(replace(models))) == len(models.text_encoders)
+    return len(family.keep_trained_text(replace(models), switches)) == len(models.text_encoders)
 
 
 def text_conditions(

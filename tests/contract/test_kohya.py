@@ -28,8 +28,8 @@ CHECKOUT = os.environ.get("SD_SCRIPTS")
 SPY = ROOT / "tests" / "support" / "kohya_spy.py"
 PYTHON = os.environ.get("SD_SCRIPTS_PYTHON", sys.executable)
 pytestmark = pytest.mark.skipif(CHECKOUT is None, reason="SD_SCRIPTS names no checkout of kohya sd-scripts")
-# networks.lora is kohya's own there
-NETWORKS = sorted(file.stem for file in (ROOT / "networks").glob("*.py") if file.stem != "lora")
+# networks.lora and networks.lora_flux are kohya's own there
+NETWORKS = sorted({file.stem for file in (ROOT / "networks").glob("*.py")} - {"lora", "lora_flux"})
 # without a basis file they begin with a stage on data
 STAGED = (
     *("network_null_lalora", "network_null_lalora_plus", "network_null_lalora_plus_Effi_ABM"),

@@ -469,3 +469,20 @@ def test_text_encoder_training(flags, parts, arguments, tmp_path):
     moved = {key for key, value in state.items() if key.endswith("delta_r.weight") and value.abs().max() > 0}
     assert {key.partition(".")[0] for key in moved} == parts
     assert any("text_encoder.text_model.encoder.layers.0.self_attn.q_proj" in key for key in state)
+
+
+def test_kohya_flux_module_trains_its_text_encoders(arguments, tmp_path):
+    """networks.lora_flux: CLIP-L without a further flag, T5 on request; the file has kohya's keys."""
+    module = ("--network_module", "networks.lora_flux", "--gradient_checkpointing", "--max_train_steps", "2")
+    args = ("--network_args", "train_t5xxl=True", "train_blocks=double")
+    assert main(arguments("run", *module, *args, "--output_name", "a")) == 0
+    state = load_file(tmp_path / "run" / "a.safetensors")
+    moved = {key.split("_")[1] for key, value in state.items() if "lora_up" in key and value.any()}
+    assert moved == {"unet", "te1", "te3"}
+    assert "lora_unet_double_blocks_0_txt_attn_qkv.lora_up.weight" in state
+    assert read_metadata(tmp_path / "run" / "a.safetensors")["ss_network_module"] == "networks.lora_flux"
+    with pytest.raises(Refused, match="train_t5xxl=True would change them"):
+        main(arguments("cached", *module, *args, "--cache_text_encoder_outputs"))
+    alone = ("--network_train_unet_only", "--output_name", "b")
+    assert main(arguments("alone", *module, *alone)) == 0
+    assert all(key.startswith("lora_unet_") for key in load_file(tmp_path / "alone" / "b.safetensors"))

@@ -406,10 +406,12 @@ def test_sample_images_with_kohyas_prompt_file(arguments, tmp_path):
     assert "Negative prompt: blurry, dark" in first.text["parameters"]
 
 
-def test_unknown_sampler_is_named(arguments, tmp_path):
-    (tmp_path / "p.txt").write_text("a cat --ss euler_b")
-    with pytest.raises(Refused, match="'euler_b' of a prompt is unknown \\(did you mean 'euler_a'"):
-        sd(arguments("run", "--sample_prompts", str(tmp_path / "p.txt")))
+def test_unknown_sampler_is_left_out(arguments, tmp_path, caplog):
+    (tmp_path / "p.txt").write_text("a cat --ss euler_b --s 2")
+    sd(arguments("run", "--sample_prompts", str(tmp_path / "p.txt"), "--max_train_steps", "1"))
+    assert "'euler_b' of a prompt is left out (did you mean 'euler_a'?)" in caplog.text
+    (picture,) = (tmp_path / "run" / "sample").glob("*.png")
+    assert "Sampler: ddim" in Image.open(picture).text["parameters"]
 
 
 # ---------- dry run

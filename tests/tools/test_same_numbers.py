@@ -197,4 +197,5 @@ def test_recipe_order():
 def test_every_network_has_a_recipe(family):
     methods = [path.stem for path in (same_numbers.ROOT / "networks").glob("[!_]*.py")]
     assert len(methods) >= 14
+    methods = [method for method in methods if family == "flux" or method != "lora_flux"]
     assert {f"{family}/{method}" for method in methods} <= set(every())

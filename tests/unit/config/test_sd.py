@@ -109,7 +109,12 @@ def test_a_launchers_command_parses(surface):
     ignored = {"lowram", "persistent_data_loader_workers"} | (
         {"clip_skip"} if surface is SDXL_TRAIN else set()
     )
-    assert parsed.notes == (f"ignored for {surface.ignored_by}: {', '.join(sorted(ignored))}",)
+    assert set(parsed.notes) == {
+        f"ignored for {surface.ignored_by}: {', '.join(sorted(ignored))}",
+        "--max_bucket_reso has no effect with --bucket_no_upscale, which has precedence",
+        "--learning_rate has no effect: every part that is trained has a rate of its own (--unet_lr, "
+        "--text_encoder_lr)",
+    }
     assert parsed.value("max_token_length") == 225 and parsed.options.captions.caption_extension == ".txt"
     assert parsed.options.optimizer.text_encoder_lr == (1e-5, 2e-5) and "SECRET" not in parsed.toml()
     objective = Diffusion(**vars(parsed.options.objective))

@@ -53,7 +53,7 @@ def saved(tmp_path_factory, request):
             record, name = FAMILIES[family]
             base = request.getfixturevalue(name)
             models = record.load(Source(str(base), dtype=torch.float32))
-            encoders = record.keep_trained_text(models)
+            encoders = record.keep_trained_text(models, record.options())
             passed = as_passed(encoders, models.denoiser)
             module = importlib.import_module(f"networks.{method}")
             given = {"target": TARGETS[family], "num_experts": "2", **ARGUMENTS[method]}

@@ -178,7 +178,11 @@ def test_trained_text_is_the_encoded_with_gradient(name, request):
     family = {"sd": SD15, "sdxl": SDXL}[name]
     captions, options = ["a (cat:1.2)", "two dogs"], SdOptions(None, 150, True)
     expected = stack_text(family.encode_text(models, captions, options))
-    assert len(family.keep_trained_text(models)) == len(models.text_encoders) == (1 if name == "sd" else 2)
+    assert (
+        len(family.keep_trained_text(models, options))
+        == len(models.text_encoders)
+        == (1 if name == "sd" else 2)
+    )
     layers = [encoder.get_submodule(path) for encoder in models.text_encoders for path in paths(encoder)]
     try:
         for layer in layers:
