@@ -42,7 +42,7 @@ def reasons_of(error: Refused) -> tuple[str, ...]:
 def joined(title: str, reasons: Iterable[str]) -> Refused:
     """Return one error with all reasons, of which there is at least one."""
     different = tuple(dict.fromkeys(reasons))
-    return SeveralRefused(title, different) if len(different) > 1 else Refused(different[0])
+    return SeveralRefused(title, different) if len(different) > 1 else Refused("".join(different))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -259,10 +259,15 @@ def sha256(path: str | os.PathLike, first: int | None = None) -> str:
 
 
 def read_text(
-    path: str | os.PathLike, name: str, limit: int = TEXT, way_out: str = "correct the path"
+    path: str | os.PathLike,
+    name: str,
+    limit: int = TEXT,
+    way_out: str = "correct the path",
+    utf16: bool = False,
 ) -> str:
     """The text of a regular UTF-8 file of at most `limit` bytes, with newlines as in text mode.
 
+    With `utf16` a file may also be in UTF-16 with a byte order mark, as Windows' editors write it.
     `name` goes before the path in messages. Raises `Refused` for a file that is missing, unreadable, too
     large or in another encoding, and for a folder, a device or a pipe, which could be endless.
     """
@@ -283,10 +288,12 @@ def read_text(
     if facts.st_size > limit or len(data) > limit:
         raise Refused(f"{name} {path} has more than {limit:,} bytes, the limit for such a file; {way_out}")
     try:
-        return decoded(data).replace("\r\n", "\n").replace("\r", "\n")
+        text = decoded(data) if utf16 else data.decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
+        kinds = "neither UTF-8 nor UTF-16" if utf16 else "not UTF-8"
         raise Refused(
-            f"{name} {path} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8, or {way_out}"
+            f"{name} {path} is {kinds} (byte {error.start}: {error.reason}); save it as UTF-8, or {way_out}"
         ) from error
 
 

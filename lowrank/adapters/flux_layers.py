@@ -219,7 +219,8 @@ def _of_denoiser(options: FluxLayers, common: CommonArguments, denoiser: nn.Modu
             "modules": [block for kind, block in BLOCKS.items() if options.train_blocks in ("all", kind)],
             "names": [f"^(?:{words})$"] if inputs else [],
         }
-    targets = find("unet", denoiser, exclude=common.exclude, **selection)
+    chosen: Any = selection
+    targets = find("unet", denoiser, exclude=common.exclude, **chosen)
     if any(joined_path(target.path) == flux_names.SWAPPED for target in targets):
         raise Refused(
             "target matches norm_out.linear, whose rows have another order in kohya's FLUX; leave it out, or "

@@ -121,7 +121,7 @@ def read_prompts(
     """The prompts of a file. `.txt`: a prompt per line, `#` comments. `.toml`: `[prompt]` defaults and
     `[[prompt.subset]]`. `.json`: a list of lines or objects. Raises `Refused` naming file and entry."""
     path = Path(path)
-    text = read_text(path, flag)
+    text = read_text(path, flag, utf16=True)
     if path.suffix == ".txt":
         lines = [(f"{path} line {i}", line.strip()) for i, line in enumerate(text.splitlines(), 1)]
         entries: list[tuple[str, Any]] = [(where, line) for where, line in lines if line and line[0] != "#"]
