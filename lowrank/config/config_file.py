@@ -63,7 +63,7 @@ def read_config(
         elif key in specs:
             _add(config, specs[key], key, value)
         elif key in ignored:
-            config.ignored.append(key)
+            config.ignored += [] if off(value) else [key]
         elif gui.is_own_key(key):
             config.interface.append(key)
         else:
