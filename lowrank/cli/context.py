@@ -158,7 +158,7 @@ def _prepared(
     family.add(models, ("denoiser",))
     align(models)
     denoiser, measure = models.denoiser, options.measure
-    choose_attention(options.base_model.xformers, denoiser)
+    choose_attention(options.base_model.xformers, denoiser, denoiser.device)
     passed = as_passed(encoders, denoiser) if encoders else []
     targets = find_all(passed, denoiser, target=measure.target, exclude=measure.exclude, conv=measure.conv)
     if options.base_model.fp8_base:

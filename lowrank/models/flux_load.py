@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def _vae(models: Models) -> nn.Module:
 
 def _denoiser(models: Models) -> nn.Module:
     source, root = models.source, models.root
+    if source.stores_base:
+        source = replace(source, device="cpu")
     if single.is_file(root):
         return components.ready(flux_single.transformer(root, source.dtype), "transformer", root, source)
     return components.load_component(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,8 @@ def _vae(models: Models) -> nn.Module:
 
 def _denoiser(models: Models) -> nn.Module:
     source, root = models.source, models.root
+    if source.stores_base:
+        source = replace(source, device="cpu")
     if not root.is_file():
         return components.load_component(UNet2DConditionModel, source, root, "unet", torch_dtype=source.dtype)
     model = sd_single.unet(_file(models).under(sd_single.UNET), models.configs["denoiser"], source.dtype)

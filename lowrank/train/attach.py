@@ -64,13 +64,14 @@ def adapt(job: RunningJob, models: Models, encoders: list[nn.Module]) -> KohyaNe
     """Freeze the denoiser and attach the network to it."""
     denoiser, kind, swap = models.denoiser, job.options.memory.storage, job.options.memory.blocks_to_swap
     denoiser.requires_grad_(False).eval()
-    choose_attention(job.options.xformers, denoiser)
+    choose_attention(job.options.xformers, denoiser, job.accelerator.device)
     if kind or swap:
         blocks.freeze_base(denoiser)
     torch.manual_seed(job.seed)
     network = job.create(denoiser, encoders, job.options.network.network_weights)
     if kind or swap:  # after adapters have read what they need of the weights
         blocks.store_base(denoiser, kind, swap, job.accelerator.device)
+        denoiser.to(job.accelerator.device)  # what is not swapped
     _prepare_network(job, network, models, encoders)
     return network
 
@@ -85,11 +86,11 @@ def check_base(job: RunningJob, models: Models, path: str) -> None:
     )
 
 
-def choose_attention(xformers: bool, denoiser: Any) -> None:
+def choose_attention(xformers: bool, denoiser: Any, device: torch.device) -> None:
     """Use the attention of xformers if it is requested and available; warn if it is not available."""
     if not xformers:
         return
-    if importlib.util.find_spec("xformers") and denoiser.device.type == "cuda":
+    if importlib.util.find_spec("xformers") and device.type == "cuda":
         memory.attention(denoiser, "xformers")
     else:
         logger.warning("xformers is not installed, or there is no GPU; torch's own attention is used")
