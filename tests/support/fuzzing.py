@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -637,7 +638,12 @@ class Watch:
         before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         self.reading = True
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")  # torch warns of pickles of newer protocols
                 reader.read(case, folder)
         except Refused as refused:
             assert "\n" not in str(refused).strip() or len(str(refused)) < 2_000, "a message is too long"
