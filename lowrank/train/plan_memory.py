@@ -130,7 +130,7 @@ def _run(
     with live.part("adapter"):
         network = adapt(job, models, text.encoders)
         live.enter(models.denoiser.parameters(), "weights of the denoiser")
-        live.relabel(
+        live.enter(
             (layer.packed for layer in frozen_layers(models.denoiser) if layer.packed is not None),
             "weights of the denoiser",
         )
