@@ -79,7 +79,7 @@ def _value(where: str, key: str, value: Any) -> Any:
         if number is None and not isinstance(value, bool):
             with contextlib.suppress(TypeError, ValueError, OverflowError):
                 number = read(value) if isinstance(value, str) or read is float else operator.index(value)
-    if number is None or not math.isfinite(number):
+    if number is None or (isinstance(number, float) and not math.isfinite(number)):
         log.warning("%s: %s %r is not a number and is left out", where, key, value)
         return None
     low, high = _LIMITS[key]
