@@ -84,7 +84,8 @@ def networks(folder: str) -> None:
             net.load_weights(str(file))
 
     layer = net.layers()[0]
-    layer.down = nn.Parameter(layer.down.detach().cpu())
+    role, value = next(iter(layer.roles().items()))
+    setattr(layer, role, nn.Parameter(value.detach().cpu()))
     with pytest.raises(RuntimeError, match="same device, but found sim:0 and cpu"):
         model(x)
 
