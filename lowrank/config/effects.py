@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from lowrank.config.command_line import Parsed
 from lowrank.config.train import TrainOptions
 
-# fact -> (whether it holds, what is said where it does not)
+# fact -> (whether it holds, the reason in the log if it does not)
 FACTS: Mapping[str, tuple[Callable[[TrainOptions], bool], str]] = {
     "a trained denoiser": (
         lambda o: not o.network.network_train_text_encoder_only,
