@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import types
 import typing
@@ -27,6 +26,7 @@ from lowrank.adapters.network import AdapterNetwork, DenseWeights
 from lowrank.adapters.targets import Target, find_all
 from lowrank.config.flag import LARGEST, WORDS, parse_text, quoted
 from lowrank.errors import Refused, nearest
+from lowrank.files import parse_json
 from lowrank.naming import keys
 
 logger = logging.getLogger(__name__)
@@ -339,14 +339,10 @@ def method_made_by(metadata: Mapping[str, str], source: str) -> Method | None:
 
 def options_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
     """Return the method's options from a file's metadata. Raises `Refused` unless they are a JSON object."""
-    try:
-        stored = json.loads(metadata.get("lowrank.options", "{}"))
-        if not isinstance(stored, dict):
-            raise ValueError("it is no object")
-    except (ValueError, RecursionError) as error:
-        raise Refused(
-            f"{source} has damaged metadata (lowrank.options: {error}); use another file"
-        ) from error
+    damaged = f"{source} has damaged metadata: lowrank.options"
+    stored = parse_json(metadata.get("lowrank.options", "{}"), damaged)
+    if not isinstance(stored, dict):
+        raise Refused(f"{damaged} is no object; use another file")
     return stored
 
 

@@ -6,7 +6,6 @@ read as tensors only (`tensors.read_tensors`), and nothing in a file is run.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from torch import Tensor
 from lowrank.adapter_file import AdapterFile, open_adapter_file, read_adapter_file
 from lowrank.adapters.method import Method
 from lowrank.errors import Refused
-from lowrank.files import sha256
+from lowrank.files import parse_json, sha256
 from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.delta import LORA, Delta, delta_of, distance, method_for
 from lowrank.formats.foreign import ForeignLayer, split
@@ -235,8 +234,8 @@ def _schedule(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _json(text: str | None) -> Any:
     try:
-        return json.loads(text) if text else None
-    except (json.JSONDecodeError, RecursionError):
+        return parse_json(text, "metadata") if text else None
+    except Refused:
         return text
 
 

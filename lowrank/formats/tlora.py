@@ -26,7 +26,7 @@ from lowrank.adapters.method import Factor
 from lowrank.adapters.network_module import network_named, options_of
 from lowrank.bases.singular import PARTS, singular_components
 from lowrank.errors import Refused, nearest
-from lowrank.files import atomic
+from lowrank.files import atomic, parse_json, read_json
 from lowrank.formats.delta import is_orthogonal
 from lowrank.naming import keys
 from lowrank.naming.places import LayerPath, lycoris_layer
@@ -178,10 +178,7 @@ def _stored_schedule(path: Path, metadata: Mapping[str, str], lycoris: set[int] 
     if lycoris is not None and beside.is_file():
         texts = {str(beside): beside.read_bytes().decode("utf-8", "replace"), **texts}
     for source, text in texts.items():
-        try:
-            config = json.loads(text or "null")
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"{source} is no JSON ({error}); correct it, or remove it") from error
+        config = parse_json(text or "null", source)
         if isinstance(config, dict) and config.get("algo") == METHOD:
             return _of_lycoris(config, lycoris or set(), source, path)
     return None
@@ -295,7 +292,7 @@ def ranks_of(state: Mapping[str, Tensor]) -> set[int]:
 def write_sidecar(folder: Path, config: Mapping[str, Any]) -> Path:
     """Write `lycoris_config.json` into a folder. Raises `Refused` where one with other content exists."""
     path, text = folder / SIDECAR, json.dumps(config, indent=2) + "\n"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != config:
+    if path.is_file() and read_json(path, "LyCORIS' configuration") != config:
         raise Refused(f"{path} exists with other content; write the adapter to another folder")
     with atomic(path) as part:
         part.write_text(text, encoding="utf-8")

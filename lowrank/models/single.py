@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from lowrank.errors import Refused
+from lowrank.files import parse_json
 from lowrank.models.components import complete, reading, without_bars
 from lowrank.models.family import Source
 from lowrank.tensors import read_tensors
@@ -75,7 +75,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.suffix in SUFFIXES:
         with reading("checkpoint", path), safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            configs = json.loads((file.metadata() or {}).get(CONFIGS, "{}"))
+            configs = parse_json((file.metadata() or {}).get(CONFIGS, "{}"), f"{CONFIGS} of {path}")
     else:
         tensors, _ = read_tensors(path)
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
