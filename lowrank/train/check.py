@@ -88,7 +88,8 @@ def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNe
     blocks.swapped(denoiser, job.options.memory.blocks_to_swap)
     for path in (*(path for path, _ in job.base_weights), *([weights] if weights else [])):
         check_base(job, models, path)
-    if network_module.facade_of(job.networks) is None:
+    facade = network_module.facade_of(job.networks)
+    if facade is None:
         return None, None
     trains_text = job.options.trains_text
     encoders: tuple[nn.Module, ...] = ()
@@ -96,9 +97,7 @@ def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNe
         encoders = tuple(encoder for encoder, _ in job.family.empty_text(models))
     for path, strength in job.base_weights:
         passed = as_passed(encoders, denoiser)
-        other, _ = job.networks.create_network_from_weights(
-            strength, path, None, passed, denoiser, for_inference=True
-        )
+        other, _, _ = facade.from_file(strength, path, passed, denoiser)
         report_unused(path, other.load_weights(path).unexpected_keys, job.options.network.strict)
     kept = replace(models, text_encoders=encoders)
     trained = job.family.keep_trained_text(kept, job.switches) if trains_text else []

@@ -53,6 +53,38 @@ def files(folder: Path) -> dict[Path, bytes]:
 # ---------- files and folders
 
 
+@pytest.fixture(scope="module")
+def partly_used(trained, tmp_path_factory):
+    """The file of `trained` with a layer that no model has and a norm, and the number of its tensors."""
+    state = load_file(trained / "cat.safetensors")
+    layer = next(key for key in state if key.endswith("to_q.lora_up.weight")).removesuffix("lora_up.weight")
+    for end in ("lora_up.weight", "lora_down.weight", "alpha"):
+        state[layer.replace("down_blocks_", "down_blocks_9") + end] = state[layer + end].clone()
+    state["lora_unet_conv_norm_out.w_norm"] = torch.ones(32)
+    path = tmp_path_factory.mktemp("partly") / "partly.safetensors"
+    save_file(state, path)
+    return path, len(state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["networks.lora", "lycoris.kohya"])
+@pytest.mark.parametrize("flag", ["--network_weights", "--base_weights"])
+def test_unused_tensors_are_reported_once_or_refused(flag, module, arguments, partly_used, caplog):
+    if module == "lycoris.kohya":
+        pytest.importorskip("lycoris")
+    path, count = partly_used
+    used, left_out = count - 4, "layer without an adapter here × 3, norm × 1, for example lora_unet_conv_"
+    if (flag, module) == ("--base_weights", "lycoris.kohya"):  # LyCORIS merges norms
+        used, left_out = count - 3, "layer without an adapter here × 3, for example lora_unet_down_blocks_90"
+    line = (flag, str(path), "--network_module", module, "--network_train_unet_only", "--max_train_steps=1")
+    with pytest.raises(Refused, match=rf"--strict, and [34] of {count} tensors of .* left out: {left_out}"):
+        sd(arguments("strict", *line, "--strict"))
+    caplog.clear()
+    assert sd(arguments("run", *line)) == 0
+    (report,) = [r.getMessage() for r in caplog.records if f"{path}: " in r.getMessage()]
+    assert f"{used} of {count} tensors are used; left out: {left_out}" in report
+
+
 @pytest.mark.parametrize("flag", ["--network_weights", "--base_weights"])
 @pytest.mark.parametrize(
     ("kind", "said"),
