@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -196,6 +197,28 @@ def test_strength_scales_change(case, nodes, trained):
     again, _ = nodes.NODE_CLASS_MAPPINGS["LowrankLoader"]().run(model, "a.safetensors", -0.5)
     network.set_multiplier(0.0)
     assert close(again.sample(case.x, case.sigmas), case.expected())
+
+
+@pytest.mark.parametrize("node", ["LowrankLoader", "LowrankMerge"])
+def test_unused_tensors_are_listed_or_refused(node, case, nodes, trained, tmp_path, caplog):
+    network = trained("lora")
+    state, metadata = read_tensors(tmp_path / "a.safetensors")
+    extra = {"clip_l": torch.ones(2, 768), "emb_params": torch.ones(2), "x.reft_R": torch.ones(2, 2)}
+    write_tensors(tmp_path / "b.safetensors", {**state, **extra}, metadata)
+    count = f"{len(state)} of {len(state) + 3} tensors"
+    left_out = "embedding × 2, unknown (reft_R) × 1, for example clip_l"
+    words = ("b.safetensors", 1.0) if node == "LowrankLoader" else ("a.safetensors", "b.safetensors", 0.0, 1.0)
+    run = nodes.NODE_CLASS_MAPPINGS[node]().run
+    with pytest.raises(Refused, match=rf"--strict, and 3 of {len(state) + 3} .*{re.escape(left_out)}"):
+        run(case.model, *words, strict=True)
+    caplog.set_level("INFO")
+    caplog.clear()
+    model, _ = run(case.model, *words)
+    lines = [r for r in caplog.records if "b.safetensors: " in r.getMessage()]
+    assert [r.levelname for r in lines] == ["WARNING"]
+    assert f"b.safetensors: {count} are used; left out: {left_out}" in lines[0].getMessage()
+    network.set_multiplier(1.0)
+    assert close(model.sample(case.x, case.sigmas), case.expected())
 
 
 def test_half_precision(case, nodes, trained):
