@@ -207,7 +207,9 @@ def test_unused_tensors_are_listed_or_refused(node, case, nodes, trained, tmp_pa
     write_tensors(tmp_path / "b.safetensors", {**state, **extra}, metadata)
     count = f"{len(state)} of {len(state) + 3} tensors"
     left_out = "embedding × 2, unknown (reft_R) × 1, for example clip_l"
-    words = ("b.safetensors", 1.0) if node == "LowrankLoader" else ("a.safetensors", "b.safetensors", 0.0, 1.0)
+    words = (
+        ("b.safetensors", 1.0) if node == "LowrankLoader" else ("a.safetensors", "b.safetensors", 0.0, 1.0)
+    )
     run = nodes.NODE_CLASS_MAPPINGS[node]().run
     with pytest.raises(Refused, match=rf"--strict, and 3 of {len(state) + 3} .*{re.escape(left_out)}"):
         run(case.model, *words, strict=True)
