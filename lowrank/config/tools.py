@@ -249,6 +249,7 @@ class ExtractAdapter:
     parts: str = option("all", "components to compare", choices=("all", "unet", "text"))
     dtype: str | None = option(None, "precision of the written file (unset: fp32)", choices=_PRECISIONS)
     base: str | None = option(None, "kind of model, if the names of the layers fit several", choices=FAMILIES)
+    strict: bool = option(False, "refuse checkpoints that differ in norm layers, biases or embeddings too")
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ class ImportAdapter:
 class Inspect:
     """Files to inspect"""
 
-    files: tuple[str, ...] = path((), "adapter files of any program", required=True)
+    files: tuple[str, ...] = path((), "adapter files of any program, or folders of PEFT", required=True)
     model: str | None = path(
         None, "base model, to measure the ΔW of OFT, GLoRA, IA3 and LoKr with DoRA, which depends on it"
     )
