@@ -49,7 +49,6 @@ def report(
 
     Raises `Refused` for a file without tensors.
     """
-    layers, problems = [], []
     raw = open_adapter_file(path)
     files = _files(Path(path))
     contents = read_adapter_file(raw, method.file_roles() if method else (), strict=False)
@@ -58,17 +57,11 @@ def report(
         per_block = base.per_block
     whole = split(contents, raw.state, broken := {}, per_block)
     contents = replace(contents, layers=whole.pairs)
-    problems += list(broken.values())
-    for module in contents.layers:
-        layer = _layer(module, contents, method, per_block)
-        layers.append(layer)
-        if layer["problem"]:
-            problems.append(f"{module}: {layer['problem']}")
-    shown: set[str] = set()  # a joined layer of FLUX is several places, and one row
-    for place, layer in whole.foreign.items():
-        if layer.module not in shown:
-            layers.append(_foreign_layer(place, layer, problems, base))
-            shown.add(layer.module)
+    problems = list(broken.values())
+    layers = [_layer(module, contents, method, per_block) for module in contents.layers]
+    problems += [f"{layer['module']}: {layer['problem']}" for layer in layers if layer["problem"]]
+    shown = {layer.module: place for place, layer in reversed(whole.foreign.items())}  # FLUX joins layers
+    layers += [_foreign_layer(place, whole.foreign[place], problems, base) for place in shown.values()]
     other, metadata = whole.not_understood, raw.metadata
     kinds = Counter(layer.kind.name for layer in {id(v.tensors): v for v in whole.foreign.values()}.values())
     families = {**contents.layers, **dict.fromkeys(whole.modules.values())}

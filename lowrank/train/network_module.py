@@ -250,7 +250,7 @@ def _call(
     """The module's network by kohya's contract: with the ranks of a file, or with a rank and alpha."""
     facade = facade_of(module)
     if dim_from_weights and facade is not None:
-        return facade.from_file(1.0, weights, encoders, unet, **arguments)[0]
+        return facade.from_file(1.0, weights, encoders, unet, None, **arguments)[0]
     if dim_from_weights:
         network, _ = module.create_network_from_weights(1.0, weights, None, encoders, unet, **arguments)
         return network
