@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,29 @@ def test_unusable_file_is_refused(flag, kind, said, early, trained, tmp_path):
         save_file({k: v[:-8] if "lora_up" in k else v for k, v in state.items()}, path)
     told = early(flag, str(path))
     assert path.name in told and said in told
+
+
+@pytest.fixture
+def prodigy(monkeypatch):
+    """A package of that name; its optimizer is never made."""
+    module = types.ModuleType("prodigyopt")
+    module.__spec__ = importlib.machinery.ModuleSpec("prodigyopt", None)
+    module.Prodigy = type("Prodigy", (torch.optim.SGD,), {"__module__": "prodigyopt"})
+    monkeypatch.setitem(sys.modules, "prodigyopt", module)
+
+
+@pytest.mark.parametrize("rule", ["module_rules=attn1 -> lr=0.5", "module_rules=te -> lr=0.5"])
+def test_rates_of_rules_are_refused_before_pictures(rule, early, prodigy, arguments):
+    line = ("--optimizer_type", "Prodigy", "--learning_rate", "1", "--network_args", rule)
+    if "attn1" in rule:
+        assert "their rates must be equal, but they are 0.5, 1" in early(*line)
+    else:  # of a part that is not trained
+        assert sd(arguments("other", "--network_train_unet_only", "--dry_run", *line)) == 0
+
+
+def test_weight_decay_that_erases_the_base_is_refused_before_pictures(early):
+    line = ("--network_module", "networks.qrlora", "--optimizer_type", "AdaFactor", "--optimizer_args")
+    assert "would pull this method's factors to 0" in early(*line, "weight_decay=0.1")
 
 
 def test_unwritable_log_folder_is_refused(early, tmp_path):
