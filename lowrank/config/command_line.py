@@ -203,8 +203,11 @@ class CommandLine(Generic[T]):
             off = self.off_at_zero and spec.flag.off_at_zero and values[name] == 0
             if off or (values[name] == "" and spec.default is None):
                 values[name] = None
+            before = len(reading.problems)
             with reading.gathered():
                 spec.check_range(labels.get(name, f"--{name}"), values[name])
+            if len(reading.problems) > before:
+                values[name] = spec.default  # so that the other checks run, for one list of all problems
         parsed = None
         with reading.gathered():
             parsed = Parsed(self.prog, command, known, self._record(values), labels)
