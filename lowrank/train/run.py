@@ -237,7 +237,8 @@ def _start_or_resume(job: RunningJob, run: Run, saver: Saver, held_out: Loader |
     if job.accelerator.is_main_process:
         begin_record(job.names, job.config(options), job.command, resumed=job.resumed is not None)
     setup.start_trackers(job)
-    setup.announce(job, run.loader, _plan(job, run.loader), run.network)
+    models = [run.denoiser, *run.text_encoders]
+    setup.announce(job, run.loader, _plan(job, run.loader), run.network, models)
     if job.resumed is None:
         abm_stage = abm.stage(options.abm, run, held_out) if options.abm.abm_enabled else None
         with memory.tf32(options.train.allow_tf32):

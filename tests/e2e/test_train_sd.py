@@ -414,6 +414,45 @@ def test_unknown_sampler_is_left_out(arguments, tmp_path, caplog):
     assert "Sampler: ddim" in Image.open(picture).text["parameters"]
 
 
+# ---------- what a run prints
+
+
+def test_start_of_a_run_names_what_is_trained(arguments, folders, tmp_path, capsys, caplog):
+    more = ("--reg_data_dir", str(folders / "reg"), "--enable_bucket", "--min_bucket_reso", "32")
+    line = arguments("run", *more, "--bucket_reso_steps", "8", "--max_train_steps", "1")
+    assert sd(line) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "dataset 0: 64×64, batch 1",
+        f"{folders / 'train' / '2_cat'}: 3 training images × 2, 3 with captions",
+        f"{folders / 'reg' / '1_animal'}: 2 regularisation images × 1, 0 with captions",
+        "bucket 64x64: ",
+        "text encoder: 18 layers (attention 12, feed-forward 6)",
+        "denoiser: 192 layers (attention 128, ",
+        "total optimization steps: 1",
+        "memory of weights (GiB): denoiser 0.",
+        "--dry_run predicts the peak",
+    ):
+        assert text in printed, text
+    assert "2 of 2 images have no .caption file and train on 'animal': 0.png, 1.png" in caplog.text
+
+
+def test_captions_over_the_limit_are_named_once(arguments, folders, tmp_path, caplog):
+    """Also where they are found in the cache, and where a trained encoder encodes them at every step."""
+    shutil.copytree(folders / "train", tmp_path / "train")
+    (tmp_path / "train" / "2_cat" / "0.caption").write_text("cat " * 90)
+    data = ("--train_data_dir", str(tmp_path / "train"), "--max_train_steps", "3")
+    cached = ("--network_train_unet_only", "--cache_text_encoder_outputs_to_disk")
+    for more in (cached, cached, ()):
+        caplog.clear()
+        assert sd(arguments(f"run{len(more)}", *data, *more)) == 0
+        (report,) = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
+        assert report.startswith(
+            "1 of 3 captions are longer than the 75 tokens of CLIP and are cut; the longest"
+        )
+        assert "has 90: cat cat" in report and report.endswith("give --max_token_length 225")
+
+
 # ---------- dry run
 
 
