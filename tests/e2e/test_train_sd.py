@@ -417,6 +417,7 @@ def test_unknown_sampler_is_left_out(arguments, tmp_path, caplog):
 # ---------- what a run prints
 
 
+@pytest.mark.slow
 def test_start_of_a_run_names_what_is_trained(arguments, folders, tmp_path, capsys, caplog):
     more = ("--reg_data_dir", str(folders / "reg"), "--enable_bucket", "--min_bucket_reso", "32")
     line = arguments("run", *more, "--bucket_reso_steps", "8", "--max_train_steps", "1")
@@ -437,20 +438,19 @@ def test_start_of_a_run_names_what_is_trained(arguments, folders, tmp_path, caps
     assert "2 of 2 images have no .caption file and train on 'animal': 0.png, 1.png" in caplog.text
 
 
+@pytest.mark.slow
 def test_captions_over_the_limit_are_named_once(arguments, folders, tmp_path, caplog):
     """Also where they are found in the cache, and where a trained encoder encodes them at every step."""
     shutil.copytree(folders / "train", tmp_path / "train")
     (tmp_path / "train" / "2_cat" / "0.caption").write_text("cat " * 90)
-    data = ("--train_data_dir", str(tmp_path / "train"), "--max_train_steps", "3")
+    data = ("--train_data_dir", str(tmp_path / "train"), "--max_train_steps", "2")
     cached = ("--network_train_unet_only", "--cache_text_encoder_outputs_to_disk")
     for more in (cached, cached, ()):
         caplog.clear()
         assert sd(arguments(f"run{len(more)}", *data, *more)) == 0
         (report,) = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
-        assert report.startswith(
-            "1 of 3 captions are longer than the 75 tokens of CLIP and are cut; the longest"
-        )
-        assert "has 90: cat cat" in report and report.endswith("give --max_token_length 225")
+        assert "1 of 3 captions are longer than the 75 tokens of CLIP and are cut" in report
+        assert "the longest has 90: cat cat" in report and report.endswith("give --max_token_length 225")
 
 
 # ---------- dry run

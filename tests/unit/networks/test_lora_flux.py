@@ -287,10 +287,10 @@ def test_verbose_names_each_layer(flux, caplog):
 def test_log_counts_kohyas_layers_by_kind(flux, encoders):
     """As flux_train_network.py counts them: q, k and v are one layer."""
     (line,) = describe_layers(network(flux))
-    kinds = "double img_mod 2, double txt_mod 2, double img_attn 4, double txt_attn 4, double img_mlp 4, "
-    kinds += "double txt_mlp 4, single linear1 2, single linear2 2, single modulation 2"
+    kinds = "double img_mod 1, double txt_mod 1, double img_attn 2, double txt_attn 2, double img_mlp 2, "
+    kinds += "double txt_mlp 2, single linear1 1, single linear2 1, single modulation 1"
     count, rest = re.fullmatch(r"denoiser: (\d+) layers \((.*)\)", line).groups()
-    assert int(count) == len(names(flux)) == 26
+    assert int(count) == len(names(flux)) == 13
     assert sorted(rest.split(", ")) == sorted(kinds.split(", "))
     lines = describe_layers(network(flux, encoders=encoders, train_t5xxl="True", train_blocks="single"))
     assert [text.partition(" layers")[0].rpartition(": ")[0] for text in lines] == [
