@@ -66,9 +66,7 @@ def test_adapters_start_from_the_weights_before_storing(method, tiny_flux, cache
     for kind in (None, "nf4"):
         torch.manual_seed(0)
         denoiser = FLUX.load(replace(source, storage=kind), ("denoiser",)).denoiser
-        made.append(
-            importlib.import_module(f"networks.{method}").create_network(1.0, 4, 4, None, [], denoiser)
-        )
+        made.append(module.create_network(1.0, 4, 4, None, [], denoiser))
     assert made[0].start_metadata == made[1].start_metadata
     for plain, stored in zip(made[0].layers(), made[1].layers(), strict=True):
         for role, value in plain.tensors().items():
