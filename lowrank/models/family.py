@@ -41,7 +41,7 @@ class Source:
     cache_dir: str | None = None
     dtype: torch.dtype = torch.bfloat16
     device: str | torch.device = "cpu"
-    stores_base: bool = False  # the denoiser is read into host memory; its layers are moved when stored
+    storage: str | None = None  # the denoiser goes into host memory tensor by tensor, in this kind
     vae: str | None = None  # replaces the model's own: a folder or a file
     vae_dtype: torch.dtype | None = None  # None: as `dtype`; float32 is --no_half_vae
     clip_l: str | None = None

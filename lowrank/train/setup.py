@@ -179,7 +179,6 @@ def run_source(job: RunningJob) -> Source:
         job.source,
         dtype=DTYPES[job.accelerator.mixed_precision],
         device=job.accelerator.device,
-        stores_base=bool(job.options.memory.storage or job.options.memory.blocks_to_swap),
         vae_dtype=torch.float32 if job.options.model.no_half_vae else None,
         weights=not job.options.train.dry_run,
     )
