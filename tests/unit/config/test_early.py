@@ -67,3 +67,14 @@ def test_buckets_and_folders_are_in_the_list(folder):
     words = ("--train_data_dir", str(folder / "2_cat"), "--save_model_as", "pt")
     found = reasons(sd_train.main, *words, "--network_args", "target=attn(")
     assert len(found) == 2 and "is itself a folder <repeats>_<class> with 1 images" in found[1]
+
+
+def test_missing_packages_and_parts_of_the_model_are_in_the_list(folder, monkeypatch):
+    monkeypatch.setattr("lowrank.config.checks.find_spec", lambda name: None)
+    words = ("--train_data_dir", str(folder), "--log_with", "wandb", "--clip_l", "put the path here")
+    found = reasons(flux_train.main, *words, "--ae", "none.safetensors")
+    assert [reason.partition("; ")[0] for reason in found] == [
+        "--log_with wandb needs the package wandb",
+        "--clip_l put the path here does not exist",
+        "--ae none.safetensors does not exist",
+    ]
