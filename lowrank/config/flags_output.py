@@ -30,6 +30,9 @@ class Saving:
         "precision of adapter files (unset: the precision of training)",
         choices=("float", "fp16", "bf16"),
     )
+    report: bool = option(
+        False, "write report.html into --output_dir at each save and at the end: curves, pictures, settings"
+    )
     upcast_before_saving: bool = option(False, "save adapter files in fp32, as --save_precision float does")
     checkpointing_steps: int | None = option(
         None,

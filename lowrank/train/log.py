@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +22,7 @@ from lowrank.files import atomic
 
 INTERVAL = 30.0  # seconds between two lines of progress where the output is no terminal
 BINS = 4  # of the timestep range 0..1000
+NORMS = ("norm/gradient", "norm/avg_key_norm", "max_norm/max_key_norm")
 BIN_NAMES = tuple(f"t{1000 * i // BINS}-{1000 * (i + 1) // BINS}" for i in range(BINS))
 
 
@@ -66,14 +69,57 @@ class Meter:
         return losses, values[n + 2 * BINS :]
 
 
+class Table:
+    """A CSV file of numbers by step, made at its first row; a resumed run drops the rows after its step."""
+
+    def __init__(self, path: Path, columns: Sequence[str], number: str) -> None:
+        """`number` is a column that every whole row has a number in."""
+        self.path, self._columns, self._number = path, tuple(columns), number
+
+    def begin(self, step: int, empty: bool = False) -> list[dict[str, str]]:
+        """Keep the rows up to `step` and return them; with `empty` the file is made without rows too."""
+        rows: list[dict[str, str]] = []
+        if step and self.path.is_file():
+            with open(self.path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if _is_row(row, step, self._number)]
+        if rows or empty:
+            with atomic(self.path) as part, open(part, "w", newline="") as file:
+                self._writer(file).writeheader()
+                self._writer(file).writerows(rows)
+        else:
+            self.path.unlink(missing_ok=True)
+        return rows
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Append a row. Raises `Refused` if the disk takes none."""
+        try:
+            new = not self.path.is_file()
+            with open(self.path, "a", newline="") as file:
+                if new:
+                    self._writer(file).writeheader()
+                self._writer(file).writerow(row)
+        except OSError as error:
+            raise Refused(
+                f"could not write {self.path}: {error}; free disk space and continue with --resume latest"
+            ) from error
+
+    def _writer(self, file: Any) -> csv.DictWriter:
+        return csv.DictWriter(file, self._columns, extrasaction="ignore")
+
+
 class RunLog:
     """Writes the numbers of each step; every process has one, and only the main process writes."""
 
     def __init__(
         self, accelerator: Accelerator, folder: Path, components: Sequence[str], total: int, window: int
     ) -> None:
-        self._accelerator, self._csv = accelerator, folder / "loss.csv"
-        self._columns = ("step", "epoch", "lr", "loss", "avr_loss", *components, *BIN_NAMES)
+        self._accelerator = accelerator
+        columns = ("step", "epoch", "lr", "loss", "avr_loss", *components, *BIN_NAMES)
+        self._losses = Table(folder / "loss.csv", columns, "loss")
+        self._norms = Table(folder / "norms.csv", ("step", *NORMS), "step")
+        self._held_out = Table(folder / "validation.csv", ("step", "kind", "value"), "value")
+        self._summary = folder / "summary.json"
+        self._last = 0
         self._recent: deque[float] = deque(maxlen=max(1, window))
         self._of_epoch: list[float] = []
         self._total, self._images = total, 0
@@ -92,14 +138,9 @@ class RunLog:
         )
         if not self._accelerator.is_main_process:
             return
-        rows = []
-        if step and self._csv.is_file():
-            with open(self._csv, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if _is_row(row, step)]
-        with atomic(self._csv) as part, open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        rows = self._losses.begin(step, empty=True)
+        self._norms.begin(step)
+        self._held_out.begin(step)
         self._recent.extend(float(row["loss"]) for row in rows)
 
     def step(
@@ -134,14 +175,10 @@ class RunLog:
             scalars.setdefault("lr/textencoder", scalars["lr/textencoder 1"])
         self._accelerator.log(scalars, step=step)
         if self._accelerator.is_main_process:
-            row = {"step": step, "epoch": epoch, "lr": first, "avr_loss": average, **losses}
-            try:
-                with open(self._csv, "a", newline="") as file:
-                    csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
-            except OSError as error:
-                raise Refused(
-                    f"could not write {self._csv}: {error}; free disk space and continue with --resume latest"
-                ) from error
+            self._losses.add({"step": step, "epoch": epoch, "lr": first, "avr_loss": average, **losses})
+            if norms := {name: extra[name] for name in NORMS if name in extra}:
+                self._norms.add({"step": step, **norms})
+        self._last = step
 
     def _print_progress(self, step: int, numbers: str) -> None:
         """Without a terminal: print the bar as a line after the first and last step, and each `INTERVAL`."""
@@ -174,6 +211,8 @@ class RunLog:
             f"loss/validation/{kind}_divergence": value - recent,
         }
         self._accelerator.log(scalars, step=at)
+        if self._accelerator.is_main_process:
+            self._held_out.add({"step": self._last, "kind": kind, "value": value})
         self.message(f"validation loss after {kind} {at}: {value:.6f} (training {recent:.6f})")
 
     def message(self, text: str) -> None:
@@ -181,13 +220,26 @@ class RunLog:
         if self._accelerator.is_main_process:
             tqdm.write(text)
 
+    def write_summary(self) -> None:
+        """Write summary.json: steps, images, seconds and peak memory since the run was started or resumed."""
+        if not self._accelerator.is_main_process:
+            return
+        facts: dict[str, float] = {"steps": self._last - self._begun, "images": self._images}
+        facts["seconds"] = round(time.monotonic() - self._started, 2)
+        if torch.cuda.is_available():
+            facts["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        with atomic(self._summary) as part:
+            part.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
     def close(self) -> None:
+        """Write the summary, and end the trackers."""
+        self.write_summary()
         self._bar.close()
         self._accelerator.end_training()
 
 
-def _is_row(row: Mapping[str | None, str | None], last: int) -> bool:
-    """Whether a row of loss.csv is whole and of a step up to `last`; a kill can leave a part of a row."""
-    step, loss = row.get("step") or "", row.get("loss") or ""
-    whole = None not in row.values() and step.isdecimal() and parse_text(float, loss) is not None
-    return whole and int(step) <= last
+def _is_row(row: Mapping[str | None, str | None], last: int, number: str) -> bool:
+    """Whether a row is whole and of a step up to `last`; a kill can leave a part of a row."""
+    step = row.get("step") or ""
+    whole = None not in row.values() and step.isdecimal()
+    return whole and int(step) <= last and parse_text(float, row.get(number) or "") is not None

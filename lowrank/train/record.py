@@ -1,4 +1,4 @@
-"""The record of a run: config.toml, versions.txt and loss.csv; several runs in one folder each keep theirs.
+"""The record of a run: config.toml, versions.txt and tables; several runs in one folder each keep theirs.
 
 The files of the newest run are in the output folder itself. When another run starts there, they move to
 `runs/<output name>-<start>/`. A resumed run continues its own record, which may have moved there.
@@ -21,7 +21,8 @@ from lowrank.train.checkpoints import Names
 
 RUNS = "runs"
 LOSSES = "loss.csv"
-FILES = ("config.toml", "versions.txt", LOSSES)
+TABLES = (LOSSES, "norms.csv", "validation.csv")
+FILES = ("config.toml", "versions.txt", *TABLES, "summary.json")
 _PACKAGES = (
     *("torch", "diffusers", "transformers", "accelerate"),
     *("safetensors", "bitsandbytes", "numpy", "pillow"),
@@ -35,7 +36,9 @@ def begin_record(names: Names, config: str, command: str, resumed: bool) -> None
     if earlier is not None and not (resumed and earlier == label):
         _move_away(folder, earlier)
         if resumed and (losses := sorted(folder.glob(f"{RUNS}/{label}-*/{LOSSES}"))):
-            os.replace(losses[-1], folder / LOSSES)
+            for name in TABLES:
+                if (table := losses[-1].with_name(name)).is_file():
+                    os.replace(table, folder / name)
     with atomic(folder / "config.toml") as part:
         part.write_text(config, encoding="utf-8")
     versions = [f"python=={platform.python_version()}"]

@@ -11,6 +11,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from lowrank.data.loader import Loader
+from lowrank.errors import Refused
 from lowrank.files import remove
 from lowrank.train import checkpoints, metadata, optim
 from lowrank.train.checkpoints import Checkpoint, Progress
@@ -112,6 +113,7 @@ class Saver:
         options, final = self._options, self._names.final()
         self._save_adapter(final, progress, options.save_state or options.save_state_on_train_end)
         self.draw("final", progress.step)
+        self._report()
         self._log.message(f"model saved. {final}")
         self._uploads.finish()
 
@@ -151,8 +153,21 @@ class Saver:
         self._accelerator.wait_for_everyone()
         if with_state:
             self._save_state(self._names.state(path), progress)
+        self._report()
         if self._accelerator.is_main_process:  # after the state: an upload can fail or take long
             self._uploads.upload(path)
+
+    def _report(self) -> None:
+        """Write the report of the run so far; what goes wrong there does not stop the run."""
+        if not (self._options.report and self._accelerator.is_main_process):
+            return
+        from lowrank.report.write import NAME, write_report  # with matplotlib, so only if it is asked for
+
+        try:
+            self._log.write_summary()
+            write_report([self._names.output_dir], self._names.output_dir / NAME)
+        except (Refused, OSError) as error:
+            self._log.message(f"the report was not written: {error}")
 
     def _save_checkpoint(self, progress: Progress) -> None:
         folder = self._names.checkpoint(progress.step)

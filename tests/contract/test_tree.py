@@ -35,10 +35,11 @@ MAY_IMPORT = {
     "bases": {"adapters", "laplace"},
     "formats": {"adapters", "bases"},
     "combine": {"adapters", "bases", "formats"},
-    "train": {"config", "data", "objective", "adapters", "models", "plan"},
+    "report": {"config", "formats"},
+    "train": {"config", "data", "objective", "adapters", "models", "plan", "report"},
     "cli": {
         *("config", "data", "objective", "adapters", "models"),
-        *("laplace", "bases", "formats", "combine", "train"),
+        *("laplace", "bases", "formats", "combine", "report", "train"),
     },
 }
 OLD_PATHS = ("lowrank.weights", "lowrank.adapters.kohya", "lowrank.adapters.plain")

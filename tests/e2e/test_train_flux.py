@@ -130,11 +130,16 @@ def test_output_folder_of_a_run(arguments, tmp_path):
         "--num_validation_images",
         "2",
         "--gradient_checkpointing",
+        "--report",
         "--output_dir",
         str(tmp_path / "run"),
     )
     assert main(arguments("run", *more)) == 0
     run = tmp_path / "run"
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert "<td>steps</td><td>4</td>" in report and report.count("<img") == 4
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
+    assert (run / "norms.csv").read_text().count("\n") == 5
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert {
         WEIGHTS,
