@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,14 +64,15 @@ class NetworkModule:
                 problems.append(f"unknown network argument {name!r}{nearest(name, known)}")
         if problems:
             problems[-1] += f"; known: {', '.join(known)}"
-        for name, value in arguments.items():
+        malformed = _malformed((self._options, CommonArguments), arguments)
+        problems += malformed
+        if not malformed:  # rules between arguments hold for all of them together
             try:
-                self._parse({name: value} if name in known else {})
+                self._parse({name: value for name, value in arguments.items() if name in known})
             except Refused as error:
                 problems += reasons_of(error)
         if problems:
             raise joined("--network_args have several problems", problems)
-        self._parse(arguments)
 
     def made(self, metadata: Mapping[str, str], source: str = "the file") -> Method:
         """Return the method with the structural options and the rank from a file's metadata."""
@@ -238,6 +239,19 @@ def _parse_arguments(kind: type, arguments: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.name in arguments]
     return kind(**{name: _value(name, arguments[name], hints[name]) for name in names})
+
+
+def _malformed(kinds: Sequence[type], arguments: Mapping[str, Any]) -> list[str]:
+    """Return a reason for each argument whose text is not of its field's type."""
+    reasons: list[str] = []
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        for name in (field.name for field in dataclasses.fields(kind) if field.name in arguments):
+            try:
+                _value(name, arguments[name], hints[name])
+            except Refused as error:
+                reasons += reasons_of(error)
+    return reasons
 
 
 def _value(name: str, text: Any, hint: Any) -> Any:
