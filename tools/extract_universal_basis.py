@@ -77,7 +77,8 @@ def run(options: UniversalBasis) -> int:
             part.write_text(json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     print("\n".join([*table(extracted), *remarks(extracted, extraction, facts["skipped"])]))
     counts = f"{len(extracted.layers)} layers from {extracted.loras} LoRAs"
-    print(f"{options.output}: {counts}, basis {basis_hash[:12]}")
+    left = ", ".join(f"{count} {kind}" for kind, count in facts["skipped"].items()) or "nothing"
+    print(f"{options.output}: {counts}, basis {basis_hash[:12]}; left out: {left}")
     return 0
 
 

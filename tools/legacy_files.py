@@ -25,10 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from lowrank.adapter_file import kind_of_key
 from lowrank.cli import importing
 from lowrank.errors import Refused
 from lowrank.naming import keys, places
 from lowrank.tensors import read_tensors, write_tensors
+from lowrank.unused_keys import refuse_unused, usage
+
+# tensors of the fork's layers: factors, and lengths of ranks and rows
+ROLES = ("alpha_up", "alpha_down", "null_up", "null_down", "s", "m")
 
 
 def plain_lora(
@@ -103,10 +108,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", help="native .safetensors file to write")
     parser.add_argument("--basis", required=True, help="the basis file that it was trained with")
     parser.add_argument("--base", choices=places.FAMILIES, help="the base model, where names do not tell it")
+    parser.add_argument("--strict", action="store_true", help="refuse a file with tensors that are not used")
     args = parser.parse_args(argv)
     state, _ = read_tensors(args.source)
     if not any(name.endswith(".alpha_up") for name in state):
         raise Refused(f"{args.source} is no file of the fork (no alpha_up); give it to tools/import_lora.py")
+    unused = [kind_of_key(key) for key in state if key.rpartition(".")[2] not in ROLES]
+    if args.strict:
+        refuse_unused(args.source, len(state), unused)
     plain = {}
     for name, (up, down) in plain_lora(state, read_tensors(args.basis)[0], args.source).items():
         root = "lora_" + (name.replace("|", "_") if keys.is_flat_text(name) else f"unet_{name}")
@@ -115,7 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(args.source).name
         write_tensors(path, plain, {})
-        return importing.main([str(path), args.target, *(["--base", args.base] if args.base else [])])
+        code = importing.main([str(path), args.target, *(["--base", args.base] if args.base else [])])
+    print(usage(args.source, len(state), unused))
+    return code
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import logging
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -32,6 +32,15 @@ from lowrank.naming import keys
 logger = logging.getLogger(__name__)
 
 Sizes = Mapping[str, tuple[int, float]]  # (rank, alpha) by layer name
+
+
+class FromFile(NamedTuple):
+    """A network made from a file, without values, and the file's tensors."""
+
+    network: AdapterNetwork
+    state: Mapping[str, Tensor]
+    unread: Set[str]  # names of layers that the model does not have
+    unused: Sequence[str]  # keys of tensors that the network does not use
 
 
 class NetworkModule:
@@ -155,13 +164,13 @@ class NetworkModule:
         **arguments: Any,
     ) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
         """Return a network of a file's layers, ranks and alphas, without values, and the file's tensors."""
-        network, state, unread = self.from_file(multiplier, file, text_encoder, unet, weights_sd, **arguments)
-        if unread:
+        made = self.from_file(multiplier, file, text_encoder, unet, weights_sd, **arguments)
+        if made.unread:
             logger.warning(
                 "%s: %d layers are not in this model and are left out, for example %s",
-                *(file or "the given weights", len(unread), min(unread)),
+                *(file or "the given weights", len(made.unread), min(made.unread)),
             )
-        return network, state
+        return made.network, made.state
 
     def from_file(
         self,
@@ -171,8 +180,8 @@ class NetworkModule:
         unet: nn.Module | None,
         weights_sd: Mapping[str, Tensor] | None = None,
         **arguments: Any,
-    ) -> tuple[AdapterNetwork, Mapping[str, Tensor], Set[str]]:
-        """Return what `create_network_from_weights` returns, and the file's layers that the model lacks."""
+    ) -> FromFile:
+        """Return what `create_network_from_weights` returns, and what of the file is not used."""
         raw = open_adapter_file(file or "") if weights_sd is None else None
         raw = raw or RawFile(weights_sd or {}, {}, file or "the given weights")
         metadata, source = raw.metadata, raw.source
@@ -205,7 +214,7 @@ class NetworkModule:
         state = {
             f"{name}.{keys.KOHYA.get(role, role)}": v for name in sizes for role, v in layers[name].items()
         }
-        return network, {**state, **{key: raw.state[key] for key in unused}}, unread
+        return FromFile(network, {**state, **{key: raw.state[key] for key in unused}}, unread, unused)
 
 
 def usual_layers(

@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = (options.lora1_name, options.lora2_name)
     folder = writable_folder(options.output_dir)
     first, second = (read_adapter(path, strict=False) for path in (options.lora1_path, options.lora2_path))
+    if options.strict:
+        for adapter in (first, second):
+            adapter.refuse_unused()
     layers = compare(comparable(first), comparable(second), names)
     about = [*_files(first, second, names), *_notes((first, second), names)]
     text = statistics_text(layers, names) + "\n" + "\n".join(about) + "\n"

@@ -105,7 +105,7 @@ class Network:
     base_weights: tuple[str, ...] = path((), "adapter files that are merged into the base before training")
     strict: bool = option(
         False,
-        "refuse --network_weights and --base_weights with tensors that are not used, instead of a warning",
+        "refuse files of --network_weights, --base_weights and --abm_teacher with tensors that are not used",
     )
     base_weights_multiplier: tuple[float, ...] = option(
         (), "strengths of the --base_weights files, in order; 1 for files beyond the end of the list"

@@ -35,6 +35,7 @@ class Similarity:
     lora2_name: str = option("content", "name of the second adapter in plots and summary")
     output_dir: str = path("deltaR_similarity_analysis", "folder for plots, JSON and summary")
     fixed_scale: bool = option(False, "no effect: plots of fixed and of automatic scale are both written")
+    strict: bool = option(False, "refuse files with tensors that are not used, instead of listing them")
 
 
 @dataclass(frozen=True)

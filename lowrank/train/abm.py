@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from lowrank.adapters.method import Warmup, WarmupBatches
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.adapters.network_module import network_named
+from lowrank.adapters.network_module import FromFile, network_named
 from lowrank.adapters.targets import as_passed
 from lowrank.config.flags_training import Abm
 from lowrank.data.loader import Batch, Loader
@@ -78,12 +78,14 @@ def check_abm(job: RunningJob, models: Models, shapes: nn.Module | None) -> None
         )
     if path != "base":
         check_base(job, models, path)
-        load_teacher(path, shapes or job.family.empty(models), [], only_denoiser=True)
+        teacher = load_teacher(path, shapes or job.family.empty(models), [], only_denoiser=True)
+        if teacher is not None:
+            network_module.report_unused(path, teacher.unused, job.options.network.strict)
 
 
 def load_teacher(
     path: str, denoiser: nn.Module, encoders: list[nn.Module], only_denoiser: bool = False
-) -> AdapterNetwork | None:
+) -> FromFile | None:
     """Load a teacher from an adapter file with the module that its metadata names, else LoRA; not attached.
 
     `only_denoiser` leaves out layers of text encoders; returns None if no layer is left. Raises `Refused` for
@@ -104,17 +106,10 @@ def load_teacher(
     if not isinstance(given, dict):
         raise Refused(f"ss_network_args in {path} is not a JSON object; use another file")
     arguments = {key: value for key, value in given.items() if key in facade.known}
-    made, _ = facade.create_network_from_weights(
-        1.0,
-        path,
-        None,
-        as_passed(encoders, denoiser),
-        denoiser,
-        weights_sd=None if len(state) == len(whole) else state,
-        **arguments,
-    )
+    part = None if len(state) == len(whole) else state
+    made = facade.from_file(1.0, path, as_passed(encoders, denoiser), denoiser, part, **arguments)
     if has_values(next(denoiser.parameters())):
-        made.read_state(state, facts, path)
+        made.network.read_state(state, facts, path)
     return made
 
 
@@ -129,8 +124,9 @@ def _teaching(run: Run, path: str) -> Iterator[tuple[Forward, Callable[[], Any]]
     if path == "base":
         yield run.forward, lambda: _at_strength((student, 0.0))
         return
-    teacher = load_teacher(path, run.denoiser, run.text_encoders)
-    assert teacher is not None
+    loaded = load_teacher(path, run.denoiser, run.text_encoders)
+    assert loaded is not None
+    teacher = loaded.network
     teacher.requires_grad_(False).eval()
     teacher.cast_frozen(DTYPES[run.accelerator.mixed_precision])
     teacher.to(run.accelerator.device)

@@ -99,7 +99,7 @@ def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNe
         encoders = tuple(encoder for encoder, _ in job.family.empty_text(models))
     for path, strength in job.base_weights:
         passed = as_passed(encoders, denoiser)
-        other, _, _ = facade.from_file(strength, path, passed, denoiser)
+        other = facade.from_file(strength, path, passed, denoiser).network
         report_unused(path, other.load_weights(path).unexpected_keys, job.options.network.strict)
     kept = replace(models, text_encoders=encoders)
     trained = job.family.keep_trained_text(kept, job.switches) if trains_text else []

@@ -212,7 +212,7 @@ def merge_file(
     facade, device = facade_of(module), next(denoiser.parameters()).device
     if facade is not None:
         passed = as_passed(text_encoders, denoiser)
-        network, state, _ = facade.from_file(strength, path, passed, denoiser)
+        network, state, *_ = facade.from_file(strength, path, passed, denoiser)
     else:
         passed = as_passed([_with_text_level(encoder) for encoder in text_encoders], denoiser)
         complaints = _complaints_of(module, f"of --base_weights {path}", "leave the file out")
@@ -250,7 +250,7 @@ def _call(
     """The module's network by kohya's contract: with the ranks of a file, or with a rank and alpha."""
     facade = facade_of(module)
     if dim_from_weights and facade is not None:
-        return facade.from_file(1.0, weights, encoders, unet, None, **arguments)[0]
+        return facade.from_file(1.0, weights, encoders, unet, None, **arguments).network
     if dim_from_weights:
         network, _ = module.create_network_from_weights(1.0, weights, None, encoders, unet, **arguments)
         return network

@@ -88,6 +88,12 @@ def test_unused_tensors_are_reported_once_or_refused(flag, module, arguments, pa
     assert f"{used} of {count} tensors are used; left out: {left_out}" in report
 
 
+def test_unused_tensors_of_a_teacher_are_refused_with_strict(early, partly_used):
+    path, count = partly_used
+    refusal = early("--abm_enabled", "--abm_teacher", str(path), "--strict")
+    assert f"--strict, and 4 of {count} tensors of" in refusal and "norm × 1" in refusal
+
+
 @pytest.mark.parametrize("flag", ["--network_weights", "--base_weights"])
 @pytest.mark.parametrize(
     ("kind", "said"),

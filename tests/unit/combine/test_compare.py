@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 import torch
 from processes import finished, start
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowrank.cli import similarity
@@ -327,6 +327,23 @@ def test_statistics_against_numbers_worked_by_hand():
 
 def run(one: str, two: str, folder: Path, *flags: str) -> int:
     return main(["--lora1_path", one, "--lora2_path", two, "--output_dir", str(folder), *flags])
+
+
+def test_unused_tensors_are_listed_last_or_refused(tmp_path, capsys):
+    """Before a file is written, with --strict."""
+    names = ("one", "two")
+    first, second = (write(tmp_path / f"{name}.safetensors", lora(seed)) for seed, name in enumerate(names))
+    state = load_file(second)
+    save_file({**state, "x.w_norm": torch.ones(4)}, second)
+    with pytest.raises(Refused, match=r"--strict, and 1 of \d+ tensors of .*two\.safetensors .*norm × 1"):
+        run(first, second, tmp_path / "strict", "--strict")
+    assert not list((tmp_path / "strict").iterdir())
+    assert run(first, second, tmp_path / "out") == 0
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].endswith("tensors are used, nothing is left out")
+    assert last[1].endswith(
+        f"{len(state)} of {len(state) + 1} tensors are used; left out: norm × 1, for example x.w_norm"
+    )
 
 
 @pytest.fixture(scope="module")

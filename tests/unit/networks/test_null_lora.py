@@ -240,7 +240,7 @@ def test_strict_with_basis_is_refused():
 
 
 @pytest.mark.parametrize(("length", "swapped"), [("s", False), ("m", False), ("s", True)])
-def test_files_of_fork_are_plain_loras(length, swapped, tmp_path):
+def test_files_of_fork_are_plain_loras(length, swapped, tmp_path, capsys):
     O, I, h = 12, 9, 2
     draw = torch.Generator().manual_seed(0)
 
@@ -273,6 +273,15 @@ def test_files_of_fork_are_plain_loras(length, swapped, tmp_path):
     with pytest.raises(Refused, match=r"convert it with tools/legacy_files\.py and the basis file"):
         importing.main(line)
     assert legacy_files.main([*line, "--basis", str(tmp_path / "basis.safetensors")]) == 0
+    save_file({**state, f"{name}.bias": torch.ones(2)}, tmp_path / "more.safetensors")
+    line[:2] = str(tmp_path / "more.safetensors"), str(tmp_path / "new.safetensors")
+    line += ["--basis", str(tmp_path / "basis.safetensors")]
+    capsys.readouterr()
+    assert legacy_files.main(line) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"{len(state)} of {len(state) + 1} tensors are used; left out: bias × 1, for example" in last
+    with pytest.raises(Refused, match=r"--strict, and 1 of \d+ tensors of .*more\.safetensors"):
+        legacy_files.main([*line, "--strict"])
     native = load_file(tmp_path / "new.safetensors")
     torch.testing.assert_close(native["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"], up)
     plain = ["new.safetensors", "newer.safetensors"]
