@@ -15,7 +15,7 @@ from lowrank import adapter_file
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused
-from lowrank.models import blocks, memory
+from lowrank.models import blocks, memory, place
 from lowrank.models.family import DTYPES, Models, align, move, release
 from lowrank.models.storage import plain_kind
 from lowrank.naming.keys import is_text_encoder
@@ -116,7 +116,9 @@ def _prepare_network(
     train, dtype = job.options.train, DTYPES[job.accelerator.mixed_precision]
     native = isinstance(network, AdapterNetwork)
     if train.gradient_checkpointing:
-        memory.checkpoint_blocks(models.denoiser, network.clock.now if native else contextlib.nullcontext)
+        offload = place.Offload() if job.options.memory.cpu_offload_checkpointing else None
+        around = network.clock.now if native else contextlib.nullcontext
+        memory.checkpoint_blocks(models.denoiser, around, offload)
         for encoder in encoders:
             memory.checkpoint_text(encoder)
         network.enable_gradient_checkpointing()
@@ -125,5 +127,7 @@ def _prepare_network(
     network.to(job.accelerator.device)
     if train.full_fp16 or train.full_bf16:
         network.to(dtype)
+    if job.options.memory.torch_compile:
+        memory.compile_blocks(models.denoiser, job.options.memory.dynamo_backend)
     if job.options.network.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
         raise Refused("this network module does not support --scale_weight_norms; leave it out")

@@ -122,4 +122,4 @@ def test_chosen_flags_are_printed_and_recorded(arguments, tmp_path, monkeypatch,
     assert main(line) == 0
     assert "--vram 0.006: " in capsys.readouterr().out
     config = (tmp_path / "run" / "config.toml").read_text(encoding="utf-8")
-    assert "gradient_checkpointing = true" in config and "vram" not in config.split("[", 1)[1]
+    assert "gradient_checkpointing = true" in config and "\nvram" not in config.split("[", 1)[1]
