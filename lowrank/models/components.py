@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from lowrank.errors import Refused
+from lowrank.files import MODEL_JSON, TOKENIZER_BITS, parse_json, read_json
 from lowrank.models import published
 from lowrank.models.family import ROLES, Models, Source
 
@@ -286,7 +287,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     if path.suffix == ".json":
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path, "model configuration", MODEL_JSON, bits=TOKENIZER_BITS)
         if isinstance(facts, dict):  # the program and version that saved it do not matter
             facts = {k: v for k, v in facts.items() if not k.startswith("_") and k not in _VERSIONS}
         yield json.dumps(facts, sort_keys=True).encode()
@@ -301,7 +302,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
         yield header
-        for _, tensor in sorted((k, v) for k, v in json.loads(header).items() if k != "__metadata__"):
+        for _, tensor in sorted((k, v) for k, v in parse_json(header, path).items() if k != "__metadata__"):
             start, end = tensor["data_offsets"]
             for at in (start, (start + end - _PIECE) // 2, end - _PIECE):
                 file.seek(8 + length + max(at, start))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from lowrank.errors import Refused
+from lowrank.files import TOKENIZER_BITS, read_json
 from lowrank.models import components, flux_single, single, stored_load
 from lowrank.models.components import component_folder, local_folder
 from lowrank.models.family import ROLES, Models, Source
@@ -138,7 +138,7 @@ def empty_text(models: Models) -> list[tuple[nn.Module, int]]:
     clip = config(CLIPTextModel, "text_encoder", models.source.clip_l)
     t5 = config(T5EncoderModel, "text_encoder_2", models.source.t5xxl)
     tokenizer = models.root / "tokenizer_2" / "tokenizer_config.json"
-    facts = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else {}
+    facts = read_json(tokenizer, "tokenizer", bits=TOKENIZER_BITS) if tokenizer.is_file() else {}
     with torch.device("meta"):
         return [
             (CLIPTextModel(clip), clip.max_position_embeddings),

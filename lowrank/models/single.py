@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from lowrank.errors import Refused
+from lowrank.files import parse_json
 from lowrank.models import components
 from lowrank.models.components import complete, reading, without_bars
 from lowrank.models.family import Source
@@ -85,7 +85,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             shapes = {key: tuple(value.get_shape()) for key, value in slices.items()}
             float8 = {key for key, value in slices.items() if value.get_dtype().startswith("F8")}
-            configs = json.loads((file.metadata() or {}).get(CONFIGS, "{}"))
+            configs = parse_json((file.metadata() or {}).get(CONFIGS, "{}"), f"{CONFIGS} of {path}")
     else:
         tensors, _ = read_tensors(path)
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}

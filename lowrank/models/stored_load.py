@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank.errors import Refused
-from lowrank.files import atomic, cache_folder
+from lowrank.files import atomic, cache_folder, read_json
 from lowrank.models import blocks, frozen
 from lowrank.models.components import check_scales, complete, finite_value, reading
 from lowrank.models.family import Source
@@ -136,7 +136,7 @@ def folder_readers(folder: Path, variant: str | None) -> Readers | None:
     single = folder / f"diffusion_pytorch_model{middle}.safetensors"
     with reading("weights", folder):
         if index.is_file():
-            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            parts = read_json(index, "index of weights")["weight_map"]
         elif single.is_file():
             with safe_open(single, framework="pt") as file:
                 parts = dict.fromkeys(file.keys(), single.name)

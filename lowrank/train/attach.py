@@ -13,7 +13,6 @@ from torch import nn
 
 from lowrank import adapter_file
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused
 from lowrank.models import blocks, memory, place
 from lowrank.models.family import DTYPES, Models, align, move, release
@@ -21,7 +20,7 @@ from lowrank.models.storage import plain_kind
 from lowrank.naming.keys import is_text_encoder
 from lowrank.tensors import read_metadata, read_names
 from lowrank.train.job import RunningJob
-from lowrank.train.network_module import KohyaNetwork
+from lowrank.train.network_module import KohyaNetwork, merge_file
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +62,9 @@ def changes_text(job: RunningJob) -> bool:
 
 def merge_base_weights(job: RunningJob, models: Models) -> None:
     """Merge --base_weights into the denoiser and the text encoders that are loaded, trained or not."""
-    passed = as_passed(models.text_encoders, models.denoiser)
+    encoders, strict = models.text_encoders, job.options.network.strict
     for path, strength in job.base_weights:
-        other, state = job.networks.create_network_from_weights(
-            strength, path, None, passed, models.denoiser, for_inference=True
-        )
-        logger.info("merging module: %s with multiplier %s", path, strength)
-        other.merge_to(passed, models.denoiser, state, None, next(models.denoiser.parameters()).device)
+        merge_file(job.networks, path, strength, encoders, models.denoiser, strict)
 
 
 def adapt(job: RunningJob, models: Models, encoders: list[nn.Module]) -> KohyaNetwork:

@@ -20,8 +20,9 @@ from lowrank.config.command_line import CommandLine, ConfigFile
 from lowrank.config.flag import literals, option, pairs
 from lowrank.config.flags_training import Optimizer
 from lowrank.config.flux import FLUX_TRAIN
+from lowrank.config.merge import INFERENCE_MERGE
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
-from lowrank.config.tools import INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY
+from lowrank.config.tools import SAVE_RESIDUAL, VISUALIZE_SIMILARITY
 from lowrank.errors import Refused
 from lowrank.objective.flow import Flow as FlowObjective
 
@@ -613,6 +614,27 @@ def test_words_beyond_the_positional_flags_are_an_error(capsys):
     with pytest.raises(SystemExit):
         CommandLine("toy.py", "", ToyGroup, positional=("size",)).parse(["5", "a"])
     assert "'a' belongs to no flag" in capsys.readouterr().err
+
+
+def test_flags_of_another_merge_rule_are_refused():
+    given = {
+        "model_path": "m",
+        "style_lora_path": "s",
+        "content_lora_path": "c",
+        "output_dir": "o",
+        "prompt": "p",
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    assert (
+        INFERENCE_MERGE.parse([*words, "--merge", "ties", "--merge_density", "0.3"]).options.merge_density
+        == 0.3
+    )
+    with pytest.raises(
+        Refused, match="--merge_density has no effect with --merge svd, which uses --merge_rank"
+    ):
+        INFERENCE_MERGE.parse([*words, "--merge", "svd", "--merge_density", "0.3"])
+    with pytest.raises(Refused, match="needs --style_prompt and --content_prompt"):
+        INFERENCE_MERGE.parse([*words, "--merge", "ziplora", "--style_prompt", "a"])
 
 
 # ---------- the frozen surface
