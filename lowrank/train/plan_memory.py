@@ -150,14 +150,13 @@ def _load(job: RunningJob, models: Models, text: TextConditions, live: LiveMemor
     stored = bool(memory.storage or memory.blocks_to_swap)  # then it is in host memory at first
     with live.part(HOST if stored else "weights of the denoiser"):
         load_components(job, models, ("denoiser",))
-    with live.part("adapter"):
+    with live.part(HOST if stored else "adapter"):
         network: Any = adapt(job, models, text.encoders)
-        live.enter(models.denoiser.parameters(), "weights of the denoiser")
-        live.enter(
-            (layer.packed for layer in frozen_layers(models.denoiser) if layer.packed is not None),
-            "weights of the denoiser",
-        )
-        live.leave(streamed(models.denoiser))
+    live.enter((*network.parameters(), *network.buffers()), "adapter")
+    live.enter(models.denoiser.parameters(), "weights of the denoiser")
+    packed = (layer.packed for layer in frozen_layers(models.denoiser) if layer.packed is not None)
+    live.enter(packed, "weights of the denoiser")
+    live.leave(streamed(models.denoiser))
     if (offload := offload_of(models.denoiser)) is not None:
         offload.copied = lambda host: live.leave([host])
     if isinstance(network, AdapterNetwork):  # the start values of all layers, until they are copied
