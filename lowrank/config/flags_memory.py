@@ -79,6 +79,12 @@ class Memory:
         metadata=True,
     )
 
+    text_encoder_storage: str | None = option(
+        None,
+        "how the linear layers of text encoders are stored while captions are encoded, as --base_storage; "
+        "not for text encoders that are trained",
+        choices=STORAGE,
+    )
     text_encoders_on_cpu: bool = option(
         False, "encode captions on the CPU, which takes seconds per caption and no memory of the GPU"
     )

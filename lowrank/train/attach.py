@@ -35,16 +35,26 @@ def load_components(job: RunningJob, models: Models, roles: tuple[str, ...]) -> 
     source, memory = models.source, job.options.memory
     stored = memory.storage or (plain_kind(source.dtype) if memory.blocks_to_swap else None)
     whole = job.sharding is not None or bool(stored and job.base_weights)
+    kind = memory.text_encoder_storage
     places = {
-        "text": replace(source, device="cpu") if memory.text_encoders_on_cpu else source,
+        "text": replace(source, device="cpu") if memory.text_encoders_on_cpu or kind else source,
         "vae": source,
         "denoiser": replace(source, device="cpu") if whole else replace(source, storage=stored),
     }
     for role in roles:
         models.source = places[role]
         job.family.add(models, (role,))
+        if role == "text" and kind:
+            _store_encoders(models, kind, "cpu" if memory.text_encoders_on_cpu else source.device)
     models.source = source
     align(models)
+
+
+def _store_encoders(models: Models, kind: str, device: torch.device | str) -> None:
+    """Store the text encoders, which are in host memory, one after the other, and move them to a device."""
+    for encoder in models.text_encoders:
+        blocks.store_encoder(encoder, kind)
+        encoder.to(device)
 
 
 def keep_vae(models: Models, encoded: bool, draws: bool) -> None:

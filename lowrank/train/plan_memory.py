@@ -108,8 +108,12 @@ def _run(
     caption = "a"
     on_cpu = options.memory.text_encoders_on_cpu
     with live.phase("text encoding"):
-        with live.part(HOST if on_cpu else "weights of the text encoders"):
+        stored = options.memory.text_encoder_storage is not None  # then they are in host memory at first
+        with live.part(HOST if on_cpu or stored else "weights of the text encoders"):
             load_components(job, models, ("text",))
+        if stored and not on_cpu:
+            for encoder in models.text_encoders:
+                live.enter((*encoder.parameters(), *encoder.buffers()), "weights of the text encoders")
         with live.part(HOST if on_cpu else "activations of the text encoders"):
             text = TextConditions(
                 family,

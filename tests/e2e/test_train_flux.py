@@ -45,6 +45,7 @@ METHODS = {
     "stored base, no basis in files": (
         *("--network_module", "delta_r", "--network_args", "save_basis=none"),
         *("--base_storage", "nf4", "--mixed_precision", "bf16", "--max_grad_norm", "0"),
+        *("--text_encoder_storage", "fp8", "--cache_text_encoder_outputs_to_disk"),
     ),
     "lycoris": ("--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp"),
 }

@@ -103,6 +103,8 @@ def test_text_encoders_on_cpu_are_not_trained():
         Refused, match="--text_encoders_on_cpu cannot be used while text encoders are trained"
     ):
         Planner("--text_encoders_on_cpu", "--train_text_encoder")
+    with pytest.raises(Refused, match="--text_encoder_storage nf4 cannot be used while text encoders"):
+        Planner("--text_encoder_storage", "nf4", "--train_text_encoder")
 
 
 def test_estimated_seconds():

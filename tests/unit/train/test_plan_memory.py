@@ -23,7 +23,7 @@ HALF = ("--mixed_precision", "bf16", "--gradient_checkpointing")
 SETTINGS = [
     (flux, "networks.lora", HALF),
     (flux, "networks.tlora", ("--gradient_accumulation_steps", "2")),
-    (flux, "networks.lora", (*HALF, "--cpu_offload_checkpointing", "--train_batch_size", "2")),
+    (flux, "networks.lora", (*HALF, "--cpu_offload_checkpointing", "--text_encoder_storage", "nf4")),
     (flux, "networks.dora", ("--gradient_checkpointing", "--train_batch_size", "2")),
     (sd, "networks.lora", (*HALF, "--train_text_encoder")),
     (sdxl, "networks.lora", ()),
