@@ -59,17 +59,17 @@ def total(phase: Phase) -> int:
 
 @dataclass(frozen=True)
 class _Processor:
-    """What a phase needs of accelerate's Accelerator, on the CPU, where tensors without values are."""
+    """What a phase needs of accelerate's Accelerator; tensors without values are on the CPU."""
 
     mixed_precision: str
+    device: torch.device
     scaler: None = None
     is_main_process: bool = False
-    device = torch.device("cpu")
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.mixed_precision == "no":
             return contextlib.nullcontext()
-        return torch.autocast("cpu", DTYPES[self.mixed_precision])
+        return torch.autocast(self.device.type, DTYPES[self.mixed_precision])
 
 
 def precision(job: RunningJob) -> str:
@@ -78,17 +78,23 @@ def precision(job: RunningJob) -> str:
 
 
 def plan_memory(
-    job: RunningJob, models: Models, loader: Loader, *, gpu: bool = True, values: bool = False
+    job: RunningJob,
+    models: Models,
+    loader: Loader,
+    *,
+    gpu: bool = True,
+    values: bool = False,
+    device: str = "cpu",
 ) -> list[Phase]:
     """The peak of each phase of a run, from the configurations in `models`.
 
     `gpu` gives tensors the dtypes of autocast on CUDA. With `values` the same functions run on real tensors
-    of random weights, which measures what a plan predicts.
+    of random weights on `device`, which measures what a plan predicts.
     """
     kind = precision(job)
-    processor: Any = _Processor(kind)
+    processor: Any = _Processor(kind, torch.device(device))
     job = replace(job, family=hollow(job.family), accelerator=processor, sharding=None)
-    source = replace(models.source, dtype=DTYPES[kind], device="cpu")
+    source = replace(models.source, dtype=DTYPES[kind], device=device)
     models = replace(models, source=source, denoiser=None, vae=None, text_encoders=(), tokenizers=())
     live, mode = LiveMemory(), contextlib.nullcontext() if values else without_values(cuda_autocast=gpu)
     logging.disable(logging.WARNING)  # the run itself logs the same lines
