@@ -25,9 +25,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import FluxTransformer2DModel
+from PIL import Image
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,8 +40,12 @@ import step_time  # noqa: E402 (beside this file)
 
 from lowrank.adapters.targets import find  # noqa: E402
 from lowrank.bases.qr_basis import decompose  # noqa: E402
+from lowrank.cli import flux_train, sd_train  # noqa: E402
 from lowrank.models import blocks, frozen, memory  # noqa: E402
 from lowrank.models.place import Stream  # noqa: E402
+from lowrank.plan.live import Phase  # noqa: E402
+from lowrank.train import dry_run, plan_memory  # noqa: E402
+from tools.make_tiny_flux import make as make_tiny_flux  # noqa: E402
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "gpu_check.json", ROOT / "docs" / "gpu_check.md"
 GIB = 1 << 30
@@ -55,6 +62,31 @@ NETWORKS = {  # with arguments that need no file and no data
 STORED = ((torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, "fp8"), (torch.bfloat16, "nf4"))
 # settings of full-size runs: the card, storage, blocks swapped, rank
 RUNS = ((24, "fp8", 0, 64), (16, "fp8", 0, 16), (12, "nf4", 0, 16))
+BASES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "flux": "black-forest-labs/FLUX.1-dev",
+}
+# settings whose predicted peak is compared: model, side of the picture, flags
+UNET, SAVING = "--network_train_unet_only", "--gradient_checkpointing"
+PLANS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("sd15", 512, (UNET,)),
+    ("sd15", 768, (UNET, SAVING)),
+    ("sd15", 512, (UNET, SAVING, "--train_batch_size", "4")),
+    ("sd15", 512, (UNET, "--base_storage", "int8", "--blocks_to_swap", "20")),
+    ("sdxl", 768, (UNET,)),
+    ("sdxl", 1024, (UNET, SAVING)),
+    ("sdxl", 1024, (UNET, SAVING, "--base_storage", "fp8_scaled")),
+    ("sdxl", 1024, (UNET, SAVING, "--base_storage", "nf4")),
+    ("sdxl", 1024, (UNET, SAVING, "--blocks_to_swap", "40")),
+    ("sdxl", 1024, (UNET, SAVING, "--cpu_offload_checkpointing")),
+    ("flux", 512, (SAVING, "--base_storage", "fp8")),
+    ("flux", 1024, (SAVING, "--base_storage", "nf4", "--blocks_to_swap", "10")),
+)
+TINY_PLANS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("flux", 64, ()),
+    ("flux", 64, (SAVING, "--base_storage", "nf4", "--cpu_offload_checkpointing")),
+)
 LIMIT = 600.0  # seconds for all checks
 
 
@@ -295,6 +327,49 @@ def runs(sizes: Sizes, device: str, cache: str) -> Iterator[dict[str, Any]]:
             del denoiser, network, optimizer
 
 
+def planner(sizes: Sizes, device: str, cache: str) -> Iterator[dict[str, Any]]:
+    """The predicted peak of live tensors against torch.cuda.max_memory_allocated, within 10 %."""
+    plan, kinds = (
+        plan_memory.plan_memory,
+        {"flux": flux_train.main, "sd15": sd_train.main, "sdxl": sd_train.main_sdxl},
+    )
+    for kind, side, more in TINY_PLANS if sizes.tiny else PLANS:
+        peaks: dict[str, float] = {}
+
+        def both(job: Any, models: Any, loader: Any, peaks: dict[str, float] = peaks) -> list[Phase]:
+            phases = plan(job, models, loader, gpu=device == "cuda")
+            release(device)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            measured = max(phase.peak for phase in plan(job, models, loader, values=True, device=device))
+            if device == "cuda":
+                measured = torch.cuda.max_memory_allocated()
+            peaks |= {
+                "predicted GiB": max(phase.peak for phase in phases) / GIB,
+                "measured GiB": measured / GIB,
+            }
+            return phases
+
+        with patch.object(plan_memory, "plan_memory", both), patch.object(dry_run, "show", lambda *_: 0):
+            kinds[kind](_dry_run(kind, side, more, Path(cache), sizes.tiny))
+        AcceleratorState._reset_state(True)  # the next setting may have another precision
+        close = abs(peaks["predicted GiB"] / peaks["measured GiB"] - 1) <= 0.1
+        yield {"model": kind, "picture": f"{side}²", "flags": " ".join(more), **peaks, "within 10 %": close}
+
+
+def _dry_run(kind: str, side: int, more: tuple[str, ...], folder: Path, tiny: bool) -> list[str]:
+    """The command line of a dry run with one picture."""
+    pictures = folder / f"pictures{side}" / "1_cat"
+    pictures.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side)).save(pictures / "cat.png")
+    path = str(make_tiny_flux(folder / "model")) if tiny else BASES[kind]
+    return [
+        *("--pretrained_model_name_or_path", path, "--train_data_dir", str(pictures.parent), "--dry_run"),
+        *("--network_module", "networks.lora", "--network_dim", "16", "--resolution", str(side)),
+        *("--mixed_precision", "bf16", "--output_dir", str(folder / "out"), *more),
+    ]
+
+
 CHECKS: dict[str, Callable[[Sizes, str, str], Iterator[dict[str, Any]]]] = {
     "laws": laws,
     "swap": swap,
@@ -302,6 +377,7 @@ CHECKS: dict[str, Callable[[Sizes, str, str], Iterator[dict[str, Any]]]] = {
     "step time": step_times,
     "bases": bases,
     "runs": runs,
+    "planner": planner,
 }
 
 

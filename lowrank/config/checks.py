@@ -205,6 +205,11 @@ def _check_memory(parsed: Parsed[TrainOptions]) -> None:
             "--text_encoders_on_cpu cannot be used while text encoders are trained; add "
             "--network_train_unet_only, or leave it out"
         )
+    if memory.text_encoder_storage and parsed.options.trains_text:
+        raise Refused(
+            f"--text_encoder_storage {memory.text_encoder_storage} cannot be used while text encoders are "
+            "trained; add --network_train_unet_only, or leave it out"
+        )
     implied = "fp8_scaled" if memory.fp8_scaled else "fp8"
     if memory.base_storage and memory.fp8_flag and memory.base_storage != implied:
         raise Refused(

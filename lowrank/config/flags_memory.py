@@ -53,6 +53,38 @@ class Memory:
         low=0,
     )
 
+    cpu_offload_checkpointing: bool = option(
+        False,
+        "keep the inputs of recomputed blocks in host memory between forward and backward; needs "
+        "--gradient_checkpointing",
+        acts_with=("gradient_checkpointing",),
+    )
+    torch_compile: bool = option(
+        False,
+        "compile the repeated blocks of the U-Net or transformer with their adapters, once for each size of "
+        "picture; blocks that --blocks_to_swap moves are not compiled",
+    )
+    dynamo_backend: str = option(
+        "inductor",
+        "compiler of --torch_compile, one that torch._dynamo.list_backends() names",
+        acts_with=("torch_compile",),
+    )
+    highvram: bool = option(
+        False, "keep the GPU memory of parts that are freed, for later parts of the same run"
+    )
+    lowram: bool = option(
+        False,
+        "recorded in the adapter file and without another effect: parts of the model are loaded one after "
+        "the other, onto the GPU where it has room",
+        metadata=True,
+    )
+
+    text_encoder_storage: str | None = option(
+        None,
+        "how the linear layers of text encoders are stored while captions are encoded, as --base_storage; "
+        "not for text encoders that are trained",
+        choices=STORAGE,
+    )
     text_encoders_on_cpu: bool = option(
         False, "encode captions on the CPU, which takes seconds per caption and no memory of the GPU"
     )

@@ -6,8 +6,7 @@ import re
 
 # Ignored: they have no effect on what is trained here.
 IGNORED = """
-    diffusers_xformers sample_batch_size local_rank persistent_data_loader_workers lowram highvram
-    dynamo_backend console_log_simple
+    diffusers_xformers sample_batch_size local_rank persistent_data_loader_workers console_log_simple
 """
 
 # Accepted without effect, each with a reason.
@@ -35,7 +34,6 @@ REFUSED = """
         give --instance_data_dir, --train_data_dir or --dataset_config
     face_crop_aug_range: use --random_crop, or crop the pictures beforehand
     controlnet_model_name_or_path: no ControlNet is trained here; drop it
-    torch_compile: no model is compiled here; drop it, and use --mixed_precision bf16 for faster steps
     fused_backward_pass blockwise_fused_optimizers fused_optimizer_groups: it is for training whole models;
         drop it
     deepspeed zero_stage zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients
@@ -50,7 +48,6 @@ REFUSED = """
     save_state_to_huggingface: upload the state folder with the Hugging Face command line
     resume_from_huggingface: download the state folder and give --resume FOLDER
     log_tracker_config: use --log_tracker_name, --wandb_run_name and the tracker's environment variables
-    cpu_offload_checkpointing: use --gradient_checkpointing, and --fp8_base if that is not enough
 """
 
 REFUSED_BY_FLUX = """

@@ -115,6 +115,14 @@ def store_base(
     return place
 
 
+def store_encoder(encoder: nn.Module, kind: str) -> None:
+    """Store the linear layers of a text encoder in a kind of `storage.KINDS`; embeddings stay as they are."""
+    for module in list(encoder.modules()):
+        if type(module) is nn.Linear:
+            frozen.freeze(module)
+            frozen.store(module, kind)
+
+
 def base_bytes(
     denoiser: nn.Module, dtype: torch.dtype, kind: str | None = None, blocks_to_swap: int = 0
 ) -> tuple[int, int]:

@@ -42,6 +42,7 @@ class Source:
     dtype: torch.dtype = torch.bfloat16
     device: str | torch.device = "cpu"
     storage: str | None = None  # the denoiser goes into host memory tensor by tensor, in this kind
+    highvram: bool = False  # GPU memory of freed parts stays with this process
     vae: str | None = None  # replaces the model's own: a folder or a file
     vae_dtype: torch.dtype | None = None  # None: as `dtype`; float32 is --no_half_vae
     clip_l: str | None = None
@@ -161,7 +162,7 @@ def release(models: Models, roles: Iterable[str]) -> None:
         else:
             setattr(models, _known(role), None)
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not models.source.highvram:
         torch.cuda.empty_cache()
 
 

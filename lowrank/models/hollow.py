@@ -44,15 +44,17 @@ def _vae(models: Models) -> nn.Module:
 def _placed(module: nn.Module, models: Models, dtype: torch.dtype | None = None) -> nn.Module:
     """A module on the meta device with memory on the model's device, in the dtype of the model, frozen.
 
+    A denoiser that will be stored in another kind or swapped is in host memory, where `adapt` expects it.
     Where tensors have values, they are random.
     """
     dtype, placed = dtype or models.source.dtype, {}
+    device = "cpu" if models.source.storage else models.source.device
 
     def empty(value: Tensor) -> Tensor:
         """Memory of a tensor; layers that share one keep sharing it."""
         if id(value) not in placed:
             kind = dtype if value.is_floating_point() else value.dtype
-            placed[id(value)] = torch.zeros(value.shape, dtype=kind, device=models.source.device), value
+            placed[id(value)] = torch.zeros(value.shape, dtype=kind, device=device), value
         return placed[id(value)][0]
 
     for part in module.modules():

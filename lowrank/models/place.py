@@ -9,7 +9,7 @@ device memory does not depend on how many layers are streamed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,6 +133,34 @@ class Stream:
         return buffer
 
 
+class Offload(torch.autograd.graph.saved_tensors_hooks):
+    """While it is active, autograd keeps the tensors that it saves in host memory, pinned for a GPU.
+
+    Around a checkpointed block these are the inputs of the block. Copies are queued behind the computation
+    that made them, so no synchronisation is needed. A tensor that several blocks get, such as the text, is
+    copied for each.
+    """
+
+    def __init__(self) -> None:
+        self.counts = Transfers()
+        self.copied: Callable[[Tensor], object] = lambda host: None  # gets each copy in host memory
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> tuple[torch.device, Tensor]:
+        self.counts.copies += 1
+        self.counts.bytes += tensor.numel() * tensor.element_size()
+        host = torch.empty_like(tensor, device="cpu")
+        if tensor.device.type == "cuda":
+            host = pinned(host)
+        self.copied(host)
+        return tensor.device, host.copy_(tensor.detach(), non_blocking=True)
+
+    def _unpack(self, packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, host = packed
+        self.counts.fetches += 1
+        return host.to(device, non_blocking=True, copy=True)
+
+
 def in_backward() -> bool:
     """Whether autograd's engine runs, which also recomputes checkpointed blocks."""
     return torch._C._current_graph_task_id() != -1
@@ -147,8 +175,8 @@ def pinned(host: Tensor) -> Tensor:
         return host.pin_memory()
     except RuntimeError as error:
         logger.warning(
-            "the system refuses page-locked memory (%s); weights are copied from ordinary memory, which is "
-            "slower; raise the limit (ulimit -l) or lower --blocks_to_swap",
+            "the system refuses page-locked memory (%s); ordinary memory is used, from which a GPU copies "
+            "slowly; raise the limit (ulimit -l), or lower --blocks_to_swap",
             str(error).splitlines()[0],
         )
         return host

@@ -80,7 +80,7 @@ class LiveMemory(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, partial(self._drop, key)), size, part
         self.bytes += size
         self._parts[part] += size
-        if self.bytes > self.peak:
+        if self.bytes >= self.peak:  # also after a change of labels
             self.peak, self._peak_parts = self.bytes, dict(self._parts)
 
     def _drop(self, key: int, _reference: Any = None) -> None:

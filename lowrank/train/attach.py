@@ -14,7 +14,7 @@ from torch import nn
 from lowrank import adapter_file
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.errors import Refused
-from lowrank.models import blocks, memory
+from lowrank.models import blocks, memory, place
 from lowrank.models.family import DTYPES, Models, align, move, release
 from lowrank.models.storage import plain_kind
 from lowrank.naming.keys import is_text_encoder
@@ -35,16 +35,26 @@ def load_components(job: RunningJob, models: Models, roles: tuple[str, ...]) -> 
     source, memory = models.source, job.options.memory
     stored = memory.storage or (plain_kind(source.dtype) if memory.blocks_to_swap else None)
     whole = job.sharding is not None or bool(stored and job.base_weights)
+    kind = memory.text_encoder_storage
     places = {
-        "text": replace(source, device="cpu") if memory.text_encoders_on_cpu else source,
+        "text": replace(source, device="cpu") if memory.text_encoders_on_cpu or kind else source,
         "vae": source,
         "denoiser": replace(source, device="cpu") if whole else replace(source, storage=stored),
     }
     for role in roles:
         models.source = places[role]
         job.family.add(models, (role,))
+        if role == "text" and kind:
+            _store_encoders(models, kind, "cpu" if memory.text_encoders_on_cpu else source.device)
     models.source = source
     align(models)
+
+
+def _store_encoders(models: Models, kind: str, device: torch.device | str) -> None:
+    """Store the text encoders, which are in host memory, one after the other, and move them to a device."""
+    for encoder in models.text_encoders:
+        blocks.store_encoder(encoder, kind)
+        encoder.to(device)
 
 
 def keep_vae(models: Models, encoded: bool, draws: bool) -> None:
@@ -111,7 +121,9 @@ def _prepare_network(
     train, dtype = job.options.train, DTYPES[job.accelerator.mixed_precision]
     native = isinstance(network, AdapterNetwork)
     if train.gradient_checkpointing:
-        memory.checkpoint_blocks(models.denoiser, network.clock.now if native else contextlib.nullcontext)
+        offload = place.Offload() if job.options.memory.cpu_offload_checkpointing else None
+        around = network.clock.now if native else contextlib.nullcontext
+        memory.checkpoint_blocks(models.denoiser, around, offload)
         for encoder in encoders:
             memory.checkpoint_text(encoder)
         network.enable_gradient_checkpointing()
@@ -120,5 +132,7 @@ def _prepare_network(
     network.to(job.accelerator.device)
     if train.full_fp16 or train.full_bf16:
         network.to(dtype)
+    if job.options.memory.torch_compile:
+        memory.compile_blocks(models.denoiser, job.options.memory.dynamo_backend)
     if job.options.network.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
         raise Refused("this network module does not support --scale_weight_norms; leave it out")

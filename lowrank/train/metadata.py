@@ -32,9 +32,7 @@ _OFF = {
         ("clip_skip", "max_token_length", "noise_offset", "multires_noise_iterations", "min_snr_gamma")
     ),
     **dict.fromkeys(("adaptive_noise_scale", "face_crop_aug_range", "vae_name", "vae_hash", "new_vae_hash")),
-    **dict.fromkeys(
-        ("lowram", "noise_offset_random_strength", "zero_terminal_snr", "debiased_estimation"), False
-    ),
+    **dict.fromkeys(("noise_offset_random_strength", "zero_terminal_snr", "debiased_estimation"), False),
     "multires_noise_discount": 0.3,
 }
 MINIMUM = (

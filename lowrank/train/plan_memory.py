@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.targets import host_shape
 from lowrank.data.loader import Batch, Loader
 from lowrank.models.family import DTYPES, Models, latent_scale
 from lowrank.models.frozen import frozen_layers
 from lowrank.models.hollow import hollow
+from lowrank.models.memory import offload_of
 from lowrank.plan.fake import without_values
 from lowrank.plan.live import HOST, LiveMemory, Phase
 from lowrank.train import optim, setup
@@ -34,6 +38,7 @@ from lowrank.train.text_conditions import TextConditions
 # What a GPU needs besides live tensors, in bytes. Not measured by this program on a GPU.
 CONTEXT = 512 << 20  # CUDA's context and its loaded kernels: 0.4 to 0.6 GiB
 WORKSPACES = 128 << 20  # scratch of cuBLAS, cuDNN and attention kernels
+START = 41  # bytes per value of the largest weight, while a basis or null space of rank 64 is computed
 FRAGMENTS = 0.05  # share of what is not weights: rounding and gaps of torch's allocator
 
 
@@ -54,17 +59,17 @@ def total(phase: Phase) -> int:
 
 @dataclass(frozen=True)
 class _Processor:
-    """What a phase needs of accelerate's Accelerator, on the CPU, where tensors without values are."""
+    """What a phase needs of accelerate's Accelerator; tensors without values are on the CPU."""
 
     mixed_precision: str
+    device: torch.device
     scaler: None = None
     is_main_process: bool = False
-    device = torch.device("cpu")
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.mixed_precision == "no":
             return contextlib.nullcontext()
-        return torch.autocast("cpu", DTYPES[self.mixed_precision])
+        return torch.autocast(self.device.type, DTYPES[self.mixed_precision])
 
 
 def precision(job: RunningJob) -> str:
@@ -73,17 +78,23 @@ def precision(job: RunningJob) -> str:
 
 
 def plan_memory(
-    job: RunningJob, models: Models, loader: Loader, *, gpu: bool = True, values: bool = False
+    job: RunningJob,
+    models: Models,
+    loader: Loader,
+    *,
+    gpu: bool = True,
+    values: bool = False,
+    device: str = "cpu",
 ) -> list[Phase]:
     """The peak of each phase of a run, from the configurations in `models`.
 
     `gpu` gives tensors the dtypes of autocast on CUDA. With `values` the same functions run on real tensors
-    of random weights, which measures what a plan predicts.
+    of random weights on `device`, which measures what a plan predicts.
     """
     kind = precision(job)
-    processor: Any = _Processor(kind)
+    processor: Any = _Processor(kind, torch.device(device))
     job = replace(job, family=hollow(job.family), accelerator=processor, sharding=None)
-    source = replace(models.source, dtype=DTYPES[kind], device="cpu")
+    source = replace(models.source, dtype=DTYPES[kind], device=device)
     models = replace(models, source=source, denoiser=None, vae=None, text_encoders=(), tokenizers=())
     live, mode = LiveMemory(), contextlib.nullcontext() if values else without_values(cuda_autocast=gpu)
     logging.disable(logging.WARNING)  # the run itself logs the same lines
@@ -103,10 +114,12 @@ def _run(
     caption = "a"
     on_cpu = options.memory.text_encoders_on_cpu
     with live.phase("text encoding"):
-        with live.part(HOST if on_cpu else "weights of the text encoders"):
+        stored = options.memory.text_encoder_storage is not None  # then they are in host memory at first
+        with live.part(HOST if on_cpu or stored else "weights of the text encoders"):
             load_components(job, models, ("text",))
-        with live.part("weights of the VAE"):
-            load_components(job, models, ("vae",))
+        if stored and not on_cpu:
+            for encoder in models.text_encoders:
+                live.enter((*encoder.parameters(), *encoder.buffers()), "weights of the text encoders")
         with live.part(HOST if on_cpu else "activations of the text encoders"):
             text = TextConditions(
                 family,
@@ -117,24 +130,18 @@ def _run(
                 extra=[prompt.prompt for prompt in prompts],
             )
     cached = options.caches_latents or not _fresh(loader)
-    with live.phase("VAE encoding"), live.part("activations of the VAE"):
-        size = options.data.vae_batch_size if cached else options.train.train_batch_size
-        family.encode_images(models, torch.zeros(size, 3, height, width))
+    with live.phase("VAE encoding"):
+        with live.part("weights of the VAE"):
+            load_components(job, models, ("vae",))
+        with live.part("activations of the VAE"):
+            size = options.data.vae_batch_size if cached else options.train.train_batch_size
+            family.encode_images(models, torch.zeros(size, 3, height, width))
     keep_vae(models, cached, bool(prompts))
     vae = models.vae
     if cached and vae is not None:
         live.leave(vae.parameters())
-    stored = bool(options.memory.storage or options.memory.blocks_to_swap)  # then it is loaded on the CPU
-    with live.part(HOST if stored else "weights of the denoiser"):
-        load_components(job, models, ("denoiser",))
-    with live.part("adapter"):
-        network = adapt(job, models, text.encoders)
-        live.enter(models.denoiser.parameters(), "weights of the denoiser")
-        live.enter(
-            (layer.packed for layer in frozen_layers(models.denoiser) if layer.packed is not None),
-            "weights of the denoiser",
-        )
-        live.leave(streamed(models.denoiser))
+    with live.phase("loading"):
+        network = _load(job, models, text, live)
     live.watch(models.denoiser, "activations")
     with live.phase("training step"):
         optimizer = _train(job, models, network, text, _batch(job, models, loader, caption, cached), live)
@@ -145,6 +152,30 @@ def _run(
             for prompt in _distinct(prompts):
                 _sample(job, models, text, prompt, live)
     del optimizer  # it was alive in the previews
+
+
+def _load(job: RunningJob, models: Models, text: TextConditions, live: LiveMemory) -> Any:
+    """The network on a denoiser that has the storage and the place of the run."""
+    memory = job.options.memory
+    stored = bool(memory.storage or memory.blocks_to_swap)  # then it is in host memory at first
+    with live.part(HOST if stored else "weights of the denoiser"):
+        load_components(job, models, ("denoiser",))
+    with live.part(HOST if stored else "adapter"):
+        network: Any = adapt(job, models, text.encoders)
+    live.enter((*network.parameters(), *network.buffers()), "adapter")
+    live.enter(models.denoiser.parameters(), "weights of the denoiser")
+    packed = (layer.packed for layer in frozen_layers(models.denoiser) if layer.packed is not None)
+    live.enter(packed, "weights of the denoiser")
+    live.leave(streamed(models.denoiser))
+    if (offload := offload_of(models.denoiser)) is not None:
+        offload.copied = lambda host: live.leave([host])
+    if isinstance(network, AdapterNetwork):  # the start values of all layers, until they are copied
+        values = sum(4 * value.numel() for value in (*network.parameters(), *network.buffers()))
+        if network.factor.frozen:
+            values += START * max(math.prod(host_shape(layer.host)) for layer in network.layers())
+        with live.part("start values"):
+            torch.empty(max(0, values - (live.bytes if stored else 0)), dtype=torch.uint8)
+    return network
 
 
 def streamed(denoiser: nn.Module) -> list[Tensor]:

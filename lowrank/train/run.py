@@ -126,12 +126,13 @@ def _launch(job: RunningJob) -> int:
     texts = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
     text_merged = changes_text(job)
     with phase("encoding the captions", "free memory, or give --mixed_precision bf16"):
-        load_components(job, models, ("text", "vae"))
+        load_components(job, models, ("text",))
         if text_merged:
             load_components(job, models, ("denoiser",))  # a file is merged into both in one call
             merge_base_weights(job, models)
         text = text_conditions(job, models, [loader] if held_out is None else [loader, held_out], texts)
     with phase("encoding the pictures", "give --vae_batch_size 1 and a lower --resolution"):
+        load_components(job, models, ("vae",))  # text encoders are freed by now
         loader = data.encode_latents(job, loader, models)
         if held_out is not None:
             held_out = data.encode_latents(job, held_out, models)

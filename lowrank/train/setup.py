@@ -173,6 +173,7 @@ def run_source(job: RunningJob) -> Source:
         job.source,
         dtype=DTYPES[job.accelerator.mixed_precision],
         device=job.accelerator.device,
+        highvram=job.options.memory.highvram,
         vae_dtype=torch.float32 if job.options.model.no_half_vae else None,
         weights=not job.options.train.dry_run,
     )

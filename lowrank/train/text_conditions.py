@@ -141,7 +141,7 @@ def text_conditions(
         captions,
         job.options.trains_text,
         extra=drawn,
-        disk=str(job.base_weight_hashes) if to_disk else None,
+        disk=f"{job.base_weight_hashes}{job.options.memory.text_encoder_storage or ''}" if to_disk else None,
         batch_size=data.text_encoder_batch_size or batch_size,
         progress=job.accelerator.is_main_process,
     )

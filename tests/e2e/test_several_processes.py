@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from flux_run import same
-from processes import finished, launch_two, start_two
+from processes import finished, launch_several, start_several
 from repository import ROOT
 from safetensors.torch import load_file
 from sd_run import arguments, folders, one_thread  # noqa: F401 (fixtures)
@@ -49,7 +49,7 @@ def test_two_processes_equal_doubled_accumulation(arguments, tmp_path, monkeypat
     """
     more = ("--lr_scheduler", "linear", "--lr_warmup_steps", "2", "--save_state", "--save_every_n_steps", "1")
     line = arguments("two", *more, "--gradient_accumulation_steps", "1")
-    launch_two(SCRIPT, line, tmp_path, launched("ddp.yaml", monkeypatch))
+    launch_several(SCRIPT, line, tmp_path, launched("ddp.yaml", monkeypatch))
     more = (*more, "--gradient_accumulation_steps", "2")
     with one_thread():
         assert sd(arguments("one", *more)) == 0
@@ -63,6 +63,23 @@ def test_two_processes_equal_doubled_accumulation(arguments, tmp_path, monkeypat
         if "unet" in key and "up" in key
     ]
     assert max(up.abs().max().item() for up in ups) > 1e-5
+
+
+def test_four_processes_equal_fourfold_accumulation(arguments, tmp_path):
+    """One step, because an epoch here is no multiple of four batches; gloo adds gradients in any order."""
+    more = ("--optimizer_type", "SGD", "--learning_rate", "1", "--max_train_steps", "1")
+    launch_several(SCRIPT, arguments("four", *more), tmp_path, count=4)
+    with one_thread():
+        assert sd(arguments("one", *more, "--gradient_accumulation_steps", "4")) == 0
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    compare_ups(tmp_path / "four", tmp_path / "one", least=0)
+
+
+def compare_ups(several: Path, alone: Path, least: float) -> None:
+    many, one = (load_file(folder / "cat.safetensors") for folder in (several, alone))
+    ups = [key for key in one if "lora_up" in key]
+    difference = torch.stack([(many[key] - one[key]).square().sum() for key in ups]).sum().sqrt()
+    assert least <= difference < 1e-3 * torch.stack([one[key].square().sum() for key in ups]).sum().sqrt()
 
 
 def test_fsdp2_equals_one_process(arguments, tmp_path, monkeypatch):
@@ -85,21 +102,18 @@ def test_fsdp2_equals_one_process(arguments, tmp_path, monkeypatch):
     more += ("--validate_every_n_steps", "2")
     environment = launched("fsdp2.yaml", monkeypatch)
     assert environment["ACCELERATE_USE_FSDP"] == "true" and environment["FSDP_VERSION"] == "2"
-    launch_two(SCRIPT, arguments("two", *more), tmp_path, environment)
+    launch_several(SCRIPT, arguments("two", *more), tmp_path, environment)
     assert "validation loss after step 2" in (tmp_path / "process-0.log").read_text()
     assert len(list((tmp_path / "two" / "sample").glob("*.png"))) == 1
     with one_thread():
         assert sd(arguments("one", *more, "--gradient_accumulation_steps", "2")) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    two, one = (load_file(tmp_path / run / "cat.safetensors") for run in ("two", "one"))
-    ups = [key for key in one if "lora_up" in key]
-    difference = torch.stack([(two[key] - one[key]).square().sum() for key in ups]).sum().sqrt()
-    assert 0 < difference < 1e-3 * torch.stack([one[key].square().sum() for key in ups]).sum().sqrt()
+    compare_ups(tmp_path / "two", tmp_path / "one", least=1e-12)
 
 
 def test_other_process_ends_when_one_dies(arguments, tmp_path):
     line = arguments("run", "--max_train_steps", "100000", "--network_train_unet_only")
-    pair = start_two(SCRIPT, line, tmp_path)
+    pair = start_several(SCRIPT, line, tmp_path)
     rows, deadline = tmp_path / "run" / "loss.csv", time.monotonic() + 120
     while not (rows.is_file() and len(rows.read_text().splitlines()) > 2):
         assert all(process.is_alive() for process in pair) and time.monotonic() < deadline

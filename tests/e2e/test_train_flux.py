@@ -45,6 +45,7 @@ METHODS = {
     "stored base, no basis in files": (
         *("--network_module", "delta_r", "--network_args", "save_basis=none"),
         *("--base_storage", "nf4", "--mixed_precision", "bf16", "--max_grad_norm", "0"),
+        *("--text_encoder_storage", "fp8", "--cache_text_encoder_outputs_to_disk"),
     ),
     "lycoris": ("--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp"),
 }
@@ -95,6 +96,22 @@ def test_resume_equals_uninterrupted_run(method, arguments, tmp_path):
     said = [{k: v for k, v in told.items() if k.startswith(("tlora_", "lowrank."))} for told in facts]
     assert said[0] == said[1] and (method == "lycoris" or "lowrank.base_hash" in said[0])
     assert ("tlora" in method) is ({"tlora_max_rank", "tlora_min_rank", "tlora_T"} <= said[0].keys())
+
+
+# torch's own, of how it compiles an input with a gradient, and an autograd function (2.13)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+def test_compiled_blocks_and_offloaded_checkpoints_train_the_same(arguments, tmp_path):
+    more = ("--network_module", "tlora", "--gradient_checkpointing", "--max_train_steps", "2")
+    fast = ("--torch_compile", "--dynamo_backend", "eager", "--cpu_offload_checkpointing", "--highvram")
+    assert main(arguments("plain", *more)) == 0
+    assert main(arguments("fast", *more, *fast, "--lowram")) == 0
+    assert same(tmp_path / "plain" / WEIGHTS, tmp_path / "fast" / WEIGHTS)
+    recorded = [read_metadata(tmp_path / run / WEIGHTS)["ss_lowram"] for run in ("plain", "fast")]
+    assert recorded == ["False", "True"]
+    with pytest.raises(Refused, match=r"--dynamo_backend inductr is not one of .*did you mean 'inductor'"):
+        main(arguments("other", *more, "--torch_compile", "--dynamo_backend", "inductr"))
 
 
 def test_resume_after_sigkill(arguments, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lowrank.models.memory import offload_of
 from lowrank.plan.live import LiveMemory, Phase
 from lowrank.train import dry_run, plan_memory, preview, run
 
@@ -55,6 +56,13 @@ def measured(
             host.append(models.vae)
             live.leave(models.vae.parameters())
 
+    def adapt(job, models, encoders, adapt=run.adapt):
+        with live.phase("loading"):
+            network = adapt(job, models, encoders)
+        if (offload := offload_of(models.denoiser)) is not None:
+            offload.copied = lambda host: live.leave([host])
+        return network
+
     def draw(*given, draw=preview.draw_picture):
         for vae in host:
             live.enter(vae.parameters(), "VAE")
@@ -70,6 +78,7 @@ def measured(
         during(run, "train", "training step")
         patched.setattr(run, "load_components", load)
         patched.setattr(run, "keep_vae", keep_vae)
+        patched.setattr(run, "adapt", adapt)
         patched.setattr(preview, "draw_picture", draw)
         with live:
             assert main(list(arguments)) == 0

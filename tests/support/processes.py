@@ -64,16 +64,20 @@ def finished(process: ForkServerProcess, seconds: float = 240) -> int:
     return process.exitcode
 
 
-def start_two(
-    script: str, words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+def start_several(
+    script: str,
+    words: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    count: int = 2,
 ) -> list[ForkServerProcess]:
-    """Two CPU processes with the variables that torchrun sets; logs in FOLDER/process-RANK.log."""
+    """CPU processes with the variables that torchrun sets; logs in FOLDER/process-RANK.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
@@ -86,14 +90,18 @@ def start_two(
             folder / f"process-{rank}.log",
             common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
 
 
-def launch_two(
-    script: str, words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+def launch_several(
+    script: str,
+    words: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    count: int = 2,
 ) -> None:
-    """`start_two`; both processes must succeed."""
-    codes = [finished(process) for process in start_two(script, words, folder, environment)]
-    logs = [folder / f"process-{rank}.log" for rank in range(2)]
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    """`start_several`; all processes must succeed."""
+    codes = [finished(process) for process in start_several(script, words, folder, environment, count)]
+    logs = [folder / f"process-{rank}.log" for rank in range(count)]
+    assert codes == [0] * count, "\n".join(log.read_text()[-3000:] for log in logs)

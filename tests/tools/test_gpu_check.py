@@ -12,12 +12,13 @@ from benchmarks import gpu_check
 @pytest.mark.slow  # small models, but a training step on each kind of storage
 def test_checks_run_on_the_cpu(monkeypatch, capfd):
     monkeypatch.setattr(gpu_check, "NETWORKS", {"lora": {}, "dora": {}})
-    results = gpu_check.measure("cpu", True, ["laws", "swap", "bases", "runs"])["checks"]
-    assert [check["error"] for check in results.values()] == [None] * 4, capfd.readouterr().out
+    results = gpu_check.measure("cpu", True, ["laws", "swap", "bases", "runs", "planner"])["checks"]
+    assert [check["error"] for check in results.values()] == [None] * 5, capfd.readouterr().out
     assert len(results["laws"]["rows"]) == 8 and len(results["swap"]["rows"]) == 6
     for row in results["laws"]["rows"]:
         assert row["equal at the start"] and row["finite gradients"], row
     assert all(row["equal"] for row in results["swap"]["rows"])
+    assert [row["within 10 %"] for row in results["planner"]["rows"]] == [True, True]
     assert [row["blocks swapped"] for row in results["runs"]["rows"]] == [0, 0, 0]
 
 

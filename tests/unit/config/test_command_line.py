@@ -137,7 +137,7 @@ def test_the_published_trainer_flags_are_known():
 def test_a_kohya_launcher_parses_with_one_warning():
     parsed = FLUX_TRAIN.parse(KOHYA.split())
     assert parsed.notes == (
-        "ignored for FLUX: clip_skip, lowram, max_token_length, min_snr_gamma, noise_offset, sdpa, xformers",
+        "ignored for FLUX: clip_skip, max_token_length, min_snr_gamma, noise_offset, sdpa, xformers",
     )
     assert pairs("--network_args", parsed.options.network.network_args) == {
         "loraplus_lr_ratio": "16",
@@ -271,7 +271,7 @@ def test_warmup(text, expected):
         ("--output_name my style", "unexpected 'style' belongs to no flag"),
         ("--model_type sd4", "'sd4' is not one of flux"),
         ("--dataset_name lambdalabs/x", "--dataset_name is not supported: pictures come from a folder"),
-        ("--torch_compile", "--torch_compile is not supported: no model is compiled here"),
+        ("--push_to_hub", "--push_to_hub is not supported: give --huggingface_repo_id OWNER/NAME"),
         ("--in_json", "expected one argument"),
     ],
 )
@@ -698,10 +698,10 @@ def test_nothing_is_both_a_flag_and_not(surface):
 
 
 def test_what_is_off_is_accepted(tmp_path):
-    parsed = flux("--split_mode", "0", "--torch_compile", "false", "--save_every_n_steps", "0")
+    parsed = flux("--split_mode", "0", "--deepspeed", "false", "--save_every_n_steps", "0")
     assert parsed.options.saving.save_every_n_steps is None
-    assert parsed.notes == ("ignored for FLUX: split_mode, torch_compile",)
-    text = "split_mode = false\ntorch_compile = ''\nscale_weight_norms = 0\nmax_train_epochs = 0"
+    assert parsed.notes == ("ignored for FLUX: deepspeed, split_mode",)
+    text = "split_mode = false\ndeepspeed = ''\nscale_weight_norms = 0\nmax_train_epochs = 0"
     parsed = flux("--config_file", config(tmp_path, text))
     assert parsed.options.network.scale_weight_norms is None and parsed.options.train.max_train_epochs is None
     assert refused("--rank", "0")

@@ -106,9 +106,7 @@ def test_kohyas_flags_have_kohyas_types_and_defaults(surface):
 def test_a_launchers_command_parses(surface):
     argv = shlex.split(LAUNCHER)
     parsed = surface.parse(argv)
-    ignored = {"lowram", "persistent_data_loader_workers"} | (
-        {"clip_skip"} if surface is SDXL_TRAIN else set()
-    )
+    ignored = {"persistent_data_loader_workers"} | ({"clip_skip"} if surface is SDXL_TRAIN else set())
     assert set(parsed.notes) == {
         f"ignored for {surface.ignored_by}: {', '.join(sorted(ignored))}",
         "--max_bucket_reso has no effect with --bucket_no_upscale, which has precedence",

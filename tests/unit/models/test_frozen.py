@@ -9,9 +9,11 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from lowrank.models import frozen, place
+from lowrank.errors import Refused
+from lowrank.models import frozen, memory, place
 from lowrank.models.place import Stream
 
 KINDS = (None, "bf16", "fp8", "fp8_scaled", "int8", "nf4")
@@ -186,3 +188,73 @@ def test_refused_page_locked_memory_falls_back(monkeypatch, caplog):
 def test_one_buffer_is_refused():
     with pytest.raises(ValueError, match="cannot be filled ahead"):
         Stream("cpu", buffers=1)
+
+
+# ---------- checkpointed inputs in host memory
+
+
+def test_offloaded_checkpoints_give_the_same_gradients():
+    model, x = layers(), pictures()
+    expected = step(model, x, checkpointed=True)
+    offload = place.Offload()
+    run = memory.checkpointed(offload=offload)
+    y = x.clone().requires_grad_(True)
+    out = run(model[4:], run(model[:4], y))
+    assert offload.counts.copies == 2  # the inputs of both halves, and nothing from inside
+    assert offload.counts.bytes == 4 * (x.numel() + 2 * 64 * 8 * 8)
+    out.square().sum().backward()
+    assert offload.counts.fetches == 2
+    assert all(torch.equal(a, b) for a, b in zip(expected, (out.detach(), y.grad), strict=True))
+
+
+# ---------- compiled blocks
+
+
+class Blocks(nn.Module):
+    """Three equal blocks."""
+
+    _repeated_blocks = ("Sequential",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(3)]
+        self.parts = nn.ModuleList(parts).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+# torch's own: it makes an object of every autograd function that it compiles (2.13)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", [None, "fp8", "nf4"])
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_blocks_are_compiled_once_for_each_shape(kind):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Blocks()
+    for layer in model.modules():
+        if frozen.can_freeze(layer):
+            frozen.freeze(layer)
+            frozen.store(layer, kind)
+    inputs = [torch.randn(n, 32) for n in (2, 5)]
+    expected = [step(model, x) for x in inputs]
+    counter = CompileCounter()
+    memory.compile_blocks(model, counter)
+    for _ in range(2):
+        for x, values in zip(inputs, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(values, step(model, x), strict=True))
+    assert counter.frame_count == 2  # one for each shape, and not one for each block
+    torch._dynamo.reset()
+
+
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_streamed_blocks_are_not_compiled():
+    model, stream = Blocks(), Stream("cpu")
+    frozen.freeze(model.parts[2][0])
+    frozen.stream(model.parts[2][0], stream)
+    memory.compile_blocks(model, "eager")
+    assert [block._compiled_call_impl is not None for block in model.parts] == [True, True, False]
+    with pytest.raises(Refused, match=r"--dynamo_backend inductr is not one of .*inductor"):
+        memory.compile_blocks(model, "inductr")

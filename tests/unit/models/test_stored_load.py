@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import shutil
 from dataclasses import replace
@@ -16,7 +17,7 @@ from lowrank.errors import Refused
 from lowrank.files import cache_folder
 from lowrank.models import blocks, frozen, single, storage, stored_load
 from lowrank.models.family import Source
-from lowrank.models.flux import FLUX
+from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SD15
 from lowrank.models.sd_single import UNET
 from lowrank.plan.live import LiveMemory
@@ -71,6 +72,23 @@ def test_adapters_start_from_the_weights_before_storing(method, tiny_flux, cache
     for plain, stored in zip(made[0].layers(), made[1].layers(), strict=True):
         for role, value in plain.tensors().items():
             assert torch.equal(value, stored.tensors()[role]), (plain.name, role)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_stored_text_encoders(kind, tiny_flux):
+    models = FLUX.load(Source(str(tiny_flux), dtype=BF16), ("text",))
+    plain = FLUX.encode_text(models, ["a cat"], FluxOptions())[0]
+    before = sum(frozen.stored_bytes(encoder) for encoder in models.text_encoders)
+    for encoder in models.text_encoders:
+        twin = copy.deepcopy(encoder)
+        blocks.store_encoder(encoder, kind)
+        for name, layer in layers_of(encoder).items():  # the plain encoder with the widened weights
+            twin.get_submodule(name).weight.data = layer.weight
+        ids = torch.arange(5)[None]
+        assert torch.equal(encoder(ids).last_hidden_state, twin(ids).last_hidden_state)
+    after = sum(frozen.stored_bytes(encoder) for encoder in models.text_encoders)
+    stored = FLUX.encode_text(models, ["a cat"], FluxOptions())[0]
+    assert after < before and not torch.equal(stored["t5"], plain["t5"])
 
 
 def test_second_start_reads_the_cache(tiny_flux, monkeypatch, caplog):

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from flux_run import same
 from kohya_models import SD15, tiny
-from processes import launch_two
+from processes import launch_several
 from repository import ROOT
 from safetensors.torch import load_file
 from sd_run import arguments, folders, one_thread  # noqa: F401 - the first two are fixtures
@@ -540,7 +540,7 @@ def test_effilora_two_processes_equal_doubled_accumulation(arguments, tmp_path):
         ),
         *("--network_args", "num_experts=2", "effi_update_ratio=0.5", "effi_probe_every=1"),
     )
-    launch_two("train_network_ABM.py", arguments("two", *more), tmp_path)
+    launch_several("train_network_ABM.py", arguments("two", *more), tmp_path)
     with one_thread():
         assert main(arguments("one", *more, "--gradient_accumulation_steps", "2")) == 0
     assert same(tmp_path / "two" / "cat.safetensors", tmp_path / "one" / "cat.safetensors")

@@ -103,6 +103,8 @@ def test_text_encoders_on_cpu_are_not_trained():
         Refused, match="--text_encoders_on_cpu cannot be used while text encoders are trained"
     ):
         Planner("--text_encoders_on_cpu", "--train_text_encoder")
+    with pytest.raises(Refused, match="--text_encoder_storage nf4 cannot be used while text encoders"):
+        Planner("--text_encoder_storage", "nf4", "--train_text_encoder")
 
 
 def test_estimated_seconds():
@@ -122,4 +124,4 @@ def test_chosen_flags_are_printed_and_recorded(arguments, tmp_path, monkeypatch,
     assert main(line) == 0
     assert "--vram 0.006: " in capsys.readouterr().out
     config = (tmp_path / "run" / "config.toml").read_text(encoding="utf-8")
-    assert "gradient_checkpointing = true" in config and "vram" not in config.split("[", 1)[1]
+    assert "gradient_checkpointing = true" in config and "\nvram" not in config.split("[", 1)[1]

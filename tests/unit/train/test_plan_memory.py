@@ -23,6 +23,7 @@ HALF = ("--mixed_precision", "bf16", "--gradient_checkpointing")
 SETTINGS = [
     (flux, "networks.lora", HALF),
     (flux, "networks.tlora", ("--gradient_accumulation_steps", "2")),
+    (flux, "networks.lora", (*HALF, "--cpu_offload_checkpointing", "--text_encoder_storage", "nf4")),
     (flux, "networks.dora", ("--gradient_checkpointing", "--train_batch_size", "2")),
     (sd, "networks.lora", (*HALF, "--train_text_encoder")),
     (sdxl, "networks.lora", ()),
@@ -55,16 +56,26 @@ def arguments(tiny_flux, tiny_sd, tiny_sdxl, tmp_path):
     return line
 
 
-def compare(main, line, monkeypatch, phases) -> None:
+# a run's noise schedule, 1000 numbers of three kinds and their int64 steps, which a tiny text encoder shows
+SCHEDULE = 24_000
+
+
+def compare(main, line, monkeypatch, phases) -> dict:
     plan, run = planned(main, line, monkeypatch), measured(main, line, monkeypatch)
     for phase in phases:
-        assert plan[phase].peak == pytest.approx(run[phase].peak, rel=TOLERANCE), phase
+        margin = max(SCHEDULE, TOLERANCE * run[phase].peak)
+        assert plan[phase].peak == pytest.approx(run[phase].peak, rel=0, abs=margin), phase
+    return {"planned": plan["loading"].peak, "measured": run["loading"].peak}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("main", "module", "more"), SETTINGS)
 def test_planned_peak_is_the_measured_peak(main, module, more, arguments, monkeypatch):
-    compare(main, arguments(main, module, *more), monkeypatch, ("text encoding", "training step"))
+    line = arguments(main, module, *more)
+    loading = compare(main, line, monkeypatch, ("text encoding", "training step"))
+    reads = module == "networks.tlora"  # the plan has an upper bound of what computing singular vectors takes
+    assert loading["planned"] >= (1 - TOLERANCE) * loading["measured"]
+    assert reads or loading["planned"] <= (1 + TOLERANCE) * loading["measured"]
 
 
 @pytest.mark.slow
