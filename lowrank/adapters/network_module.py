@@ -25,7 +25,7 @@ from lowrank.adapters.method import Factor, Method, check_made_by
 from lowrank.adapters.network import AdapterNetwork, DenseWeights
 from lowrank.adapters.targets import Target, find_all
 from lowrank.config.flag import LARGEST, WORDS, parse_text, quoted
-from lowrank.errors import Refused, nearest
+from lowrank.errors import Refused, joined, nearest, reasons_of
 from lowrank.files import parse_json
 from lowrank.naming import keys
 
@@ -57,13 +57,20 @@ class NetworkModule:
         return float(rank) if self._alpha_is_rank else 1.0
 
     def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise `Refused` for an unknown network argument and for a malformed value."""
+        """Raise `Refused` for unknown network arguments and malformed values, all of them together."""
+        known, problems = self.known, []
         for name in arguments:
-            if name not in self.known:
-                raise Refused(
-                    f"unknown network argument {name!r}{nearest(name, self.known)}; known: "
-                    f"{', '.join(self.known)}"
-                )
+            if name not in known:
+                problems.append(f"unknown network argument {name!r}{nearest(name, known)}")
+        if problems:
+            problems[-1] += f"; known: {', '.join(known)}"
+        for name, value in arguments.items():
+            try:
+                self._parse({name: value} if name in known else {})
+            except Refused as error:
+                problems += reasons_of(error)
+        if problems:
+            raise joined("--network_args have several problems", problems)
         self._parse(arguments)
 
     def made(self, metadata: Mapping[str, str], source: str = "the file") -> Method:

@@ -11,7 +11,7 @@ import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -70,6 +70,15 @@ class Models:
     checkpoints: dict[str, Any] = field(default_factory=dict)  # single files that loading has opened
 
 
+class TokenCounts(NamedTuple):
+    """The tokens of captions, and how many of them a text encoder takes; the others are cut."""
+
+    encoder: str
+    limit: int
+    counts: list[int]
+    way_out: str  # an option that takes more tokens, or an empty text
+
+
 class Load(Protocol):
     """Find a model and load parts of it."""
 
@@ -118,6 +127,7 @@ class Family(Generic[Options]):
     latents: Callable[[Models, Tensor, torch.Generator | None], Tensor]
     decode: Callable[[Models, Tensor], Tensor]  # (B, C, h, w) → (B, 3, H, W) in [−1, 1]
     encode_text: Callable[[Models, Sequence[str], Options], list[dict[str, Tensor]]]  # CPU, by caption
+    token_counts: Callable[[Models, Sequence[str], Options], TokenCounts]
     # keep only the encoders that adapters can train
     keep_trained_text: Callable[[Models, Options], list[nn.Module]]
     # the part of the conditions that comes from trained encoders, with gradient

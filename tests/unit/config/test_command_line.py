@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -322,13 +323,50 @@ def test_numbers_have_an_upper_limit(flag, value, high):
     assert flux(f"--{flag}", str(high))
 
 
-def test_help_lists_every_name(capsys):
+def help_of(capsys, *words: str, surface=FLUX_TRAIN) -> str:
     with pytest.raises(SystemExit) as caught:
-        FLUX_TRAIN.parse(["--help"])
+        surface.parse(["--help", *words])
     assert caught.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_whole_help_lists_every_name(capsys):
+    text = help_of(capsys, "all")
     assert all(name in text for spec in FLUX_TRAIN.specs.values() for name in spec.names)
     assert "--no-cache_latents" not in text and "%%" not in text
+
+
+@pytest.mark.parametrize("surface", [SD_TRAIN, SDXL_TRAIN, FLUX_TRAIN], ids=lambda line: line.prog)
+def test_short_help_has_fifteen_flags_and_an_example_that_parses(surface, capsys):
+    text = help_of(capsys, surface=surface)
+    shown = [name for name, spec in surface.specs.items() if re.search(rf"^  --{name}\b", text, re.MULTILINE)]
+    assert shown == [name for name, spec in surface.specs.items() if spec.flag.essential]
+    assert len(shown) == 15 and f"{len(surface.specs)} flags in all" in text
+    example = text[text.index("accelerate launch") :].split("\n\n")[0]
+    script, *words = shlex.split(example.replace("\\\n", " "))[2:]
+    assert script == surface.prog
+    assert {word[2:] for word in words if word.startswith("--")} <= set(shown)
+    assert surface.parse(words).options
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_help_by_group_and_by_word(capsys):
+    groups = help_of(capsys, "groups")
+    assert all(f"--{name}" in groups for name in FLUX_TRAIN.specs)
+    assert "Pictures (--help pictures):" in groups
+    pictures = help_of(capsys, "pictures")
+    assert "--train_data_dir" in pictures and "--learning_rate" not in pictures
+    assert "threshold of the Huber loss" in help_of(capsys, "huber_c")
+    for line in re.findall(r"--help ([a-z-]+)\)", groups):
+        assert help_of(capsys, line)
+    with pytest.raises(SystemExit) as caught:
+        FLUX_TRAIN.parse(["--help", "nonsense"])
+    assert caught.value.code == 2 and "--help groups lists them" in capsys.readouterr().err
+
+
+def test_help_of_a_small_script_is_whole(capsys):
+    text = help_of(capsys, surface=SAVE_RESIDUAL)
+    assert all(f"--{name}" in text for name in SAVE_RESIDUAL.specs)
 
 
 # ---------- Refused: what needs the whole command line
