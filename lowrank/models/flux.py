@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowrank.config.flux import FluxModel
 from lowrank.errors import Refused
-from lowrank.models.family import Family, FamilyOptions, Models, TokenCounts, latent_scale
+from lowrank.models.family import Drawing, Family, FamilyOptions, Models, TokenCounts, latent_scale
 from lowrank.models.flux_load import FLUX_PARTS, add_flux_components, empty_text, load_flux, model_hash
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 
@@ -281,4 +281,6 @@ FLUX: Family[FluxOptions] = Family(
     pipeline=pipeline,
     sample=sample,
     model_hash=partial(model_hash, FLUX_PARTS),
+    drawing=Drawing(steps=20, scale=1.0, guidance=FluxOptions.guidance_scale),
+    tool_flags=frozenset({"max_sequence_length", "residual_path"}),
 )
