@@ -28,7 +28,6 @@ from lowrank.laplace.context_file import GAUSS_NEWTON, Context, write_context
 from lowrank.laplace.fisher import Fisher, gauss_newton_draw
 from lowrank.models import blocks, memory
 from lowrank.models.family import Family, FamilyOptions, Models, Source, align, release
-from lowrank.models.flux import FLUX, FluxOptions
 from lowrank.models.sd import SdOptions
 from lowrank.objective.diffusion import Diffusion
 from lowrank.objective.flow import Flow
@@ -41,7 +40,8 @@ from lowrank.train.text_conditions import TextConditions
 
 logger = logging.getLogger(__name__)
 
-_ONLY_SD = ("v_parameterization", "min_snr_gamma", "clip_skip", "max_token_length")
+# flags that not every family has
+_SOME = ("v_parameterization", "min_snr_gamma", "clip_skip", "max_token_length")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,16 +113,16 @@ def _source(options: ContextOptions) -> Source:
 def _records(parsed: Parsed[ContextOptions], family: Family) -> tuple[Objective, FamilyOptions]:
     """The objective and the family's switches; a flag that is another family's is refused."""
     measure = parsed.options.measure
-    if family is not FLUX:
+    for name in _SOME:
+        if name not in family.tool_flags and parsed.value(name):
+            raise Refused(f"{parsed.flag(name)} is not for {family.name}; leave it out")
+    if issubclass(family.options, SdOptions):
         switches = SdOptions(clip_skip=measure.clip_skip, max_token_length=measure.max_token_length)
         objective = Diffusion(
             v_parameterization=measure.v_parameterization, min_snr_gamma=measure.min_snr_gamma
         )
         return objective, switches
-    for name in _ONLY_SD:
-        if parsed.value(name):
-            raise Refused(f"{parsed.flag(name)} is not for {family.name}; leave it out")
-    return Flow(), FluxOptions()
+    return Flow(), family.options()
 
 
 def _loader(

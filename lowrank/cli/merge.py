@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,6 @@ from lowrank.formats.read import refuse_masked
 from lowrank.formats.residual import check_residual, residual_file
 from lowrank.models.contact_sheet import sheet
 from lowrank.models.family import Family, Models
-from lowrank.models.flux import FLUX, FluxOptions
-from lowrank.models.sd import SdOptions
 from lowrank.models.single import SUFFIXES
 from lowrank.naming.places import places
 from lowrank.train.preview import save_png
@@ -36,9 +35,11 @@ from lowrank.train.text_conditions import TextConditions
 
 logger = logging.getLogger(__name__)
 
-_CFG = 7.5  # strength of the prompt for SD, as in the stock pipeline
-_ONLY_SD = ("negative_prompt", "sample_sampler", "clip_skip", "tokenizer_cache_dir")
-_ONLY_FLUX = ("max_sequence_length", "residual_path")
+# flags that not every family has
+_SOME = (
+    *("negative_prompt", "sample_sampler", "clip_skip", "tokenizer_cache_dir"),
+    *("max_sequence_length", "residual_path"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,16 +181,16 @@ def _check_residual(path: str, mixture: Mixture, family: Family, models: Models)
 def _switches(parsed: Parsed[Merge], family: Family) -> Any:
     """The family's options; a flag that is another family's is refused."""
     options = parsed.options
-    foreign = _ONLY_SD if family is FLUX else _ONLY_FLUX
-    for name in foreign:
-        if parsed.value(name) is not None:
+    for name in _SOME:
+        if name not in family.tool_flags and parsed.value(name) is not None:
             raise Refused(f"{parsed.flag(name)} is not for {family.name}; leave it out")
-    if family is not FLUX:
-        return SdOptions(clip_skip=options.clip_skip)
-    strength: dict[str, Any] = (
-        {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
-    )
-    return FluxOptions(t5xxl_max_token_length=options.max_sequence_length, **strength)
+    given = {
+        "clip_skip": options.clip_skip,
+        "t5xxl_max_token_length": options.max_sequence_length,
+        "guidance_scale": options.guidance_scale,
+    }
+    names = {field.name for field in fields(family.options)}
+    return family.options(**{k: v for k, v in given.items() if k in names and v is not None})
 
 
 class Studio:
@@ -199,7 +200,8 @@ class Studio:
         self, options: Merge, family: Family, models: Models, switches: Any, adapts_text: bool
     ) -> None:
         self.options, self.family, self.models, self.switches = options, family, models, switches
-        self.negative = None if family is FLUX else options.negative_prompt or ""
+        guides = family.drawing.scale != 1
+        self.negative = options.negative_prompt or "" if guides else None
         prompts = (options.prompt, self.negative, options.style_prompt, options.content_prompt)
         captions = [prompt for prompt in prompts if prompt is not None]
         self._text = TextConditions(family, models, switches, captions, adapts_text)
@@ -217,7 +219,7 @@ class Studio:
     def draw(self, prompt: str, seed: int) -> Image.Image:
         """One picture of a prompt, at the strengths that are set."""
         options = self.options
-        strength = _CFG if options.guidance_scale is None else options.guidance_scale
+        strength = self.family.drawing.scale if options.guidance_scale is None else options.guidance_scale
         with torch.no_grad():
             positive = self._text([prompt])
             negative = None if self.negative is None else self._text([self.negative])
@@ -293,10 +295,10 @@ def _settings(mixture: Mixture, pair: tuple[float, float], seed: int, studio: St
     style, content, *more = (adapter.path for adapter in mixture.adapters)
     strengths = [strength for _, strength in _more(options.more_loras)]
     also = "".join(f"Adapter: {p.name} × {w:g}, " for p, w in zip(more, strengths, strict=True))
-    if isinstance(switches, FluxOptions):
+    if studio.negative is None:
         strength = f"Guidance: {switches.guidance_scale:g}"
     else:
-        scale = _CFG if options.guidance_scale is None else options.guidance_scale
+        scale = studio.family.drawing.scale if options.guidance_scale is None else options.guidance_scale
         strength = f"Sampler: {options.sample_sampler or 'ddim'}, CFG scale: {scale:g}"
     against = f"\nNegative prompt: {options.negative_prompt}" if options.negative_prompt else ""
     rule = "" if mixture.rule is SUM else f"Merge: {mixture.rule.name}, "

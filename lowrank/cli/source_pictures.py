@@ -15,9 +15,8 @@ from lowrank.data.images import suffixes
 from lowrank.errors import Refused
 from lowrank.files import atomic, existing_folder, writable_folder
 from lowrank.models.family import Family, Models
-from lowrank.models.flux import FLUX
 from lowrank.train.preview import draw_files
-from lowrank.train.prompts import Prompt, read_prompts
+from lowrank.train.prompts import Prompt, prompt_of, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +57,7 @@ def _digest(path: Path) -> str:
 
 def default_prompt(family: Family, sides: tuple[int, int]) -> Prompt:
     """What a line of a prompt file leaves open: `sides` are width and height in pixels."""
-    scale = {} if family is FLUX else {"sample_steps": 30, "scale": 7.5, "guidance_scale": None}
-    return Prompt("", width=sides[0], height=sides[1], **scale)
+    return replace(prompt_of(family), width=sides[0], height=sides[1])
 
 
 def draw_source(

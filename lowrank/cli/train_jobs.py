@@ -20,18 +20,13 @@ from lowrank.objective.flow import Flow
 from lowrank.objective.objective import Objective
 from lowrank.train.checkpoints import DIFFUSERS, KOHYAS
 from lowrank.train.job import Script, TrainJob
-from lowrank.train.prompts import Prompt
 from lowrank.train.run import launch
 
 __all__ = ["flux_job", "launch", "sd_job", "sdxl_job"]
 
-_SD = Script(
-    tracker="network_train",
-    unnamed=KOHYAS,
-    prompt=Prompt("", sample_steps=30, scale=7.5, guidance_scale=None),
-)
+_SD = Script(tracker="network_train", unnamed=KOHYAS)
 # the log folder's name in the user's documents
-_FLUX = Script(tracker="dreambooth-flux-dev-qrlora-deltaR", unnamed=DIFFUSERS, prompt=Prompt(""))
+_FLUX = Script(tracker="dreambooth-flux-dev-qrlora-deltaR", unnamed=DIFFUSERS)
 
 
 def sd_job(parsed: Parsed[SdTrainOptions]) -> TrainJob:

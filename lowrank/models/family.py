@@ -111,6 +111,15 @@ class Sample(Protocol[OptionsIn]):
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How a picture of a family is drawn where no option decides it."""
+
+    steps: int
+    scale: float  # strength of classifier-free guidance; 1: none, so there is no negative prompt
+    guidance: float | None  # the distilled guidance that the denoiser takes; None: it takes none
+
+
+@dataclass(frozen=True)
 class Family(Generic[Options]):
     """Facts and functions of one model family; `options` is the class of the family's options."""
 
@@ -141,6 +150,9 @@ class Family(Generic[Options]):
     pipeline: Callable[[Models], Any]  # the stock pipeline around the present denoiser
     sample: Sample[Options]
     model_hash: Callable[[Models | Source | str, str], str]  # (…, role) → 64 hex digits
+    drawing: Drawing
+    # the flags of inference_merge.py and calc_lalora_context.py that other families refuse
+    tool_flags: frozenset[str]
     # (original sizes, crops' top left corners, target sizes), each (B, 2) of y, x → more conditions;
     # None for a family whose denoiser is not conditioned on sizes
     size_conditions: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from lowrank.config.flux import FluxModel
 from lowrank.errors import Refused
-from lowrank.models.family import Family, FamilyOptions, Models, TokenCounts, latent_scale
-from lowrank.models.flux_load import add_flux_components, empty_text, load_flux, model_hash
+from lowrank.models.family import Drawing, Family, FamilyOptions, Models, TokenCounts, latent_scale
+from lowrank.models.flux_load import FLUX_PARTS, add_flux_components, empty_text, load_flux, model_hash
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 
 
@@ -265,8 +266,8 @@ FLUX: Family[FluxOptions] = Family(
     bucket_step=bucket_step,
     base_model_version=lambda models: "flux1",
     architecture=architecture,
-    load=load_flux,
-    add=add_flux_components,
+    load=partial(load_flux, FLUX_PARTS),
+    add=partial(add_flux_components, FLUX_PARTS),
     encode_images=encode_images,
     latents=latents,
     decode=decode,
@@ -275,9 +276,11 @@ FLUX: Family[FluxOptions] = Family(
     keep_trained_text=keep_trained_text,
     trained_text=trained_text,
     empty=empty,
-    empty_text=empty_text,
+    empty_text=partial(empty_text, FLUX_PARTS),
     denoise=denoise,
     pipeline=pipeline,
     sample=sample,
-    model_hash=model_hash,
+    model_hash=partial(model_hash, FLUX_PARTS),
+    drawing=Drawing(steps=20, scale=1.0, guidance=FluxOptions.guidance_scale),
+    tool_flags=frozenset({"max_sequence_length", "residual_path"}),
 )

@@ -1,12 +1,15 @@
-"""Load FLUX from a diffusers folder, a hub snapshot or single files, and hash its weights."""
+"""Load FLUX or Chroma from a diffusers folder, a hub snapshot or single files, and hash the weights.
+
+`Parts` names the classes and folders of a family; each function has it as first argument.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -25,14 +28,48 @@ from lowrank.models.components import component_folder, local_folder
 from lowrank.models.family import ROLES, Models, Source
 
 T5_TOKENS = 512  # the tokenizer of FLUX.1-dev cuts captions there
-FOLDERS = {
-    "denoiser": ("transformer",),
-    "vae": ("vae",),
-    "text": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-}
 
 
-def load_flux(source: Source, roles: Iterable[str] = ROLES) -> Models:
+class Encoder(NamedTuple):
+    """A text encoder, and its tokenizer."""
+
+    kind: Any  # transformers' class
+    folder: str
+    tokenizer: Any  # transformers' class
+    tokenizer_folder: str
+    option: str  # field of `Source` and command-line option that names a file of it
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a family that has FLUX's blocks, T5 as its last encoder, and an AutoencoderKL."""
+
+    transformer: Any  # diffusers' class
+    pipeline: Any  # diffusers' class
+    marker: str  # a key of the transformer's configuration that other families lack
+    encoders: tuple[Encoder, ...]
+    # the transformer's configuration from the tensors' shapes of a single file
+    single_config: Callable[[single.Checkpoint], dict[str, Any]]
+
+    @property
+    def folders(self) -> dict[str, tuple[str, ...]]:
+        """The folders of a diffusers model by role."""
+        texts = [encoder.folder for encoder in self.encoders]
+        texts += [encoder.tokenizer_folder for encoder in self.encoders]
+        return {"denoiser": ("transformer",), "vae": ("vae",), "text": tuple(texts)}
+
+
+T5 = Encoder(T5EncoderModel, "text_encoder_2", T5TokenizerFast, "tokenizer_2", "t5xxl")
+FLUX_PARTS = Parts(
+    FluxTransformer2DModel,
+    FluxPipeline,
+    "guidance_embeds",
+    (Encoder(CLIPTextModel, "text_encoder", CLIPTokenizer, "tokenizer", "clip_l"), T5),
+    flux_single.transformer_config,
+)
+
+
+def load_flux(parts: Parts, source: Source, roles: Iterable[str] = ROLES) -> Models:
     """Find the model and load some of its components; `add_flux_components` and `release` change these later.
 
     Text encoders and VAE first, cached and released, then the denoiser: the peak is the denoiser, not the
@@ -40,14 +77,15 @@ def load_flux(source: Source, roles: Iterable[str] = ROLES) -> Models:
     """
     flux_single.check_companions(source)
     if single.is_file(source.path):
-        models = flux_single.open_models(source)
+        options = [encoder.option for encoder in parts.encoders]
+        models = flux_single.open_models(source, options, parts.single_config)
     else:
-        models = Models(source, local_folder(source, FluxPipeline.download))
+        models = Models(source, local_folder(source, parts.pipeline.download))
         components.check_denoiser(models, "transformer")
         schedule: Any = components.config(FlowMatchEulerDiscreteScheduler, models.root, "scheduler", "shift")
         models.scheduler = FlowMatchEulerDiscreteScheduler.from_config(schedule)
         models.configs["denoiser"] = components.config(
-            FluxTransformer2DModel, models.root, "transformer", "guidance_embeds"
+            parts.transformer, models.root, "transformer", parts.marker
         )
     models.configs["vae"] = _vae_config(models)
     packed, channels = models.configs["denoiser"]["in_channels"], models.configs["vae"]["latent_channels"]
@@ -56,14 +94,19 @@ def load_flux(source: Source, roles: Iterable[str] = ROLES) -> Models:
             f"the transformer of {source.path} takes {packed // 4} latent channels and the VAE makes "
             f"{channels}: they belong to different models; give the VAE of this model"
         )
-    add_flux_components(models, roles)
+    add_flux_components(parts, models, roles)
     return models
 
 
-def add_flux_components(models: Models, roles: Iterable[str]) -> None:
+def add_flux_components(parts: Parts, models: Models, roles: Iterable[str]) -> None:
     """Load the named parts that are not there, on `source.device`, frozen and in evaluation mode."""
     components.add_components(
-        models, roles, tokenizers=_tokenizers, encoders=_text_encoders, vae=_vae, denoiser=_denoiser
+        models,
+        roles,
+        tokenizers=partial(_tokenizers, parts),
+        encoders=partial(_text_encoders, parts),
+        vae=_vae,
+        denoiser=partial(_denoiser, parts),
     )
 
 
@@ -87,78 +130,80 @@ def _vae(models: Models) -> nn.Module:
     return components.ready(model, "vae", root, models.source)
 
 
-def _denoiser(models: Models) -> nn.Module:
+def _denoiser(parts: Parts, models: Models) -> nn.Module:
     source, root = models.source, models.root
     if source.storage:
-        if (readers := _transformer_readers(models)) is not None:
-            empty: Any = stored_load.empty_denoiser(FluxTransformer2DModel, models.configs["denoiser"])
-            named = partial(model_hash, models, "denoiser")
+        if (readers := _transformer_readers(parts, models)) is not None:
+            empty: Any = stored_load.empty_denoiser(parts.transformer, models.configs["denoiser"])
+            named = partial(model_hash, parts, models, "denoiser")
             return stored_load.load_stored(empty, readers, root, source, named)
         source = replace(source, device="cpu")
     if single.is_file(root):
-        return components.ready(flux_single.transformer(root, source.dtype), "transformer", root, source)
-    return components.load_component(
-        FluxTransformer2DModel, source, root, "transformer", torch_dtype=source.dtype
-    )
+        model = flux_single.transformer(root, source.dtype, parts.transformer, models.configs["denoiser"])
+        return components.ready(model, "transformer", root, source)
+    return components.load_component(parts.transformer, source, root, "transformer", torch_dtype=source.dtype)
 
 
-def _transformer_readers(models: Models) -> stored_load.Readers | None:
+def _transformer_readers(parts: Parts, models: Models) -> stored_load.Readers | None:
     """The transformer's tensors by name; None where only a library can read them."""
     if single.is_file(models.root):
         return flux_single.transformer_readers(models.root)
-    folder = component_folder(models.root, "transformer", "FluxTransformer2DModel")
+    folder = component_folder(models.root, "transformer", parts.transformer.__name__)
     if "quantization_config" in models.configs["denoiser"]:
         return None
     return stored_load.folder_readers(folder, models.source.variant)
 
 
-def _text_encoders(models: Models) -> tuple[nn.Module, nn.Module]:
+def _text_encoders(parts: Parts, models: Models) -> tuple[nn.Module, ...]:
     source = models.source
 
-    def load(kind: type, name: str, given: str | None) -> nn.Module:
+    def load(encoder: Encoder) -> nn.Module:
+        kind, name, given = encoder.kind, encoder.folder, getattr(source, encoder.option)
         if given is None:
             return components.load_component(kind, source, models.root, name, dtype=source.dtype)
         return components.ready(
             flux_single.text_encoder(kind, Path(given), source.dtype), name, given, source
         )
 
-    return load(CLIPTextModel, "text_encoder", source.clip_l), load(
-        T5EncoderModel, "text_encoder_2", source.t5xxl
+    return tuple(map(load, parts.encoders))
+
+
+def empty_text(parts: Parts, models: Models) -> list[tuple[nn.Module, int]]:
+    """The text encoders on the meta device, each with the most tokens that it takes."""
+    texts = []
+    for encoder in parts.encoders:
+        given = getattr(models.source, encoder.option)
+        if given is None:
+            config = components.text_config(encoder.kind, models.root, encoder.folder)
+        else:
+            config = flux_single.text_config(encoder.kind, Path(given))
+        tokenizer = models.root / encoder.tokenizer_folder / "tokenizer_config.json"
+        facts = read_json(tokenizer, "tokenizer", bits=TOKENIZER_BITS) if tokenizer.is_file() else {}
+        most = min(facts.get("model_max_length", T5_TOKENS), T5_TOKENS)
+        with torch.device("meta"):
+            texts.append((encoder.kind(config), getattr(config, "max_position_embeddings", most)))
+    return texts
+
+
+def _tokenizers(parts: Parts, models: Models) -> tuple[Any, ...]:
+    if not single.is_file(models.root):
+        return tuple(
+            components.folder_tokenizer(encoder.tokenizer, models.root, encoder.tokenizer_folder)
+            for encoder in parts.encoders
+        )
+    beside = Path(models.root).parent
+    return tuple(
+        single.hub_tokenizer(
+            encoder.tokenizer,
+            flux_single.TOKENIZERS[encoder.tokenizer],
+            models.source,
+            beside=beside / encoder.tokenizer_folder,
+        )
+        for encoder in parts.encoders
     )
 
 
-def empty_text(models: Models) -> list[tuple[nn.Module, int]]:
-    """CLIP-L and T5 on the meta device, each with the most tokens that it takes."""
-
-    def config(kind: Any, name: str, given: str | None) -> Any:
-        if given is None:
-            return components.text_config(kind, models.root, name)
-        return flux_single.text_config(kind, Path(given))
-
-    clip = config(CLIPTextModel, "text_encoder", models.source.clip_l)
-    t5 = config(T5EncoderModel, "text_encoder_2", models.source.t5xxl)
-    tokenizer = models.root / "tokenizer_2" / "tokenizer_config.json"
-    facts = read_json(tokenizer, "tokenizer", bits=TOKENIZER_BITS) if tokenizer.is_file() else {}
-    with torch.device("meta"):
-        return [
-            (CLIPTextModel(clip), clip.max_position_embeddings),
-            (T5EncoderModel(t5), min(facts.get("model_max_length", T5_TOKENS), T5_TOKENS)),
-        ]
-
-
-def _tokenizers(models: Models) -> tuple[Any, ...]:
-    if single.is_file(models.root):
-        return tuple(
-            single.hub_tokenizer(kind, name, models.source, beside=Path(models.root).parent / folder)
-            for (kind, name), folder in zip(
-                flux_single.TOKENIZERS.items(), ("tokenizer", "tokenizer_2"), strict=True
-            )
-        )
-    folders = ((CLIPTokenizer, "tokenizer"), (T5TokenizerFast, "tokenizer_2"))
-    return tuple(components.folder_tokenizer(kind, models.root, name) for kind, name in folders)
-
-
-def model_hash(model: Models | Source | str, role: str) -> str:
+def model_hash(parts: Parts, model: Models | Source | str, role: str) -> str:
     """Hex SHA-256 that names the weights of one role: key of caches, and of files made for a base.
 
     Large weights are sampled (see `fingerprint`), so that it is fast enough for every start.
@@ -168,16 +213,12 @@ def model_hash(model: Models | Source | str, role: str) -> str:
     else:
         source = Source(model) if isinstance(model, str) else model
         is_file = single.is_file(source.path)
-        root = Path(source.path) if is_file else local_folder(source, FluxPipeline.download)
+        root = Path(source.path) if is_file else local_folder(source, parts.pipeline.download)
     if role == "vae":
         parent, name = components.vae_place(source.ae or source.vae, root)
         return components.hash_of([component_folder(parent, name, role) if name else parent])
+    given = [getattr(source, encoder.option) for encoder in parts.encoders] if role == "text" else []
+    files = [Path(path) for path in given if path]
     if root.is_file():
-        return components.hash_of(
-            [root] if role == "denoiser" else [Path(path) for path in (source.clip_l, source.t5xxl) if path]
-        )
-    given = [source.clip_l, source.t5xxl] if role == "text" else []
-    return components.hash_of(
-        [Path(path) for path in given if path]
-        + [component_folder(root, name, role) for name in FOLDERS[role]]
-    )
+        return components.hash_of([root] if role == "denoiser" else files)
+    return components.hash_of(files + [component_folder(root, name, role) for name in parts.folders[role]])

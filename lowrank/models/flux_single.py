@@ -9,13 +9,13 @@ shapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from transformers import (
     CLIPTextModel,
@@ -47,12 +47,17 @@ def check_companions(source: Source) -> None:
             raise Refused(f"--{option} {path!r} is a folder; give the .safetensors file of the text encoder")
 
 
-def open_models(source: Source) -> Models:
-    """The `Models` of a single-file source, nothing loaded yet; `Refused` when a companion is not named."""
+def open_models(
+    source: Source, encoders: Sequence[str], configure: Callable[[Checkpoint], dict[str, Any]]
+) -> Models:
+    """The `Models` of a single-file source, nothing loaded yet; `Refused` when a companion is not named.
+
+    `encoders` are the options that name the files of the text encoders; `configure` gives the transformer's
+    configuration.
+    """
     for option, path in (
         ("pretrained_model_name_or_path", source.path),
-        ("clip_l", source.clip_l),
-        ("t5xxl", source.t5xxl),
+        *((option, getattr(source, option)) for option in encoders),
         ("ae", source.ae or source.vae),
     ):
         if path is None:
@@ -61,8 +66,8 @@ def open_models(source: Source) -> Models:
                 f"--{option}, or give a diffusers folder"
             )
         check_file(option, path)
-    config = transformer_config(_file(source.path))
-    dev = config["guidance_embeds"]
+    config = configure(_file(source.path))
+    dev = config.get("guidance_embeds", True)  # schnell alone has neither guidance nor a growing shift
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev)
     return Models(source, Path(source.path), scheduler=scheduler, configs={"denoiser": config})
 
@@ -110,11 +115,11 @@ def to_diffusers(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield f"{ours}.{'weight' if kind == 'scale' else kind}", part
 
 
-def transformer(path: Path, dtype: torch.dtype) -> nn.Module:
-    """The DiT file as diffusers' FluxTransformer2DModel in `dtype`; float8 files are widened."""
+def transformer(path: Path, dtype: torch.dtype, kind: Any, config: Mapping[str, Any]) -> nn.Module:
+    """The DiT file as diffusers' class `kind` in `dtype`; float8 files are widened."""
     file = _file(path)
     with torch.device("meta"):
-        model = FluxTransformer2DModel(**transformer_config(file))
+        model = kind(**config)
     tensors = (piece for key, value in file.read(file.shapes) for piece in to_diffusers(key, value))
     return fill(model, path, tensors, dtype)
 

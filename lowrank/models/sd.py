@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank.config.sd import Generation, SdModel
 from lowrank.models import clip_text
-from lowrank.models.family import Family, FamilyOptions, Models, TokenCounts, latent_scale
+from lowrank.models.family import Drawing, Family, FamilyOptions, Models, TokenCounts, latent_scale
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 from lowrank.models.samplers import build_sampler as sampler_of
 from lowrank.models.sd_load import add_sd_components, empty_text, is_v2, load_sd, model_hash
@@ -251,4 +251,11 @@ SD15: Family[SdOptions] = Family(
     pipeline=pipeline,
     sample=sample,
     model_hash=model_hash,
+    drawing=Drawing(steps=30, scale=7.5, guidance=None),
+    tool_flags=frozenset(
+        {
+            *("negative_prompt", "sample_sampler", "clip_skip", "tokenizer_cache_dir"),
+            *("v_parameterization", "min_snr_gamma", "max_token_length"),
+        }
+    ),
 )

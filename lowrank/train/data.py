@@ -13,6 +13,7 @@ from lowrank.files import cache_folder, writable_folder
 from lowrank.models.family import DTYPES, Models, Source
 from lowrank.train.job import RunningJob
 from lowrank.train.preview import draw_files
+from lowrank.train.prompts import prompt_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def make_class_images(job: RunningJob, source: Source) -> None:
     if accelerator.is_main_process and have < wanted:
         logger.info("%s has %d of %d class images; drawing the others with the base", folder, have, wanted)
         width, height = job.options.sizes.resolution
-        prompt = replace(job.script.prompt, prompt=prior.class_prompt, width=width, height=height)
+        prompt = replace(prompt_of(job.family), prompt=prior.class_prompt, width=width, height=height)
         precision = prior.prior_generation_precision
         models = job.family.load(replace(source, dtype=DTYPES[precision] if precision else source.dtype))
         first = job.options.train.seed or 0

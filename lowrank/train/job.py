@@ -18,7 +18,6 @@ from lowrank.train import network_module
 from lowrank.train.checkpoints import Checkpoint, Names
 from lowrank.train.network_module import KohyaNetwork
 from lowrank.train.processes import Sharding
-from lowrank.train.prompts import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,6 @@ class Script:
 
     tracker: str  # the log folder's name
     unnamed: str  # stem of the final file without --output_name
-    prompt: Prompt  # default values of a preview prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from lowrank.files import atomic
 from lowrank.models.family import Family, FamilyOptions, Models, move, release
 from lowrank.train.job import RunningJob
 from lowrank.train.preview_sheet import write_sheet
-from lowrank.train.prompts import Prompt, parse_lines, read_prompts
+from lowrank.train.prompts import Prompt, parse_lines, prompt_of, read_prompts
 from lowrank.train.text_conditions import log_cut, stack_text
 from lowrank.train.watch import evaluation_mode
 
@@ -163,7 +163,7 @@ def preview_prompts(job: RunningJob, models: Models) -> list[Prompt]:
     """The prompts to draw during training, from --sample_prompts or --validation_prompt."""
     sampling, samplers = job.options.sampling, job.options.samplers
     width, height = job.options.sizes.resolution
-    default, prompts = replace(job.script.prompt, width=width, height=height), []
+    default, prompts = replace(prompt_of(job.family), width=width, height=height), []
     if sampling.sample_prompts:
         prompts = read_prompts(sampling.sample_prompts, default, job.family.bucket_step(models))
     elif sampling.sample_prompt_lines:

@@ -15,6 +15,7 @@ from typing import Any
 from lowrank.config.flag import SEEDS
 from lowrank.errors import Refused, nearest
 from lowrank.files import parse_json, parse_toml, read_text
+from lowrank.models.family import Family
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,12 @@ class Prompt:
     guidance_scale: float | None = 3.5  # None: the family has none
     seed: int | None = None
     sample_sampler: str | None = None  # None: the run's, or the family's only one
+
+
+def prompt_of(family: Family) -> Prompt:
+    """What a prompt leaves open, as the family's pictures are drawn."""
+    drawing = family.drawing
+    return Prompt("", sample_steps=drawing.steps, scale=drawing.scale, guidance_scale=drawing.guidance)
 
 
 # kohya's one-letter options of a prompt line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -217,7 +218,7 @@ def test_hash_names_the_weights(models, folder, broken, monkeypatch):
 
 
 def test_every_role_has_its_folders():
-    assert set(flux_load.FOLDERS) == set(family.ROLES)
+    assert set(flux_load.FLUX_PARTS.folders) == set(family.ROLES)
 
 
 # ---------- single files
@@ -366,7 +367,8 @@ def test_single_file_layout_is_diffusers_own(guidance):
 def test_fp8_single_file_is_widened(single, tmp_path):
     state = {k: v.to(torch.float8_e4m3fn) for k, v in load_file(single.path).items()}
     save_file(state, tmp_path / "flux-fp8.safetensors")
-    model = flux_single.transformer(tmp_path / "flux-fp8.safetensors", torch.bfloat16)
+    source = dataclasses.replace(single, path=str(tmp_path / "flux-fp8.safetensors"), dtype=torch.bfloat16)
+    model = FLUX.load(source, ("denoiser",)).denoiser
     key = "model.diffusion_model.img_in.weight"
     assert torch.equal(model.x_embedder.weight, state[key].to(torch.bfloat16))
 
