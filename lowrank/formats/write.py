@@ -47,9 +47,10 @@ def only(adapter: Adapter, parts: str) -> Adapter:
 
     layers = {place: layer for place, layer in adapter.layers.items() if kept(place)}
     foreign = {place: layer for place, layer in adapter.foreign.items() if kept(place)}
+    raw = {place: roles for place, roles in adapter.raw.items() if kept(place)}
     if not layers and not foreign:
         raise Refused(f"{adapter.source} has no layer of the {parts} part; leave --parts out")
-    return replace(adapter, layers=layers, foreign=foreign)
+    return replace(adapter, layers=layers, foreign=foreign, raw=raw)
 
 
 def write(adapter: Adapter, to: str, target: str | Path, choices: Choices) -> list[Path]:

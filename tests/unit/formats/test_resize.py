@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from adapter_files import _flux, _random
+from safetensors.torch import save_file
 
 from lowrank.cli import export
 from lowrank.config.tools import rank_choice
 from lowrank.errors import Refused
 from lowrank.formats.delta import Delta
+from lowrank.formats.read import read_adapter
 from lowrank.formats.resize import RankRule, cut_matrix, cut_pair, resize
+from lowrank.formats.write import only
 
 
 def kohya_rank(matrix: torch.Tensor, method: str, target: float, most: int) -> int:
@@ -70,6 +73,24 @@ def test_each_layer_has_a_rank_of_its_own():
     ranks = [layer.rank for layer in small.layers.values()]
     assert ranks[0] == ranks[1] == kohya_rank(spread(12).delta(), "sv_fro", 0.9, 99)
     assert 0 < loss.together <= (1 - 0.9**2) ** 0.5
+
+
+def test_part_of_a_file_with_another_rank(tmp_path):
+    layers = {
+        "lora_unet_mid_block_attentions_0_proj_in": 8,
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1": 6,
+    }
+    state = {}
+    for name, size in layers.items():
+        state |= {
+            f"{name}.lora_up.weight": torch.randn(size, 4),
+            f"{name}.lora_down.weight": torch.randn(4, 5),
+        }
+    save_file(state, tmp_path / "in.safetensors")
+    part = only(read_adapter(tmp_path / "in.safetensors", "sdxl"), "unet")
+    small, _ = resize(part, RankRule(most=2))
+    assert [(place.part, layer.rank) for place, layer in small.layers.items()] == [("unet", 2)]
+    assert not small.raw
 
 
 @pytest.mark.parametrize("rank", [3, 29])  # by block Krylov iteration, and by the whole SVD
