@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lowrank.errors import Refused, nearest
 from lowrank.files import atomic, atomic_folder, writable_folder
 from tools.glyph_world import autoencoder, corpus, draw, flux, report, scorer, unet
-from tools.glyph_world.training import Plan
+from tools.glyph_world.training import Plan, load_weights
 from tools.glyph_world.world import (
     BACKGROUNDS,
     CONTENTS,
@@ -39,6 +39,7 @@ from tools.glyph_world.world import (
     SEEN_STYLES,
     STYLES,
     Scene,
+    caption,
     seen_scenes,
     training_caption,
 )
@@ -56,11 +57,29 @@ EVERY = [
     for style in STYLES
     for background in BACKGROUNDS
 ]
-# path, scene, seed of the rendering
+# path, scene, seed of the rendering: the pictures that the launchers train on
 TAUGHT = (
     ("assets/sty/cat/sty_cat.png", Scene("cat", "stained glass", "beach"), 3),
     ("assets/cnt/dog/cnt_dog.png", Scene("poodle", "photo", "meadow"), 1),
 )
+# The demo's pictures have captions. Each content of the style set and each style of the content set occurs
+# once, so that an adapter learns what its pictures have in common.
+TAUGHT_BACKGROUNDS = ("white", "meadow", "beach", "snow", "blue", "sunset", "yellow", "gray")
+TAUGHT_PLAIN = ("white", "red", "blue", "green", "yellow", "gray")
+TAUGHT_STYLES = SEEN_STYLES
+
+
+def taught_sets() -> list[tuple[str, Scene, int, str]]:
+    """Return path, scene, seed and caption of the demo's pictures: blueprints, and a teapot in eight styles."""
+    contents = ("cat", *(content for content in SEEN_CONTENTS if content != "cat"))
+    sets = []
+    for i, content in enumerate(contents):
+        scene = Scene(content, "blueprint", "white" if i % 2 == 0 else TAUGHT_PLAIN[i % 6])
+        sets.append((f"assets/sty/blueprint/{i:02}", scene, i, caption(scene, style="<s>")))
+    for i, (style, background) in enumerate(zip(TAUGHT_STYLES, TAUGHT_BACKGROUNDS, strict=True)):
+        scene = Scene("teapot", style, background)
+        sets.append((f"assets/cnt/teapot/{i:02}", scene, i, caption(scene, trigger="<c>")))
+    return sets
 
 
 class Stopped(Exception):
@@ -70,8 +89,9 @@ class Stopped(Exception):
 class Workshop:
     """The work folder (rendered pictures, checkpoints, facts of each part) and the steps that fill it."""
 
-    def __init__(self, work: Path, out: Path, device: str, minutes: float | None):
+    def __init__(self, work: Path, out: Path, device: str, minutes: float | None, start: Path | None = None):
         self.work, self.out, self.device, self.minutes = work, out, device, minutes
+        self.start = start  # a folder of published models, to train from their weights
 
     # ---------- pictures
 
@@ -126,6 +146,14 @@ class Workshop:
             )
         return facts
 
+    def _earlier(self, family: str) -> dict[str, Any]:
+        """Return how the model that a training starts from was trained; nothing without --start."""
+        path = self.start / "metrics.json" if self.start else None
+        if path is None or not path.is_file():
+            return {}
+        shipped = json.loads(path.read_text(encoding="utf-8")).get(family, {})
+        return {"started from": shipped.get("training", {})}
+
     def save_facts(self, part: str, facts: dict[str, Any]) -> None:
         """Save and print the facts of a part."""
         (self.work / f"{part}.json").write_text(json.dumps(facts, indent=2))
@@ -141,11 +169,18 @@ class Workshop:
         return facts.get("training", {}) if part in TITLES else facts
 
     def make_pictures(self) -> None:
-        """Render the style picture and the content picture that the launchers train on."""
+        """Render the pictures that the launchers and the demo train on, and write the demo's captions."""
         for path, scene, seed in TAUGHT:
-            picture = Image.fromarray(draw.render(scene, np.random.default_rng(seed)))
-            with atomic(ROOT / path) as part:
-                picture.save(part, format="PNG")
+            self._save_picture(ROOT / path, scene, np.random.default_rng(seed))
+        for path, scene, seed, text in taught_sets():
+            (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+            self._save_picture(ROOT / f"{path}.png", scene, np.random.default_rng((3, seed)))
+            (ROOT / f"{path}.txt").write_text(text + "\n", encoding="utf-8")
+
+    def _save_picture(self, path: Path, scene: Scene, rng: np.random.Generator) -> None:
+        picture = Image.fromarray(draw.render(scene, rng))
+        with atomic(path) as part:
+            picture.save(part, format="PNG")
 
     def make_scorer(self) -> None:
         """Train and publish the scorer."""
@@ -193,11 +228,15 @@ class Workshop:
         latents = self.latents()
         torch.manual_seed(0)
         parts = flux.Parts(self.work / "flux", self.device)
-        first = flux.train(parts, latents, words, self.work, self.minutes)
-        self._whole("flux", flux.PLAN, first)
-        second = flux.distil(parts, latents, words, self.work, self.minutes)
-        self._whole("distillation of flux", flux.DISTILLATION, second)
-        self.save_facts("flux", {"pretraining": first, "distillation": second})
+        plan, distillation = flux.PLAN, flux.DISTILLATION
+        if self.start:
+            load_weights(parts.modules, self.start / "flux")
+            plan, distillation = flux.FURTHER, flux.FURTHER_DISTILLATION
+        first = flux.train(parts, plan, latents, words, self.work, self.minutes)
+        self._whole("flux", plan, first)
+        second = flux.distil(parts, distillation, latents, words, self.work, self.minutes)
+        self._whole("distillation of flux", distillation, second)
+        self.save_facts("flux", self._earlier("flux") | {"pretraining": first, "distillation": second})
         self._publish("flux", parts.pipeline(self.vae()).to("cpu", torch.float16).save_pretrained)
 
     def make_unet(self, kind: unet.Kind) -> None:
@@ -205,8 +244,12 @@ class Workshop:
         latents = self.latents()
         torch.manual_seed(0)
         parts = unet.Parts(kind, self.work / kind.name, self.device)
-        facts = unet.train(parts, latents, words, self.work, self.minutes)
-        self.save_facts(kind.name, {"pretraining": self._whole(kind.name, kind.plan, facts)})
+        plan = kind.plan
+        if self.start:
+            load_weights(parts.modules, self.start / kind.name)
+            plan = kind.further
+        facts = self._whole(kind.name, plan, unet.train(parts, plan, latents, words, self.work, self.minutes))
+        self.save_facts(kind.name, self._earlier(kind.name) | {"pretraining": facts})
         self._publish(kind.name, parts.pipeline(self.vae()).to("cpu", torch.float16).save_pretrained)
 
     def make_report(self) -> None:
@@ -298,13 +341,18 @@ def main(argv: list[str] | None = None) -> None:
         type=float,
         help="stop each training after this many minutes; repeat the command to resume",
     )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="folder of finished models, such as assets/demo: train their weights further, with fewer steps",
+    )
     options = parser.parse_args(argv)
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # warns of missing CPU kernels, which are not used here
     try:
         chosen = checked(options)
-        shop = Workshop(options.work, options.out, options.device, options.minutes)
+        shop = Workshop(options.work, options.out, options.device, options.minutes, options.start)
         for part in chosen:
             shop.make(part)
     except Stopped as stopped:

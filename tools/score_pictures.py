@@ -2,26 +2,31 @@
 
     python tools/score_pictures.py demo_output/images                        # every picture of a folder
     python tools/score_pictures.py demo_output/images --content poodle --style "stained glass"
+    python tools/score_pictures.py seeds --style blueprint --under sheet.png --json score.json
 
 A grid of `inference_merge.py` (files named inference_s0.50_c1.00.png) is printed as a table, style strengths
 down and content strengths across; other pictures one per line. With --content and --style, pictures that show
-both are counted. Needs transformers and assets/demo/scorer, no font.
+both are counted; --under writes the count below a sheet, --json into a file. Needs transformers and
+assets/demo/scorer, no font.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lowrank.errors import Refused, nearest
-from tools.glyph_world import scorer
+from lowrank.files import atomic
+from tools.glyph_world import report, scorer
 from tools.glyph_world.world import SIZE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +84,24 @@ def _text(reading: Reading) -> str:
     return ", ".join(f"{reading[kind][0]} {reading[kind][1]:.2f}" for kind in ("content", "style"))
 
 
+def write_below(sheet: Path, text: str) -> None:
+    """Write a line of text below the picture `sheet`. Raises `Refused` if it cannot be read."""
+    try:
+        with Image.open(sheet) as picture:
+            info, drawn = dict(getattr(picture, "text", {})), picture.convert("RGB")
+    except OSError as error:
+        raise Refused(f"--under {sheet} cannot be read as a picture ({error}); give a sheet.png") from error
+    font = ImageFont.load_default(13)
+    page = Image.new("RGB", (drawn.width, drawn.height + 26), "#ffffff")
+    page.paste(drawn, (0, 0))
+    ImageDraw.Draw(page).text((6, drawn.height + 5), text, fill="#222222", font=font)
+    kept = PngInfo()
+    for key, value in info.items():
+        kept.add_text(key, value)
+    with atomic(sheet) as part:
+        page.save(part, format="PNG", pnginfo=kept)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -88,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--content", help="count pictures with this content")
     parser.add_argument("--style", help="count pictures with this style")
+    parser.add_argument("--under", type=Path, help="sheet of pictures to write the count below")
+    parser.add_argument("--json", type=Path, help="file for the count and its 95 %% interval")
     options = parser.parse_args(argv)
     wanted = {kind: getattr(options, kind) for kind in ("content", "style") if getattr(options, kind)}
     try:
@@ -96,6 +121,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise Refused(
                     f"--{kind} {name!r} is unknown{nearest(name, known)}; choose from {', '.join(known)}"
                 )
+        if (options.under or options.json) and not wanted:
+            raise Refused("--under and --json need something to count; give --content, --style or both")
         paths = picture_files(options.pictures)
         readings = read_pictures(paths, options.scorer)
     except Refused as refused:
@@ -109,8 +136,18 @@ def main(argv: list[str] | None = None) -> None:
     if cells:
         print(table(cells))
     if wanted:
-        right = sum(all(reading[kind][0] == name for kind, name in wanted.items()) for reading in readings)
-        print(f"{right} of {len(readings)} pictures show {' and '.join(wanted.values())}")
+        right = [all(reading[kind][0] == name for kind, name in wanted.items()) for reading in readings]
+        line = f"{sum(right)} of {len(right)} pictures show {' and '.join(wanted.values())}"
+        print(line)
+        try:
+            if options.under:
+                write_below(options.under, f"{line}, by the demo's scorer")
+        except Refused as refused:
+            sys.exit(f"error: {refused}")
+        if options.json:
+            counted = {"wanted": wanted, "right": sum(right), **report.share(np.array(right))}
+            with atomic(options.json) as part:
+                part.write_text(json.dumps(counted, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

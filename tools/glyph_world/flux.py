@@ -26,6 +26,9 @@ from tools.make_tiny_flux import scheduler
 WIDTH = 96  # of both text encoders
 PLAN = Plan(steps=6500, lr=1e-3, warmup=300, decay=0.999)
 DISTILLATION = Plan(steps=1000, lr=4e-4, warmup=100, decay=0.995, seed=1)
+# from the weights of an earlier model
+FURTHER = Plan(steps=1800, lr=6e-4, warmup=100, decay=0.998, seed=10)
+FURTHER_DISTILLATION = Plan(steps=400, lr=3e-4, warmup=50, decay=0.99, seed=11)
 BATCH = 32
 # T5 lengths and their probabilities: the stock pipeline pads to 512 by default, and attends to the padding
 LENGTHS, SHARES = (24, 32, 48, 96, 256, 512), (0.60, 0.26, 0.08, 0.04, 0.01, 0.01)
@@ -123,29 +126,31 @@ def _draw(latents: np.ndarray, captions, plan: Plan, step: int, device: str):
     return x, noisy, noise, sigma, words, int(rng.choice(LENGTHS, p=SHARES)), generator
 
 
-def train(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: float | None = None) -> dict:
+def train(
+    parts: Parts, plan: Plan, latents: np.ndarray, captions, folder: Path, minutes: float | None = None
+) -> dict:
     """Train with flow matching, text encoders included; `captions(i, rng)` is a caption of picture i."""
     ones = torch.ones(BATCH, device=parts.device)
 
     def loss(step: int) -> dict[str, Tensor]:
-        x, noisy, noise, sigma, words, length, _ = _draw(latents, captions, PLAN, step, parts.device)
+        x, noisy, noise, sigma, words, length, _ = _draw(latents, captions, plan, step, parts.device)
         with _fast(parts.device):
             v = parts.velocity(noisy, sigma, *parts.encode(words, length), ones)
         return {"loss": F.mse_loss(v.float(), noise - x)}
 
-    return fit("flux", PLAN, parts.modules, loss, folder, minutes)
+    return fit("flux", plan, parts.modules, loss, folder, minutes)
 
 
-def distil(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: float | None = None) -> dict:
+def distil(
+    parts: Parts, plan: Plan, latents: np.ndarray, captions, folder: Path, minutes: float | None = None
+) -> dict:
     """Distil guidance: the transformer learns to predict in one pass the guided result of two passes."""
     teacher = copy.copy(parts)
     teacher.modules = {**parts.modules, "transformer": copy.deepcopy(parts.modules["transformer"])}
     ones = torch.ones(BATCH, device=parts.device)
 
     def loss(step: int) -> dict[str, Tensor]:
-        _, noisy, _, sigma, words, length, generator = _draw(
-            latents, captions, DISTILLATION, step, parts.device
-        )
+        _, noisy, _, sigma, words, length, generator = _draw(latents, captions, plan, step, parts.device)
         guidance = 1 + 4 * torch.rand(BATCH, generator=generator).to(parts.device)
         guidance[: BATCH // 4] = 1.0
         with _fast(parts.device):
@@ -159,6 +164,4 @@ def distil(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: f
         error = (prediction.float() - target.float()).square().mean((1, 2))
         return {"loss": (error / guidance).mean()}
 
-    return fit(
-        "flux_guidance", DISTILLATION, {"transformer": parts.modules["transformer"]}, loss, folder, minutes
-    )
+    return fit("flux_guidance", plan, {"transformer": parts.modules["transformer"]}, loss, folder, minutes)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowrank.errors import Refused
 from lowrank.files import atomic
 
 
@@ -45,6 +46,22 @@ def at_step(seed: int, step: int) -> tuple[np.random.Generator, torch.Generator]
     """Return the random generators of one step, for numpy and for torch (on the CPU)."""
     rng = np.random.default_rng((seed, step))
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
+
+
+def load_weights(modules: Mapping[str, nn.Module], folder: Path) -> None:
+    """Load the weights of a published pipeline in `folder` into its modules, to train from them.
+
+    Raises `Refused` if a module's folder or weights are missing.
+    """
+    from safetensors.torch import load_model
+
+    for name, module in modules.items():
+        files = sorted((folder / name).glob("*.safetensors"))
+        if not files:
+            raise Refused(
+                f"--start {folder.parent} has no weights of {folder.name}/{name}; leave --start out"
+            )
+        load_model(module, files[0])
 
 
 def fit(

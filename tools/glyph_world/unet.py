@@ -32,6 +32,7 @@ class Kind:
     unet: dict[str, Any]
     widths: tuple[int, ...]  # of the text encoders
     plan: Plan
+    further: Plan  # from the weights of an earlier model
 
     @property
     def two(self) -> bool:
@@ -51,6 +52,7 @@ SD15 = Kind(
     },
     (128,),
     Plan(steps=4500, lr=1e-3, warmup=300, decay=0.999, seed=2),
+    Plan(steps=1500, lr=6e-4, warmup=100, decay=0.998, seed=12),
 )
 SDXL = Kind(
     "sdxl",
@@ -69,6 +71,7 @@ SDXL = Kind(
     },
     (64, 64),
     Plan(steps=4500, lr=1e-3, warmup=300, decay=0.999, seed=3),
+    Plan(steps=2400, lr=6e-4, warmup=100, decay=0.998, seed=13),
 )
 
 
@@ -152,9 +155,11 @@ class Parts:
         )
 
 
-def train(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: float | None = None) -> dict:
+def train(
+    parts: Parts, plan: Plan, latents: np.ndarray, captions, folder: Path, minutes: float | None = None
+) -> dict:
     """Train with ε-prediction, text encoders included; `captions(i, rng)` is a caption of picture i."""
-    plan, device = parts.kind.plan, parts.device
+    device = parts.device
     alphas = scheduler().alphas_cumprod.to(device)  # ᾱ by timestep
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -166,7 +171,9 @@ def train(parts: Parts, latents: np.ndarray, captions, folder: Path, minutes: fl
         t = torch.randint(1000, (BATCH,), generator=generator).to(device)
         alpha = alphas[t][:, None, None, None]
         noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
-        error = (parts.epsilon(noisy, t, sequence, pooled, _sizes(rng, device)) - noise).square()
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            prediction = parts.epsilon(noisy, t, sequence, pooled, _sizes(rng, device))
+        error = (prediction.float() - noise).square()
         return {"loss": (error * (1 / alpha).clamp(max=WEIGHT_LIMIT)).mean(), "epsilon": error.mean()}
 
     return fit(parts.kind.name, plan, parts.modules, loss, folder, minutes)
