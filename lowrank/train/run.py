@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -44,6 +42,7 @@ from lowrank.train.phases import phase
 from lowrank.train.preview import preview_prompts, run_preview
 from lowrank.train.prompts import Prompt
 from lowrank.train.record import begin_record
+from lowrank.train.requests import Requests, remove_old_requests
 from lowrank.train.saving import Saver
 from lowrank.train.schedule import RunPlan, build_scheduler, check_schedule, plan_run
 from lowrank.train.text_conditions import TextConditions, text_conditions
@@ -84,6 +83,7 @@ def launch(job: TrainJob) -> int:
         if writes:
             remove_leftovers(folder, locked=True)
             remove_leftovers(folder / "sample")
+            remove_old_requests(folder)
         return _launch(running)
 
 
@@ -167,6 +167,7 @@ def _train(
     log = RunLog(job.accelerator, folder, loss_components(network), plan.steps, window)
     together = job.sharding is not None
     sampler = layer_sampling.layer_sampler(network, forward, held_out, loader, job.seed, together)
+    requests = Requests(folder, job.accelerator)
     saver = Saver(
         job=job,
         network=network,
@@ -186,6 +187,7 @@ def _train(
         preview=run_preview(job, models, prompts, text),
         validation=validation_loss(job.options.validation, held_out, forward.losses, job.seed, together),
         layer_sampler=sampler,
+        requests=requests,
     )
     run = Run(
         forward=forward,
@@ -207,7 +209,7 @@ def _train(
         mask_gradients=sampler.mask_gradients if sampler else None,
         sharded=together,
     )
-    return _start_or_resume(job, run, saver, held_out)
+    return _start_or_resume(job, run, saver, requests, held_out)
 
 
 def _optimizer(
@@ -225,7 +227,9 @@ def _optimizer(
     return (*job.accelerator.prepare(optimizer, scheduler), f"{name}({arguments})", group_names)
 
 
-def _start_or_resume(job: RunningJob, run: Run, saver: Saver, held_out: Loader | None) -> int:
+def _start_or_resume(
+    job: RunningJob, run: Run, saver: Saver, requests: Requests, held_out: Loader | None
+) -> int:
     """Take the run from its checkpoint or its warm-up to its last file; return the exit code."""
     options = job.options
     progress = Progress() if job.resumed is None else saver.resume(job.resumed, run.loader)
@@ -251,7 +255,7 @@ def _start_or_resume(job: RunningJob, run: Run, saver: Saver, held_out: Loader |
         )
         with (
             phase("training", change, saver.last_checkpoint),
-            _stoppable(saver),
+            requests.listening(),
             memory.tf32(options.train.allow_tf32),
             optim.training(run.optimizer),
         ):
@@ -272,21 +276,3 @@ def _plan(job: RunningJob, loader: Loader) -> RunPlan:
         train.max_train_steps,
         train.max_train_epochs,
     )
-
-
-@contextlib.contextmanager
-def _stoppable(saver: Saver) -> Iterator[None]:
-    """End the run at the first Ctrl-C or SIGTERM after its step, with a checkpoint; at the second at once."""
-
-    def stop(number, _frame):
-        if saver.stop_asked:
-            raise KeyboardInterrupt
-        saver.stop_asked = True
-        logger.warning("stopping after this step with a checkpoint; press Ctrl-C again to stop without one")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -22,6 +22,7 @@ from lowrank.train.log import RunLog
 from lowrank.train.network_module import KohyaNetwork
 from lowrank.train.phases import phase
 from lowrank.train.preview import Preview
+from lowrank.train.requests import Requests
 from lowrank.train.schedule import RunPlan
 from lowrank.train.validation import ValidationLoss
 
@@ -49,6 +50,7 @@ class Saver:
         preview: Preview,
         validation: ValidationLoss | None,
         layer_sampler: LayerSampler | None,
+        requests: Requests,
     ) -> None:
         self._options, self._names = job.options.saving, job.names
         self._uploads = Uploads(job.options.hub)
@@ -56,7 +58,7 @@ class Saver:
         self._run_metadata, self._fingerprint, self._plan = metadata, fingerprint, plan
         self._log, self._preview, self._validation = log, preview, validation
         self._last_checkpoint: Path | None = None
-        self.stop_asked = self.stopped = False
+        self._requests, self.stopped = requests, False
         decay = job.options.train.ema_decay
         self._ema = Ema(network.parameters(), decay) if decay else None
         self._stateful = [part for part in (self._ema, layer_sampler) if part]  # saved in checkpoints too
@@ -71,7 +73,9 @@ class Saver:
         options, step, last = self._options, progress.step, progress.step >= self._plan.steps
         if self._ema:
             self._ema.update()
-        if options.checkpointing_steps and (last or _due(step, options.checkpointing_steps)):
+        asked = self._requests.after_step()
+        due = options.checkpointing_steps and (last or _due(step, options.checkpointing_steps))
+        if due or (any(asked) and not last):
             self._save_checkpoint(progress)
         if _due(step, options.save_every_n_steps) and not last:
             self._save_adapter(self._names.step(step), progress, options.save_state, progress.epoch)
@@ -83,8 +87,7 @@ class Saver:
             self._validate(self._validation, "step", step)
         if last:  # the loop returns before it ends this epoch, which may be a part of one
             self._end_epoch(progress.epoch + 1, last=True)
-        if self.stop_asked and not last:
-            self._save_checkpoint(progress)
+        if asked.stop and not last:
             self.stopped = True
             self._log.message(f"stopped after step {step}; continue with --resume {self._last_checkpoint}")
             self._uploads.finish()

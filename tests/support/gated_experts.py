@@ -1,4 +1,4 @@
-"""A network for `--network_module gated_experts`: EffiLoRA's routed experts with T-LoRA's gate on their ranks."""
+"""`--network_module gated_experts`: EffiLoRA's routed experts with T-LoRA's gate on their ranks."""
 
 from __future__ import annotations
 

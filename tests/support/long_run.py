@@ -1,7 +1,7 @@
 """One long run with everything on, measured from outside: memory, open files, threads, sizes of logs.
 
-The smallest model (FLUX) trains routed experts behind T-LoRA's gate, with saving, sampling, validation and EMA.
-A run that was cut continues from its last checkpoint; each of its processes is measured on its own.
+The smallest model (FLUX) trains routed experts behind T-LoRA's gate, with saving, sampling, validation and
+EMA. A run that was cut continues from its last checkpoint; each of its processes is measured on its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kills import SCRIPTS, World, make_world
+from kills import LAYERS, SCRIPTS, World, make_world
 from processes import call, run_script
 
 from lowrank.train.checkpoints import checkpoints
@@ -52,9 +52,10 @@ def _run(world: World, out: Path, log: Path, steps: int, every: int, record: Pat
         **{"network_module": "gated_experts", "max_train_steps": steps, "sample_every_n_steps": every},
         **{"checkpointing_steps": every, "save_every_n_steps": every, "save_last_n_steps": 3 * every},
         **{"validation_split": 0.34, "validate_every_n_steps": every, "report_to": "tensorboard"},
-        **{"save_every_n_epochs": 10**9, "validate_every_n_epochs": 10**9, "network_args": "num_experts=2"},
+        **{"save_every_n_epochs": 10**9, "validate_every_n_epochs": 10**9},
     }
     words = [word for flag, value in given.items() for word in (f"--{flag}", str(value))]
+    words += ["--network_args", "num_experts=2", LAYERS]
     resume = ("--resume", "latest") if checkpoints(out) else ()
     environment = {"LOWRANK_CACHE": str(world.cache)}
     process = call(run_script, (SCRIPTS[FAMILY], *world.words(out), *words, *resume), log, environment)
@@ -91,7 +92,9 @@ def _growth(samples: list[list[int]]) -> tuple[list[list[int]], list[str]]:
         return [], []
     count = len(warm) // 4
     columns = range(1, len(COLUMNS) + 1)
-    peaks = [[max(row[column] for row in rows) for rows in (warm[:count], warm[-count:])] for column in columns]
+    peaks = [
+        [max(row[column] for row in rows) for rows in (warm[:count], warm[-count:])] for column in columns
+    ]
     limits = (GROWTH, 1.0, 1.0)
     return peaks, [
         f"{name} grew from {before} to {after}"
@@ -101,7 +104,7 @@ def _growth(samples: list[list[int]]) -> tuple[list[list[int]], list[str]]:
 
 
 def _files(out: Path, steps: int, every: int) -> list[str]:
-    """What is wrong with the step files, which --save_last_n_steps removes, and with the rows of the losses."""
+    """What is wrong with the step files, of which old ones are removed, and with the rows of the losses."""
     kept = sorted(int(path.stem.split("step")[-1]) for path in out.glob("*step*.safetensors"))
     last_saved = (steps - 1) // every * every
     wanted = [step for step in range(last_saved - 3 * every, last_saved + 1, every) if step > 0]

@@ -64,10 +64,8 @@ def finished(process: ForkServerProcess, seconds: float = 240) -> int:
     return process.exitcode
 
 
-def start_two(
-    script: str, words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
-) -> list[ForkServerProcess]:
-    """Two CPU processes with the variables that torchrun sets; logs in FOLDER/process-RANK.log."""
+def two_ranks(environment: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """For each of two CPU processes, the variables that torchrun sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -79,14 +77,16 @@ def start_two(
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def start_two(
+    script: str, words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> list[ForkServerProcess]:
+    """Two CPU processes with the variables that torchrun sets; logs in FOLDER/process-RANK.log."""
     return [
-        start(
-            script,
-            words,
-            folder / f"process-{rank}.log",
-            common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
+        start(script, words, folder / f"process-{rank}.log", variables)
+        for rank, variables in enumerate(two_ranks(environment))
     ]
 
 
