@@ -124,23 +124,27 @@ def _launch(job: RunningJob) -> int:
     prompts = preview_prompts(job, models)
     texts = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
     text_merged = changes_text(job)
-    with phase("encoding the captions", "free memory, or give --mixed_precision bf16"):
+    planned = plan_memory.Prediction(job, models, loader, phases)
+    change = "free memory, or give --mixed_precision bf16"
+    with phase("encoding the captions", change, None, lambda: planned.of("text encoding")):
         load_components(job, models, ("text", "vae"))
         if text_merged:
             load_components(job, models, ("denoiser",))  # a file is merged into both in one call
             merge_base_weights(job, models)
         text = text_conditions(job, models, [loader] if held_out is None else [loader, held_out], texts)
-    with phase("encoding the pictures", "give --vae_batch_size 1 and a lower --resolution"):
+    change = "give --vae_batch_size 1 and a lower --resolution"
+    with phase("encoding the pictures", change, None, lambda: planned.of("VAE encoding")):
         loader = data.encode_latents(job, loader, models)
         if held_out is not None:
             held_out = data.encode_latents(job, held_out, models)
     keep_vae(models, loader.encoded and (held_out is None or held_out.encoded), bool(prompts))
-    with phase("reading the denoiser and making the adapter", "give --fp8_base or a lower --network_dim"):
+    doing, change = "reading the denoiser and making the adapter", "give --fp8_base or a lower --network_dim"
+    with phase(doing, change, None, lambda: planned.of("training step")):
         load_components(job, models, ("denoiser",))
         if not text_merged:
             merge_base_weights(job, models)
         network = adapt(job, models, text.encoders)
-    return _train(job, models, loader, held_out, text, prompts, network)
+    return _train(job, models, loader, held_out, text, prompts, network, planned)
 
 
 def _seed(given: int | None, resumed: Checkpoint | None) -> int:
@@ -157,6 +161,7 @@ def _train(
     text: TextConditions,
     prompts: list[Prompt],
     network: KohyaNetwork,
+    planned: plan_memory.Prediction,
 ) -> int:
     """Build the saver and the loop, resume or warm up, train, and save the final file."""
     plan, folder = _plan(job, loader), job.names.output_dir
@@ -173,13 +178,7 @@ def _train(
         network=network,
         optimizer=optimizer,
         metadata=metadata.at_start(
-            job,
-            models,
-            network,
-            loader=loader,
-            held_out=held_out,
-            plan=plan,
-            optimizer=description,
+            job, models, network, loader=loader, held_out=held_out, plan=plan, optimizer=description
         ),
         fingerprint=check.run_fingerprint(job, loader, models),
         plan=plan,
@@ -188,6 +187,7 @@ def _train(
         validation=validation_loss(job.options.validation, held_out, forward.losses, job.seed, together),
         layer_sampler=sampler,
         requests=requests,
+        planned=planned,
     )
     run = Run(
         forward=forward,
@@ -209,7 +209,7 @@ def _train(
         mask_gradients=sampler.mask_gradients if sampler else None,
         sharded=together,
     )
-    return _start_or_resume(job, run, saver, requests, held_out)
+    return _start_or_resume(job, run, saver, requests, held_out, planned)
 
 
 def _optimizer(
@@ -228,7 +228,12 @@ def _optimizer(
 
 
 def _start_or_resume(
-    job: RunningJob, run: Run, saver: Saver, requests: Requests, held_out: Loader | None
+    job: RunningJob,
+    run: Run,
+    saver: Saver,
+    requests: Requests,
+    held_out: Loader | None,
+    planned: plan_memory.Prediction,
 ) -> int:
     """Take the run from its checkpoint or its warm-up to its last file; return the exit code."""
     options = job.options
@@ -254,7 +259,7 @@ def _start_or_resume(
             "--fp8_base"
         )
         with (
-            phase("training", change, saver.last_checkpoint),
+            phase("training", change, saver.last_checkpoint, lambda: planned.of("training step")),
             requests.listening(),
             memory.tf32(options.train.allow_tf32),
             optim.training(run.optimizer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from lowrank.train.layer_sampling import LayerSampler
 from lowrank.train.log import RunLog
 from lowrank.train.network_module import KohyaNetwork
 from lowrank.train.phases import phase
+from lowrank.train.plan_memory import Prediction
 from lowrank.train.preview import Preview
 from lowrank.train.requests import Requests
 from lowrank.train.schedule import RunPlan
@@ -51,6 +53,7 @@ class Saver:
         validation: ValidationLoss | None,
         layer_sampler: LayerSampler | None,
         requests: Requests,
+        planned: Prediction,
     ) -> None:
         self._options, self._names = job.options.saving, job.names
         self._uploads = Uploads(job.options.hub)
@@ -58,7 +61,7 @@ class Saver:
         self._run_metadata, self._fingerprint, self._plan = metadata, fingerprint, plan
         self._log, self._preview, self._validation = log, preview, validation
         self._last_checkpoint: Path | None = None
-        self._requests, self.stopped = requests, False
+        self._requests, self._planned, self.stopped = requests, planned, False
         decay = job.options.train.ema_decay
         self._ema = Ema(network.parameters(), decay) if decay else None
         self._stateful = [part for part in (self._ema, layer_sampler) if part]  # saved in checkpoints too
@@ -132,7 +135,8 @@ class Saver:
     def draw(self, tag: str, step: int) -> None:
         """Draw the pictures of the adapter as it would be saved."""
         change = "draw smaller pictures, with --w and --h in a file of --sample_prompts, or none"
-        with self._averaged(), phase("drawing pictures", change, self.last_checkpoint):
+        planned = partial(self._planned.of, "sampling preview")
+        with self._averaged(), phase("drawing pictures", change, self.last_checkpoint, planned):
             self._preview.run(self._accelerator, self._network, tag, step)
 
     def _validate(self, validation: ValidationLoss, kind: str, count: int) -> None:

@@ -131,14 +131,16 @@ def test_files_in_the_folder_save_and_stop(worlds, tmp_path):
     more = ("--checkpointing_steps", "100", "--save_every_n_steps", "100", "--sample_every_n_steps", "100")
     out.mkdir()
     (out / "STOP").touch()
-    # operations 1 to 12 or so are those before the first step; then each step adds a row to loss.csv
-    assert world.run(out, log, Fault("save", 4, str(out)), more) == 0
+    # operations up to 20 or so are before the first step; then each step adds a row to loss.csv
+    assert world.run(out, log, Fault("save", 24, str(out)), more) == 0
     assert "removed" in log.read_text() and "STOP" in log.read_text()
-    assert [path.name for path in checkpoints(out)] == ["checkpoint-1", f"checkpoint-{STEPS}"]
+    first, last = checkpoints(out)
+    assert first.name in {f"checkpoint-{step}" for step in range(1, STEPS)}
+    assert last.name == f"checkpoint-{STEPS}"
     shutil.rmtree(out)
-    assert world.run(out, log, Fault("stop", 4, str(out)), more) == 130
-    assert "stopped after step 1; continue with --resume" in log.read_text()
-    assert [path.name for path in checkpoints(out)] == ["checkpoint-1"]
+    assert world.run(out, log, Fault("stop", 24, str(out)), more) == 130
+    (stopped,) = checkpoints(out)
+    assert f"stopped after step {stopped.name[11:]}; continue with --resume" in log.read_text()
     assert not {"SAVE", "STOP"} & {path.name for path in out.iterdir()}
     assert world.run(out, log, None, more) == 0
     assert "resumed from" in log.read_text()
