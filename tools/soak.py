@@ -5,18 +5,20 @@
     python tools/soak.py long --steps 20000     one long run: memory, open files, threads, log sizes
     python tools/soak.py report                 the counts so far
 
-Each command stops when the counts in --folder reach its number; delete the folder to begin anew.
+Each command stops when the counts of the present commit in --folder reach its number, so it can be cut and
+started again; delete the folder to begin anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,32 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 FOLDER = Path(tempfile.gettempdir()) / "lowrank-soak"
 
 
+# What a count is valid for. A change elsewhere, e.g. of a page, leaves counts valid.
+PROGRAM = ("lowrank", "networks", "comfyui", "*.py")
+
+
+def commit() -> str:
+    """The last commit that changed the program, with "+" if there are changes that are not committed."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words, "--", *PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("log", "-1", "--format=%h") + "+" * bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):  # not a clone, e.g. an unpacked archive
+        return "unknown"
+
+
 class Counts:
-    """A file of JSON lines, one for each thing that was done; it is read again when a run was cut."""
+    """A file of JSON lines, one for each thing that was done; it is read again when a run was cut.
+
+    Each line has the commit that was tested. Totals are of the present commit only.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self.commit = path, commit()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -40,12 +63,19 @@ class Counts:
                 continue
 
     def add(self, **facts: Any) -> None:
+        facts = {"commit": self.commit} | facts
         self.rows.append(facts)
         with open(self._path, "a") as file:
             file.write(json.dumps(facts) + "\n")
 
     def total(self, name: str) -> int:
-        return sum(row.get(name, 0) for row in self.rows)
+        return sum(row.get(name, 0) for row in self.rows if row["commit"] == self.commit)
+
+    def by_commit(self) -> dict[str, list[dict[str, Any]]]:
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            groups.setdefault(row["commit"], []).append(row)
+        return groups
 
 
 def faults(folder: Path, kills: int) -> int:
@@ -83,50 +113,63 @@ def long(folder: Path, steps: int) -> int:
     return report(folder)
 
 
-def _print_faults(counts: Counts) -> bool:
-    kinds = ("kill", "term", "term2", "int", "full", "limit")
-    for family in sorted({row["family"] for row in counts.rows}):
-        rows = [row for row in counts.rows if row["family"] == family]
-        done = ", ".join(f"{kind} {sum(row.get(kind, 0) for row in rows)}" for kind in kinds)
-        print(f"faults {family}: {len(rows)} lives; strikes: {done}")
-    problems = [problem for row in counts.rows for problem in row["problems"]]
-    print(f"faults: {counts.total('kill')} kills, {len(problems)} problems", *problems[:10], sep="\n  ")
-    return not problems
+_FACTS = ("commit", "life", "family", "scene", "problems")  # of a life; the others are numbers of strikes
 
 
-def _print_fuzz(counts: Counts) -> bool:
+def _print_faults(rows: list[dict[str, Any]]) -> list[str]:
+    for family in sorted({row["family"] for row in rows}):
+        strikes: Counter[str] = Counter()
+        lives = [row for row in rows if row["family"] == family]
+        for row in lives:
+            strikes.update({name: count for name, count in row.items() if name not in _FACTS})
+        done = ", ".join(f"{name} {count}" for name, count in sorted(strikes.items()))
+        print(f"  {family}: {len(lives)} lives; {done}")
+    problems = [problem for row in rows for problem in row["problems"]]
+    kinds = {
+        "bit differences": "differs: ", "lost or extra files": "only in one: ", "leftovers": "leftover: "
+    }  # fmt: skip
+    counts = {name: sum(problem.startswith(start) for problem in problems) for name, start in kinds.items()}
+    counts["other problems (unreadable files, tracebacks, exit codes)"] = len(problems) - sum(counts.values())
+    kills = sum(row.get("kill", 0) for row in rows)
+    print(f"  {kills} kills: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    return problems
+
+
+def _print_fuzz(rows: list[dict[str, Any]]) -> list[str]:
     by_reader: Counter[str] = Counter()
-    for row in counts.rows:
+    for row in rows:
         by_reader.update(row["readers"])
     for reader, cases in sorted(by_reader.items()):
-        print(f"fuzz {reader}: {cases} cases")
-    problems = [problem for row in counts.rows for problem in row["problems"]]
-    slowest = max((row["slowest"] for row in counts.rows), default=0.0)
-    memory = max((row["memory"] for row in counts.rows), default=0)
+        print(f"  {reader}: {cases} cases")
+    problems = [problem for row in rows for problem in row["problems"]]
     print(
-        f"fuzz: {counts.total('cases')} cases, {len(problems)} problems, slowest {slowest:.1f} s, "
-        f"largest growth of memory in a case {memory >> 20} MiB"
+        f"  {sum(row['cases'] for row in rows)} cases of {len(by_reader)} readers, {len(problems)} problems, "
+        f"slowest {max(row['slowest'] for row in rows):.1f} s of CPU time, "
+        f"largest growth of memory in a case {max(row['memory'] for row in rows) >> 20} MiB"
     )
-    for problem in problems[:20]:
-        print(f"  {problem}")
-    return not problems
+    return problems
 
 
-def _print_long(counts: Counts) -> bool:
-    for row in counts.rows:
-        print("long: " + ", ".join(f"{key} {value}" for key, value in row.items()))
-    return not any(row["problems"] for row in counts.rows)
+def _print_long(rows: list[dict[str, Any]]) -> list[str]:
+    for row in rows:
+        facts = {name: fact for name, fact in row.items() if name not in ("commit", "problems")}
+        print("  " + ", ".join(f"{name} {fact}" for name, fact in facts.items()))
+    return [problem for row in rows for problem in row["problems"]]
 
 
 def report(folder: Path) -> int:
-    """Print the counts in a folder; the exit code is 1 if there is a problem among them."""
-    printers: dict[str, Callable[[Counts], bool]] = {
-        "faults": _print_faults, "fuzz": _print_fuzz, "long": _print_long,
-    }  # fmt: skip
+    """Print the counts in a folder by commit; the exit code is 1 if there is a problem among them."""
+    printers = {"faults": _print_faults, "fuzz": _print_fuzz, "long": _print_long}
     fine = True
     for name, printer in printers.items():
-        if (folder / f"{name}.jsonl").exists():
-            fine &= printer(Counts(folder / f"{name}.jsonl"))
+        if not (folder / f"{name}.jsonl").exists():
+            continue
+        for tested, rows in Counts(folder / f"{name}.jsonl").by_commit().items():
+            print(f"{name}, commit {tested}:")
+            problems = printer(rows)
+            fine &= not problems
+            for problem in problems[:20]:
+                print(f"    {problem}")
     return 0 if fine else 1
 
 

@@ -123,6 +123,7 @@ class RunLog:
         self._recent: deque[float] = deque(maxlen=max(1, window))
         self._of_epoch: list[float] = []
         self._total, self._images = total, 0
+        self._bar = tqdm(disable=True)  # until `begin`: a run can fail and close its log before
 
     def begin(self, step: int) -> None:
         """Start loss.csv and the progress bar at a step; a resumed run drops the rows after it."""

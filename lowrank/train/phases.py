@@ -23,11 +23,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def phase(
-    doing: str, change: str, last_checkpoint: Callable[[], Path | None] | None = None
+    doing: str,
+    change: str,
+    last_checkpoint: Callable[[], Path | None] | None = None,
+    prediction: Callable[[], str] | None = None,
 ) -> Iterator[None]:
     """Raise `Refused` where memory runs out in a block.
 
-    `doing` names the block ("encoding the captions"), `change` the settings that lower its peak.
+    `doing` names the block ("encoding the captions"), `change` the settings that lower its peak, `prediction`
+    what was planned for it.
     """
     try:
         yield
@@ -37,4 +41,5 @@ def phase(
         reason = " ".join(shortened(str(error).strip() or "no more could be allocated", 300).split())
         kept = last_checkpoint() if last_checkpoint else None
         checkpoint = f"; the last checkpoint is {kept}, continue from it with --resume" if kept else ""
-        raise Refused(f"out of memory while {doing} ({reason}); {change}{checkpoint}") from error
+        planned = f"; {text}" if prediction and (text := prediction()) else ""
+        raise Refused(f"out of memory while {doing} ({reason}){planned}; {change}{checkpoint}") from error

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import host_shape
 from lowrank.data.loader import Batch, Loader
+from lowrank.errors import Refused
 from lowrank.models.family import DTYPES, Models, latent_scale
 from lowrank.models.frozen import frozen_layers
 from lowrank.models.hollow import hollow
 from lowrank.models.memory import offload_of
 from lowrank.plan.fake import without_values
-from lowrank.plan.live import HOST, LiveMemory, Phase
+from lowrank.plan.live import GIB, HOST, LiveMemory, Phase
 from lowrank.train import optim, setup
 from lowrank.train.attach import adapt, keep_vae, load_components
 from lowrank.train.job import RunningJob
@@ -34,6 +35,8 @@ from lowrank.train.network_module import optimizer_groups
 from lowrank.train.preview import preview_prompts
 from lowrank.train.prompts import Prompt
 from lowrank.train.text_conditions import TextConditions
+
+logger = logging.getLogger(__name__)
 
 # What a GPU needs besides live tensors, in bytes. Not measured by this program on a GPU.
 CONTEXT = 512 << 20  # CUDA's context and its loaded kernels: 0.4 to 0.6 GiB
@@ -104,6 +107,35 @@ def plan_memory(
     finally:
         logging.disable(logging.NOTSET)
     return live.phases
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The planned memory of a run, for the message when its memory has run out.
+
+    `phases` are those of `--vram`; without them they are planned when they are needed.
+    """
+
+    job: RunningJob
+    models: Models
+    loader: Loader
+    phases: Sequence[Phase] | None = None
+
+    def of(self, name: str) -> str:
+        """A sentence with the predicted peak of a phase, or "" where none can be predicted."""
+        gpu = self.job.accelerator.device.type == "cuda"
+        if self.job.sharding is not None:  # a plan has the whole base in one process
+            return ""
+        try:
+            phases = self.phases or plan_memory(self.job, self.models, self.loader, gpu=gpu)
+        except (Refused, MemoryError, RuntimeError) as error:  # the first error is the one to report
+            logger.info("the memory of %s cannot be predicted: %s", name, error)
+            return ""
+        for phase in phases:
+            if phase.name == name:
+                need = total(phase) if gpu else phase.peak
+                return f"the {name} was predicted to need {need / GIB:.2f} GiB"
+        return ""
 
 
 def _run(

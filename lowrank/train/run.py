@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -45,6 +43,7 @@ from lowrank.train.phases import phase
 from lowrank.train.preview import preview_prompts, run_preview
 from lowrank.train.prompts import Prompt
 from lowrank.train.record import begin_record
+from lowrank.train.requests import Requests, remove_old_requests
 from lowrank.train.saving import Saver
 from lowrank.train.schedule import RunPlan, build_scheduler, check_schedule, plan_run
 from lowrank.train.text_conditions import TextConditions, text_conditions
@@ -85,6 +84,7 @@ def launch(job: TrainJob) -> int:
         if writes:
             remove_leftovers(folder, locked=True)
             remove_leftovers(folder / "sample")
+            remove_old_requests(folder)
         return _launch(running)
 
 
@@ -125,24 +125,28 @@ def _launch(job: RunningJob) -> int:
     prompts = preview_prompts(job, models)
     texts = [p.prompt for p in prompts] + [p.negative_prompt or "" for p in prompts if p.scale > 1]
     text_merged = changes_text(job)
-    with phase("encoding the captions", "free memory, or give --mixed_precision bf16"):
+    planned = plan_memory.Prediction(job, models, loader, phases)
+    change = "free memory, or give --mixed_precision bf16"
+    with phase("encoding the captions", change, None, lambda: planned.of("text encoding")):
         load_components(job, models, ("text",))
         if text_merged:
             load_components(job, models, ("denoiser",))  # a file is merged into both in one call
             merge_base_weights(job, models)
         text = text_conditions(job, models, [loader] if held_out is None else [loader, held_out], texts)
-    with phase("encoding the pictures", "give --vae_batch_size 1 and a lower --resolution"):
+    change = "give --vae_batch_size 1 and a lower --resolution"
+    with phase("encoding the pictures", change, None, lambda: planned.of("VAE encoding")):
         load_components(job, models, ("vae",))  # text encoders are freed by now
         loader = data.encode_latents(job, loader, models)
         if held_out is not None:
             held_out = data.encode_latents(job, held_out, models)
     keep_vae(models, loader.encoded and (held_out is None or held_out.encoded), bool(prompts))
-    with phase("reading the denoiser and making the adapter", "give --fp8_base or a lower --network_dim"):
+    doing, change = "reading the denoiser and making the adapter", "give --fp8_base or a lower --network_dim"
+    with phase(doing, change, None, lambda: planned.of("training step")):
         load_components(job, models, ("denoiser",))
         if not text_merged:
             merge_base_weights(job, models)
         network = adapt(job, models, text.encoders)
-    return _train(job, models, loader, held_out, text, prompts, network)
+    return _train(job, models, loader, held_out, text, prompts, network, planned)
 
 
 def _seed(given: int | None, resumed: Checkpoint | None) -> int:
@@ -159,6 +163,7 @@ def _train(
     text: TextConditions,
     prompts: list[Prompt],
     network: KohyaNetwork,
+    planned: plan_memory.Prediction,
 ) -> int:
     """Build the saver and the loop, resume or warm up, train, and save the final file."""
     plan, folder = _plan(job, loader), job.names.output_dir
@@ -169,18 +174,13 @@ def _train(
     log = RunLog(job.accelerator, folder, loss_components(network), plan.steps, window)
     together = job.sharding is not None
     sampler = layer_sampling.layer_sampler(network, forward, held_out, loader, job.seed, together)
+    requests = Requests(folder, job.accelerator)
     saver = Saver(
         job=job,
         network=network,
         optimizer=optimizer,
         metadata=metadata.at_start(
-            job,
-            models,
-            network,
-            loader=loader,
-            held_out=held_out,
-            plan=plan,
-            optimizer=description,
+            job, models, network, loader=loader, held_out=held_out, plan=plan, optimizer=description
         ),
         fingerprint=check.run_fingerprint(job, loader, models),
         plan=plan,
@@ -188,6 +188,8 @@ def _train(
         preview=run_preview(job, models, prompts, text),
         validation=validation_loss(job.options.validation, held_out, forward.losses, job.seed, together),
         layer_sampler=sampler,
+        requests=requests,
+        planned=planned,
     )
     run = Run(
         forward=forward,
@@ -209,7 +211,7 @@ def _train(
         mask_gradients=sampler.mask_gradients if sampler else None,
         sharded=together,
     )
-    return _start_or_resume(job, run, saver, held_out)
+    return _start_or_resume(job, run, saver, requests, held_out, planned)
 
 
 def _optimizer(
@@ -227,7 +229,14 @@ def _optimizer(
     return (*job.accelerator.prepare(optimizer, scheduler), f"{name}({arguments})", group_names)
 
 
-def _start_or_resume(job: RunningJob, run: Run, saver: Saver, held_out: Loader | None) -> int:
+def _start_or_resume(
+    job: RunningJob,
+    run: Run,
+    saver: Saver,
+    requests: Requests,
+    held_out: Loader | None,
+    planned: plan_memory.Prediction,
+) -> int:
     """Take the run from its checkpoint or its warm-up to its last file; return the exit code."""
     options = job.options
     progress = Progress() if job.resumed is None else saver.resume(job.resumed, run.loader)
@@ -253,8 +262,8 @@ def _start_or_resume(job: RunningJob, run: Run, saver: Saver, held_out: Loader |
             "--fp8_base"
         )
         with (
-            phase("training", change, saver.last_checkpoint),
-            _stoppable(saver),
+            phase("training", change, saver.last_checkpoint, lambda: planned.of("training step")),
+            requests.listening(),
             memory.tf32(options.train.allow_tf32),
             optim.training(run.optimizer),
         ):
@@ -275,21 +284,3 @@ def _plan(job: RunningJob, loader: Loader) -> RunPlan:
         train.max_train_steps,
         train.max_train_epochs,
     )
-
-
-@contextlib.contextmanager
-def _stoppable(saver: Saver) -> Iterator[None]:
-    """End the run at the first Ctrl-C or SIGTERM after its step, with a checkpoint; at the second at once."""
-
-    def stop(number, _frame):
-        if saver.stop_asked:
-            raise KeyboardInterrupt
-        saver.stop_asked = True
-        logger.warning("stopping after this step with a checkpoint; press Ctrl-C again to stop without one")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

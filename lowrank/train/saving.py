@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from lowrank.train.layer_sampling import LayerSampler
 from lowrank.train.log import RunLog
 from lowrank.train.network_module import KohyaNetwork
 from lowrank.train.phases import phase
+from lowrank.train.plan_memory import Prediction
 from lowrank.train.preview import Preview
+from lowrank.train.requests import Requests
 from lowrank.train.schedule import RunPlan
 from lowrank.train.validation import ValidationLoss
 
@@ -50,6 +53,8 @@ class Saver:
         preview: Preview,
         validation: ValidationLoss | None,
         layer_sampler: LayerSampler | None,
+        requests: Requests,
+        planned: Prediction,
     ) -> None:
         self._options, self._names = job.options.saving, job.names
         self._uploads = Uploads(job.options.hub)
@@ -57,7 +62,7 @@ class Saver:
         self._run_metadata, self._fingerprint, self._plan = metadata, fingerprint, plan
         self._log, self._preview, self._validation = log, preview, validation
         self._last_checkpoint: Path | None = None
-        self.stop_asked = self.stopped = False
+        self._requests, self._planned, self.stopped = requests, planned, False
         decay = job.options.train.ema_decay
         self._ema = Ema(network.parameters(), decay) if decay else None
         self._stateful = [part for part in (self._ema, layer_sampler) if part]  # saved in checkpoints too
@@ -72,7 +77,9 @@ class Saver:
         options, step, last = self._options, progress.step, progress.step >= self._plan.steps
         if self._ema:
             self._ema.update()
-        if options.checkpointing_steps and (last or _due(step, options.checkpointing_steps)):
+        asked = self._requests.after_step()
+        due = options.checkpointing_steps and (last or _due(step, options.checkpointing_steps))
+        if due or (any(asked) and not last):
             self._save_checkpoint(progress)
         if _due(step, options.save_every_n_steps) and not last:
             self._save_adapter(self._names.step(step), progress, options.save_state, progress.epoch)
@@ -84,8 +91,7 @@ class Saver:
             self._validate(self._validation, "step", step)
         if last:  # the loop returns before it ends this epoch, which may be a part of one
             self._end_epoch(progress.epoch + 1, last=True)
-        if self.stop_asked and not last:
-            self._save_checkpoint(progress)
+        if asked.stop and not last:
             self.stopped = True
             self._log.message(f"stopped after step {step}; continue with --resume {self._last_checkpoint}")
             self._uploads.finish()
@@ -131,7 +137,8 @@ class Saver:
     def draw(self, tag: str, step: int) -> None:
         """Draw the pictures of the adapter as it would be saved."""
         change = "draw smaller pictures, with --w and --h in a file of --sample_prompts, or none"
-        with self._averaged(), phase("drawing pictures", change, self.last_checkpoint):
+        planned = partial(self._planned.of, "sampling preview")
+        with self._averaged(), phase("drawing pictures", change, self.last_checkpoint, planned):
             self._preview.run(self._accelerator, self._network, tag, step)
 
     def _validate(self, validation: ValidationLoss, kind: str, count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from kills import (
     FAMILIES,
+    STEPS,
     Fault,
     World,
     check_folder,
@@ -23,7 +25,9 @@ from processes import call, finished
 from safetensors.torch import load_file, save_file
 
 from lowrank.data.cache import Cache
+from lowrank.errors import Refused
 from lowrank.files import atomic, atomic_folder, remove, remove_leftovers
+from lowrank.train.checkpoints import checkpoints
 
 # ------------------------------------------------------------------ writers alone
 
@@ -55,13 +59,22 @@ def check_writers(folder: Path) -> None:
     assert Cache(folder / "cache").missing(["k"]) in ([], ["k"])
 
 
+def write_or_refuse(folder: Path, fault: Fault) -> None:
+    try:
+        write_in_every_way(folder, fault)
+    except (Refused, OSError) as error:  # a script prints both as one sentence
+        assert str(folder) in str(error) and "\n" not in str(error)
+        os._exit(3)
+
+
 @pytest.mark.slow
-def test_writers_killed_at_every_operation(tmp_path):
+@pytest.mark.parametrize("kind", ["kill", "full", "readonly"])
+def test_writers_struck_at_every_operation(kind, tmp_path):
     seen_state = False
     for at in range(1, 200):
         folder = tmp_path / str(at)
         (folder / "cache").mkdir(parents=True)
-        code = finished(call(write_in_every_way, (folder, Fault("kill", at, str(folder))), tmp_path / "log"))
+        code = finished(call(write_or_refuse, (folder, Fault(kind, at, str(folder))), tmp_path / "log"))
         remove_leftovers(folder, locked=True)
         check_writers(folder)
         assert not leftovers(folder), at
@@ -69,7 +82,7 @@ def test_writers_killed_at_every_operation(tmp_path):
         seen_state |= (folder / "a-state").exists()
         if code == 0:
             break
-        assert code == -signal.SIGKILL
+        assert code == (-signal.SIGKILL if kind == "kill" else 3), (tmp_path / "log").read_text()
     assert code == 0 and at > 25  # that many operations were struck
 
 
@@ -87,11 +100,11 @@ def worlds(tiny_sd, tiny_sdxl, tiny_flux, tmp_path_factory):
 
 
 STRIKES = {  # kind and operation; the last operations of a run are about number 150
-    "sd15": [("kill", 37), ("full", 30)],
+    "sd15": [("kill", 37), ("full", 30), ("readonly", 25)],
     "sdxl": [("term", 60), ("kill", 20)],
     "flux": [("int", 45), ("limit", 20_000), ("kill", 33)],
 }
-CODES = {"kill": -signal.SIGKILL, "full": 1, "limit": 1, "term": 130, "int": 130}
+CODES = {"kill": -signal.SIGKILL, "full": 1, "readonly": 1, "limit": 1, "term": 130, "int": 130}
 
 
 @pytest.mark.slow
@@ -100,9 +113,8 @@ def test_struck_run_resumes_bit_for_bit(family, worlds, tmp_path):
     world, log = worlds[family], tmp_path / "log"
     assert world.run(tmp_path / "whole", log) == 0, log.read_text()
     for kind, at in STRIKES[family]:
-        assert strike(world, tmp_path / "out", log, kind, at) == CODES[kind], (
-            f"{kind} {at}: {log.read_text()}"
-        )
+        fault = Fault(kind, at, str(tmp_path / "out"), clock=-1e8)
+        assert strike(world, tmp_path / "out", log, fault) == CODES[kind], f"{kind} {at}: {log.read_text()}"
     assert world.run(tmp_path / "out", log) == 0, log.read_text()
     check_folder(tmp_path / "out", log)
     assert differences(tmp_path / "whole", tmp_path / "out") == []
@@ -110,6 +122,28 @@ def test_struck_run_resumes_bit_for_bit(family, worlds, tmp_path):
     # the end is reached once: another call refuses and changes nothing
     assert world.run(tmp_path / "out", log) == 1 and is_over(1, log)
     assert differences(tmp_path / "whole", tmp_path / "out") == []
+
+
+@pytest.mark.slow
+def test_files_in_the_folder_save_and_stop(worlds, tmp_path):
+    """SAVE writes a checkpoint, STOP also ends the run; a file from before the run counts for neither."""
+    world, out, log = worlds["flux"], tmp_path / "out", tmp_path / "log"
+    more = ("--checkpointing_steps", "100", "--save_every_n_steps", "100", "--sample_every_n_steps", "100")
+    out.mkdir()
+    (out / "STOP").touch()
+    # operations up to 20 or so are before the first step; then each step adds a row to loss.csv
+    assert world.run(out, log, Fault("save", 24, str(out)), more) == 0
+    assert "removed" in log.read_text() and "STOP" in log.read_text()
+    first, last = checkpoints(out)
+    assert first.name in {f"checkpoint-{step}" for step in range(1, STEPS)}
+    assert last.name == f"checkpoint-{STEPS}"
+    shutil.rmtree(out)
+    assert world.run(out, log, Fault("stop", 24, str(out)), more) == 130
+    (stopped,) = checkpoints(out)
+    assert f"stopped after step {stopped.name[11:]}; continue with --resume" in log.read_text()
+    assert not {"SAVE", "STOP"} & {path.name for path in out.iterdir()}
+    assert world.run(out, log, None, more) == 0
+    assert "resumed from" in log.read_text()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ activity. `Wait` strikes from outside after a time. `check_folder` is true after
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import os
@@ -15,9 +16,11 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -25,7 +28,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from processes import call, finished, run_script
+from processes import call, finished, ranks, run_script
 from safetensors.torch import load_file
 
 from lowrank.train.checkpoints import checkpoints, read_checkpoint
@@ -37,24 +40,39 @@ SCRIPTS = {
     "flux": "flux_train_qrlora.py",
 }
 FAMILIES = tuple(SCRIPTS)
+LAYERS = "exclude=^(?!.*(to_q|q_proj)$)"  # few layers, so that a run is short
 
 
 # ------------------------------------------------------------------ inside the run
+
+
+_SIGNALS = {
+    "kill": (signal.SIGKILL,),
+    "term": (signal.SIGTERM,),
+    "term2": (signal.SIGTERM, signal.SIGTERM),
+    "int": (signal.SIGINT,),
+}
 
 
 @dataclass(frozen=True)
 class Fault:
     """What happens at the file operation number `at` (from 1) below `folder`, in the process of the run.
 
-    "kill", "term" and "int" send that signal, "term2" sends it twice; "full" lets this operation and every
-    later one that needs space fail, as a full disk does; "limit" lets no file become larger than `at` bytes.
+    "kill", "term" and "int" send that signal, "term2" sends it twice; "save" and "stop" make that file in the
+    folder; "full" lets this operation and every later one that needs space fail, as a full disk does, and
+    "readonly" all later ones; "limit" lets no file become larger than `at` bytes; "none" does nothing.
+    From the start of the run its clock is `clock` seconds wrong.
     """
 
     kind: str
     at: int
     folder: str
+    clock: float = 0.0
 
     def install(self) -> None:
+        if self.clock:
+            true_time = time.time
+            time.time = lambda: true_time() + self.clock
         if self.kind == "limit":
             import resource
 
@@ -70,12 +88,13 @@ class Fault:
             count += 1
             if count >= self.at and self.kind == "full" and event in ("open", "os.mkdir"):
                 raise OSError(28, "No space left on device", str(arguments[0]))
-            if count == self.at and self.kind != "full":
-                sent = (
-                    signal.SIGKILL if self.kind == "kill" else signal.SIGINT if self.kind == "int" else None
-                )
-                for _ in range(2 if self.kind == "term2" else 1):
-                    os.kill(os.getpid(), sent or signal.SIGTERM)
+            if count >= self.at and self.kind == "readonly":
+                raise OSError(30, "Read-only file system", str(arguments[0]))
+            if count == self.at:
+                for sent in _SIGNALS.get(self.kind, ()):
+                    os.kill(os.getpid(), sent)
+                if self.kind in ("save", "stop"):
+                    (Path(self.folder) / self.kind.upper()).touch()
 
         sys.addaudithook(hook)
 
@@ -118,6 +137,7 @@ class World:
             "output_dir": out,
             "output_name": "cat",
             "network_module": "networks.lora",
+            "network_args": LAYERS,
             "resolution": 64,
             "max_train_steps": STEPS,
             "learning_rate": 1e-2,
@@ -197,7 +217,10 @@ def names(out: Path) -> set[str]:
 
 def differences(whole: Path, out: Path) -> list[str]:
     """What differs between an undisturbed run and a resumed one: files, and any bit of a tensor."""
-    found = [f"only in one: {name}" for name in sorted(names(whole) ^ names(out))]
+    only = names(whole) ^ names(out)
+    if any(_step_of(name) % EVERY for name in only):  # SAVE, STOP or a signal asked for one more checkpoint
+        only = {name for name in only if not name.startswith("checkpoint-")}
+    found = [f"only in one: {name}" for name in sorted(only)]
     for path in sorted(whole.rglob("*")):
         name, other = path.relative_to(whole), out / path.relative_to(whole)
         if not other.is_file():
@@ -214,6 +237,12 @@ def differences(whole: Path, out: Path) -> list[str]:
     return found + ([] if first == second else ["differs: loss.csv"])
 
 
+def _step_of(name: str) -> int:
+    """The step of the checkpoint that a file is in, or 0."""
+    match = re.match(r"checkpoint-(\d+)/", name)
+    return int(match[1]) if match else 0
+
+
 def _flat(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {
         f"{index}.{key}": value
@@ -228,7 +257,7 @@ def _losses(folder: Path) -> list[tuple[str, str]]:
         return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
 
 
-# ------------------------------------------------------------------ lives
+# ------------------------------------------------------------------ strikes
 
 
 def make_world(work: Path, family: str) -> World:
@@ -243,27 +272,53 @@ def make_world(work: Path, family: str) -> World:
     return World(family, model, pictures, work / f"cache-{family}")
 
 
-KINDS = ("kill", "term", "term2", "int", "full", "limit")
-_WEIGHTS = (80, 4, 4, 4, 4, 4)
+def check_refusal(code: int, log: Path, what: str) -> None:
+    """A run that could not write has ended with one sentence."""
+    last = log.read_text().strip().splitlines()[-1]
+    assert code == 1 and last.startswith("error: "), f"{what}: exit code {code}, {last}"
 
 
-def strike(world: World, out: Path, log: Path, kind: str, at: int, wait: float | None = None) -> int:
+def strike(world: World, out: Path, log: Path, fault: Fault, wait: float | None = None) -> int:
     """Start or continue a run with a fault, and check its folder and its last line; return the exit code.
 
     With `wait`, a run is killed from outside after so many seconds.
     """
     if wait is None:
-        code = world.run(out, log, Fault(kind, at, str(out)))
+        code = world.run(out, log, fault)
     else:
         process = world.start(out, log)
         process.join(wait)
         process.kill()
         code = finished(process)
     check_folder(out, log)
-    if kind in ("full", "limit") and code:
-        last = log.read_text().strip().splitlines()[-1]
-        assert code == 1 and last.startswith("error: "), f"{kind} {at}: exit code {code}, {last}"
+    if fault.kind in ("full", "limit", "readonly") and code:
+        check_refusal(code, log, f"{fault.kind} {fault.at}")
     return code
+
+
+def strike_two(world: World, out: Path, logs: list[Path], rng: random.Random) -> list[int]:
+    """A run on two processes, one of which is killed after a random time; the other must end by itself."""
+    resume = ("--resume", "latest") if checkpoints(out) else ()
+    pair = [
+        call(run_script, (SCRIPTS[world.family], *world.words(out, *resume)), log, variables)
+        for log, variables in zip(logs, ranks({"LOWRANK_CACHE": str(world.cache)}), strict=True)
+    ]
+    while not (out / ".lock").exists() and all(process.is_alive() for process in pair):
+        time.sleep(0.01)
+    dying = rng.randrange(2)
+    pair[dying].join(rng.uniform(0, 5))
+    pair[dying].kill()
+    begin = time.monotonic()
+    codes = [finished(process) for process in pair]
+    for log in logs:
+        check_folder(out, log)
+    other = 1 - dying
+    if codes[dying] == -signal.SIGKILL and codes[other] not in (0, 130):
+        seconds = time.monotonic() - begin
+        assert seconds < 30, f"the other process ended after {seconds:.0f} s"
+        # before the two are connected, the other may have refused for a reason of its own
+        assert logs[other].read_text().count("error: ") == 1, logs[other].read_text()[-1000:]
+    return codes
 
 
 def is_over(code: int, log: Path) -> bool:
@@ -271,44 +326,167 @@ def is_over(code: int, log: Path) -> bool:
     return code == 0 or (code == 1 and f"the run ends at {STEPS}" in log.read_text())
 
 
-def live(world: World, whole: Path, out: Path, rng: random.Random, most: int) -> dict[str, Any]:
-    """One run that is struck up to `most` times, then ends; the counts, and what is wrong with it."""
-    log, counts, problems = out.with_suffix(".log"), Counter(), []
-    code = 1
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[str, str], None]]:
+    """Mount a tmpfs on a folder; yields a function that sets its size and whether it is "ro" or "rw"."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def mount(*words: str) -> None:
+        subprocess.run(["mount", *words, str(folder)], check=True, capture_output=True)
+
+    mount("-t", "tmpfs", "-o", "size=1g", "tmpfs")
     try:
-        for _ in range(most):
-            kind = rng.choices(KINDS, _WEIGHTS)[0]
-            wait = rng.uniform(0, 3) if kind == "kill" and rng.random() < 0.25 else None
-            at = rng.choice((2_000, 20_000, 60_000, 100_000)) if kind == "limit" else rng.randint(1, 120)
-            code = strike(world, out, log, kind, at, wait)
-            counts[kind] += code != 0
-            if is_over(code, log):
-                break
+        yield lambda size, mode: mount("-o", f"remount,{mode},size={size}")
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def can_mount(work: Path) -> bool:
+    """Whether this user may mount a tmpfs; only root may."""
+    try:
+        with small_disk(work / "can-mount"):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+# ------------------------------------------------------------------ lives
+
+KINDS = ("kill", "term", "term2", "int", "full", "limit", "readonly", "save", "stop")
+_WEIGHTS = (80, 3, 3, 3, 4, 3, 3, 4, 4)
+_OPERATIONS = {"sd15": 170, "sdxl": 170, "flux": 150}  # of an undisturbed run
+MOST = 8  # strikes in a life
+
+
+def _strikes(world: World, out: Path, log: Path, rng: random.Random, counts: Counter) -> int:
+    """Strike one run at file operations and at random times; the exit code of its last process."""
+    code = 1
+    for _ in range(MOST):
+        kind = rng.choices(KINDS, _WEIGHTS)[0]
+        wait = rng.uniform(0, 3) if kind == "kill" and rng.random() < 0.25 else None
+        limits = (2_000, 20_000, 60_000, 100_000)
+        at = rng.choice(limits) if kind == "limit" else rng.randint(1, _OPERATIONS[world.family])
+        clock = rng.choice((0, 0, 0, -(10**8), 10**8))
+        if clock:
+            counts["clock"] += 1
+            for path in [*out.glob("*"), *out.glob("*/*")]:
+                os.utime(path, (time.time() - rng.uniform(0, 10**8),) * 2)
+        code = strike(world, out, log, Fault(kind, at, str(out), clock), wait)
+        counts[kind] += code != 0 or kind == "save"
+        if is_over(code, log):
+            break
+    return code
+
+
+def _disk_strikes(world: World, out: Path, log: Path, rng: random.Random, counts: Counter) -> int:
+    """A run on a disk that is full again and again, and read-only once; the exit code of its last process."""
+    code = 1
+    with small_disk(out) as remount:
+        for size in sorted(rng.randint(1, 1_500) for _ in range(4)):
+            remount(f"{size}k", "rw")
+            code = world.run(out, log)
+            check_folder(out, log)
+            if not is_over(code, log):
+                check_refusal(code, log, f"{size} KiB")
+                counts["tmpfs"] += 1
+        remount("1g", "ro")
+        check_refusal(world.run(out, log), log, "read-only")
+        counts["mounted read-only"] += 1
+        remount("1g", "rw")
+        code = world.run(out, log)
+        check_folder(out, log)
+        shutil.copytree(out, out.with_name(f"{out.name}-kept"))
+    out.rmdir()
+    out.with_name(f"{out.name}-kept").rename(out)
+    return code
+
+
+def _rival_strikes(world: World, out: Path, log: Path, rng: random.Random, counts: Counter) -> int:
+    """Two runs in one folder, one of which is killed again and again; the exit code of the last process."""
+    code, rival_log = 1, out.with_suffix(".rival.log")
+    for _ in range(3):
+        pair = [world.start(out, log), world.start(out, rival_log)]
+        pair[0].join(rng.uniform(0, 4))
+        pair[0].kill()
+        codes = [finished(process) for process in pair]
+        counts["kill"] += codes[0] == -signal.SIGKILL
+        counts["rival"] += 1
+        for kept in (log, rival_log):
+            check_folder(out, kept)
+        if codes[1] and not is_over(codes[1], rival_log):
+            check_refusal(codes[1], rival_log, "rival")
+        if 0 in codes:
+            code = 0
+            break
+    return code
+
+
+def _rank_strikes(world: World, out: Path, log: Path, rng: random.Random, counts: Counter) -> int:
+    """A run on two processes that loses one of them again and again; the exit code of the first one."""
+    logs = [out.with_suffix(f".{rank}.log") for rank in range(2)]
+    codes = [1, 1]
+    for _ in range(4):
+        codes = strike_two(world, out, logs, rng)
+        counts["rank"] += -signal.SIGKILL in codes
+        counts["kill"] += -signal.SIGKILL in codes
+        if 0 in codes or any(is_over(code, kept) for code, kept in zip(codes, logs, strict=True)):
+            break
+    codes = run_two(world, out, logs)
+    shutil.copyfile(logs[0], log)
+    return codes[0]
+
+
+def run_two(world: World, out: Path, logs: list[Path]) -> list[int]:
+    """The exit codes of a run on two processes that nothing disturbs."""
+    resume = ("--resume", "latest") if checkpoints(out) else ()
+    ranks = zip(logs, ranks({"LOWRANK_CACHE": str(world.cache)}), strict=True)
+    words = (SCRIPTS[world.family], *world.words(out, *resume))
+    return [finished(process) for process in [call(run_script, words, log, more) for log, more in ranks]]
+
+
+SCENES = {"disk": _disk_strikes, "rival": _rival_strikes, "ranks": _rank_strikes, "strikes": _strikes}
+
+
+def live(world: World, whole: Path, out: Path, rng: random.Random, scene: str) -> dict[str, Any]:
+    """One run that is struck in the way of a scene, then ends; the counts, and what is wrong with it."""
+    log, counts, problems = out.with_suffix(".log"), Counter(), []
+    try:
+        code = SCENES[scene](world, out, log, rng, counts)
         if not is_over(code, log):
             code = world.run(out, log)
             check_folder(out, log)
         if not is_over(code, log):
             problems.append(f"exit code {code}: {log.read_text()[-500:]}")
         problems += differences(whole, out) + [f"leftover: {path}" for path in leftovers(out, world.cache)]
-    except (AssertionError, ValueError, OSError) as error:  # ValueError: a checkpoint that is not whole
+    except (AssertionError, ValueError, OSError, TimeoutError) as error:  # ValueError: a broken checkpoint
         problems.append(f"{type(error).__name__}: {str(error)[-1000:]}")
-    return {"family": world.family, **counts, "problems": problems}
+    return {"family": world.family, "scene": scene, **counts, "problems": problems}
+
+
+def _whole(world: World, work: Path, scene: str) -> Path:
+    """An undisturbed run on one process or, for the scene "ranks", on two; made once in a folder."""
+    folder = work / f"whole-{world.family}{'-two' * (scene == 'ranks')}"
+    if not (folder / "cat-state").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        if scene == "ranks":
+            assert run_two(world, folder, [work / "whole.log", work / "whole.1.log"]) == [0, 0]
+        else:
+            assert world.run(folder, work / "whole.log") == 0, (work / "whole.log").read_text()
+    return folder
 
 
 def lives(work: Path, first: int = 0) -> Iterator[dict[str, Any]]:
     """Endless lives of the three families in turn; the number of a life is the seed of its strikes."""
     work.mkdir(parents=True, exist_ok=True)
-    worlds = [make_world(work, family) for family in FAMILIES]
-    for world in worlds:
-        if not (work / f"whole-{world.family}" / "cat-state").exists():
-            shutil.rmtree(work / f"whole-{world.family}", ignore_errors=True)
-            assert world.run(work / f"whole-{world.family}", work / "whole.log") == 0
+    worlds, mounts = [make_world(work, family) for family in FAMILIES], can_mount(work)
     for number in itertools.count(first):
         world, out = worlds[number % len(worlds)], work / f"life-{number}"
+        scene = {3: "rival", 6: "ranks", 8: "disk" if mounts else "strikes"}.get(number % 10, "strikes")
         shutil.rmtree(out, ignore_errors=True)  # of a soak that was cut
         if number % 5 == 0:
             shutil.rmtree(world.cache, ignore_errors=True)  # so that caches are written under fire too
-        row = {"life": number} | live(world, work / f"whole-{world.family}", out, random.Random(number), 8)
+        whole = _whole(world, work, scene)
+        row = {"life": number} | live(world, whole, out, random.Random(number), scene)
         yield row
         if not row["problems"]:
             shutil.rmtree(out)

@@ -64,14 +64,8 @@ def finished(process: ForkServerProcess, seconds: float = 240) -> int:
     return process.exitcode
 
 
-def start_several(
-    script: str,
-    words: Sequence[str],
-    folder: Path,
-    environment: Mapping[str, str] | None = None,
-    count: int = 2,
-) -> list[ForkServerProcess]:
-    """CPU processes with the variables that torchrun sets; logs in FOLDER/process-RANK.log."""
+def ranks(environment: Mapping[str, str] | None = None, count: int = 2) -> list[dict[str, str]]:
+    """For each of `count` CPU processes, the variables that torchrun sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -83,14 +77,20 @@ def start_several(
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def start_several(
+    script: str,
+    words: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    count: int = 2,
+) -> list[ForkServerProcess]:
+    """CPU processes with the variables that torchrun sets; logs in FOLDER/process-RANK.log."""
     return [
-        start(
-            script,
-            words,
-            folder / f"process-{rank}.log",
-            common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(count)
+        start(script, words, folder / f"process-{rank}.log", variables)
+        for rank, variables in enumerate(ranks(environment, count))
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,21 @@ def test_launch_from_another_folder(tree, tmp_path):
     assert value(arguments, "--instance_data_dir") == str(tree / "assets" / "sty" / "cat")
     assert str(tree / "flux_train_qrlora.py") in arguments
     assert (elsewhere / value(arguments, "--output_dir") / "train_script.sh").is_file()
+
+
+def test_kept_copy_is_harmless_in_a_folder_with_a_newline(tree, tmp_path):
+    """The copy names the folder it was started in, in a comment; a second line of it would be a command."""
+    folder = tmp_path / "x\ntouch RAN\n"
+    folder.mkdir()
+    done, _ = bash(tree, "flux_dir/train_deltaR_sty.sh", "0", "4", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (kept,) = tmp_path.rglob("train_script.sh")
+    comment = kept.read_text().split("# Started with GPU_ID")[1].splitlines()
+    assert "touch RAN" in comment[0]
+    assert all(line.startswith("#") for line in comment[1:] if line.strip())
+    # what runs of the copy's end is nothing: bash reads it without a command
+    subprocess.run(["bash", "-c", "#" + "\n".join(comment)], cwd=tmp_path, check=True)
+    assert not list(tmp_path.rglob("RAN"))
 
 
 # ---- after training

@@ -32,6 +32,15 @@ def test_out_of_memory_is_one_sentence(kind):
         raise ERRORS[kind]
 
 
+@pytest.mark.parametrize(("predicted", "shown"), [("it needs 3 GiB", "it needs 3 GiB; "), ("", "")])
+def test_prediction_is_in_the_sentence(predicted, shown):
+    with (
+        pytest.raises(Refused, match=rf"\); {shown}give --x$"),
+        phase("training", "give --x", None, lambda: predicted),
+    ):
+        raise ERRORS["cuda"]
+
+
 def test_real_allocation_that_fails():
     """An allocation of 2^60 bytes fails on every machine; the text is that of this version of torch."""
     with pytest.raises(Refused, match="out of memory while training"), phase("training", "give --x"):

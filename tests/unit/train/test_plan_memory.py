@@ -11,8 +11,9 @@ from torch import nn
 from lowrank.cli.flux_train import main as flux
 from lowrank.cli.sd_train import main as sd
 from lowrank.cli.sd_train import main_sdxl as sdxl
+from lowrank.errors import Refused
 from lowrank.plan.fake import without_values
-from lowrank.plan.live import LiveMemory
+from lowrank.plan.live import GIB, LiveMemory
 from lowrank.tensors import has_values
 
 # A plan leaves out what is no tensor of the model or of its step: logged losses, and the pictures in host
@@ -83,6 +84,25 @@ def test_planned_peak_of_previews(arguments, monkeypatch):
     more = ("--validation_prompt", "a cat", "--sample_every_n_steps", "2")
     line = arguments(flux, "networks.lora", *more)
     compare(flux, line, monkeypatch, ("sampling preview", "training step"))
+
+
+def test_out_of_memory_names_the_predicted_peak(arguments, monkeypatch):
+    """In training and in previews: the peak that a plan for the CPU has."""
+
+    def no_memory(*_args, **_more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    line = arguments(flux, "networks.lora", "--validation_prompt", "a cat", "--sample_at_first")
+    peaks = {name: f"{phase.peak / GIB:.2f}" for name, phase in planned(flux, line, monkeypatch).items()}
+    for place, doing, phase in (
+        ("lowrank.train.run.train", "training", "training step"),
+        ("lowrank.train.preview.Preview.run", "drawing pictures", "sampling preview"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, no_memory)
+            words = f"out of memory while {doing}.*; the {phase} was predicted to need {peaks[phase]} GiB; "
+            with pytest.raises(Refused, match=words):
+                flux(line)
 
 
 def test_dry_run_shows_the_peak_of_each_phase(arguments, capsys):
