@@ -80,7 +80,6 @@ def describe_memory(denoiser: nn.Module, text_encoders: Iterable[nn.Module], net
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes of tensors; storage that several of them share counts once."""
-    local = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)  # this process' part of a shard
-    storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in local}
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages.values()}.values())
+    """The bytes of tensors, each counted once; of a sharded one the part of this process."""
+    local = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in local}.values())
