@@ -57,11 +57,6 @@ EVERY = [
     for style in STYLES
     for background in BACKGROUNDS
 ]
-# path, scene, seed of the rendering: the pictures that the launchers train on
-TAUGHT = (
-    ("assets/sty/cat/sty_cat.png", Scene("cat", "stained glass", "beach"), 3),
-    ("assets/cnt/dog/cnt_dog.png", Scene("poodle", "photo", "meadow"), 1),
-)
 # The demo's pictures have captions. Each content of the style set and each style of the content set occurs
 # once, so that an adapter learns what its pictures have in common.
 TAUGHT_BACKGROUNDS = ("white", "meadow", "beach", "snow", "blue", "sunset", "yellow", "gray")
@@ -70,7 +65,7 @@ TAUGHT_STYLES = SEEN_STYLES
 
 
 def taught_sets() -> list[tuple[str, Scene, int, str]]:
-    """Return path, scene, seed and caption of the demo's pictures: blueprints, and a teapot in eight styles."""
+    """Return path, scene, seed, caption of the demo's pictures: blueprints, and a teapot in eight styles."""
     contents = ("cat", *(content for content in SEEN_CONTENTS if content != "cat"))
     sets = []
     for i, content in enumerate(contents):
@@ -169,9 +164,7 @@ class Workshop:
         return facts.get("training", {}) if part in TITLES else facts
 
     def make_pictures(self) -> None:
-        """Render the pictures that the launchers and the demo train on, and write the demo's captions."""
-        for path, scene, seed in TAUGHT:
-            self._save_picture(ROOT / path, scene, np.random.default_rng(seed))
+        """Render the pictures that the demo trains on, and write their captions."""
         for path, scene, seed, text in taught_sets():
             (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
             self._save_picture(ROOT / f"{path}.png", scene, np.random.default_rng((3, seed)))

@@ -1,7 +1,7 @@
 """Write the report of one or several runs as one HTML file, without network access.
 
-    python tools/report_run.py out/cat
-    python tools/report_run.py out/cat out/cat-lower-rate --output both.html --open
+python tools/report_run.py out/cat
+python tools/report_run.py out/cat out/cat-lower-rate --output both.html --open
 """
 
 from __future__ import annotations

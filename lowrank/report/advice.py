@@ -24,18 +24,12 @@ def _held_out(run: Run) -> str:
     if at == len(values) - 1 or values[-1] < RISE * values[at]:
         return ""
     best = steps[at]
-    saved = {path: _step(path.name, run) for path in run.adapters}
-    near = min(saved, key=lambda path: abs(saved[path] - best), default=None)
-    use = f"; {near.name} is the nearest file" if near is not None else ""
+    near = min(run.adapters, key=lambda entry: abs(entry[0] - best), default=None)
+    use = f"; {near[1].name} is the nearest file" if near is not None else ""
     return (
         f"The held-out loss was lowest after step {best:.0f} ({values[at]:.5g}) and ended at "
         f"{values[-1]:.5g}: later steps learn the training pictures by heart{use}."
     )
-
-
-def _step(name: str, run: Run) -> float:
-    digits = name.rpartition("-step")[2].partition(".")[0]
-    return float(digits) if digits.isdecimal() else run.losses["step"][-1]
 
 
 def _training(run: Run) -> str:

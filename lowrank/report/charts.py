@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, islice
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -45,12 +46,14 @@ def line_chart(
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": "lowrank"}):
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axes = figure.subplots()
-        for (x, y), colour in zip(behind.values(), SERIES, strict=False):
+        for (x, y), colour in zip(behind.values(), _colours(0), strict=False):
             axes.plot(*thinned(x, y), color=colour, linewidth=0.8, alpha=0.25)
-        for (name, (x, y)), colour in zip(curves.items(), SERIES, strict=False):
-            axes.plot(*thinned(x, y), color=colour, linewidth=1.6, label=name)
-        for (name, (x, y)), colour in zip(marks.items(), SERIES[len(curves) :], strict=False):
-            axes.plot(*thinned(x, y), color=colour, linewidth=1.6, marker="o", markersize=4, label=name)
+        for (name, (x, y)), colour in zip(curves.items(), _colours(0), strict=False):
+            axes.plot(*thinned(x, y), color=colour, linewidth=1.6, label=_label(name))
+        for (name, (x, y)), colour in zip(marks.items(), _colours(len(curves)), strict=False):
+            axes.plot(
+                *thinned(x, y), color=colour, linewidth=1.6, marker="o", markersize=4, label=_label(name)
+            )
         if log:
             axes.set_yscale("log")
         _finish(axes, title, y_label, len(curves) + len(marks) > 1)
@@ -67,6 +70,17 @@ def bar_chart(title: str, values: Mapping[str, float], y_label: str) -> str:
         _finish(axes, title, "", False)
         axes.set_xlabel(y_label, color=INK)
         return _svg(figure, title)
+
+
+def _colours(first: int) -> Iterator[str]:
+    """The colours of the series from the one numbered `first`, again and again."""
+    return islice(cycle(SERIES), first, None)
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: not hidden for its first letter, not read as a formula."""
+    plain = name.replace("$", r"\$")
+    return f"\u2009{plain}" if plain.startswith("_") else plain
 
 
 def _finish(axes, title: str, y_label: str, legend: bool) -> None:

@@ -100,7 +100,7 @@ def _facts(run: Run) -> dict[str, str]:
         facts["memory, peak"] = f"{peak:.2f} GiB" + (f", predicted {predicted:.2f}" if predicted else "")
     if run.layers:
         facts["adapted layers"] = str(len(run.layers))
-    facts["files"] = ", ".join(path.name for path in run.adapters[-6:])
+    facts["files"] = ", ".join(path.name for _, path in run.adapters[-6:])
     return facts
 
 

@@ -26,7 +26,7 @@ COMMANDS = MappingProxyType({line.prog: line for line in (SD_TRAIN, SDXL_TRAIN, 
 _PICTURE = re.compile(
     r"(?:(?P<name>.*)_)?(?P<step>e?\d+|final)_(?P<prompt>\d{2,})_(?P<time>\d{14})(_(?P<seed>\d+))?\.png$"
 )
-_OF_STEP = re.compile(r"-step(\d+)\.safetensors$")
+_OF_STEP = re.compile(r"-(step)?(\d{6,})\.safetensors$")  # without "step": of an epoch
 
 
 class Picture(NamedTuple):
@@ -51,7 +51,7 @@ class Run:
     """A run; empty parts are not in its folder."""
 
     folder: Path
-    name: str
+    name: str  # in the page, different for each run
     command: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # (value, default) by flag
@@ -61,7 +61,7 @@ class Run:
     norms: dict[str, list[float]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
-    adapters: list[Path] = field(default_factory=list)
+    adapters: list[tuple[float, Path]] = field(default_factory=list)  # (step, file), the last one last
     layers: list[Layer] = field(default_factory=list)
 
 
@@ -76,8 +76,8 @@ def read_run(folder: Path) -> Run:
         run.settings = {
             k: v for table in tables.values() if isinstance(table, dict) for k, v in table.items()
         }
-        first, *second = [line[2:] for line in text.splitlines()[:2]]
-        run.command = second[0] if second else ""
+        first, second, *_ = [*(line[2:] for line in text.splitlines()[:2]), "", ""]
+        run.command = second
         run.changed = _changed(first.partition(":")[0], run.settings)
         run.name = str(run.settings.get("output_name") or folder.name)
     if (folder / "versions.txt").is_file():
@@ -88,22 +88,24 @@ def read_run(folder: Path) -> Run:
     if (folder / "summary.json").is_file():
         summary = read_json(folder / "summary.json", "summary")
         run.summary = summary if isinstance(summary, dict) else {}
-    place = folder.parent.parent if folder.parent.name == "runs" else folder
-    run.pictures = _pictures(place / "sample", str(run.settings.get("output_name") or ""))
-    run.adapters = _adapters(place, run.name)
+    if folder.parent.name == "runs":  # pictures and adapters of its name are those of the newest run
+        return run
+    run.pictures = _pictures(folder / "sample", str(run.settings.get("output_name") or ""))
+    run.adapters = _adapters(run)
     if run.adapters:
-        run.layers = _layers(run.adapters[-1])
+        run.layers = _layers(run.adapters[-1][1])
     return run
 
 
 def read_table(path: Path) -> dict[str, list[float]]:
-    """The columns of a CSV file of numbers; NaN where a cell is empty or a row was cut by a kill."""
+    """The columns of a CSV file of numbers; NaN where a cell is empty. A row that a kill cut is left out."""
     columns: dict[str, list[float]] = {}
     for row in csv.DictReader(read_text(path, "numbers", TABLE).splitlines()):
+        if None in row or None in row.values():
+            continue
         for name, text in row.items():
-            if isinstance(name, str):
-                value = parse_text(float, text or "") if isinstance(text, str) else None
-                columns.setdefault(name, []).append(math.nan if value is None else value)
+            value = parse_text(float, text or "")
+            columns.setdefault(name, []).append(math.nan if value is None else value)
     return columns
 
 
@@ -141,15 +143,20 @@ def step_order(step: str) -> float:
     return math.inf if step == "final" else float(step.lstrip("e"))
 
 
-def _adapters(folder: Path, name: str) -> list[Path]:
-    """The adapter files of a run, the last one last."""
-    steps = sorted(
-        (int(match[1]), path)
-        for path in folder.glob("*.safetensors")
-        if (match := _OF_STEP.search(path.name)) and path.name.startswith(f"{name}-step")
-    )
-    last = [folder / f"{name}.safetensors", folder / "pytorch_lora_weights.safetensors"]
-    return [*(path for _, path in steps), *(path for path in last if path.is_file())]
+def _adapters(run: Run) -> list[tuple[float, Path]]:
+    """The adapter files of a run with their steps, in order; an epoch's file is of its last step."""
+    name = str(run.settings.get("output_name") or "")
+    steps, epochs = run.losses.get("step", []), run.losses.get("epoch", [])
+    last_of = dict(zip(epochs, steps, strict=True)) if len(steps) == len(epochs) else {}
+    files = []
+    for path in run.folder.glob("*.safetensors"):
+        match = _OF_STEP.search(path.name)
+        if match and path.name[: match.start()] == name:
+            number = float(match[2])
+            files.append((number if match[1] else last_of.get(number, math.inf), path))
+    whole = [run.folder / f"{name}.safetensors", run.folder / "pytorch_lora_weights.safetensors"]
+    end = steps[-1] if steps else math.inf
+    return [*sorted(files), *((end, path) for path in whole if path.is_file())]
 
 
 def _layers(path: Path) -> list[Layer]:

@@ -119,7 +119,7 @@ class RunLog:
         self._norms = Table(folder / "norms.csv", ("step", *NORMS), "step")
         self._held_out = Table(folder / "validation.csv", ("step", "kind", "value"), "value")
         self._summary = folder / "summary.json"
-        self._last = 0
+        self._last, self._begun, self._started, self._running = 0, 0, time.monotonic(), False
         self._recent: deque[float] = deque(maxlen=max(1, window))
         self._of_epoch: list[float] = []
         self._total, self._images = total, 0
@@ -127,7 +127,8 @@ class RunLog:
 
     def begin(self, step: int) -> None:
         """Start loss.csv and the progress bar at a step; a resumed run drops the rows after it."""
-        self._started = self._printed = time.monotonic()
+        self._started, self._running = time.monotonic(), True
+        self._printed = self._started
         main, self._begun = self._accelerator.is_main_process, step
         self._in_lines = main and not sys.stderr.isatty()  # a file or a pipe: lines in place of a bar
         self._bar = tqdm(
@@ -223,7 +224,7 @@ class RunLog:
 
     def write_summary(self) -> None:
         """Write summary.json: steps, images, seconds and peak memory since the run was started or resumed."""
-        if not self._accelerator.is_main_process:
+        if not self._accelerator.is_main_process or not self._running:
             return
         facts: dict[str, float] = {"steps": self._last - self._begun, "images": self._images}
         facts["seconds"] = round(time.monotonic() - self._started, 2)
@@ -235,7 +236,8 @@ class RunLog:
     def close(self) -> None:
         """Write the summary, and end the trackers."""
         self.write_summary()
-        self._bar.close()
+        if self._running:
+            self._bar.close()
         self._accelerator.end_training()
 
 

@@ -439,9 +439,9 @@ def _rank_strikes(world: World, out: Path, log: Path, rng: random.Random, counts
 def run_two(world: World, out: Path, logs: list[Path]) -> list[int]:
     """The exit codes of a run on two processes that nothing disturbs."""
     resume = ("--resume", "latest") if checkpoints(out) else ()
-    ranks = zip(logs, ranks({"LOWRANK_CACHE": str(world.cache)}), strict=True)
+    strikes = zip(logs, ranks({"LOWRANK_CACHE": str(world.cache)}), strict=True)
     words = (SCRIPTS[world.family], *world.words(out, *resume))
-    return [finished(process) for process in [call(run_script, words, log, more) for log, more in ranks]]
+    return [finished(process) for process in [call(run_script, words, log, more) for log, more in strikes]]
 
 
 SCENES = {"disk": _disk_strikes, "rival": _rival_strikes, "ranks": _rank_strikes, "strikes": _strikes}

@@ -131,7 +131,7 @@ def test_demo_runs_the_documented_commands(tree, family):
     scripts = [next(a for a in c["arguments"] if a.endswith(".py")).removeprefix("./") for c in ours]
     trained = 2 * [TRAINERS[family]] if family in TRAINERS else 3 * ["flux_train_qrlora.py"]
     residual = ["save_flux_residual.py"] if family == "flux" else []
-    drawn = ["inference_merge.py", "tools/score_pictures.py", "visualize_similarity.py"]
+    drawn = [*(3 * ["inference_merge.py"]), "tools/score_pictures.py", "visualize_similarity.py"]
     assert scripts == [*trained, *residual, *drawn]
     for c in ours:
         if "tools/score_pictures.py" not in c["arguments"]:
@@ -157,7 +157,7 @@ def test_failed_demo_step_is_named(tree):
     stub = tree / ".venv" / "bin" / "python"
     stub.write_text(stub.read_text() + "    if any('inference_merge' in a for a in arguments): sys.exit(3)\n")
     done, _ = bash(tree, "run_demo.sh")
-    assert done.returncode == 3 and "step 5 of 6 failed" in done.stderr
+    assert done.returncode == 3 and "step 5 of 8 failed" in done.stderr
 
 
 @pytest.mark.parametrize("place", ["sty/cat/sty_cat.png", "cnt/dog/cnt_dog.png"])

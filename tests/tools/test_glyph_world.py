@@ -165,13 +165,15 @@ def test_autoencoder_pictures(monkeypatch):
 @needs_font
 def test_shipped_pictures_equal_renderings(tmp_path, monkeypatch):
     monkeypatch.setattr(make_demo_models, "ROOT", tmp_path)
-    made = [path for path, _, _ in make_demo_models.TAUGHT]
+    made = [f"{path}.png" for path, *_ in make_demo_models.taught_sets()]
     make_demo_models.main(["--parts", "pictures", *folders(tmp_path)])
     for path in made:
         ours, shipped = (
             np.asarray(Image.open(root / path), float) for root in (tmp_path, score_pictures.ROOT)
         )
         assert np.abs(ours - shipped).mean() < 3, "other versions of font and Pillow differ by less"
+    for path, *_, words in make_demo_models.taught_sets():
+        assert (score_pictures.ROOT / f"{path}.txt").read_text(encoding="utf-8") == words + "\n"
 
 
 # ---------- training

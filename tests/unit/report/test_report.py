@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from lowrank.cli.report import main
 from lowrank.errors import Refused
 from lowrank.report.advice import advice
-from lowrank.report.charts import thinned
+from lowrank.report.charts import line_chart, thinned
 from lowrank.report.page import page
-from lowrank.report.run_folder import read_run, smooth
+from lowrank.report.run_folder import _adapters, read_run, smooth
+from lowrank.report.write import write_report
 from lowrank.train.log import Table
 
 HOSTILE = "<script>alert(1)</script>\"'&"
@@ -125,6 +126,50 @@ def test_two_runs_stand_side_by_side(tmp_path):
     make_run(tmp_path / "b")
     read = Reader(page([read_run(tmp_path / "a"), read_run(tmp_path / "b")]))
     assert ["steps", "60", "60"] in read.rows
+
+
+def test_runs_of_one_name_keep_their_curves(tmp_path):
+    for name in "ab":
+        make_run(tmp_path / name)
+    target = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "both.html")
+    text = target.read_text(encoding="utf-8")
+    for name in "ab":
+        assert f"cat ({tmp_path.name}/{name}): mean of 10 steps" in text
+
+
+def test_record_of_an_earlier_run_has_no_files_of_the_newer_one(tmp_path):
+    make_run(tmp_path / "out")
+    make_run(tmp_path / "earlier")
+    (tmp_path / "out" / "runs").mkdir()
+    (tmp_path / "earlier").rename(tmp_path / "out" / "runs" / "cat-1")
+    run = read_run(tmp_path / "out" / "runs" / "cat-1")
+    assert run.losses["step"] and not (run.adapters or run.layers or run.pictures)
+
+
+def test_files_of_epochs_have_the_step_of_their_end(tmp_path):
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "cat-step00000040.safetensors").rename(tmp_path / "run" / "cat-000001.safetensors")
+    run = read_run(tmp_path / "run")
+    run.losses["epoch"] = [1.0] * 41 + [2.0] * 19
+    assert [(step, path.name) for step, path in _adapters(run)] == [
+        (41.0, "cat-000001.safetensors"),
+        (60.0, "cat.safetensors"),
+    ]
+
+
+def test_row_cut_by_a_kill_and_empty_settings(tmp_path):
+    make_run(tmp_path / "run")
+    with open(tmp_path / "run" / "loss.csv", "a") as file:
+        file.write("6")
+    (tmp_path / "run" / "config.toml").write_text("")
+    run = read_run(tmp_path / "run")
+    assert run.losses["step"][-1] == 60 and not math.isnan(run.losses["avr_loss"][-1])
+
+
+def test_every_curve_is_in_the_legend():
+    curves = {f"_run {i}": ([1.0, 2.0], [float(i), 1.0]) for i in range(10)}
+    svg = line_chart("Loss", curves)
+    assert all(f"_run {i}" in svg for i in range(10))
 
 
 def test_long_run_stays_small(tmp_path):
