@@ -109,7 +109,7 @@ def flags():
     """Every flag of every script, and those that the small scripts name in their text."""
     parsers = [command.parser() for command in (*SURFACES, *PARSERS.values())]
     known = FOREIGN.union(*(parser._option_string_actions for parser in parsers))
-    for file in [*ROOT.glob("*.sh"), *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    for file in [*ROOT.glob("*.sh"), *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         known.update(FLAG.findall(file.read_text(encoding="utf-8")))
     return known
 
