@@ -171,9 +171,7 @@ def train(
         t = torch.randint(1000, (BATCH,), generator=generator).to(device)
         alpha = alphas[t][:, None, None, None]
         noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            prediction = parts.epsilon(noisy, t, sequence, pooled, _sizes(rng, device))
-        error = (prediction.float() - noise).square()
+        error = (parts.epsilon(noisy, t, sequence, pooled, _sizes(rng, device)) - noise).square()
         return {"loss": (error * (1 / alpha).clamp(max=WEIGHT_LIMIT)).mean(), "epsilon": error.mean()}
 
     return fit(parts.kind.name, plan, parts.modules, loss, folder, minutes)
