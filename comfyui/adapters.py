@@ -23,8 +23,10 @@ from lowrank.adapters.method import Gate
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.network_module import network_named
 from lowrank.adapters.targets import Layer, find, host_shape
-from lowrank.combine.mixture import read_for_merge
+from lowrank.combine.mixture import check_rule, chosen_blocks, read_for_merge
 from lowrank.combine.pair_sum import PAIRS, PairSum
+from lowrank.combine.rules import PLAIN, Merging
+from lowrank.combine.selection import Choice, Selection, changeovers
 from lowrank.errors import Refused
 from lowrank.formats.delta import Delta, swapped
 from lowrank.formats.foreign import ForeignLayer
@@ -177,22 +179,64 @@ def _as_named(adapter: Adapter, place: LayerPath) -> Delta:
     return swapped(layer) if "adaLN" in adapter.modules[place] else layer
 
 
-def merge_adapters(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
-    """Clones with Σ weights·(W′ − W). Low-rank adapters are added first, and on one basis keep their rank.
+def merge_adapters(
+    model: Any, clip: Any, files: Sequence[File], weights: Sequence[float], merging: Merging = PLAIN
+) -> tuple[Any, Any]:
+    """Clones with Σ weights·(W′ − W), or by a rule. Adapters on one basis keep their rank in a sum.
 
-    Raises `Refused` for adapters of different bases.
+    Raises `Refused` for adapters of different bases, and for those that the rule cannot merge.
     """
+    check_rule(merging.rule, [file.adapter for file in files])
+    adapters = chosen_blocks(merging.rule, [file.adapter for file in files])
     if not all(file.static for file in files):
         return _merge_patches(model, clip, files, weights)
-    sums = PairSum([file.adapter for file in files])
+    if merging.rule.by_step:
+        return _chosen_by_step(model, clip, adapters, weights, merging)
+    sums = PairSum(adapters, merging)
+    pairs = {name: [(Delta(*sums.factors(name, weights), 1.0), 1.0)] for name in sums.modules}
+    return _patched(model, clip, pairs, files[0].path)
+
+
+def _patched(model: Any, clip: Any, pairs: Mapping[str, Any], path: str) -> tuple[Any, Any]:
+    """Clones with changes by layer as patches."""
     model, clip = model.clone(), None if clip is None else clip.clone()
     denoiser, encoders = _hosts(model, clip)
-    pairs = {name: [(Delta(sums.up(name), sums.down(name, weights), 1.0), 1.0)] for name in sums.modules}
     text = [name for name in pairs if keys.is_flat_text(name)]
-    _check(files[0].path, [name for name in pairs if name not in text], denoiser)
+    _check(path, [name for name in pairs if name not in text], denoiser)
     _patch(model, denoiser, {n: p for n, p in pairs.items() if n not in text}, 1.0)
     _patch_text(clip, encoders, {n: p for n, p in pairs.items() if n in text}, 1.0)
     return model, clip
+
+
+def _chosen_by_step(
+    model: Any, clip: Any, adapters: Sequence[Adapter], weights: Sequence[float], merging: Merging
+) -> tuple[Any, Any]:
+    """Clones on which each layer of both adapters uses one of them at each step; others are patches."""
+    style, content = sums = [PairSum([adapter]) for adapter in adapters]
+    ends = {n: end for n, end in changeovers(style, content, merging.options).items() if _is_denoiser(n)}
+    fixed: dict[str, list[tuple[Change, float]]] = {}
+    for pairs, weight in zip(sums, weights, strict=True):
+        for name in pairs.modules.keys() - ends.keys():
+            change = Delta(pairs.up(name), pairs.down(name, [1.0]), 1.0)
+            fixed.setdefault(name, []).append((change, weight))
+    model, clip = _patched(model, clip, fixed, adapters[0].source)
+    denoiser, _ = _hosts(model, clip)
+    networks = [_pairs_network(pairs, list(ends), denoiser, None) for pairs in sums]
+    selection = Selection(
+        [
+            Choice(position, layer, ends[keys.flat(layer.name)])
+            for position, (network, _) in enumerate(networks)
+            for layer in network.layers()
+        ]
+    )
+    selection.weights = tuple(weights)
+    for network, places in networks:
+        Beside(network, places, 0.0, selection.set).install(model)
+    return model, clip
+
+
+def _is_denoiser(name: str) -> bool:
+    return not keys.is_flat_text(name)
 
 
 def _merge_patches(model: Any, clip: Any, files: Sequence[File], weights: Sequence[float]) -> tuple[Any, Any]:
@@ -205,13 +249,7 @@ def _merge_patches(model: Any, clip: Any, files: Sequence[File], weights: Sequen
         file.adapter.require_deltas()
         for name, parts in _changes(file.adapter, weight).items():
             changes.setdefault(name, []).extend(parts)
-    model, clip = model.clone(), None if clip is None else clip.clone()
-    denoiser, encoders = _hosts(model, clip)
-    text = [name for name in changes if keys.is_flat_text(name)]
-    _check(files[0].path, [name for name in changes if name not in text], denoiser)
-    _patch(model, denoiser, {n: c for n, c in changes.items() if n not in text}, 1.0)
-    _patch_text(clip, encoders, {n: c for n, c in changes.items() if n in text}, 1.0)
-    return model, clip
+    return _patched(model, clip, changes, files[0].path)
 
 
 def _hosts(model: Any, clip: Any) -> tuple[Hosts, Hosts]:
@@ -282,17 +320,25 @@ def _masked(adapter: Adapter, hosts: Hosts) -> tuple[AdapterNetwork, dict[str, L
     """A T-LoRA as pairs of factors whose leading ranks open by the timestep."""
     assert adapter.schedule is not None  # checked by the caller
     pairs = PairSum([adapter])
-    targets = {keys.flat(t.name): t for t in find("unet", _tree(list(pairs.modules), hosts), target=".")}
     gate = Gate(adapter.schedule.open, adapter.schedule.metadata)
-    chosen = [targets[name] for name in pairs.modules]
-    ranks = {targets[name].name: pairs.up(name).shape[1] for name in pairs.modules}
+    return _pairs_network(pairs, list(pairs.modules), hosts, gate)
+
+
+def _pairs_network(
+    pairs: PairSum, names: Sequence[str], hosts: Hosts, gate: Gate | None
+) -> tuple[AdapterNetwork, dict[str, LayerRows]]:
+    """Layers of one adapter as a network beside the model's layers."""
+    _check(pairs.adapters[0].source, names, hosts)
+    targets = {keys.flat(t.name): t for t in find("unet", _tree(names, hosts), target=".")}
+    chosen = [targets[name] for name in names]
+    ranks = {targets[name].name: pairs.up(name).shape[1] for name in names}
     size = {name: (rank, float(rank)) for name, rank in ranks.items()}
     network = AdapterNetwork(replace(PAIRS, gate=gate), chosen, lambda t: size[t.name])
     for layer in network.layers():
         name = keys.flat(layer.name)
         values = {"up": pairs.up(name), "down": pairs.down(name, [1.0])}
         shaped = {role: value.reshape(layer.get_buffer(role).shape) for role, value in values.items()}
-        layer.load(shaped, adapter.source)
+        layer.load(shaped, pairs.adapters[0].source)
     return network, {layer.name: hosts.place(keys.flat(layer.name)) for layer in network.layers()}
 
 

@@ -8,7 +8,7 @@ layer, runs the denoiser and removes the hooks, so that they do not affect other
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import comfy.model_sampling
@@ -48,12 +48,19 @@ def timestep(sampling: Any, sigma: Tensor) -> Tensor:
 class Beside:
     """A network of layers without hosts, and the places in ComfyUI's model where they add their change."""
 
-    def __init__(self, network: AdapterNetwork, places: Mapping[str, LayerRows], strength: float) -> None:
-        self.network, self.places = network, places
+    def __init__(
+        self,
+        network: AdapterNetwork,
+        places: Mapping[str, LayerRows],
+        strength: float,
+        follow: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """`follow` is called with the timesteps (B,) of each step, before the denoiser runs."""
+        self.network, self.places, self._follow = network, places, follow
         for layer in network.layers():
             layer.requires_grad_(False).eval()
         network.set_multiplier(strength)
-        self._gated = network.method.gate is not None
+        self._timed = network.method.gate is not None or follow is not None
 
     def install(self, patcher: Any) -> None:
         """Add the adapter to a clone of the model."""
@@ -61,7 +68,10 @@ class Beside:
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         model = executor.class_obj
-        timesteps = timestep(model.model_sampling, t) if self._gated else None
+        timesteps = timestep(model.model_sampling, t) if self._timed else None
+        if self._follow is not None:
+            assert timesteps is not None  # it is timed
+            self._follow(timesteps)
         with self.network.denoise_at(timesteps), self._hooked(model):
             return executor(x, t, *args, **kwargs)
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import folder_paths
 
+from lowrank.combine.rules import RULES, SUM, Merging, RuleOptions
+
 from .adapters import apply_adapter, merge_adapters, read_adapter
 
 _STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
@@ -27,10 +29,10 @@ def _path(name: str) -> str:
 
 
 class Input(NamedTuple):
-    """An input of a node: its type in ComfyUI, its tooltip, and its limits."""
+    """An input of a node: its type in ComfyUI or the words to choose from, its tooltip, and its limits."""
 
     name: str
-    kind: str
+    kind: str | tuple[str, ...]
     tooltip: str
     limits: Mapping[str, Any] = {}
     optional: bool = False
@@ -70,11 +72,15 @@ def merge(
     alpha: float,
     beta: float,
     clip: Any = None,
+    rule: str = SUM.name,
+    rank: int = 0,
+    density: float = 0.5,
     strict: bool = False,
 ) -> tuple[Any, Any]:
-    """Model and CLIP with alpha · style and beta · content."""
+    """Model and CLIP with alpha · style and beta · content, merged by a rule."""
     style, content = (read_adapter(_path(name), strict=strict) for name in (style_name, content_name))
-    return merge_adapters(model, clip, (style, content), (alpha, beta))
+    merging = Merging(RULES[rule], RuleOptions(rank=rank or None, density=density))
+    return merge_adapters(model, clip, (style, content), (alpha, beta), merging)
 
 
 _MODEL = Input("model", "MODEL", "Model that the adapter was trained on, or one like it. It is not changed.")
@@ -133,6 +139,27 @@ NODES = (
             Input("alpha", "FLOAT", "Factor of the style's change.", _STRENGTH),
             Input("beta", "FLOAT", "Factor of the content's change.", _STRENGTH),
             _CLIP,
+            Input(
+                "rule",
+                tuple(name for name, rule in RULES.items() if not rule.learned),
+                "How the two changes become one; the rules are in docs/merging.md.",
+                {"default": SUM.name},
+                True,
+            ),
+            Input(
+                "rank",
+                "INT",
+                "Rank after svd, ties, dare and magnitude_prune. 0: the larger rank of the two.",
+                {"default": 0, "min": 0, "max": 4096},
+                True,
+            ),
+            Input(
+                "density",
+                "FLOAT",
+                "Share of the elements that ties, dare and magnitude_prune keep.",
+                {"default": 0.5, "min": 0.01, "max": 1.0, "step": 0.01},
+                True,
+            ),
             _STRICT,
         ),
         merge,
@@ -147,6 +174,7 @@ def _input_types(node: Node) -> dict[str, Any]:
     types: dict[str, Any] = {"required": {}, "optional": {}}
     for entry in node.inputs:
         kind = files() if entry.kind == FILE else entry.kind
+        kind = list(kind) if isinstance(kind, tuple) else kind
         options = {**entry.limits, "tooltip": entry.tooltip}
         types["optional" if entry.optional else "required"][entry.name] = (kind, options)
     return types
@@ -187,8 +215,9 @@ def _schema_class(io: Any, node: Node) -> type:
 
     def made(entry: Input) -> Any:
         facts = {**entry.limits, "tooltip": entry.tooltip, "optional": entry.optional}
-        if entry.kind == FILE:
-            return io.Combo.Input(entry.name, options=files(), **facts)
+        if entry.kind == FILE or isinstance(entry.kind, tuple):
+            words = files() if entry.kind == FILE else list(entry.kind)
+            return io.Combo.Input(entry.name, options=words, **facts)
         return types[entry.kind].Input(entry.name, **facts)
 
     def define_schema(cls: type) -> Any:

@@ -33,6 +33,8 @@ except ModuleNotFoundError:  # Python 3.10; `toml` misreads some quoted brackets
 
 TEXT = 16 << 20  # bytes of a text file, unless its kind has another limit
 CONFIG = 1 << 20  # bytes of a TOML or JSON file of settings
+MODEL_JSON = 128 << 20  # bytes of a JSON file of a model; vocabularies have up to 40 MB
+TOKENIZER_BITS = 128  # transformers writes a length without limit as int(1e30)
 
 
 def _sync(path: Path) -> None:
@@ -309,30 +311,47 @@ def parse_toml(text: str, where: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_json(
-    text: str, where: str | os.PathLike, hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+    text: str | bytes,
+    where: str | os.PathLike,
+    hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    bits: int = 64,
 ) -> Any:
-    """A JSON document; `hook` makes each object. Raises `Refused` naming `where` it came from."""
+    """A JSON document; `hook` makes each object. Raises `Refused` naming `where` it came from.
+
+    `bits` is the limit for whole numbers (`TOKENIZER_BITS` for a model's files).
+    """
     try:
-        return _bounded(json.loads(text, object_pairs_hook=hook))
+        return _bounded(json.loads(text, object_pairs_hook=hook), bits)
     except (ValueError, RecursionError) as error:
         if isinstance(error, Refused):
             raise
         raise Refused(f"{where} is not JSON: {_reason(error)}; correct the file") from error
 
 
+def read_json(
+    path: str | os.PathLike,
+    name: str,
+    limit: int = CONFIG,
+    way_out: str = "correct the file",
+    bits: int = 64,
+) -> Any:
+    """The JSON document in a file, with the limits of `read_text` and `parse_json`. Raises `Refused`."""
+    return parse_json(read_text(path, name, limit, way_out), f"{name} {path}", bits=bits)
+
+
 def _reason(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _bounded(tree: Any) -> Any:
-    """The tree. Raises ValueError where it is nested over 64 levels deep or a number has over 64 bits."""
+def _bounded(tree: Any, bits: int = 64) -> Any:
+    """The tree. Raises ValueError where it is nested over 64 levels deep or a number has over `bits` bits."""
     level, depth = [tree], 0
     while level:
         depth += 1
         if depth > 64:
             raise ValueError("it is nested over 64 levels deep")
-        if any(isinstance(value, int) and value.bit_length() > 64 for value in level):
-            raise ValueError("a whole number in it has over 64 bits")
+        if any(isinstance(value, int) and value.bit_length() > bits for value in level):
+            raise ValueError(f"a whole number in it has over {bits} bits")
         tables = [
             value.values() if isinstance(value, dict) else value
             for value in level

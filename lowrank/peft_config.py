@@ -7,7 +7,6 @@ listed is refused unless it is off, because a newer PEFT may change with it what
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.errors import Refused
+from lowrank.files import parse_json, read_json
 
 HEADER = "lora_adapter_metadata"  # metadata of diffusers' files: {"unet.r": 4, "unet.lora_alpha": 8, …}
 
@@ -76,13 +76,10 @@ _LONGEST, _REPEATS = 300, 3  # of an alpha pattern: characters, and repeats that
 
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration in a PEFT folder. Raises `Refused` for another kind of adapter than LoRA."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("peft_type", "LORA")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise Refused(
-            f"the PEFT configuration {path} cannot be read ({error}); save the adapter again"
-        ) from error
+    config = read_json(path, "the PEFT configuration", way_out="save the adapter again")
+    if not isinstance(config, dict):
+        raise Refused(f"the PEFT configuration {path} is no JSON object; save the adapter again")
+    kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise Refused(f"{path} is of {kind}, and only LORA is read here; convert the adapter with PEFT")
     return config
@@ -91,15 +88,12 @@ def read_config(path: Path) -> dict[str, Any]:
 def header_config(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, Any]]:
     """PEFT's configuration by component, from diffusers' metadata. Raises `Refused`, as `check_config`."""
     config: dict[str, dict[str, Any]] = {}
-    try:
-        for key, value in json.loads(metadata.get(HEADER, "{}")).items():
-            component, _, name = key.partition(".")
-            config.setdefault(component, {})[name] = value
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise Refused(
-            f"the alpha of {source} cannot be read: its PEFT configuration is no JSON object ({error}); "
-            "save the adapter again"
-        ) from error
+    settings = parse_json(metadata.get(HEADER, "{}"), f"the PEFT configuration in {source} ({HEADER})")
+    if not isinstance(settings, dict):
+        raise Refused(f"the PEFT configuration in {source} ({HEADER}) is no JSON object; save it again")
+    for key, value in settings.items():
+        component, _, name = key.partition(".")
+        config.setdefault(component, {})[name] = value
     for component in config.values():
         check_config(component, source)
     return config

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank.errors import Refused
-from lowrank.files import atomic, existing_file
+from lowrank.files import atomic, existing_file, parse_json
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 # What torch's restricted unpickler raises over code, and over bytes that are no checkpoint at all.
@@ -171,7 +171,7 @@ class TensorFile:
             self.metadata = dict(file.metadata() or {})
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), path)
         header.pop("__metadata__", None)
         strange = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
         if strange:

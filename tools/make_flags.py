@@ -19,8 +19,9 @@ from lowrank.config.context import CALC_CONTEXT  # noqa: E402
 from lowrank.config.effects import describe  # noqa: E402
 from lowrank.config.flag import FlagSpec, shown  # noqa: E402
 from lowrank.config.flux import FLUX_TRAIN  # noqa: E402
+from lowrank.config.merge import INFERENCE_MERGE  # noqa: E402
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN  # noqa: E402
-from lowrank.config.tools import EXTRACT_BASIS, INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
+from lowrank.config.tools import EXTRACT_BASIS, SAVE_RESIDUAL, VISUALIZE_SIMILARITY  # noqa: E402
 
 TRAINERS = {"SD": SD_TRAIN, "SDXL": SDXL_TRAIN, "FLUX": FLUX_TRAIN, "context": CALC_CONTEXT}
 TOOLS = (INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY, EXTRACT_BASIS)

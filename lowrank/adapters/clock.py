@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -175,10 +175,19 @@ def _arguments(model: nn.Module) -> tuple[list[str], str | None]:
     return names, next((name for name in ("timestep", "timesteps") if name in names), None)
 
 
+class Timed(Protocol):
+    """What a `Hook` sets: timesteps (B,), given the scheduler's steps if they are known."""
+
+    timestep: Tensor | None
+    steps: Callable[[], Tensor | None]
+
+    def set(self, timestep: Tensor | None) -> None: ...
+
+
 class Hook:
     """Forward hooks on a denoiser that set a clock from its timestep argument, until `remove()`."""
 
-    def __init__(self, denoiser: nn.Module, clock: Clock) -> None:
+    def __init__(self, denoiser: nn.Module, clock: Timed) -> None:
         rule, model = convention(denoiser), uncompiled(denoiser)
         names, name = _arguments(model)
         if name is None:

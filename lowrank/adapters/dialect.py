@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank.adapter_file import AdapterFile, Roles
 from lowrank.adapters.method import Method
-from lowrank.adapters.targets import Target, dense_weight, host_shape
+from lowrank.adapters.targets import Target, host_shape, original_weight
 from lowrank.errors import Refused
 from lowrank.naming import flux as flux_names
 from lowrank.naming import keys
@@ -149,7 +149,7 @@ def _joined_or_cut(
     roles = join_layers(parts, [part.stop - part.start for part in rows], outputs, cores)
     if any(part and "magnitude" in part for part in parts) and "magnitude" not in roles:
         # parts without an adapter have g = 1
-        lengths = torch.linalg.vector_norm(dense_weight(target.module).float(), dim=1)
+        lengths = torch.linalg.vector_norm(original_weight(target.module).float(), dim=1)
         for part, part_rows in zip(parts, rows, strict=True):
             if part:
                 lengths[part_rows] = part["magnitude"].flatten().to(lengths)

@@ -101,8 +101,9 @@ class FluxLayers:
                 raise Refused(f"network argument {name}={value} is below 0; give 0 or more")
         if self.ggpo_beta is not None and self.ggpo_sigma is not None:
             raise Refused(
-                "network arguments ggpo_beta and ggpo_sigma switch GGPO on, which perturbs the weights at "
-                "every step and is not supported; leave both out"
+                "network arguments ggpo_beta and ggpo_sigma switch GGPO on, which is not supported: it adds "
+                "noise of the size of the whole weight to each layer at every step, scaled by norms of "
+                "weights and gradients that only kohya's trainer collects; leave both out"
             )
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowrank.adapters import experts, gate, magnitude
 from lowrank.adapters.clock import Clock, open_mask
 from lowrank.adapters.method import Chain, Method
-from lowrank.adapters.targets import Layer, dense_weight
+from lowrank.adapters.targets import Layer, dense_weight, stored_weight
 from lowrank.errors import Refused
 from lowrank.naming import keys
 from lowrank.tensors import has_values
@@ -56,7 +56,7 @@ class AdaptedLayer(nn.Module):
         self.saved_only: dict[str, Tensor] = {}
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         for role, shape in self._shapes(outs, ins, kernel).items():
-            empty = torch.empty(shape, device="meta" if host.weight.is_meta else None)
+            empty = torch.empty(shape, device="meta" if stored_weight(host).is_meta else None)
             if role in self.factor.trained or role in ("magnitude", keys.ROUTER):
                 self.register_parameter(role, nn.Parameter(empty))
             else:
@@ -152,7 +152,7 @@ class AdaptedLayer(nn.Module):
 
     def start_magnitude(self) -> None:
         """Set m = ‖W + ΔW‖ per row with the function of the forward, so that g is exactly 1 at step 0."""
-        if self.method.magnitude and has_values(self.host.weight):
+        if self.method.magnitude and has_values(stored_weight(self.host)):
             with torch.no_grad():
                 self.magnitude.copy_(self.row_norm(*self.factors()).reshape(self.magnitude.shape))
 

@@ -21,7 +21,7 @@ from lowrank.adapters import dialect, kohya_trainer, magnitude, rates, sharing
 from lowrank.adapters.clock import Clock
 from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.method import Method, check_made_by
-from lowrank.adapters.targets import Layer, Target, dense_weight
+from lowrank.adapters.targets import Layer, Target, original_weight, stored_weight
 from lowrank.errors import Refused
 from lowrank.naming import keys
 from lowrank.tensors import has_values, write_tensors
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 class DenseWeights(Mapping[str, Tensor]):
-    """The hosts' dense weights by layer name, dequantised only when read."""
+    """The dense weights of hosts by layer name, read one at a time; of frozen hosts those before storing."""
 
     def __init__(self, hosts: Mapping[str, Layer]) -> None:
         self._hosts = hosts
 
     def __getitem__(self, name: str) -> Tensor:
-        return dense_weight(self._hosts[name])
+        return original_weight(self._hosts[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._hosts)
@@ -100,7 +100,7 @@ class AdapterNetwork(nn.Module):
     def start(self, only: Iterable[str] | None = None, roles: Iterable[str] | None = None) -> None:
         """Set the values at step 0, `only` of layers with these names, and only of these `roles`."""
         layers = [layer for layer in self._all_layers.values() if only is None or layer.name in set(only)]
-        if not layers or not has_values(layers[0].host.weight):
+        if not layers or not has_values(stored_weight(layers[0].host)):
             return
         ranks = {layer.name: layer.rank for layer in layers}
         scales = {layer.name: layer.scale for layer in layers}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import types
 import typing
@@ -26,7 +25,8 @@ from lowrank.adapters.method import Factor, Method, check_made_by
 from lowrank.adapters.network import AdapterNetwork, DenseWeights
 from lowrank.adapters.targets import Target, find_all
 from lowrank.config.flag import LARGEST, WORDS, parse_text, quoted
-from lowrank.errors import Refused, nearest
+from lowrank.errors import Refused, joined, nearest, reasons_of
+from lowrank.files import parse_json
 from lowrank.naming import keys
 
 logger = logging.getLogger(__name__)
@@ -57,13 +57,20 @@ class NetworkModule:
         return float(rank) if self._alpha_is_rank else 1.0
 
     def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise `Refused` for an unknown network argument and for a malformed value."""
+        """Raise `Refused` for unknown network arguments and malformed values, all of them together."""
+        known, problems = self.known, []
         for name in arguments:
-            if name not in self.known:
-                raise Refused(
-                    f"unknown network argument {name!r}{nearest(name, self.known)}; known: "
-                    f"{', '.join(self.known)}"
-                )
+            if name not in known:
+                problems.append(f"unknown network argument {name!r}{nearest(name, known)}")
+        if problems:
+            problems[-1] += f"; known: {', '.join(known)}"
+        for name, value in arguments.items():
+            try:
+                self._parse({name: value} if name in known else {})
+            except Refused as error:
+                problems += reasons_of(error)
+        if problems:
+            raise joined("--network_args have several problems", problems)
         self._parse(arguments)
 
     def made(self, metadata: Mapping[str, str], source: str = "the file") -> Method:
@@ -147,6 +154,24 @@ class NetworkModule:
         **arguments: Any,
     ) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
         """Return a network of a file's layers, ranks and alphas, without values, and the file's tensors."""
+        network, state, unread = self.from_file(multiplier, file, text_encoder, unet, weights_sd, **arguments)
+        if unread:
+            logger.warning(
+                "%s: %d layers are not in this model and are left out, for example %s",
+                *(file or "the given weights", len(unread), min(unread)),
+            )
+        return network, state
+
+    def from_file(
+        self,
+        multiplier: float,
+        file: str | None,
+        text_encoder: Any,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None,
+        **arguments: Any,
+    ) -> tuple[AdapterNetwork, Mapping[str, Tensor], Set[str]]:
+        """Return what `create_network_from_weights` returns, and the file's layers that the model lacks."""
         raw = open_adapter_file(file or "") if weights_sd is None else None
         raw = raw or RawFile(weights_sd or {}, {}, file or "the given weights")
         metadata, source = raw.metadata, raw.source
@@ -168,16 +193,18 @@ class NetworkModule:
                 f"{source} holds no {method.name} layer of this model; it was made by another method or for "
                 "another base"
             )
+        unread: Set[str] = set()
         if not common.selection and not common.exclude:
             modules = {key: module for module, by_role in adapter.keys.items() for key in by_role.values()}
             unread = {keys.flat(modules[key]) for key in unused if key in modules}
             adapted = any(target.part == "unet" for target in targets if target.name in sizes)
-            _warn_unread(source, unread, unet is not None and not adapted)
+            if unet is not None and not adapted:
+                _refuse_other_denoiser(source, unread)
         network = _build(method, common, targets, sizes, multiplier)
         state = {
             f"{name}.{keys.KOHYA.get(role, role)}": v for name in sizes for role, v in layers[name].items()
         }
-        return network, {**state, **{key: raw.state[key] for key in unused}}
+        return network, {**state, **{key: raw.state[key] for key in unused}}, unread
 
 
 def usual_layers(
@@ -297,21 +324,13 @@ def _rank_alpha(method: Method, roles: Mapping[str, Tensor]) -> tuple[int, float
     return rank, float(roles["alpha"].reshape(-1)[0]) if "alpha" in roles else float(rank)
 
 
-def _warn_unread(source: str, unread: Set[str], lacks_denoiser: bool) -> None:
-    """Warn about layers of a file that the model does not have.
-
-    Raises `Refused` if the file has layers of a denoiser, but (`lacks_denoiser`) none fits this denoiser.
-    """
+def _refuse_other_denoiser(source: str, unread: Set[str]) -> None:
+    """Raise `Refused` if layers of a denoiser are among those that the model lacks."""
     denoisers = {name for name in unread if not keys.is_flat_text(name)}
-    if lacks_denoiser and denoisers:
+    if denoisers:
         raise Refused(
             f"{source} has {len(denoisers)} layers for a denoiser and this one has none of them, for example "
             f"{min(denoisers)}; it was made for another base"
-        )
-    if unread:
-        logger.warning(
-            "%s: %d layers are not in this model and are left out, for example %s",
-            *(source, len(unread), min(unread)),
         )
 
 
@@ -339,14 +358,10 @@ def method_made_by(metadata: Mapping[str, str], source: str) -> Method | None:
 
 def options_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
     """Return the method's options from a file's metadata. Raises `Refused` unless they are a JSON object."""
-    try:
-        stored = json.loads(metadata.get("lowrank.options", "{}"))
-        if not isinstance(stored, dict):
-            raise ValueError("it is no object")
-    except (ValueError, RecursionError) as error:
-        raise Refused(
-            f"{source} has damaged metadata (lowrank.options: {error}); use another file"
-        ) from error
+    damaged = f"{source} has damaged metadata: lowrank.options"
+    stored = parse_json(metadata.get("lowrank.options", "{}"), damaged)
+    if not isinstance(stored, dict):
+        raise Refused(f"{damaged} is no object; use another file")
     return stored
 
 

@@ -318,6 +318,18 @@ def host_shape(host: Layer) -> tuple[int, int]:
     return host.out_features, host.in_features
 
 
+def original_weight(host: Layer) -> Tensor:
+    """Return the host's weight as (O, I·k·k) from before it was stored, where a frozen host can read it."""
+    read = getattr(host, "original", None)
+    return dense_weight(host) if read is None else read().flatten(1)
+
+
+def stored_weight(host: Layer) -> Tensor:
+    """Return the tensor that holds the host's weight, which may be packed: for its device and its values."""
+    stored = getattr(host, "stored", None)
+    return host.weight if stored is None else stored
+
+
 def dense_weight(host: Layer) -> Tensor:
     """Return the host's weight as (O, I·k·k), dequantised if needed, without a copy if possible."""
     weight = host.weight.detach()

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lowrank.bases.krylov import check_rank, thin_qr, top_subspace
 from lowrank.errors import Refused
-from lowrank.files import atomic, cache_folder
+from lowrank.files import atomic, cache_folder, parse_json
 
 VERSION = "krylov-1"  # part of every key: change it if decompose() returns other numbers
 HASHED = 2**22  # elements of a weight copied to the CPU at a time for hashing
@@ -213,9 +213,9 @@ def _read(cache: Path, layer: _Layer) -> QrBasis:
     path = _path(cache, layer)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            facts = json.loads((file.metadata() or {}).get("lowrank.basis", "{}"))
+            facts = parse_json((file.metadata() or {}).get("lowrank.basis", "{}"), "lowrank.basis")
             basis = QrBasis(*(file.get_tensor(name).clone() for name in QrBasis._fields))
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, Refused) as error:
         raise _Damaged(f"{path} is damaged ({error})") from error
     expected = [((layer.shape[0], layer.rank), torch.float32), ((layer.rank, layer.shape[1]), torch.float32)]
     if (actual := [(tuple(x.shape), x.dtype) for x in basis]) != expected:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
 
 from lowrank.errors import Refused
+from lowrank.files import read_json
 from lowrank.models.components import local_folder, reading
 from lowrank.models.family import DTYPES, Family, Models, Source, latent_scale
 from lowrank.models.flux import FLUX
@@ -54,7 +54,7 @@ def model_family(source: Source) -> Family:
         return SDXL if kind_of(file) == "sdxl" else SD15
     path = local_folder(source, lambda name, **_: Path(hf_hub_download(name, INDEX)).parent) / INDEX
     with reading("list of parts", path):
-        kind = str(json.loads(path.read_text(encoding="utf-8"))["_class_name"])
+        kind = str(read_json(path, "list of parts")["_class_name"])
     if kind not in FAMILIES:
         raise Refused(
             f"{source.path} is a model for {kind}, which is none of {', '.join(FAMILIES)}; give one of these"

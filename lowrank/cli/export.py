@@ -26,7 +26,7 @@ from lowrank.formats.foreign import refuse_foreign
 from lowrank.formats.native import to_native
 from lowrank.formats.read import Adapter, baked, read_adapter
 from lowrank.formats.resize import Loss, RankRule, as_pairs, resize
-from lowrank.formats.tlora import export_lycoris, ranks_of
+from lowrank.formats.tlora import check_sidecar, export_lycoris, ranks_of, write_sidecar
 from lowrank.formats.verify import difference
 from lowrank.formats.write import only, readers_of, write
 from lowrank.formats.writers import Choices
@@ -34,6 +34,7 @@ from lowrank.models.family import DTYPES, Family, Models
 from lowrank.models.single import is_file
 from lowrank.naming.families import layers_of
 from lowrank.naming.places import FAMILIES, LayerPath
+from lowrank.tensors import write_tensors
 
 MERGED, MASKED = "merged", "lycoris-tlora"
 
@@ -82,9 +83,18 @@ def _export_lycoris(args: Export) -> int:
     adapter = read_adapter(args.source, strict=False)
     if args.strict:
         adapter.refuse_unused()
-    state = export_lycoris(adapter.raw, adapter.metadata, adapter.schedule, adapter.source, args.target)
-    ranks = sorted(ranks_of(state))
-    apart = difference(adapter, read_adapter(args.target, strict=False))
+    state, metadata, config = export_lycoris(adapter.raw, adapter.metadata, adapter.schedule, adapter.source)
+    ranks, folder = sorted(ranks_of(state)), Path(args.target).parent
+    check_sidecar(folder, config)
+    with staged(args.target) as part:
+        write_tensors(part, state, metadata)
+        apart = difference(adapter, read_adapter(part, strict=False))
+        if apart > 1e-6:
+            raise Refused(
+                f"{args.target}, read back, differs by {apart:.1e} of a layer's change from {args.source} "
+                "(limit 1e-06); write a plain LoRA with --to kohya"
+            )
+        write_sidecar(folder, config)
     print(
         f"{args.target}: T-LoRA of rank {', '.join(map(str, ranks))} for LyCORIS; read back, the largest "
         f"relative difference of a layer is {apart:.1e}"
@@ -177,15 +187,17 @@ def _write(
     if args.verify == "off":
         return lines
     checked = verify.check_export(adapter, args.to, part, choices)
-    lines += [
-        result.note
-        or f"read back by {result.reader}: {result.layers} layers, at most {result.worst:.1e} of a "
-        "change apart"
-        for result in checked
-    ]
+    lines += map(checked_text, checked)
     if not checked:
         lines.append("not read back: no program for it is installed, or it has more layers than any model")
     return lines
+
+
+def checked_text(result: verify.Checked) -> str:
+    """What reading a written file back showed, in a sentence."""
+    return result.note or (
+        f"read back by {result.reader}: {result.layers} layers, at most {result.worst:.1e} of a change apart"
+    )
 
 
 def _of_rank(args: Export, adapter: Adapter, base: base_checkpoint.BaseCheckpoint | None) -> Adapter:

@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lowrank.adapter_file import open_adapter_file
 from lowrank.adapters.network_module import method_made_by
 from lowrank.config.tools import INSPECT
 from lowrank.errors import Refused
 from lowrank.formats import inspect
 from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.read import read_adapter
-from lowrank.tensors import read_metadata
 
 _BLOCK = re.compile(
     r"^((?:single_)?transformer_blocks|down_blocks|up_blocks|mid_block|text_model)(?:\.(\d+))?"
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _method(file: str):
     try:
-        return method_made_by(read_metadata(file), file)
+        return method_made_by(open_adapter_file(file).metadata, file)
     except Refused:  # damaged metadata; the tensors are still reported
         return None
 

@@ -14,9 +14,11 @@ from tqdm import tqdm
 from lowrank.adapter_file import check_base
 from lowrank.adapters.targets import find
 from lowrank.cli.base_model import base, model_family, own_side
-from lowrank.combine.mixture import Entry, Mixture, read_mixture, shares
+from lowrank.combine.columns import recorded
+from lowrank.combine.mixture import AttachedMixture, Entry, Mixture, read_mixture, shares
+from lowrank.combine.rules import RULES, SUM, Merging, RuleOptions
 from lowrank.config.command_line import Parsed
-from lowrank.config.tools import INFERENCE_MERGE, Merge
+from lowrank.config.merge import INFERENCE_MERGE, Merge
 from lowrank.data import images
 from lowrank.errors import Refused
 from lowrank.files import writable_folder
@@ -68,16 +70,17 @@ def main(argv: list[str] | None = None) -> int:
     _check_sides(options, family.bucket_step(models))
     _check_base(mixture, family, models)
     # text first, and gone before the denoiser comes: the peak is the denoiser, not the sum
-    prompts = [options.prompt, *([] if family is FLUX else [options.negative_prompt or ""])]
-    text = (
-        None
-        if options.skip_images
-        else TextConditions(family, models, switches, prompts, mixture.adapts_text)
-    )
+    studio = None
+    if not options.skip_images or mixture.rule.learned:
+        studio = Studio(options, family, models, switches, mixture.adapts_text)
     if options.residual_path:
         _check_residual(options.residual_path, mixture, family, models)
-    if text is not None:
-        _draw(options, mixture, family, models, switches, text, prompts, folder, names, references)
+    if studio is not None:
+        attached = studio.attach(mixture)
+        if mixture.rule.learned:
+            _learn(options, attached, studio)
+        if not options.skip_images:
+            _draw(options, mixture, attached, studio, folder, names, references)
     if options.save_merged:
         for pair, name in names.items():
             path = folder / f"merged_{name}.safetensors"
@@ -97,7 +100,26 @@ def _read(options: Any, source: Any) -> Mixture:
         # as LyCORIS would find it
         lambda module: stored().stored(places(module, stored().per_block)[0][0], source.dtype),
         stored().places() if local else (),
+        _merging(options),
     )
+
+
+def _merging(options: Merge) -> Merging:
+    """The rule of --merge with its numbers."""
+    numbers = RuleOptions(
+        rank=options.merge_rank,
+        density=options.merge_density,
+        sign=options.merge_sign,
+        seed=options.merge_seed,
+        projection=options.merge_projection,
+        top=options.merge_top,
+        alpha=options.merge_alpha,
+        beta=options.merge_beta,
+        steps=options.merge_steps,
+        rate=options.merge_lr,
+        penalty=options.merge_overlap,
+    )
+    return Merging(RULES[options.merge], numbers)
 
 
 def _names(options: Any) -> dict[tuple[float, float], str]:
@@ -170,45 +192,80 @@ def _switches(parsed: Parsed[Merge], family: Family) -> Any:
     return FluxOptions(t5xxl_max_token_length=options.max_sequence_length, **strength)
 
 
+class Studio:
+    """A model that draws pictures with the adapters of a mixture."""
+
+    def __init__(
+        self, options: Merge, family: Family, models: Models, switches: Any, adapts_text: bool
+    ) -> None:
+        self.options, self.family, self.models, self.switches = options, family, models, switches
+        self.negative = None if family is FLUX else options.negative_prompt or ""
+        prompts = (options.prompt, self.negative, options.style_prompt, options.content_prompt)
+        captions = [prompt for prompt in prompts if prompt is not None]
+        self._text = TextConditions(family, models, switches, captions, adapts_text)
+
+    def attach(self, mixture: Mixture) -> AttachedMixture:
+        """Load the other parts of the model, and attach the adapters at strength 0."""
+        models = self.models
+        self.family.add(models, ("denoiser",))
+        attached = mixture.attach(models.denoiser, models.text_encoders, models.source.dtype)
+        self.family.add(models, ("vae",))
+        native = own_side(models)
+        self.height, self.width = self.options.height or native, self.options.width or native
+        return attached
+
+    def draw(self, prompt: str, seed: int) -> Image.Image:
+        """One picture of a prompt, at the strengths that are set."""
+        options = self.options
+        strength = _CFG if options.guidance_scale is None else options.guidance_scale
+        with torch.no_grad():
+            positive = self._text([prompt])
+            negative = None if self.negative is None else self._text([self.negative])
+        return self.family.sample(
+            self.models,
+            positive,
+            self.switches,
+            height=self.height,
+            width=self.width,
+            steps=options.num_inference_steps,
+            generator=torch.Generator().manual_seed(seed),
+            negative=negative,
+            scale=1.0 if negative is None else strength,
+            sampler=options.sample_sampler,
+        )[0]
+
+
+def _learn(options: Merge, attached: AttachedMixture, studio: Studio) -> None:
+    """Train ZipLoRA's coefficients on what each adapter alone makes of its own prompt."""
+    denoiser, calls = studio.models.denoiser, []
+    for position, prompt in enumerate((options.style_prompt, options.content_prompt)):
+        assert prompt is not None  # the command line needs both
+        attached.set([float(i == position) for i in range(2)])
+        with recorded(denoiser) as answers:
+            studio.draw(prompt, options.seed)
+        calls.append(answers)
+    losses = attached.learn(denoiser, calls)
+    print(f"ziplora: {len(losses)} steps, loss {losses[0]:.4g} at the first and {losses[-1]:.4g} at the last")
+
+
 def _draw(
-    options: Any,
+    options: Merge,
     mixture: Mixture,
-    family: Family,
-    models: Models,
-    switches: Any,
-    text: TextConditions,
-    prompts: list[str],
+    attached: AttachedMixture,
+    studio: Studio,
     folder: Path,
     names: dict[tuple[float, float], str],
     references: dict[str, Image.Image],
 ) -> None:
-    family.add(models, ("denoiser",))
-    attached = mixture.attach(models.denoiser, models.text_encoders, models.source.dtype)
-    family.add(models, ("vae",))
-    native_side = own_side(models)
-    height, width = options.height or native_side, options.width or native_side
-    strength = _CFG if options.guidance_scale is None else options.guidance_scale
+    assert options.prompt is not None  # the command line needs it for pictures
     cells: dict[tuple[float, float], Image.Image] = {}
     for pair, name in tqdm(names.items(), desc="images"):
         attached.set((*pair, *(strength for _, strength in _more(options.more_loras))))
-        with torch.no_grad():
-            positive, *negative = (text([prompt]) for prompt in prompts)
         for copy in range(options.num_images):
             seed = options.seed + copy
-            image = family.sample(
-                models,
-                positive,
-                switches,
-                height=height,
-                width=width,
-                steps=options.num_inference_steps,
-                generator=torch.Generator().manual_seed(seed),
-                negative=negative[0] if negative else None,
-                scale=strength if negative else 1.0,
-                sampler=options.sample_sampler,
-            )[0]
+            image = studio.draw(options.prompt, seed)
             path = folder / (f"inference_{name}.png" if copy == 0 else f"inference_{name}_{copy}.png")
-            save_png(path, image, _settings(options, mixture, pair, seed, width, height, switches))
+            save_png(path, image, _settings(mixture, pair, seed, studio))
             cells.setdefault(pair, image)
     path = folder / "sheet.png"
     title = f"{options.prompt}    (seed {options.seed}, {options.num_inference_steps} steps)"
@@ -231,15 +288,8 @@ def _check_base(mixture: Mixture, family: Family, models: Models) -> None:
         )
 
 
-def _settings(
-    options: Any,
-    mixture: Mixture,
-    pair: tuple[float, float],
-    seed: int,
-    width: int,
-    height: int,
-    switches: Any,
-) -> str:
+def _settings(mixture: Mixture, pair: tuple[float, float], seed: int, studio: Studio) -> str:
+    options, switches = studio.options, studio.switches
     style, content, *more = (adapter.path for adapter in mixture.adapters)
     strengths = [strength for _, strength in _more(options.more_loras)]
     also = "".join(f"Adapter: {p.name} × {w:g}, " for p, w in zip(more, strengths, strict=True))
@@ -249,9 +299,10 @@ def _settings(
         scale = _CFG if options.guidance_scale is None else options.guidance_scale
         strength = f"Sampler: {options.sample_sampler or 'ddim'}, CFG scale: {scale:g}"
     against = f"\nNegative prompt: {options.negative_prompt}" if options.negative_prompt else ""
+    rule = "" if mixture.rule is SUM else f"Merge: {mixture.rule.name}, "
     return (
         f"{options.prompt}{against}\nSteps: {options.num_inference_steps}, {strength}, "
-        f"Seed: {seed}, Size: {width}x{height}, Style: {style.parent.name}/{style.name} × {pair[0]:g}, "
-        f"Content: {content.parent.name}/{content.name} × {pair[1]:g}, {also}Precision: {options.dtype}, "
-        f"Model: {options.model_path}"
+        f"Seed: {seed}, Size: {studio.width}x{studio.height}, Style: {style.parent.name}/{style.name} × "
+        f"{pair[0]:g}, Content: {content.parent.name}/{content.name} × {pair[1]:g}, {also}{rule}"
+        f"Precision: {options.dtype}, Model: {options.model_path}"
     )

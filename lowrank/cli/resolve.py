@@ -56,6 +56,14 @@ def with_network(parsed: Parsed[T], unnamed: str) -> Parsed[T]:
     )
 
 
+def check_arguments(parsed: Parsed[TrainOptions], unnamed: str) -> None:
+    """Raise `Refused` for network arguments that the module does not take, all of them together."""
+    network = with_network(parsed, unnamed).options.network
+    facade = facade_of(find_module(network.network_module or ""))
+    if facade is not None:
+        facade.check(pairs("--network_args", network.network_args))
+
+
 def _with_plain_name(parsed: Parsed[T]) -> Parsed[T]:
     """The options with --output_name without the ending of adapter files, which is added to every name."""
     saving = parsed.options.saving

@@ -14,7 +14,7 @@ from lowrank.errors import Refused, SeveralRefused, shortened
 # flags come without waiting for torch.
 _LINES = {
     "context": ("context", "CALC_CONTEXT"),
-    "merge": ("tools", "INFERENCE_MERGE"),
+    "merge": ("merge", "INFERENCE_MERGE"),
     "residual": ("tools", "SAVE_RESIDUAL"),
     "similarity": ("tools", "VISUALIZE_SIMILARITY"),
 }

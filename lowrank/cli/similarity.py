@@ -42,7 +42,10 @@ _REMARKS = {
     ("shared", "ideal"): "practically identical, as expected of adapters with one basis",
     ("shared", "warn"): "similar but not shared: train both from one base model, rank and basis",
     ("shared", "problem"): "not shared: base models, ranks or bases differ; compare deltaW instead of deltaR",
-    ("apart", "ideal"): "low similarity (|mean| < 0.10): well separated, but see the caution below",
+    (
+        "apart",
+        "ideal",
+    ): "low similarity (|mean| < 0.10), as of independent random matrices; see the caution below",
     ("apart", "warn"): "moderate similarity (|mean| 0.10 to 0.50): some interference when merged",
     (
         "apart",
@@ -101,7 +104,10 @@ def write_comparison(folder: Path, comparison: Found, names: Names, text: str) -
             put(f"{matrix}_similarity_distribution.png", distribution_plot(matrix, layers, names))
         put(f"{matrix}_similarity_details.json", _json([_details(layer) for layer in layers]))
     numbers = {matrix: statistics(layers) for matrix, layers in comparison.items()}
-    verdicts = {matrix: {"verdict": judge(matrix, of["mean"])} for matrix, of in numbers.items()}
+    verdicts = {
+        matrix: {"verdict": judge(matrix, of["mean"], of["outside_null_band"])}
+        for matrix, of in numbers.items()
+    }
     put("all_statistics.json", _json({matrix: of | verdicts[matrix] for matrix, of in numbers.items()}))
     put("summary_statistics.txt", text)
     return written
@@ -122,7 +128,7 @@ def _block(matrix: str, layers: list[LayerSimilarity], names: Names) -> list[str
     of = statistics(layers)
     measures = ("Mean", "Median", "Std", "Min", "Max")
     lines = [f"  {measure + ':':<8}{_decimal(of[measure.lower()])}" for measure in measures]
-    lines.append(f"  → {_remark(matrix, of['mean'])}")
+    lines.append(f"  → {_remark(matrix, of['mean'], of['outside_null_band'])}")
 
     def add(label: str, text: str) -> None:
         lines.append(f"  {label + ':':<14}{text}")
@@ -170,14 +176,19 @@ def _block(matrix: str, layers: list[LayerSimilarity], names: Names) -> list[str
     return lines
 
 
-def _remark(matrix: str, mean: float | None) -> str:
+def _remark(matrix: str, mean: float | None, outside: float | None) -> str:
     if mean is None:
         return "undefined: no layer has a value"
-    verdict = judge(matrix, mean)
+    verdict = judge(matrix, mean, outside)
     if verdict is None:
         return "no threshold: trained or randomly started factors, compare deltaW"
     if matrix not in UPDATES:
         return _REMARKS["shared", verdict]
+    if verdict == "warn" and judge(matrix, mean) == "ideal":
+        return (
+            f"low mean similarity (|mean| < 0.10), but {outside:.0%} of the layers are more alike or more "
+            "opposed than independent random matrices: not separated in these layers"
+        )
     return _REMARKS["apart", "opposed" if verdict == "problem" and mean < 0 else verdict]
 
 

@@ -27,6 +27,7 @@ from lowrank.naming.flux_join import strength
 MATRICES = (*keys.MATRICES, "deltaW")  # order of every report
 UPDATES = ("deltaR", "deltaW")  # the matrices that a merge adds
 _THRESHOLDS = {"Q": (0.99, 0.95), "baseR": (0.99, 0.95), "deltaR": (0.10, 0.50), "deltaW": (0.10, 0.50)}
+OUTSIDE = 0.05  # share of layers outside of the null band up to which two updates count as separate
 _FLOOR = 1e-13  # an energy below this share of its summed terms is float64 rounding and counts as zero
 _DEGENERATE = 1e-12  # Gram eigenvalues: directions below 1e-6 of the largest are float32 rounding
 
@@ -323,15 +324,19 @@ def statistics(layers: list[LayerSimilarity]) -> dict[str, float | int | None]:
     }
 
 
-def judge(matrix: str, mean: float | None) -> str | None:
+def judge(matrix: str, mean: float | None, outside: float | None = None) -> str | None:
     """ "ideal", "warn" or "problem" by the thresholds of the QR-LoRA demo guide; None where it has none.
 
-    Q and baseR count as shared above 0.99 and as not shared below 0.95. deltaR and deltaW count as separate
-    below 0.10 and as entangled above 0.50, by absolute value, because opposed updates interfere as well.
+    Q and baseR count as shared above 0.99 and as not shared below 0.95. deltaR and deltaW count as entangled
+    above 0.50, by absolute value, because opposed updates interfere as well. They count as separate below
+    0.10 if the share `outside` of layers outside of the null band is at most 5 %: layers of both signs can
+    have a mean near 0, and independent matrices are outside in 0.3 % of the layers.
     """
     if mean is None or matrix not in _THRESHOLDS:
         return None
     ideal, problem = _THRESHOLDS[matrix]
     if matrix in UPDATES:
-        return "ideal" if abs(mean) < ideal else "problem" if abs(mean) > problem else "warn"
+        if abs(mean) > problem:
+            return "problem"
+        return "ideal" if abs(mean) < ideal and (outside or 0.0) <= OUTSIDE else "warn"
     return "ideal" if mean > ideal else "problem" if mean < problem else "warn"

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.network_module import network_named
 from lowrank.adapters.targets import as_passed
+from lowrank.combine.columns import Call, learn_columns
 from lowrank.combine.pair_sum import AttachedPairs, PairSum
+from lowrank.combine.rules import PLAIN, SUM, Merging, Rule
+from lowrank.combine.selection import AttachedSelection
 from lowrank.combine.whole_layers import WholeLayers
 from lowrank.errors import Refused
 from lowrank.formats.delta import LORA, refuse_input_lengths
@@ -73,6 +76,7 @@ def read_mixture(
     at: float | None = None,
     start: Callable[[str], Tensor] | None = None,
     base: Collection[LayerPath] = (),
+    merging: Merging = PLAIN,
 ) -> Mixture:
     """The adapters of some files together; `at`, `start` and `base` as for `read_adapter`."""
     adapters, rules = [], []
@@ -80,7 +84,7 @@ def read_mixture(
         entry = entry if isinstance(entry, Entry) else Entry(Path(entry))
         adapters.append(read_for_merge(entry.path, at=at, start=start, base=base))
         rules.append(entry.rules)
-    return Mixture(adapters, rules)
+    return Mixture(adapters, rules, merging)
 
 
 def read_for_merge(path: str | Path, **options) -> Adapter:
@@ -91,11 +95,19 @@ def read_for_merge(path: str | Path, **options) -> Adapter:
 class Mixture:
     """Adapters of one base, their weights free to change: a sum of pairs, and networks that run beside it.
 
-    `rules` are the strengths of the layers of each adapter. Raises `Refused` for adapters of two bases.
+    `rules` are the strengths of the layers of each adapter, `merging` is how their changes are added. Raises
+    `Refused` for adapters of two bases, and for one that the rule cannot use.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], rules: Sequence[Sequence[Share]] = ()) -> None:
-        self.adapters = list(adapters)
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        rules: Sequence[Sequence[Share]] = (),
+        merging: Merging = PLAIN,
+    ) -> None:
+        self.merging, self.rule = merging, merging.rule
+        check_rule(self.rule, adapters)
+        self.adapters = chosen_blocks(self.rule, adapters)
         self.rules = [tuple(shares) for shares in rules] or [()] * len(self.adapters)
         live = [i for i, adapter in enumerate(self.adapters) if _runs_as_network(adapter)]
         self.live = sorted(live, key=lambda i: not self.adapters[i].has_magnitude())  # next to the base first
@@ -105,7 +117,7 @@ class Mixture:
             _check_rules(self.adapters[i], shares)
             if shares and i in self.still:
                 self.adapters[i] = _weighed(self.adapters[i], shares)
-        self.pairs = PairSum([self.adapters[i] for i in self.still]) if self.still else None
+        self.pairs = PairSum([self.adapters[i] for i in self.still], merging) if self.still else None
 
     @property
     def adapts_text(self) -> bool:
@@ -135,6 +147,11 @@ class Mixture:
     def save(self, path: str | Path, weights: Sequence[float], metadata: dict[str, str]) -> None:
         """Write the sum as one adapter. Raises `Refused` where an adapter is no low-rank pair."""
         refuse_masked(self.adapters)
+        if self.rule.by_step:
+            raise Refused(
+                f"--merge {self.rule.name} chooses an adapter at each step, which no merged adapter can do; "
+                "draw without --save_merged"
+            )
         for adapter in self.adapters:
             if adapter.foreign:
                 refuse_foreign(adapter.foreign.values(), adapter.source)
@@ -169,6 +186,7 @@ class AttachedMixture:
                 f"{doras[0].source} and {doras[1].source} both set the lengths of the base's rows (DoRA), "
                 "which cannot be added; use one of them"
             )
+        self._selection: AttachedSelection | None = None
         self._live: dict[int, AdapterNetwork] = {}
         self._sums: list[tuple[tuple[int, ...], AttachedPairs]] = []
         self._whole: dict[int, WholeLayers] = {}
@@ -185,6 +203,10 @@ class AttachedMixture:
                 attached = AttachedPairs(pairs, denoiser, text_encoders, dtype)
                 self._sums.append((group, attached))
                 self._undo.append(attached.network.restore)
+            if mixture.rule.by_step:
+                (_, style), (_, content) = self._sums
+                self._selection = AttachedSelection(style, content, denoiser, mixture.merging.options)
+                self._undo.append(self._selection.restore)
         except BaseException:
             self.restore()
             raise
@@ -196,7 +218,10 @@ class AttachedMixture:
         return [*self._live.values(), *(attached.network for _, attached in self._sums)]
 
     def set(self, weights: Sequence[float]) -> None:
-        """Make the change Σ weights[i]·(adapter i); all zero is the base, bit for bit."""
+        """Make the change Σ weights[i]·(adapter i), or by the rule; all zero is the base, bit for bit."""
+        if self._selection is not None:
+            self._selection.weigh(weights)
+            return
         for group, attached in self._sums:
             attached.set([weights[i] for i in group])
         for i, layers in self._whole.items():
@@ -205,6 +230,11 @@ class AttachedMixture:
             for layer in network.layers():
                 name = network.targets[layer.name].native or layer.name
                 layer.multiplier = weights[i] * share_of(self._mixture.rules[i], name)
+
+    def learn(self, denoiser: nn.Module, calls: Sequence[Sequence[Call]]) -> list[float]:
+        """Train the coefficients of a rule that learns them, see `columns`; returns the losses."""
+        ((_, attached),) = self._sums
+        return learn_columns(attached, denoiser, calls, self._mixture.merging.options)
 
     def restore(self) -> None:
         """Detach everything, the last first."""
@@ -221,11 +251,60 @@ def _groups(mixture: Mixture) -> list[tuple[tuple[int, ...], PairSum]]:
     if mixture.pairs is None:
         return []
     adapters = mixture.adapters
+    if mixture.rule.by_step:
+        return [((i,), PairSum([adapters[i]])) for i in mixture.still]
     if len(mixture.still) == 1 or not masked(mixture.pairs.adapters):
         return [(tuple(mixture.still), mixture.pairs)]
     alone = [(i,) for i in mixture.still if adapters[i].schedule is not None]
     others = tuple(i for i in mixture.still if adapters[i].schedule is None)
     return [(group, PairSum([adapters[i] for i in group])) for group in (*alone, others) if group]
+
+
+def check_rule(rule: Rule, adapters: Sequence[Adapter]) -> None:
+    """Raise `Refused` for adapters that a rule cannot merge: other than two, or without one low-rank ΔW."""
+    if rule is SUM:
+        return
+    if rule.two and len(adapters) != 2:
+        raise Refused(
+            f"--merge {rule.name} merges a style and a content adapter, not {len(adapters)} adapters; leave "
+            "--more_loras out"
+        )
+    for adapter in adapters:
+        reasons = {
+            f"is {_method(adapter)}, which has no low-rank ΔW": _runs_as_network(adapter),
+            "has layers that are no low-rank pair": bool(adapter.foreign),
+            "opens its ranks by the timestep (--at-timestep of tools/export_lora.py bakes one)": (
+                adapter.schedule is not None
+            ),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise Refused(f"{adapter.source} {reason}, so only --merge sum can use it; leave --merge out")
+
+
+def chosen_blocks(rule: Rule, adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters with only the layers that the rule takes from each of them.
+
+    Raises `Refused` for another family than SDXL, and for an adapter without such a layer.
+    """
+    if rule.blocks is None:
+        return list(adapters)
+    made = []
+    for adapter, block in zip(adapters, rule.blocks, strict=True):
+        if adapter.family != "sdxl":
+            raise Refused(
+                f"--merge {rule.name} is known for SDXL's blocks, and {adapter.source} is for "
+                f"{adapter.family or 'another model'}; choose layers with --style_blocks, --content_blocks"
+            )
+        layers = {place: layer for place, layer in adapter.layers.items() if place.path.startswith(block)}
+        if not layers:
+            raise Refused(
+                f"{adapter.source} has no layer in {block.rstrip('.')}, which --merge {rule.name} takes from "
+                "it; choose layers with --style_blocks and --content_blocks"
+            )
+        kept = {place: module for place, module in adapter.modules.items() if place in layers}
+        made.append(dataclasses.replace(adapter, layers=layers, modules=kept))
+    return made
 
 
 def _runs_as_network(adapter: Adapter) -> bool:

@@ -1,23 +1,25 @@
 """The exact sum of adapters that have one ΔW each: ΔW = Σ wᵢ·ΔWᵢ, in thin factors.
 
 On a shared Q the sum is Q·(Σ wᵢ sᵢ ΔRᵢ) and keeps rank r. On different bases or ranks it is a concatenation,
-[U₁ | U₂]·[w₁s₁D₁ ; w₂s₂D₂], exact as well, of rank r₁ + r₂.
+[U₁ | U₂]·[w₁s₁D₁ ; w₂s₂D₂], exact as well, of rank r₁ + r₂. Another rule of `rules` may take its place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.clock import uncompiled
+from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.method import Factor, Gate, Method
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.targets import find, host_shape
+from lowrank.combine.rules import PLAIN, SUM, Merging, Part
 from lowrank.errors import Refused
 from lowrank.formats.delta import LORA, Delta, method_for
 from lowrank.formats.read import Adapter, refuse_masked
@@ -33,11 +35,13 @@ _UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embe
 class PairSum:
     """A weighted sum of adapters with one ΔW each, on one model, its weights free to change.
 
-    `parts` has by layer the pairs of each adapter that has the layer, with the adapter's position.
+    `parts` has by layer the pairs of each adapter that has the layer, with the adapter's position. `merging`
+    may add them in another way. `columns` has by layer a coefficient for each column of each part's ΔW.
     """
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
-        self.adapters = list(adapters)
+    def __init__(self, adapters: Sequence[Adapter], merging: Merging = PLAIN) -> None:
+        self.adapters, (self.rule, self.options) = list(adapters), merging
+        self.columns: dict[str, list[Tensor]] = {}
         for adapter in adapters:
             _refuse_magnitudes(adapter)
             adapter.require_deltas()
@@ -61,7 +65,12 @@ class PairSum:
         frozen = {
             name: [_frozen_up(*owner) for owner in layer_owners] for name, layer_owners in owners.items()
         }
-        self.shared = {name for name, ups in frozen.items() if _equal(ups)}
+        self.shared = {name for name, ups in frozen.items() if _equal(ups) and self.rule.pair is None}
+        if self.rule.same_basis and (apart := [name for name in self.parts if name not in self.shared]):
+            raise Refused(
+                f"{self.modules[apart[0]]} has another basis in each adapter, and --merge {self.rule.name} "
+                "adds ΔR on one basis; leave --merge out, which concatenates such layers"
+            )
         self._first = {name: layer_owners[0] for name, layer_owners in owners.items()}
 
     @property
@@ -79,8 +88,25 @@ class PairSum:
         downs = [weights[i] * pair.scale * pair.down.float() for i, pair in self.parts[name]]
         return torch.stack(downs).sum(0) if name in self.shared else torch.cat(downs)
 
+    def factors(self, name: str, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Up (O, R') and down (R', I) of the sum, by its rule."""
+        if self.rule.pair is None:
+            return self.up(name), self.down(name, weights)
+        columns = self.columns.get(name)
+        parts = [
+            Part(weights[i], pair if columns is None else pair._replace(down=pair.down.float() * columns[k]))
+            for k, (i, pair) in enumerate(self.parts[name])
+        ]
+        return self.rule.pair(parts, self.options, name)
+
     def describe(self) -> str:
         """One sentence: how the sum is held."""
+        if self.rule.pair is not None:
+            together = sum(len(parts) > 1 for parts in self.parts.values())
+            return (
+                f"{len(self.modules)} layers, {together} of them in several adapters, are merged by "
+                f"{self.rule.name}"
+            )
         several = [name for name, parts in self.parts.items() if len(parts) > 1 or len(self.adapters) == 1]
         joined = [name for name in several if name not in self.shared]
         sentences = []
@@ -107,12 +133,12 @@ class PairSum:
         together = len(self.shared) == len(self.modules)
         state = {}
         for name, module in self.modules.items():
-            (adapter, place), down = self._first[name], self.down(name, weights)
+            (adapter, place), (up, down) = self._first[name], self.factors(name, weights)
             first = adapter.raw.get(place, {})
             method = method_for(first, adapter.method) if together else LORA
             factor, kernel = method.require_factor(), adapter.layers[place].kernel
             chain = factor.chains[0]
-            roles = {chain.up[0]: self.up(name), chain.down[-1]: down}
+            roles = {chain.up[0]: up, chain.down[-1]: down}
             for role in factor.saved_only:
                 if role in first:
                     roles[role] = first[role].float() * adapter.layers[place].scale
@@ -128,10 +154,12 @@ class PairSum:
         merged = ", ".join(
             f"{a.path.parent.name}/{a.path.name} × {w:g}" for a, w in zip(self.adapters, weights, strict=True)
         )
-        method = self._method_name() if together else LORA.name
-        write_tensors(
-            path, state, {"lowrank.method": method, "lowrank.merged_from": merged, **kept, **metadata}
-        )
+        facts = {
+            "lowrank.method": self._method_name() if together else LORA.name,
+            "lowrank.merged_from": merged,
+            **({} if self.rule is SUM else {"lowrank.merged_by": self.rule.name}),
+        }
+        write_tensors(path, state, {**facts, **kept, **metadata})
 
     def _method_name(self) -> str:
         """The method of a sum on shared bases: that of all adapters, else the one of their tensors."""
@@ -227,21 +255,22 @@ class AttachedPairs:
         self.pairs = pairs
         hosts = _hosts(pairs, denoiser, text_encoders)
         self._names = {hosts[name].name: name for name in pairs.modules}
-        nothing = [0.0] * len(pairs.adapters)
+        once = [1.0] * len(pairs.adapters)
+        first = {name: pairs.factors(name, once) for name in pairs.modules}
         for name, module in pairs.modules.items():
-            have = (pairs.up(name).shape[0], pairs.down(name, nothing).shape[1])
+            have = (first[name][0].shape[0], first[name][1].shape[1])
             want = host_shape(hosts[name].module)
             if have != want:
                 raise Refused(
                     f"{module} is {have[0]}×{have[1]} in the adapter and {want[0]}×{want[1]} in the model; "
                     "the adapter is for another base"
                 )
-        ranks = {t: pairs.up(name).shape[1] for t, name in self._names.items()}
+        ranks = {t: first[name][0].shape[1] for t, name in self._names.items()}
         chosen = [hosts[name] for name in pairs.modules]
         method = dataclasses.replace(PAIRS, gate=_gate(pairs.adapters[0]))
         self.network = AdapterNetwork(method, chosen, lambda t: (ranks[t.name], float(ranks[t.name])))
         for layer in self.network.layers():
-            up = pairs.up(self._names[layer.name])
+            up = first[self._names[layer.name]][0]
             shapes = {role: layer.get_buffer(role).shape for role in ("up", "down")}
             layer.load({"up": up.reshape(shapes["up"]), "down": torch.zeros(shapes["down"])}, "the mixture")
         if dtype is not None:
@@ -250,10 +279,19 @@ class AttachedPairs:
         self.network.apply_to(list(text_encoders), denoiser, True, True)
 
     def set(self, weights: Sequence[float]) -> None:
+        """Set the factors of these weights; all 0 is the base, bit for bit."""
         for layer in self.network.layers():
-            down = self.pairs.down(self._names[layer.name], weights)
-            buffer = layer.get_buffer("down")
-            buffer.copy_(down.reshape(buffer.shape))
+            if not any(weights):
+                layer.get_buffer("down").zero_()
+                continue
+            up, down = self.pairs.factors(self._names[layer.name], weights)
+            for role, value in (("up", up), ("down", down)):
+                buffer = layer.get_buffer(role)
+                buffer.copy_(value.reshape(buffer.shape))
+
+    def layers(self) -> Iterator[tuple[str, AdaptedLayer]]:
+        """Each layer with its name in the sum."""
+        return ((self._names[layer.name], layer) for layer in self.network.layers())
 
 
 def _hosts(pairs: PairSum, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> dict:

@@ -34,6 +34,7 @@ from lowrank.files import sha256
 from lowrank.formats.delta import Delta, delta_of, method_for, missing_roles
 from lowrank.naming import keys
 from lowrank.naming import unet as unet_names
+from lowrank.naming.families import layers_per_block
 from lowrank.tensors import existing_file
 from lowrank.unused_keys import BIAS
 
@@ -101,7 +102,8 @@ def read_updates(path: str | Path) -> Lora:
             raise Refused(f"{path}: {module} has no {', '.join(absent)}; the file is not whole, use another")
         updates[keys.flat(module)] = unscaled(delta_of(module, roles, str(path), precision=torch.float64))
     if any(map(_SDXL.match, updates)):
-        updates = {unet_names.flat_sdxl_name(name): delta for name, delta in updates.items()}
+        per_block = layers_per_block(file.layers, file.metadata)
+        updates = {unet_names.flat_sdxl_name(name, per_block): delta for name, delta in updates.items()}
     if not updates and not +other:
         other["files without an adapter"] += 1
     return Lora(updates, +other, file.metadata)

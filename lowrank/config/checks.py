@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import TypeVar
 
 from lowrank.config.command_line import Parsed
@@ -17,6 +19,7 @@ from lowrank.files import existing_file, existing_folder
 T = TypeVar("T")
 FOLDERS = ("train_data_dir", "reg_data_dir", "instance_data_dir")
 FILES = ("network_weights", "lycoris_config", "base_weights", "dataset_config", "sample_prompts")
+PARTS = ("clip_l", "t5xxl", "ae")  # of FLUX; a file, or for --ae a folder
 SOURCES = ("dataset_config", "in_json", "train_data_dir", "instance_data_dir")
 _REPLACED = ("in_json", "train_data_dir", "reg_data_dir")  # --dataset_config replaces these
 LORA_INIT_METHODS = {"triu_deltaR": "delta_r_triu", "deltaR": "delta_r", "qr": "qrlora"}
@@ -71,12 +74,33 @@ def _check_saving(parsed: Parsed[TrainOptions]) -> None:
 
 def check_machine(parsed: Parsed[TrainOptions]) -> None:
     """Raise `Refused` for files and folders that do not exist, and for packages that are not installed."""
-    for _ in gathered(parsed, (_check_package, *map(_existing, FOLDERS), *map(_existing, FILES))):
+    rules = (_check_package, _check_tracker, _check_parts)
+    for _ in gathered(parsed, (*rules, *map(_existing, FOLDERS), *map(_existing, FILES))):
         pass
 
 
 def _check_package(parsed: Parsed[TrainOptions]) -> None:
     check_optimizer_installed(parsed.options.optimizer)
+
+
+def _check_tracker(parsed: Parsed[TrainOptions]) -> None:
+    """Refuse a tracker whose package is not installed."""
+    tracker = parsed.options.logging.log_with
+    if tracker in ("wandb", "all") and find_spec("wandb") is None:
+        raise Refused(
+            f"{parsed.flag('log_with')} {tracker} needs the package wandb; run `pip install wandb`, or give "
+            "--log_with tensorboard"
+        )
+
+
+def _check_parts(parsed: Parsed[TrainOptions]) -> None:
+    missing = [
+        f"{parsed.flag(name)} {path} does not exist; correct the path"
+        for name in PARTS
+        if name in parsed.specs and (path := parsed.value(name)) and not os.path.exists(path)
+    ]
+    if missing:
+        raise joined("files of the model do not exist", missing)
 
 
 def _existing(name: str) -> Callable[[Parsed[TrainOptions]], None]:

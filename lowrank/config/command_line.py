@@ -100,16 +100,18 @@ class CommandLine(Generic[T]):
     """The command line of one script.
 
     `options` is the record that `parse` fills, and `defaults` replace the defaults of its fields. Words
-    without a flag are values of the flags `positional`, in order. Flags in `ignored` are accepted without
-    effect and listed in one note; those in `accepted` get a note with the reason. `refused` maps flags of
-    other trainers to what to do instead. `check` receives the parsed options, raises `Refused` and yields
-    notes. `follow` receives the values that were given and returns defaults that follow from them.
+    without a flag are values of the flags `positional`, in order. `example` is a call for the short help.
+    Flags in `ignored` are accepted without effect and listed in one note; those in `accepted` get a note with
+    the reason. `refused` maps flags of other trainers to what to do instead. `check` receives the parsed
+    options, raises `Refused` and yields notes. `follow` receives the values that were given and returns
+    defaults that follow from them.
     """
 
     prog: str
     description: str
     options: type[T]
     positional: tuple[str, ...] = ()
+    example: str = ""
     defaults: Mapping[str, object] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     ignored_by: str = "this script"
@@ -145,7 +147,10 @@ class CommandLine(Generic[T]):
         """argparse's parser; its namespace gets the lists `given` and `ignored`."""
         words = "".join(f" {self._shown(name)}" for name in self.positional)
         parser = Parser(
-            prog=self.prog, description=self.description, usage=f"%(prog)s{words} [--flag value …]"
+            prog=self.prog,
+            description=self.description,
+            usage=f"%(prog)s{words} [--flag value …]",
+            example=self.example,
         )
         parser.add(self.specs)
         parser.add_others((*self.ignored, *self.accepted), self.refused)
@@ -203,8 +208,11 @@ class CommandLine(Generic[T]):
             off = self.off_at_zero and spec.flag.off_at_zero and values[name] == 0
             if off or (values[name] == "" and spec.default is None):
                 values[name] = None
+            before = len(reading.problems)
             with reading.gathered():
                 spec.check_range(labels.get(name, f"--{name}"), values[name])
+            if len(reading.problems) > before:
+                values[name] = spec.default  # so that the other checks run, for one list of all problems
         parsed = None
         with reading.gathered():
             parsed = Parsed(self.prog, command, known, self._record(values), labels)

@@ -49,7 +49,8 @@ class Flag:
     `metadata` names the option's key in adapter files without its prefix `ss_` (True: the option's own name);
     with `per_folder` the key is written only for a run without `--dataset_config`. A run that resumes must
     agree on the value of a `resume` option. `off_at_zero`: 0 on a command line of training means unset.
-    `acts_with` are the conditions under which the option acts (`config.effects`).
+    `acts_with` are the conditions under which the option acts (`config.effects`). An `essential` flag is in
+    the short help.
     """
 
     help: str
@@ -71,6 +72,7 @@ class Flag:
     resume: bool = False
     off_at_zero: bool = False
     acts_with: tuple[str, ...] = ()
+    essential: bool = False
 
 
 def option(default: object, help: str, **details: Any) -> Any:

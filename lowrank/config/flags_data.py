@@ -18,7 +18,9 @@ class Data:
     """Pictures"""
 
     train_data_dir: str | None = path(
-        None, "parent of training folders named <repeats>_<class>, with captions beside the images"
+        None,
+        "parent of training folders named <repeats>_<class>, with captions beside the images",
+        essential=True,
     )
     reg_data_dir: str | None = path(
         None, "parent of folders of regularisation images, named <repeats>_<class>"
@@ -111,6 +113,7 @@ class Sizes:
         high=MAX_SIDE,
         convert=resolution,
         resume=True,
+        essential=True,
     )
 
 
@@ -168,6 +171,7 @@ class Captions:
         "looked for)",
         aliases=("--caption_extention",),
         convert=ending,
+        essential=True,
     )
     caption_separator: str = option(
         ",", "text between the tags of a caption", acts_with=("tags that move or secondary_separator",)

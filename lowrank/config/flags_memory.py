@@ -63,6 +63,7 @@ class Memory:
         "fastest values that are predicted to fit",
         convert=gigabytes,
         saved=False,
+        essential=True,
     )
 
     @property

@@ -15,7 +15,7 @@ class Saving:
     """Saving"""
 
     output_dir: str | None = path(
-        None, "folder for adapter files, states, pictures, the log of losses and config.toml"
+        None, "folder for adapter files, states, pictures, the log of losses and config.toml", essential=True
     )
     output_name: str | None = option(
         None, "name of the adapter files, without ending", convert=file_name, metadata=True
@@ -158,6 +158,7 @@ class Sampling:
     sample_prompts: str | None = path(
         None,
         "file of prompts (.txt, .toml, .json) to draw while training; a line is like 'a cat --w 512 --s 20'",
+        essential=True,
     )
     sample_prompt_lines: tuple[str, ...] = option(
         (), "prompts to draw while training, each as a line of the file --sample_prompts"

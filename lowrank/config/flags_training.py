@@ -14,7 +14,9 @@ STEPS = 10**9  # most steps
 class Model:
     """Base model"""
 
-    pretrained_model_name_or_path: str | None = path(None, "folder of a diffusers model, or its hub id")
+    pretrained_model_name_or_path: str | None = path(
+        None, "checkpoint file, folder of a diffusers model, or its hub id", essential=True
+    )
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     variant: str | None = option(None, "file variant of a hub model, such as fp16")
     cache_dir: str | None = path(None, "folder where hub downloads are kept")
@@ -29,6 +31,7 @@ class Network:
         None,
         "module of the adapter: networks.delta_r, short delta_r, or any module with kohya's create_network",
         metadata=True,
+        essential=True,
     )
     lora_init_method: str | None = option(
         None,
@@ -44,6 +47,7 @@ class Network:
         low=1,
         metadata=True,
         resume=True,
+        essential=True,
     )
     network_alpha: float | None = option(
         None,
@@ -168,7 +172,9 @@ class Abm:
 class Train:
     """Training"""
 
-    train_batch_size: int = option(1, "images per process and micro-batch", low=1, resume=True)
+    train_batch_size: int = option(
+        1, "images per process and micro-batch", low=1, resume=True, essential=True
+    )
     max_train_steps: int = option(
         1600,
         "optimizer steps to train",
@@ -176,6 +182,7 @@ class Train:
         high=STEPS,
         metadata=True,
         acts_with=("not max_train_epochs",),
+        essential=True,
     )
     max_train_epochs: int | None = option(
         None,
@@ -200,6 +207,7 @@ class Train:
         "precision of computation (unset: the precision in accelerate's configuration, else no)",
         choices=PRECISIONS,
         metadata=True,
+        essential=True,
     )
     full_fp16: bool = option(
         False, "adapter and gradients in fp16; needs --mixed_precision fp16", metadata=True
@@ -233,6 +241,7 @@ class Train:
         "show data, adapter, step plan and memory, and exit",
         aliases=("--debug_dataset",),
         saved=False,
+        essential=True,
     )
 
 
@@ -246,6 +255,7 @@ class Optimizer:
         "dotted class (unset: AdamW)",
         aliases=("--optimizer",),
         resume=True,
+        essential=True,
     )
     optimizer_args: tuple[str, ...] = option(
         (),
@@ -289,6 +299,7 @@ class Optimizer:
         metadata=True,
         resume=True,
         acts_with=("a part at the base rate",),
+        essential=True,
     )
     unet_lr: float | None = option(
         None,
@@ -371,4 +382,14 @@ class Optimizer:
     )
     lr_scheduler_args: tuple[str, ...] = option(
         (), "arguments of --lr_scheduler_type as key=value with Python literals: T_max=100"
+    )
+
+
+def example(prog: str, model: str, side: int) -> str:
+    """A call of a training script for its short help."""
+    return (
+        f"  accelerate launch {prog} --pretrained_model_name_or_path {model} \\\n"
+        f"    --train_data_dir my/pictures --caption_extension .txt --resolution {side},{side} \\\n"
+        "    --network_module networks.lora --network_dim 16 --learning_rate 1e-4 --max_train_steps 1500 \\\n"
+        "    --mixed_precision bf16 --vram auto --output_dir out/cat --dry_run"
     )

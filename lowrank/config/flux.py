@@ -9,6 +9,7 @@ from typing import Any
 from lowrank.config.checks import check_training, gathered
 from lowrank.config.command_line import CommandLine, Parsed
 from lowrank.config.flag import option, path
+from lowrank.config.flags_training import example
 from lowrank.config.objective import FlowOptions
 from lowrank.config.train import TrainOptions
 from lowrank.config.unsupported import ACCEPTED, IGNORED, IGNORED_BY_FLUX, REFUSED, REFUSED_BY_FLUX, ways_out
@@ -98,6 +99,7 @@ FLUX_TRAIN = CommandLine(
         "log_with": "tensorboard",
         "output_dir": "flux-dreambooth-lora",
     },
+    example=example("flux_train_qrlora.py", "black-forest-labs/FLUX.1-dev", 1024),
     ignored_by="FLUX",
     off_at_zero=True,
     ignored=(*IGNORED.split(), *IGNORED_BY_FLUX.split()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,8 +21,75 @@ class GivenValue(NamedTuple):
     value: Any
 
 
+class _Listed(NamedTuple):
+    """A flag in the help: its group's title, its declaration, and argparse's action."""
+
+    title: str
+    spec: FlagSpec
+    action: argparse.Action
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse of specs, whose errors are one line without the usage text."""
+    """argparse of specs, whose errors are one line without the usage text.
+
+    `--help` prints the essential flags with the `example`, `--help groups` the names of all flags, `--help
+    WORD` a group or the flags with a word in their name, `--help all` every flag. A script without essential
+    flags prints every flag.
+    """
+
+    def __init__(self, example: str = "", **options: Any) -> None:
+        super().__init__(add_help=False, **options)
+        self._example, self._listed = example, []  # of (title of the group, spec, action)
+        self.add_argument(
+            "-h", "--help", nargs="?", action=_Help, metavar="WORD", help="this help, or that of a WORD"
+        )
+
+    def help_for(self, word: str | None) -> str:
+        """The help of one level; `word` is None, "groups", "all", a part of a group's title or of a flag."""
+        essential = [entry for entry in self._listed if entry.spec.flag.essential]
+        if word == "all" or (word is None and not essential):
+            return self.format_help()
+        if word is None:
+            return self._short(essential)
+        if word == "groups":
+            return "".join(
+                f"{title} (--help {title.split()[0].lower().rstrip(':')}):\n{_filled(names)}\n"
+                for title, names in self._groups().items()
+            )
+        wanted = word.lstrip("-").lower()
+        chosen = [e for e in self._listed if wanted in e.title.lower()]
+        chosen = chosen or [e for e in self._listed if any(wanted in name for name in e.spec.names)]
+        if not chosen:
+            self.error(f"--help {word}: no group and no flag has this word; --help groups lists them")
+        return self._sections({title: [e for e in chosen if e.title == title] for title in self._groups()})
+
+    def _groups(self) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for entry in self._listed:
+            groups.setdefault(entry.title, []).append(entry.spec.names[0])
+        return groups
+
+    def _short(self, essential: list[_Listed]) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        example = f"Example:\n{self._example}\n\n" if self._example else ""
+        flags = self._sections({"The flags that matter most": essential})
+        return (
+            f"{formatter.format_help()}\n{flags}\n{example}{len(self._listed)} flags in all:\n"
+            "  --help groups   the names of all flags, by group\n"
+            "  --help WORD     a group (--help pictures), or flags with a word in their name (--help loss)\n"
+            "  --help all      every flag with its text and default\n"
+        )
+
+    def _sections(self, groups: Mapping[str, list[_Listed]]) -> str:
+        formatter = self._get_formatter()
+        for title, entries in groups.items():
+            if entries:
+                formatter.start_section(title)
+                formatter.add_arguments([entry.action for entry in entries])
+                formatter.end_section()
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {shortened(message)}; see {self.prog} --help\n")
@@ -33,7 +101,8 @@ class Parser(argparse.ArgumentParser):
             if spec.group not in sections:
                 title = (spec.group.__doc__ or "").splitlines()[0].rstrip(".")
                 sections[spec.group] = self.add_argument_group(title)
-            _add(sections[spec.group], spec)
+            section = sections[spec.group]
+            self._listed.append(_Listed(section.title, spec, _add(section, spec)))
 
     def add_others(self, ignored: Iterable[str], refused: Mapping[str, str]) -> None:
         """Flags that only append their name to the namespace's list `ignored`, and flags that are errors."""
@@ -50,6 +119,12 @@ class _Give(argparse.Action):
             values = bare
         label = option_string.replace("--no-", "--", 1) if spec.kind is bool else option_string
         namespace.given.append(GivenValue(spec, label, tuple(values) if spec.many else values))
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        print(parser.help_for(values).rstrip())
+        parser.exit()
 
 
 class _Ignore(argparse.Action):
@@ -70,7 +145,13 @@ class _Refuse(argparse.Action):
         parser.error(f"{option_string} is not supported: {self.const}")
 
 
-def _add(section: Any, spec: FlagSpec) -> None:
+def _filled(names: Sequence[str]) -> str:
+    return textwrap.fill(
+        ", ".join(names), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+
+
+def _add(section: Any, spec: FlagSpec) -> argparse.Action:
     def read(text: str) -> object:
         try:
             return spec.from_text(text)
@@ -82,16 +163,18 @@ def _add(section: Any, spec: FlagSpec) -> None:
     default = f" (default: {shown(spec.default)})" if shown(spec.default) else ""
     common = {"action": _Give, "help": (flag.help + unit + default).replace("%", "%%")}
     if spec.kind is bool:
-        section.add_argument(*spec.names, nargs="?", const=(spec, True), type=read, metavar="BOOL", **common)
+        made = section.add_argument(
+            *spec.names, nargs="?", const=(spec, True), type=read, metavar="BOOL", **common
+        )
         off = [f"--no-{name[2:]}" for name in spec.names]
         section.add_argument(*off, nargs=0, const=(spec, False), action=_Give, help=argparse.SUPPRESS)
-    else:
-        metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else _METAVARS[spec.kind]
-        metavar = "TEXT" if flag.convert else metavar
-        nargs = "*" if spec.many else None
-        section.add_argument(
-            *spec.names, nargs=nargs, const=(spec, None), type=read, metavar=metavar, **common
-        )
+        return made
+    metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else _METAVARS[spec.kind]
+    metavar = "TEXT" if flag.convert else metavar
+    nargs = "*" if spec.many else None
+    return section.add_argument(
+        *spec.names, nargs=nargs, const=(spec, None), type=read, metavar=metavar, **common
+    )
 
 
 def name_positional(

@@ -9,6 +9,7 @@ from lowrank.config.checks import check_training, gathered
 from lowrank.config.command_line import CommandLine, Parsed
 from lowrank.config.flag import option, path
 from lowrank.config.flags_output import DRAWN
+from lowrank.config.flags_training import example
 from lowrank.config.objective import DiffusionOptions
 from lowrank.config.train import TrainOptions
 from lowrank.config.unsupported import ACCEPTED, IGNORED, REFUSED, REFUSED_BY_SD, ways_out
@@ -143,6 +144,7 @@ SD_TRAIN = CommandLine(
     prog="train_network_ABM.py",
     description="Train an adapter for SD 1.x or 2.x: any of networks/, or any module of kohya's contract.",
     options=SdTrainOptions,
+    example=example("train_network_ABM.py", "v1-5-pruned-emaonly.safetensors", 512),
     defaults=_DEFAULTS,
     ignored_by="Stable Diffusion",
     off_at_zero=True,
@@ -156,6 +158,7 @@ SDXL_TRAIN = CommandLine(
     prog="sdxl_train_network_ABM.py",
     description="Train an adapter for SDXL: any of networks/, or any module of kohya's contract.",
     options=SdxlTrainOptions,
+    example=example("sdxl_train_network_ABM.py", "sd_xl_base_1.0.safetensors", 1024),
     defaults={**_DEFAULTS, "resolution": (1024, 1024)},
     ignored_by="SDXL",
     off_at_zero=True,

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lowrank.config.command_line import CommandLine, Parsed
-from lowrank.config.flag import comma_floats, comma_words, option, path
-from lowrank.config.sd import SAMPLERS
+from lowrank.config.flag import option, path
 from lowrank.errors import Refused
 from lowrank.naming.keys import IMPORTED
 from lowrank.naming.places import FAMILIES
@@ -24,84 +23,6 @@ class Residual:
     dtype: str = option("fp16", "precision of the residual", choices=("fp32", "fp16", "bf16"))
     device: str | None = option(None, "device for computing the bases (unset: the GPU if there is one)")
     basis_cache_dir: str | None = path(None, "folder that caches the QR bases")
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Merging and sampling"""
-
-    model_path: str = path(
-        "",
-        "folder of a diffusers FLUX, SD or SDXL, its hub id, or an SD or SDXL checkpoint file",
-        required=True,
-    )
-    style_lora_path: str = path("", "adapter of the style", required=True)
-    content_lora_path: str = path("", "adapter of the content", required=True)
-    residual_path: str | None = path(None, "residual file; not needed, but checked if given")
-    output_dir: str = path("", "folder for images and merged adapters", required=True)
-    prompt: str | None = option(None, "prompt of the pictures; needed unless --skip_images")
-    style_weights: tuple[float, ...] = option(
-        (1.0,), "comma list of style strengths", convert=comma_floats, low=-1e6, high=1e6
-    )
-    content_weights: tuple[float, ...] = option(
-        (1.0,),
-        "comma list of content strengths; every pair of both lists is drawn",
-        convert=comma_floats,
-        low=-1e6,
-        high=1e6,
-    )
-    style_blocks: str | None = option(
-        None, 'strengths of the style\'s layers by name: "up_blocks -> 0.5; mid_block -> 0", others 1'
-    )
-    content_blocks: str | None = option(
-        None, 'strengths of the content\'s layers by name: "up_blocks -> 0.5; mid_block -> 0", others 1'
-    )
-    more_loras: tuple[str, ...] = option(
-        (), "comma list of further adapters at fixed strengths: a.safetensors=0.7", convert=comma_words
-    )
-    negative_prompt: str | None = option(None, "prompt of what the pictures should not show; not for FLUX")
-    num_inference_steps: int = option(50, "denoising steps", low=1, high=1000, aliases=("--num_steps",))
-    guidance_scale: float | None = option(
-        None,
-        "strength of the prompt: distilled guidance for FLUX (unset: 3.5), CFG for SD (unset: 7.5)",
-        low=0,
-    )
-    sample_sampler: str | None = option(
-        None, "sampler of the pictures (unset: ddim); not for FLUX", choices=SAMPLERS
-    )
-    clip_skip: int | None = option(
-        None,
-        "condition on the text encoder's n-th last layer, as in training; for SD 1.x and 2.x",
-        low=1,
-        high=12,
-    )
-    tokenizer_cache_dir: str | None = path(
-        None, "folder of tokenizers for a model in a single file, each in <folder>/<hub id with / as _>"
-    )
-    height: int | None = option(None, "height of the images (unset: the model's own)", unit="pixels", low=8)
-    width: int | None = option(None, "width of the images (unset: the model's own)", unit="pixels", low=8)
-    num_images: int = option(1, "images for each pair of strengths", low=1, high=10_000)
-    max_sequence_length: int | None = option(
-        None, "length of T5 prompts (unset: 512, schnell 256); for FLUX", low=1, high=512
-    )
-    seed: int = option(0, "seed of the first image of every pair of strengths", low=0, high=2**63 - 1)
-    dtype: str = option("fp32", "precision of the model", choices=("fp32", "fp16", "bf16"))
-    device: str | None = option(None, "device for drawing (unset: the GPU if there is one)")
-    style_reference: str | None = path(
-        None, "picture that the style was learned from, shown on the contact sheet"
-    )
-    content_reference: str | None = path(
-        None, "picture that the content was learned from, shown on the contact sheet"
-    )
-    strict: bool = option(False, "refuse files with tensors that are not used, instead of listing them")
-    save_merged: bool = option(False, "write the merged adapter of each pair too")
-    at_timestep: float | None = option(
-        None,
-        "timestep at which T-LoRAs become plain LoRAs, 0 (picture) to 1000 (noise); needed to merge T-LoRAs",
-        low=0,
-        high=1000,
-    )
-    skip_images: bool = option(False, "draw no pictures, only write the adapters of --save_merged")
 
 
 @dataclass(frozen=True)
@@ -249,6 +170,7 @@ class ExtractAdapter:
     parts: str = option("all", "components to compare", choices=("all", "unet", "text"))
     dtype: str | None = option(None, "precision of the written file (unset: fp32)", choices=_PRECISIONS)
     base: str | None = option(None, "kind of model, if the names of the layers fit several", choices=FAMILIES)
+    strict: bool = option(False, "refuse checkpoints that differ in norm layers, biases or embeddings too")
 
 
 @dataclass(frozen=True)
@@ -295,7 +217,7 @@ class ImportAdapter:
 class Inspect:
     """Files to inspect"""
 
-    files: tuple[str, ...] = path((), "adapter files of any program", required=True)
+    files: tuple[str, ...] = path((), "adapter files of any program, or folders of PEFT", required=True)
     model: str | None = path(
         None, "base model, to measure the ΔW of OFT, GLoRA, IA3 and LoKr with DoRA, which depends on it"
     )
@@ -317,16 +239,6 @@ def check_basis(parsed: Parsed[UniversalBasis]) -> Iterator[str]:
     yield from ()
 
 
-def check_merge(parsed: Parsed[Merge]) -> Iterator[str]:
-    """Refuse a call without a prompt if images are drawn, and a call that writes nothing."""
-    merge = parsed.options
-    if merge.skip_images and not merge.save_merged:
-        raise Refused("--skip_images without --save_merged leaves nothing to do; give --save_merged")
-    if not merge.prompt and not merge.skip_images:
-        raise Refused("no prompt; give --prompt TEXT, or --skip_images with --save_merged")
-    yield from ()
-
-
 def check_rank(parsed: Parsed[Export] | Parsed[ExtractAdapter]) -> Iterator[str]:
     """Refuse a rank below 1, and a target outside of its method's limits."""
     if parsed.options.rank is None:
@@ -345,13 +257,6 @@ SAVE_RESIDUAL = CommandLine(
     "save_flux_residual.py",
     "Write W − QR of every adapted layer of FLUX, for programs based on the published QR-LoRA code.",
     Residual,
-)
-
-INFERENCE_MERGE = CommandLine(
-    "inference_merge.py",
-    "Draw a style and a content adapter together, in every pair of strengths.",
-    Merge,
-    check=check_merge,
 )
 
 VISUALIZE_SIMILARITY = CommandLine(

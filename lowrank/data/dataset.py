@@ -18,7 +18,6 @@ from typing import Any
 
 from lowrank.config.flag import Flag, check_fields, fields_of, option, path
 from lowrank.config.flags_data import Augmentation, Buckets, Captions, HoldOut, Masks, Resizing, Sizes
-from lowrank.data.images import suffixes
 from lowrank.errors import Refused, nearest
 from lowrank.files import existing_folder
 
@@ -255,6 +254,8 @@ def _numbered(parent: Path, option: str, values: Mapping[str, Any]) -> list[Subs
                 match[2] or name if match else name,
             )
     if not subsets:
+        from lowrank.data.images import suffixes  # imported late: it needs torch and Pillow
+
         loose = sum(Path(entry.name).suffix.lower() in suffixes() for entry in os.scandir(parent))
         if loose and (match := _REPEATS.fullmatch(parent.resolve().name)) and int(match[1]) >= 1:
             raise Refused(

@@ -15,7 +15,7 @@ from typing import Any
 
 from lowrank.config.flag import quoted
 from lowrank.data.dataset import DATASET_FIELDS, SUBSET_FIELDS, Dataset, Subset, make_subset, split_values
-from lowrank.errors import Refused, nearest
+from lowrank.errors import Refused, joined, nearest, reasons_of
 from lowrank.files import CONFIG, parse_json, parse_toml, read_text
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ def from_config(
     """The datasets of a file; `defaults` are the command line's values, named as in `Dataset` and `Subset`.
 
     Raises `Refused` with file, table and key for a file that cannot be parsed, an unknown key (a warning with
-    `allow_unknown`), a value of another type, a missing `image_dir`, and a folder that does not exist.
+    `allow_unknown`), a value of another type, a missing `image_dir`, and a folder that does not exist; all of
+    them together.
     Relative folders start at the current folder. `image_dir` is a plain folder: the number in a name like
     `10_cat` is not read.
     """
@@ -49,7 +50,10 @@ def from_config(
     general = reader.values("general", tree.get("general", {}), tuple(_KEYS))
     given = dict(defaults or {}) | general
     tables = reader.tables("datasets", tree.get("datasets"))
-    return tuple(reader.dataset(f"datasets[{i}]", table, given) for i, table in enumerate(tables))
+    datasets = [reader.dataset(f"datasets[{i}]", table, given) for i, table in enumerate(tables)]
+    if reader.problems:
+        raise joined(f"{path} has several problems", reader.problems)
+    return tuple(dataset for dataset in datasets if dataset is not None)
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -63,18 +67,21 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 class _Reader:
-    """Checks the tables of one file; errors name the table and the key."""
+    """Checks the tables of one file. `problems` name the table and the key; what has one is left out."""
 
     def __init__(self, path: Path, allow_unknown: bool) -> None:
         self._path, self._allow_unknown = path, allow_unknown
+        self.problems: list[str] = []
+        self._values_read = True  # whether every value was; without one, records are not made and checked
 
-    def _refused(self, table: str, problem: str) -> Refused:
-        return Refused(f"{self._path}, {table or 'top level'}: {problem}")
+    def _problem(self, table: str, problem: str) -> None:
+        self.problems.append(f"{self._path}, {table or 'top level'}: {problem}")
 
     def check_table(self, where: str, table: object, known: tuple[str, ...]) -> dict[str, Any]:
-        """The table without keys that have no effect. Raises `Refused` for the first unknown key."""
+        """The table without keys that have no effect or are unknown."""
         if not isinstance(table, dict):
-            raise self._refused(where, f"is {_shown(table)}, not a table")
+            self._problem(where, f"is {_shown(table)}, not a table")
+            return {}
         kept = {}
         for key, value in table.items():
             if key in known:
@@ -84,7 +91,7 @@ class _Reader:
             elif key in _WITHOUT_EFFECT:
                 log.warning("%s, %s: %s is ignored: %s", self._path, where, key, _WITHOUT_EFFECT[key])
             elif key in _UNSUPPORTED:
-                raise self._refused(where, f"key {key!r} of sd-scripts is not supported; {_UNSUPPORTED[key]}")
+                self._problem(where, f"key {key!r} of sd-scripts is not supported; {_UNSUPPORTED[key]}")
             elif self._allow_unknown:
                 log.warning(
                     "%s, %s: unknown key %r is ignored%s", self._path, where, key, nearest(key, known)
@@ -94,13 +101,14 @@ class _Reader:
                 way_out = (
                     " at this level; move it" if elsewhere else f"{nearest(key, known)}; correct or remove it"
                 )
-                raise self._refused(where, f"unknown key {quoted(key)}{way_out}")
+                self._problem(where, f"unknown key {quoted(key)}{way_out}")
         return kept
 
     def _attributes(self, where: str, value: object) -> dict[str, Any]:
         """The part of `custom_attributes` that sd-scripts uses: differential output preservation."""
         if not isinstance(value, dict):
-            raise self._refused(where, f"custom_attributes is {_shown(value)}, not a table")
+            self._problem(where, f"custom_attributes is {_shown(value)}, not a table")
+            return {}
         if unused := [key for key in value if key != "diff_output_preservation"]:
             log.warning(
                 "%s, %s: custom_attributes %s has no effect; only diff_output_preservation is used",
@@ -111,65 +119,80 @@ class _Reader:
         return {key: value[key] for key in value if key not in unused}
 
     def tables(self, where: str, value: object) -> list[object]:
-        """A non-empty list of tables."""
+        """A list of tables, which must not be empty."""
         if not isinstance(value, list) or not value:
-            raise self._refused(
+            self._problem(
                 where, f"is {_shown(value)}; it must be one or more [[{where.split('.')[-1]}]] tables"
             )
+            return []
         return value
 
     def values(self, where: str, table: object, known: tuple[str, ...]) -> dict[str, Any]:
         """The checked values of a table above the subsets, which has no keys of a single folder."""
         known = tuple(key for key in known if key not in _ONLY_IN_SUBSETS)
         kept = self.check_table(where, table, known)
-        return {key: self._value(where, key, value) for key, value in kept.items() if key != "subsets"}
+        return self._read(where, {key: value for key, value in kept.items() if key != "subsets"})
 
-    def _value(self, where: str, key: str, value: object) -> Any:
-        return _KEYS[key].read(f"{self._path}, {where}: {key}", value)
+    def _read(self, where: str, table: Mapping[str, object]) -> dict[str, Any]:
+        """The values of a table that can be read."""
+        values: dict[str, Any] = {}
+        for key, value in table.items():
+            try:
+                values[key] = _KEYS[key].read(f"{self._path}, {where}: {key}", value)
+            except Refused as error:
+                self.problems += reasons_of(error)
+                self._values_read = False
+        return values
 
-    def dataset(self, where: str, table: object, given: Mapping[str, Any]) -> Dataset:
+    def dataset(self, where: str, table: object, given: Mapping[str, Any]) -> Dataset | None:
         """One `[[datasets]]` table with its subsets; missing values come from `given`."""
         if not isinstance(table, dict):
-            raise self._refused(where, f"is {_shown(table)}, not a table")
+            self._problem(where, f"is {_shown(table)}, not a table")
+            return None
         given = dict(given) | self.values(where, table, (*_KEYS, "subsets"))
         tables = self.tables(f"{where}.subsets", table.get("subsets"))
-        subsets = tuple(self._subset(f"{where}.subsets[{i}]", item, given) for i, item in enumerate(tables))
+        made = [self._subset(f"{where}.subsets[{i}]", item, given) for i, item in enumerate(tables)]
+        subsets = tuple(subset for subset in made if subset is not None)
         if len({subset.metadata_file is None for subset in subsets}) > 1:
-            raise self._refused(
+            self._problem(
                 where, "has subsets with and without metadata_file; give each kind a [[datasets]] of its own"
             )
-        with self._named(where):
-            return Dataset(subsets, **split_values(given)[0])
+        if self._values_read:
+            with self._named(where):
+                return Dataset(subsets, **split_values(given)[0])
+        return None
 
-    def _subset(self, where: str, table: object, given: Mapping[str, Any]) -> Subset:
+    def _subset(self, where: str, table: object, given: Mapping[str, Any]) -> Subset | None:
         kept = self.check_table(where, table, tuple(SUBSET_FIELDS))
-        values = {key: self._value(where, key, value) for key, value in kept.items()}
+        values = self._read(where, kept)
         listed = values.get("metadata_file")
         if listed and (excluded := [key for key in _NOT_WITH_METADATA if key in values]):
-            raise self._refused(
-                where, f"{excluded[0]} has no meaning beside metadata_file {listed}; remove one"
-            )
-        if not listed and "image_dir" not in values:
-            raise self._refused(where, "image_dir is missing; give the folder of this subset's images")
+            self._problem(where, f"{excluded[0]} has no meaning beside metadata_file {listed}; remove one")
+        if not listed and "image_dir" not in kept:
+            self._problem(where, "image_dir is missing; give the folder of this subset's images")
+            return None
         folder = Path(values.get("image_dir", Path(listed or "").parent))
         if not os.path.isdir(folder):
-            raise self._refused(
-                where,
-                f"image_dir {folder} is not a folder (seen from {Path.cwd()}); correct the path",
+            self._problem(
+                where, f"image_dir {folder} is not a folder (seen from {Path.cwd()}); correct the path"
             )
+        if not self._values_read:
+            return None
         inherited = split_values(given)[1]
         if values.get("is_reg"):
             inherited.pop("conditioning_data_dir", None)  # that of the command line is for training images
         with self._named(where):
             return make_subset(folder, inherited | values)
+        return None
 
     @contextlib.contextmanager
     def _named(self, where: str) -> Iterator[None]:
-        """Put file and table before the message of a `Refused`."""
+        """Add the reasons of a `Refused` to the problems, with file and table before them."""
         try:
             yield
         except Refused as error:
-            raise self._refused(where, str(error)) from error
+            for reason in reasons_of(error):
+                self._problem(where, reason)
 
 
 def _shown(value: object) -> str:

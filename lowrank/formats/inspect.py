@@ -6,7 +6,6 @@ read as tensors only (`tensors.read_tensors`), and nothing in a file is run.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -17,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank import peft_folder
 from lowrank.adapter_file import AdapterFile, open_adapter_file, read_adapter_file
 from lowrank.adapters.method import Method
 from lowrank.errors import Refused
-from lowrank.files import sha256
+from lowrank.files import parse_json, sha256
 from lowrank.formats.base_checkpoint import BaseCheckpoint
 from lowrank.formats.delta import LORA, Delta, delta_of, distance, method_for
 from lowrank.formats.foreign import ForeignLayer, split
 from lowrank.formats.read import sizes_of
 from lowrank.naming import keys
-from lowrank.naming.families import model_of
-from lowrank.naming.places import places
-from lowrank.tensors import existing_file
+from lowrank.naming.families import layers_per_block, model_of
+from lowrank.naming.places import LayerPath, places
 from lowrank.unused_keys import usage
 
 TRAINING = (  # facts of kohya's metadata, in the order they are shown
@@ -50,26 +49,27 @@ def report(
 
     Raises `Refused` for a file without tensors.
     """
-    file, layers, problems = existing_file(path), [], []
-    raw = open_adapter_file(file)
+    raw = open_adapter_file(path)
+    files = _files(Path(path))
     contents = read_adapter_file(raw, method.file_roles() if method else (), strict=False)
-    whole = split(contents, raw.state, broken := {})
+    per_block = layers_per_block(contents.layers, raw.metadata)
+    if base is not None:
+        per_block = base.per_block
+    whole = split(contents, raw.state, broken := {}, per_block)
     contents = replace(contents, layers=whole.pairs)
-    problems += list(broken.values())
-    for module in contents.layers:
-        layer = _layer(module, contents, method)
-        layers.append(layer)
-        if layer["problem"]:
-            problems.append(f"{module}: {layer['problem']}")
-    for module, layer in {layer.module: layer for layer in whole.foreign.values()}.items():
-        layers.append(_foreign_layer(module, layer, problems, base))
+    problems = list(broken.values())
+    layers = [_layer(module, contents, method, per_block) for module in contents.layers]
+    problems += [f"{layer['module']}: {layer['problem']}" for layer in layers if layer["problem"]]
+    shown = {layer.module: place for place, layer in reversed(whole.foreign.items())}  # FLUX joins layers
+    layers += [_foreign_layer(place, whole.foreign[place], problems, base) for place in shown.values()]
     other, metadata = whole.not_understood, raw.metadata
     kinds = Counter(layer.kind.name for layer in {id(v.tensors): v for v in whole.foreign.values()}.values())
     families = {**contents.layers, **dict.fromkeys(whole.modules.values())}
     return {
-        "file": str(file),
-        "bytes": file.stat().st_size,
-        "sha256": sha256(file),
+        "file": str(path),
+        "bytes": sum(file.stat().st_size for file in files),
+        "sha256": sha256(files[0]) if len(files) == 1 else None,
+        "files": [sha256(file) for file in files],
         "tensors": len(raw.state),
         "model": _family(families, sizes_of(contents.layers), metadata, problems),
         "method": metadata.get("lowrank.method") or _kind(contents.layers, kinds),
@@ -96,15 +96,24 @@ def report(
             ),
             "examples": sorted(key.key for key in other)[:5],
         },
-        "usage": usage(str(file), len(raw.state), other),
+        "usage": usage(str(path), len(raw.state), other),
         "problems": problems,
         "layers": layers,
         "metadata": metadata,
     }
 
 
-def _layer(module: str, contents: AdapterFile, method: Method | None) -> dict[str, Any]:
-    owners, roles = places(module), contents.layers[module]
+def _files(path: Path) -> list[Path]:
+    """The file, or the tensors and configurations in a folder of PEFT."""
+    if not path.is_dir():
+        return [path]
+    names = (peft_folder.CONFIG, peft_folder.FILE, str(Path(peft_folder.FILE).with_suffix(".bin")))
+    folders = (path, *(path / name for name in peft_folder.COMPONENTS))
+    return [folder / name for folder in folders for name in names if (folder / name).is_file()]
+
+
+def _layer(module: str, contents: AdapterFile, method: Method | None, per_block: int) -> dict[str, Any]:
+    owners, roles = places(module, per_block), contents.layers[module]
     facts: dict[str, Any] = {
         "module": module,
         "part": owners[0][0].part,
@@ -142,15 +151,14 @@ def _layer(module: str, contents: AdapterFile, method: Method | None) -> dict[st
 
 
 def _foreign_layer(
-    module: str, layer: ForeignLayer, problems: list[str], base: BaseCheckpoint | None
+    place: LayerPath, layer: ForeignLayer, problems: list[str], base: BaseCheckpoint | None
 ) -> dict[str, Any]:
     """The facts of a layer that is no pair of factors; its norm may need the base."""
-    place = places(module)[0][0]
     alpha = layer.tensors.get("alpha")
     facts: dict[str, Any] = {
-        "module": module,
+        "module": layer.module,
         "part": place.part,
-        "path": place.path if layer.piece is None else module,
+        "path": place.path if layer.piece is None else layer.module,
         "kind": layer.kind.name,
         "rank": layer.rank(),
         "alpha": float(alpha) if alpha is not None and alpha.numel() == 1 else None,
@@ -235,8 +243,8 @@ def _schedule(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _json(text: str | None) -> Any:
     try:
-        return json.loads(text) if text else None
-    except (json.JSONDecodeError, RecursionError):
+        return parse_json(text, "metadata") if text else None
+    except Refused:
         return text
 
 
@@ -265,7 +273,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
     mine, theirs = ({_key(layer): layer for layer in report["layers"]} for report in (first, second))
     both = [name for name in mine if name in theirs]
     return {
-        "same_bytes": first["sha256"] == second["sha256"],
+        "same_bytes": first["files"] == second["files"],
         "facts": facts,
         "only_first": [name for name in mine if name not in theirs],
         "only_second": [name for name in theirs if name not in mine],

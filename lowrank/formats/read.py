@@ -28,7 +28,7 @@ from lowrank.formats import tlora
 from lowrank.formats.delta import LORA, Delta, delta_of, is_orthogonal, method_for, swapped
 from lowrank.formats.foreign import ForeignLayer, Split, refuse_foreign, split
 from lowrank.naming import flux as flux_names
-from lowrank.naming.families import Model, layers_of, model_of
+from lowrank.naming.families import Model, layers_of, layers_per_block, model_of
 from lowrank.naming.places import LayerPath, places
 from lowrank.unused_keys import CORE, ForeignKey, refuse_unused, usage
 
@@ -154,9 +154,10 @@ def read_adapter(
     if start is not None:
         layers = tlora.with_copies(layers, start, raw.metadata, raw.source)
     names = [*layers, *(whole.modules.values() if foreign else ())]
-    model = Model(family or "")
     if strict or base:
         model = model_of(names, raw.metadata, raw.source, family, base, sizes_of(layers))
+    else:
+        model = Model(family or "", layers_per_block(names, raw.metadata, sizes_of(layers)))
     if foreign and model.per_block != 2:
         whole = _split(every, raw, foreign, model.per_block)
     wide = torch.float32 if at is not None and precision is None else precision

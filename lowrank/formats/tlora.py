@@ -26,11 +26,10 @@ from lowrank.adapters.method import Factor
 from lowrank.adapters.network_module import network_named, options_of
 from lowrank.bases.singular import PARTS, singular_components
 from lowrank.errors import Refused, nearest
-from lowrank.files import atomic
+from lowrank.files import atomic, parse_json, read_json
 from lowrank.formats.delta import is_orthogonal
 from lowrank.naming import keys
 from lowrank.naming.places import LayerPath, lycoris_layer
-from lowrank.tensors import write_tensors
 
 Layers = dict[str, dict[str, Tensor]]
 
@@ -178,10 +177,7 @@ def _stored_schedule(path: Path, metadata: Mapping[str, str], lycoris: set[int] 
     if lycoris is not None and beside.is_file():
         texts = {str(beside): beside.read_bytes().decode("utf-8", "replace"), **texts}
     for source, text in texts.items():
-        try:
-            config = json.loads(text or "null")
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"{source} is no JSON ({error}); correct it, or remove it") from error
+        config = parse_json(text or "null", source)
         if isinstance(config, dict) and config.get("algo") == METHOD:
             return _of_lycoris(config, lycoris or set(), source, path)
     return None
@@ -236,9 +232,8 @@ def export_lycoris(
     metadata: Mapping[str, str],
     schedule: Schedule | None,
     source: str,
-    target: str | Path,
-) -> dict[str, Tensor]:
-    """Write an orthogonal T-LoRA as LyCORIS' `tlora`, `lycoris_config.json` beside it; returns its tensors.
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """Return an orthogonal T-LoRA as LyCORIS' `tlora`: tensors, metadata, and `lycoris_config.json`.
 
     The initial copies are written too: LyCORIS ignores them in a new network, and needs them to load the
     file into an existing one. Raises `Refused` where LyCORIS would compute another ΔW.
@@ -281,9 +276,7 @@ def export_lycoris(
         "apply_preset": {"target_module": _classes(list(state))},
     }
     kept = {k: v for k, v in metadata.items() if k.startswith(("ss_", "modelspec.", "lowrank.", "tlora_"))}
-    write_sidecar(Path(target).parent, config)
-    write_tensors(target, state, {**kept, "lycoris_config": json.dumps(config)})
-    return state
+    return state, {**kept, "lycoris_config": json.dumps(config)}, config
 
 
 def ranks_of(state: Mapping[str, Tensor]) -> set[int]:
@@ -292,11 +285,17 @@ def ranks_of(state: Mapping[str, Tensor]) -> set[int]:
     return {value.shape[0] for key, value in state.items() if key.endswith(end)}
 
 
-def write_sidecar(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Write `lycoris_config.json` into a folder. Raises `Refused` where one with other content exists."""
-    path, text = folder / SIDECAR, json.dumps(config, indent=2) + "\n"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != config:
+def check_sidecar(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Return the path of `lycoris_config.json`. Raises `Refused` where one with other content exists."""
+    path = folder / SIDECAR
+    if path.is_file() and read_json(path, "LyCORIS' configuration") != config:
         raise Refused(f"{path} exists with other content; write the adapter to another folder")
+    return path
+
+
+def write_sidecar(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write `lycoris_config.json` into a folder. Raises `Refused` as `check_sidecar`."""
+    path, text = check_sidecar(folder, config), json.dumps(config, indent=2) + "\n"
     with atomic(path) as part:
         part.write_text(text, encoding="utf-8")
     return path

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters.penalty import Spectrum
-from lowrank.adapters.targets import Layer, dense_weight
+from lowrank.adapters.targets import Layer, original_weight
 from lowrank.errors import Refused
 from lowrank.tensors import is_plain, read_tensors, write_tensors
 
@@ -75,7 +75,7 @@ def weight_fingerprint(host: Layer) -> Tensor:
 
     If two weights differ by ε relative to their norm, their fingerprints differ by about ε, in any dtype.
     """
-    W = dense_weight(host)
+    W = original_weight(host)
     rows = torch.linspace(0, len(W) - 1, PROBED, dtype=torch.float64).round().long()
     W = W[rows.to(W.device)].double().cpu()
     W = W / torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min(1e-30)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lowrank.adapters import penalty
 from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.penalty import Spectrum
-from lowrank.adapters.targets import host_shape
+from lowrank.adapters.targets import host_shape, stored_weight
 from lowrank.errors import Refused
 from lowrank.laplace.context_file import GAUSS_NEWTON, LEGACY, Context, Curvature, weight_fingerprint
 from lowrank.naming import keys
@@ -91,7 +91,7 @@ def bind_penalty(network: Any, context: Context, strength: float, source: str) -
             f"{', '.join(list(by_key.values())[:2])} and the network {', '.join(names[:2])}; "
             "make a context of this base model and these targets"
         )
-    if has_values(next(iter(matches)).host.weight):
+    if has_values(stored_weight(next(iter(matches)).host)):
         _check_base({layer: context.probes[name] for layer, name in matches.items()}, source)
         _log_coverage(names, [layer.name for layer in matches], len(context.layers), source)
     return _laplace(

@@ -84,6 +84,8 @@ def freeze_base(denoiser: nn.Module) -> None:
     """
     for container in containers(denoiser):
         for name, module in list(container.named_modules()):
+            if frozen.is_frozen(module):
+                continue
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.is_floating_point():
                 raise Refused(
                     f"the base is quantised already ({name} is {type(module.weight).__name__}), so "

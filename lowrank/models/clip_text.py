@@ -6,16 +6,15 @@ states are joined again as BOS, the insides of the chunks, EOS. Facts: kohya sd-
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowrank.errors import Refused
+from lowrank.models.family import TokenCounts
 from lowrank.models.weighting import weighted
-
-log = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
@@ -25,18 +24,34 @@ class Tokens(NamedTuple):
     weights: Tensor
 
 
-def tokenize(tokenizer: Any, caption: str, chunks: int, weights: bool) -> Tokens:
-    """A caption's tokens, cut to what `chunks` hold; a caption that is cut is named in the log."""
-    length = min(77, tokenizer.model_max_length)
-    room = (length - 2) * chunks
-    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+def token_counts(tokenizer: Any, captions: Sequence[str], chunks: int, weights: bool) -> TokenCounts:
+    """How many tokens each caption has, and how many `chunks` hold."""
+    counts = [len(_ids(tokenizer, caption, weights)[0]) for caption in captions]
+    way_out = "give --max_token_length 225" if chunks < 3 else ""
+    return TokenCounts("CLIP", (_length(tokenizer) - 2) * chunks, counts, way_out)
+
+
+def _length(tokenizer: Any) -> int:
+    """The tokens of a chunk, with BOS and EOS."""
+    return min(77, tokenizer.model_max_length)
+
+
+def _ids(tokenizer: Any, caption: str, weights: bool) -> tuple[list[int], list[float]]:
+    """The tokens of a caption, and their weights."""
     ids, scales = [], []
     for text, weight in weighted(caption) if weights else [(caption, 1.0)]:
         pieces = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         ids += pieces
         scales += [weight] * len(pieces)
-    if len(ids) > room:
-        log.warning("caption cut to %d of %d CLIP tokens: %s…", room, len(ids), caption[:80])
+    return ids, scales
+
+
+def tokenize(tokenizer: Any, caption: str, chunks: int, weights: bool) -> Tokens:
+    """A caption's tokens, cut to what `chunks` hold."""
+    length = _length(tokenizer)
+    room = (length - 2) * chunks
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids, scales = _ids(tokenizer, caption, weights)
     ids, scales = ids[:room], scales[:room]
     inside = [*ids, eos, *[pad] * room][: room + 1]  # the last is EOS where the caption fills the room
     rows = []

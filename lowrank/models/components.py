@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from lowrank.errors import Refused
+from lowrank.files import MODEL_JSON, TOKENIZER_BITS, parse_json, read_json
 from lowrank.models import published
 from lowrank.models.family import ROLES, Models, Source
 
 _WHOLE = 64 << 20  # files up to this size are hashed byte for byte
 _PIECE = 4096  # bytes
 _VERSIONS = ("transformers_version", "torch_dtype", "dtype")  # keys of JSON that are not hashed
+# keys of scales beside quantised weights, of several programs
+_QUANTISED = re.compile(r"scale_weight$|weight_scale(_2)?$|quant_state|\.absmax$|qweight$|scale_inv$")
 _HASHED = (".json", ".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".model", ".txt")
 
 
@@ -83,6 +86,7 @@ def load_component(kind: Any, source: Source, root: Path, name: str, **dtype: to
             folder, local_files_only=True, variant=source.variant, output_loading_info=True, **dtype
         )
     complete(name, folder, info)
+    check_scales(info.get("unexpected_keys") or (), folder)
     return ready(module, name, folder, source)
 
 
@@ -231,19 +235,32 @@ def complete(what: str, where: str | Path, info: Mapping[str, Any]) -> None:
             )
 
 
+def check_scales(names: Iterable[str], where: str | Path) -> None:
+    """Refuse weights that are quantised with scales beside them which no reader uses."""
+    if (key := next((name for name in names if _QUANTISED.search(name)), None)) is not None:
+        raise Refused(
+            f"{where} is quantised in a way that is not read here (it has {key}); give weights in bf16, fp16 "
+            "or float8, and quantise them with --base_storage"
+        )
+
+
 def finite(module: nn.Module, what: str, where: str | Path) -> None:
     """Refuse a module with a NaN or an infinity, naming the tensor. One pass over the memory."""
     for name, value in module.state_dict().items():
-        if value.is_floating_point() and not value.is_meta:
-            if value.dtype.itemsize == 1:
-                value = value.to(torch.float16)  # float8 has no sum
-            # the sum is not finite if one element is not
-            if not torch.isfinite(value.sum(dtype=torch.float32)):
-                if torch.isfinite(value).all():
-                    continue  # …but a sum may overflow where no element does
-                raise Refused(
-                    f"{name} of the {what} in {where} holds NaN or infinite values; download the file again"
-                )
+        finite_value(name, value, what, where)
+
+
+def finite_value(name: str, value: Tensor, what: str, where: str | Path) -> None:
+    """Refuse a tensor with a NaN or an infinity."""
+    if not value.is_floating_point() or value.is_meta:
+        return
+    if value.dtype.itemsize == 1:
+        value = value.to(torch.float16)  # float8 has no sum
+    # the sum is not finite if one element is not, but a sum may overflow where no element does
+    if not torch.isfinite(value.sum(dtype=torch.float32)) and not torch.isfinite(value).all():
+        raise Refused(
+            f"{name} of the {what} in {where} holds NaN or infinite values; download the file again"
+        )
 
 
 def _first_line(error: BaseException) -> str:
@@ -270,7 +287,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     if path.suffix == ".json":
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path, "model configuration", MODEL_JSON, bits=TOKENIZER_BITS)
         if isinstance(facts, dict):  # the program and version that saved it do not matter
             facts = {k: v for k, v in facts.items() if not k.startswith("_") and k not in _VERSIONS}
         yield json.dumps(facts, sort_keys=True).encode()
@@ -285,7 +302,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
         yield header
-        for _, tensor in sorted((k, v) for k, v in json.loads(header).items() if k != "__metadata__"):
+        for _, tensor in sorted((k, v) for k, v in parse_json(header, path).items() if k != "__metadata__"):
             start, end = tensor["data_offsets"]
             for at in (start, (start + end - _PIECE) // 2, end - _PIECE):
                 file.seek(8 + length + max(at, start))

@@ -11,7 +11,7 @@ import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -41,7 +41,7 @@ class Source:
     cache_dir: str | None = None
     dtype: torch.dtype = torch.bfloat16
     device: str | torch.device = "cpu"
-    stores_base: bool = False  # the denoiser is read into host memory; its layers are moved when stored
+    storage: str | None = None  # the denoiser goes into host memory tensor by tensor, in this kind
     vae: str | None = None  # replaces the model's own: a folder or a file
     vae_dtype: torch.dtype | None = None  # None: as `dtype`; float32 is --no_half_vae
     clip_l: str | None = None
@@ -68,6 +68,15 @@ class Models:
     # "denoiser", "vae", and of some families "scheduler": known without their weights
     configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     checkpoints: dict[str, Any] = field(default_factory=dict)  # single files that loading has opened
+
+
+class TokenCounts(NamedTuple):
+    """The tokens of captions, and how many of them a text encoder takes; the others are cut."""
+
+    encoder: str
+    limit: int
+    counts: list[int]
+    way_out: str  # an option that takes more tokens, or an empty text
 
 
 class Load(Protocol):
@@ -118,6 +127,7 @@ class Family(Generic[Options]):
     latents: Callable[[Models, Tensor, torch.Generator | None], Tensor]
     decode: Callable[[Models, Tensor], Tensor]  # (B, C, h, w) → (B, 3, H, W) in [−1, 1]
     encode_text: Callable[[Models, Sequence[str], Options], list[dict[str, Tensor]]]  # CPU, by caption
+    token_counts: Callable[[Models, Sequence[str], Options], TokenCounts]
     # keep only the encoders that adapters can train
     keep_trained_text: Callable[[Models, Options], list[nn.Module]]
     # the part of the conditions that comes from trained encoders, with gradient

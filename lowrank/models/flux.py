@@ -7,7 +7,6 @@ kohya sd-scripts' FLUX trainer, diffusers' FluxPipeline.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 
 from lowrank.config.flux import FluxModel
 from lowrank.errors import Refused
-from lowrank.models.family import Family, FamilyOptions, Models, latent_scale
+from lowrank.models.family import Family, FamilyOptions, Models, TokenCounts, latent_scale
 from lowrank.models.flux_load import add_flux_components, empty_text, load_flux, model_hash
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def encode_text(
     bool.
 
     Captions are encoded one by one, so that what is cached does not depend on its neighbours. A caption
-    longer than T5's length is cut, and named in the log.
+    longer than T5's length is cut.
     """
     encoded = []
     for caption in captions:
@@ -63,15 +60,21 @@ def encode_text(
     return encoded
 
 
+def token_counts(
+    models: Models, captions: Sequence[str], options: FluxOptions = FluxOptions()
+) -> TokenCounts:
+    """The tokens of each caption for T5, with the end token, and T5's limit; CLIP-L's 77 give one vector."""
+    tokenizer, limit = models.tokenizers[1], text_length(models, options)
+    counts = [len(tokenizer(caption, verbose=False).input_ids) for caption in captions]
+    return TokenCounts("T5", limit, counts, "give --t5xxl_max_token_length 512" if limit < 512 else "")
+
+
 def _t5(models: Models, captions: Sequence[str], options: FluxOptions) -> tuple[Tensor, Tensor]:
-    """T5's output (B, L, D₂) and the mask of its tokens (B, L) bool. Captions that are cut are logged."""
+    """T5's output (B, L, D₂) and the mask of its tokens (B, L) bool."""
     t5, tokenizer, length = models.text_encoders[1], models.tokenizers[1], text_length(models, options)
     tokens = tokenizer(
         list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
-    for caption, mask in zip(captions, tokens.attention_mask, strict=True):
-        if mask.all() and len(tokenizer(caption, verbose=False).input_ids) > length:
-            log.warning("caption cut to %d T5 tokens: %s…", length, caption[:80])
     hide = tokens.attention_mask.to(t5.device) if options.apply_t5_attn_mask else None
     hidden = t5(tokens.input_ids.to(t5.device), attention_mask=hide).last_hidden_state
     return hidden, tokens.attention_mask.bool()
@@ -268,6 +271,7 @@ FLUX: Family[FluxOptions] = Family(
     latents=latents,
     decode=decode,
     encode_text=encode_text,
+    token_counts=token_counts,
     keep_trained_text=keep_trained_text,
     trained_text=trained_text,
     empty=empty,

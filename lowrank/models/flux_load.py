@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from lowrank.errors import Refused
-from lowrank.models import components, flux_single, single
+from lowrank.files import TOKENIZER_BITS, read_json
+from lowrank.models import components, flux_single, single, stored_load
 from lowrank.models.components import component_folder, local_folder
 from lowrank.models.family import ROLES, Models, Source
 
@@ -88,13 +89,27 @@ def _vae(models: Models) -> nn.Module:
 
 def _denoiser(models: Models) -> nn.Module:
     source, root = models.source, models.root
-    if source.stores_base:
+    if source.storage:
+        if (readers := _transformer_readers(models)) is not None:
+            empty: Any = stored_load.empty_denoiser(FluxTransformer2DModel, models.configs["denoiser"])
+            named = partial(model_hash, models, "denoiser")
+            return stored_load.load_stored(empty, readers, root, source, named)
         source = replace(source, device="cpu")
     if single.is_file(root):
         return components.ready(flux_single.transformer(root, source.dtype), "transformer", root, source)
     return components.load_component(
         FluxTransformer2DModel, source, root, "transformer", torch_dtype=source.dtype
     )
+
+
+def _transformer_readers(models: Models) -> stored_load.Readers | None:
+    """The transformer's tensors by name; None where only a library can read them."""
+    if single.is_file(models.root):
+        return flux_single.transformer_readers(models.root)
+    folder = component_folder(models.root, "transformer", "FluxTransformer2DModel")
+    if "quantization_config" in models.configs["denoiser"]:
+        return None
+    return stored_load.folder_readers(folder, models.source.variant)
 
 
 def _text_encoders(models: Models) -> tuple[nn.Module, nn.Module]:
@@ -123,7 +138,7 @@ def empty_text(models: Models) -> list[tuple[nn.Module, int]]:
     clip = config(CLIPTextModel, "text_encoder", models.source.clip_l)
     t5 = config(T5EncoderModel, "text_encoder_2", models.source.t5xxl)
     tokenizer = models.root / "tokenizer_2" / "tokenizer_config.json"
-    facts = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else {}
+    facts = read_json(tokenizer, "tokenizer", bits=TOKENIZER_BITS) if tokenizer.is_file() else {}
     with torch.device("meta"):
         return [
             (CLIPTextModel(clip), clip.max_position_embeddings),

@@ -9,7 +9,8 @@ shapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,21 @@ def transformer(path: Path, dtype: torch.dtype) -> nn.Module:
         model = FluxTransformer2DModel(**transformer_config(file))
     tensors = (piece for key, value in file.read(file.shapes) for piece in to_diffusers(key, value))
     return fill(model, path, tensors, dtype)
+
+
+def transformer_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """The tensors of a DiT file under diffusers' names, each read when it is called."""
+    file = _file(path)
+    return {
+        name: partial(_piece, file, key, name)
+        for key, shape in file.shapes.items()
+        for name, _ in to_diffusers(key, torch.empty(shape, device="meta"))
+    }
+
+
+def _piece(file: Checkpoint, key: str, name: str) -> Tensor:
+    ((_, value),) = file.read([key])
+    return dict(to_diffusers(key, value))[name]
 
 
 def text_encoder(kind: Any, path: Path, dtype: torch.dtype) -> nn.Module:

@@ -8,7 +8,7 @@ Outputs and gradients are those of torch's own layers with the widened weight, b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.models.place import Stream
-from lowrank.models.storage import Format, plain_kind
+from lowrank.models.storage import Format, plain_kind, row_pieces
 
 
 class _Frozen:
@@ -28,6 +28,7 @@ class _Frozen:
 
     format: Format
     packed: Tensor | None  # the flat tensor, if the weight is on the device
+    original: Callable[[], Tensor] | None  # reads W as it was before it was stored, if the file is at hand
     row_norms: Tensor | None  # ‖w‖² of each row (O,) fp32 before it was quantised, for DoRA
     stream: Stream | None
     number: int  # of the layer in the stream
@@ -37,6 +38,13 @@ class _Frozen:
         """W in its shape and in the dtype that computes, as a tensor of its own."""
         dense = self.fetch()
         return dense.clone() if self.stream is not None and self.format.exact else dense
+
+    @property
+    def stored(self) -> Tensor:
+        """The flat tensor, on the device or in host memory."""
+        flat = self.packed if self.stream is None else self.stream.weights[self.number]
+        assert flat is not None
+        return flat
 
     def fetch(self) -> Tensor:
         """W, which may be a view of memory that the next `fetch` of another layer overwrites."""
@@ -103,6 +111,11 @@ def can_freeze(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module is a frozen layer."""
+    return isinstance(module, (Linear, Conv2d))
+
+
 def freeze(module: nn.Module) -> None:
     """Turn an nn.Linear or nn.Conv2d into its frozen kind, in place, with its weight unchanged."""
     if not can_freeze(module):
@@ -111,7 +124,7 @@ def freeze(module: nn.Module) -> None:
     assert weight is not None
     layer: Any = module
     layer.__class__ = Linear if isinstance(module, nn.Linear) else Conv2d
-    layer.stream, layer.number, layer.row_norms = None, -1, None
+    layer.stream, layer.number, layer.original, layer.row_norms = None, -1, None, None
     layer.format = Format(plain_kind(weight.dtype), tuple(weight.shape), weight.dtype)
     values = weight.detach().contiguous()
     layer.register_buffer("packed", values.view(-1).view(torch.uint8), persistent=False)
@@ -121,9 +134,14 @@ def store(layer: Any, kind: str | None) -> None:
     """Store a frozen layer's weight in another kind (None: leave it); row lengths are measured before."""
     if kind is None or kind == layer.format.kind:
         return
-    weight = layer.weight
-    layer.row_norms = torch.linalg.vector_norm(weight.flatten(1).float(), dim=1).square()
-    layer.format = Format(kind, layer.format.shape, layer.format.dtype)
+    pack(layer, layer.weight, kind, layer.format.dtype)
+
+
+def pack(layer: Any, weight: Tensor, kind: str, dtype: torch.dtype) -> None:
+    """Give a frozen layer a weight, stored in a kind, that computes in `dtype`."""
+    lengths = [torch.linalg.vector_norm(rows.flatten(1).float(), dim=1) for rows in row_pieces(weight)]
+    layer.row_norms = torch.cat(lengths).square()
+    layer.format = Format(kind, tuple(weight.shape), dtype)
     layer.packed = layer.format.store(weight)
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lowrank
-from lowrank.errors import Refused
-from lowrank.files import atomic, cache_folder
+from lowrank.files import atomic, cache_folder, read_json
 
 # file in configs/models by hub id
 KINDS = {
@@ -23,12 +22,7 @@ KINDS = {
 def configurations(kind: str) -> dict[str, dict[str, Any]]:
     """The configuration of each component of a published model: "sd15", "sd2", "sdxl" or "flux1-dev"."""
     path = Path(lowrank.__file__).resolve().parents[1] / "configs" / "models" / f"{kind}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refused(
-            f"the model configuration {path} cannot be read ({error}); install the program again"
-        ) from error
+    return read_json(path, "the model configuration", way_out="install the program again")
 
 
 def folder(repository: str) -> Path:

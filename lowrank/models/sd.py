@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank.config.sd import Generation, SdModel
 from lowrank.models import clip_text
-from lowrank.models.family import Family, FamilyOptions, Models, latent_scale
+from lowrank.models.family import Family, FamilyOptions, Models, TokenCounts, latent_scale
 from lowrank.models.pictures import check_sides, decode, encode_images, latents, to_pil
 from lowrank.models.samplers import build_sampler as sampler_of
 from lowrank.models.sd_load import add_sd_components, empty_text, is_v2, load_sd, model_hash
@@ -60,6 +60,11 @@ def conditions(models: Models, captions: Sequence[str], options: SdOptions = PLA
     return {
         "context": clip_text.hidden(models.text_encoders[0], tokens, options.clip_skip, final_norm=True)[0]
     }
+
+
+def token_counts(models: Models, captions: Sequence[str], options: SdOptions = PLAIN) -> TokenCounts:
+    """The tokens of each caption, and the limit of --max_token_length."""
+    return clip_text.token_counts(models.tokenizers[0], captions, options.chunks, options.weighted_captions)
 
 
 @torch.no_grad()
@@ -237,6 +242,7 @@ SD15: Family[SdOptions] = Family(
     latents=latents,
     decode=decode,
     encode_text=encode_text,
+    token_counts=token_counts,
     keep_trained_text=keep_trained_text,
     trained_text=conditions,
     empty=empty,

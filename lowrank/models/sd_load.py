@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lowrank.errors import Refused
-from lowrank.models import components, published, sd_single, single
+from lowrank.models import components, published, sd_single, single, stored_load
 from lowrank.models.components import component_folder, local_folder
 from lowrank.models.family import ROLES, Models, Source
 from lowrank.models.samplers import scheduler_from
@@ -187,12 +187,26 @@ def _vae(models: Models) -> nn.Module:
 
 def _denoiser(models: Models) -> nn.Module:
     source, root = models.source, models.root
-    if source.stores_base:
+    if source.storage:
+        if (readers := _unet_readers(models)) is not None:
+            empty = stored_load.empty_denoiser(UNet2DConditionModel, models.configs["denoiser"])
+            named = partial(model_hash, models, "denoiser")
+            return stored_load.load_stored(empty, readers, root, source, named)
         source = replace(source, device="cpu")
     if not root.is_file():
         return components.load_component(UNet2DConditionModel, source, root, "unet", torch_dtype=source.dtype)
     model = sd_single.unet(_file(models).under(sd_single.UNET), models.configs["denoiser"], source.dtype)
     return components.ready(model, "unet", root, source)
+
+
+def _unet_readers(models: Models) -> stored_load.Readers | None:
+    """The U-Net's tensors by name; None where only a library can read them."""
+    if models.root.is_file():
+        return sd_single.unet_readers(_file(models).under(sd_single.UNET), models.configs["denoiser"])
+    folder = component_folder(models.root, "unet", "UNet2DConditionModel")
+    if "quantization_config" in models.configs["denoiser"]:
+        return None
+    return stored_load.folder_readers(folder, models.source.variant)
 
 
 def _encoders(models: Models) -> tuple[tuple[str, str, type], ...]:

@@ -7,7 +7,8 @@ Sizes are read off the tensors' shapes, so that a file of any width and depth lo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,10 +108,31 @@ def unet(file: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype) -> nn.
     """The U-Net of a file as diffusers' UNet2DConditionModel in `dtype`."""
     with reading("U-Net", file.path), torch.device("meta"):
         model: Any = UNet2DConditionModel.from_config(dict(config))
-    blocks = unet_names.Blocks.of(model)
-    names = {unet_names.unet_name(name, blocks): name for name in model.state_dict()}
+    names = _unet_names(model)
     stored = file.read(original for original in names if original in file.shapes)
     return fill(model, file.path, ((names[original], value) for original, value in stored), dtype)
+
+
+def _unet_names(model: nn.Module) -> dict[str, str]:
+    """diffusers' names of a U-Net's tensors by their original names."""
+    blocks = unet_names.Blocks.of(model)
+    return {unet_names.unet_name(name, blocks): name for name in model.state_dict()}
+
+
+def unet_readers(file: Checkpoint, config: Mapping[str, Any]) -> dict[str, Callable[[], Tensor]]:
+    """The tensors of an original U-Net under diffusers' names, each read when it is called."""
+    with reading("U-Net", file.path), torch.device("meta"):
+        model: Any = UNet2DConditionModel.from_config(dict(config))
+    return {
+        name: partial(_tensor, file, original)
+        for original, name in _unet_names(model).items()
+        if original in file.shapes
+    }
+
+
+def _tensor(file: Checkpoint, name: str) -> Tensor:
+    ((_, value),) = file.read([name])
+    return value
 
 
 # ---------- text encoders

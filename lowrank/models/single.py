@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from lowrank.errors import Refused
+from lowrank.files import parse_json
+from lowrank.models import components
 from lowrank.models.components import complete, reading, without_bars
 from lowrank.models.family import Source
 from lowrank.tensors import read_tensors
@@ -23,6 +25,9 @@ from lowrank.tensors import read_tensors
 SUFFIXES = (".safetensors", ".sft")
 CONFIGS = "lowrank.configs"  # metadata: {part: configuration} where it is not as published
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# keys beside float8 weights, of ComfyUI and of kohya's scripts: scales, and what a product in float8 needs
+_SCALE = re.compile(r"(.+)\.(?:scale_weight|weight_scale)$")
+_UNREAD = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_input|input_scale|comfy_quant)$")
 
 
 def is_file(path: str | Path | None) -> bool:
@@ -49,6 +54,7 @@ class Checkpoint:
     shapes: Mapping[str, tuple[int, ...]]
     configs: Mapping[str, Any] = field(default_factory=dict)  # {part: what its shapes do not tell}
     pickled: Mapping[str, Tensor] | None = None  # what was taken out of a pickle, which is read as a whole
+    scales: Mapping[str, str] = field(default_factory=dict)  # key of a float8 weight -> key of its scales
 
     def under(self, *prefixes: str) -> Checkpoint:
         """The same file, seen through the first of the prefixes that occurs in it; empty if none does."""
@@ -61,25 +67,41 @@ class Checkpoint:
         )
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors as stored, one at a time."""
+        """The named tensors as stored, one at a time; scaled float8 weights in fp32."""
         if self.pickled is not None:
             yield from ((name, self.pickled[self.keys[name]]) for name in names)
             return
         with reading("checkpoint", self.path), safe_open(self.path, framework="pt") as file:
-            yield from ((name, file.get_tensor(self.keys[name])) for name in names)
+            for key, name in ((self.keys[name], name) for name in names):
+                value, scale = file.get_tensor(key), self.scales.get(key)
+                yield name, value if scale is None else _unscaled(value, file.get_tensor(scale))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The table of a checkpoint file. Of a pickle only tensors are taken, never code."""
-    path, configs, tensors = Path(path), {}, None
+    path, configs, tensors, float8 = Path(path), {}, None, set()
     if path.suffix in SUFFIXES:
         with reading("checkpoint", path), safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            configs = json.loads((file.metadata() or {}).get(CONFIGS, "{}"))
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(value.get_shape()) for key, value in slices.items()}
+            float8 = {key for key, value in slices.items() if value.get_dtype().startswith("F8")}
+            configs = parse_json((file.metadata() or {}).get(CONFIGS, "{}"), f"{CONFIGS} of {path}")
     else:
         tensors, _ = read_tensors(path)
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    return Checkpoint(path, {key: key for key in shapes}, shapes, configs, tensors)
+    scales = {f"{match[1]}.weight": key for key in shapes if (match := _SCALE.match(key))}
+    scales = {key: scale for key, scale in scales.items() if key in float8}
+    shapes = {key: s for key, s in shapes.items() if key not in scales.values() and not _UNREAD.search(key)}
+    components.check_scales(shapes, path)
+    return Checkpoint(path, {key: key for key in shapes}, shapes, configs, tensors, scales)
+
+
+def _unscaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """A float8 weight (O, I…) times its scales, in fp32: one number, one per row, or (O, n, 1) per group."""
+    wide, scale = weight.float(), scale.float()
+    if scale.dim() == 3:
+        return wide.view(*scale.shape[:2], -1).mul_(scale).view(weight.shape)
+    return wide.mul_(scale.reshape(-1, *(1,) * (wide.dim() - 1)))
 
 
 def fill(

@@ -35,7 +35,7 @@ _FP8 = torch.float8_e4m3fn
 _ALIGNED = 64  # bytes: where parts of the flat tensor begin
 _INT8_GROUP = 128  # inputs with one scale, where they divide the width
 _NF4_BLOCK, _NF4_GROUP = 64, 256  # values with one scale, and scales with one fp32
-_PIECE = 1 << 22  # values that are widened from NF4 at a time: bounds the fp32 temporaries
+_PIECE = 1 << 22  # values that are quantised, or widened from NF4, at a time: bounds the fp32 temporaries
 # quantiles of the normal distribution, QLoRA's appendix E
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -123,20 +123,29 @@ class Format:
         flat = torch.zeros(self.bytes, dtype=torch.uint8, device=weight.device)
         if not has_values(weight):
             return flat
-        values = self._quantised(weight.detach())
-        for part in self.parts:
-            _view(flat, part).copy_(values[part.name])
+        weight = weight.detach()
+        if self.kind == "nf4":
+            for name, value in _nf4(weight).items():
+                self._part(flat, name).copy_(value)
+            return flat
+        start = 0
+        for rows in row_pieces(weight):
+            for name, value in self._quantised(rows).items():
+                self._part(flat, name)[start : start + len(rows)].copy_(value)
+            start += len(rows)
         return flat
 
-    def _quantised(self, weight: Tensor) -> Mapping[str, Tensor]:
+    def _part(self, flat: Tensor, name: str) -> Tensor:
+        return _view(flat, next(part for part in self.parts if part.name == name))
+
+    def _quantised(self, rows: Tensor) -> Mapping[str, Tensor]:
+        """What is stored of some rows, in every kind but NF4, whose blocks do not end with rows."""
         if self.kind in PLAIN:
-            return {"values": weight}
+            return {"values": rows}
         if self.kind == "fp8":  # beyond the largest number a cast to float8 gives NaN
             top = torch.finfo(_FP8).max
-            return {"values": weight.clamp(-top, top)}
-        if self.kind == "fp8_scaled":
-            return _fp8_scaled(weight)
-        return _int8(weight, self._int8_group) if self.kind == "int8" else _nf4(weight)
+            return {"values": rows.clamp(-top, top)}
+        return _fp8_scaled(rows) if self.kind == "fp8_scaled" else _int8(rows, self._int8_group)
 
     def dense(self, flat: Tensor) -> Tensor:
         """The weight (O, I…) that a flat tensor holds, in the dtype that computes.
@@ -151,6 +160,11 @@ class Format:
             scales = values["scales"]
             weight = weight.view(*scales.shape, -1).mul_(scales[..., None]).view(self.shape)
         return weight
+
+
+def row_pieces(weight: Tensor) -> tuple[Tensor, ...]:
+    """A weight (O, I…) in pieces of whole rows, which bound the temporaries of what is computed from it."""
+    return weight.split(max(1, _PIECE * len(weight) // max(1, weight.numel())))
 
 
 def _view(flat: Tensor, part: Part) -> Tensor:
@@ -184,15 +198,15 @@ def _nf4(weight: Tensor) -> dict[str, Tensor]:
     borders = (table[1:] + table[:-1]) / 2
     size = weight.numel()
     blocks = math.ceil(size / _NF4_BLOCK)
-    values = F.pad(weight.reshape(-1), (0, blocks * _NF4_BLOCK - size)).view(blocks, _NF4_BLOCK)
-    largest = values.abs().amax(1).float()
+    flat, missing, step = weight.reshape(-1), blocks * _NF4_BLOCK - size, _PIECE // _NF4_BLOCK
+    values = (F.pad(flat, (0, missing)) if missing else flat).view(blocks, _NF4_BLOCK)
+    largest = torch.cat([piece.abs().amax(1).float() for piece in values.split(step)])
     offset = largest.mean().view(1)
     rest = F.pad(largest - offset, (0, -blocks % _NF4_GROUP)).view(-1, _NF4_GROUP)
     groups = rest.abs().amax(1)
     scales = (rest / torch.where(groups > 0, groups, torch.ones_like(groups))[:, None] * 127).round()
     divisor = torch.where(largest > 0, largest, torch.ones_like(largest))[:, None]
     packed = torch.empty(blocks, _NF4_BLOCK // 2, dtype=torch.uint8, device=weight.device)
-    step = _PIECE // _NF4_BLOCK
     for start in range(0, blocks, step):
         piece = slice(start, start + step)
         codes = torch.bucketize(values[piece].float() / divisor[piece], borders, out_int32=True)

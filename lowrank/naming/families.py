@@ -141,8 +141,8 @@ def model_of(
         if family not in (None, known):
             raise Refused(f"--family is {family}, and the base model is of {known}; leave --family out")
         return Model(known, per_block)
-    recorded = metadata.get("lowrank.layers_per_block", "")
-    counts = (int(recorded),) if recorded in ("1", "2", "3", "4") else PER_BLOCK
+    recorded = _recorded(metadata)
+    counts = (recorded,) if recorded else PER_BLOCK
     names = (family,) if family else FAMILIES
     fits = {
         name: count
@@ -160,6 +160,24 @@ def model_of(
     if count == 2 and not recorded and chosen != "flux":
         count = per_block_of({place.path for module in modules for place, _ in places(module)})
     return Model(chosen, count)
+
+
+def layers_per_block(
+    modules: Collection[str], metadata: Mapping[str, str], sizes: Mapping[str, tuple[int, int]] | None = None
+) -> int:
+    """Return the `layers_per_block` of the model that an adapter's modules belong to.
+
+    It is 2, as in SD and SDXL, where the file shows no other number, and for models that are not known here.
+    """
+    try:
+        return model_of(modules, metadata, sizes=sizes).per_block
+    except Refused:
+        return _recorded(metadata) or 2
+
+
+def _recorded(metadata: Mapping[str, str]) -> int | None:
+    recorded = metadata.get("lowrank.layers_per_block", "")
+    return int(recorded) if recorded in ("1", "2", "3", "4") else None
 
 
 def per_block_of_model(layers: Iterable[LayerPath]) -> int:

@@ -91,15 +91,16 @@ _FLAT = re.compile(
 )
 
 
-def flat_sdxl_name(flat: str) -> str:
+def flat_sdxl_name(flat: str, per_block: int = 2) -> str:
     """Return `unet_name` of SDXL for a path with underscores instead of dots.
 
-    `down_blocks_1_attentions_0_norm` is `input_blocks_4_1_norm`; original names are returned unchanged.
+    `down_blocks_1_attentions_0_norm` is `input_blocks_4_1_norm` if blocks have two layers; original names are
+    returned unchanged.
     """
     if match := _FLAT.match(flat):
         block = f"{match['side']}_blocks.{match['i']}" if match["side"] else "mid_block"
         path = f"{block}.{match['kind']}.{match['j']}.{match['suffix'][1:]}"
-        return unet_name(path, SDXL).replace(".", "_")
+        return unet_name(path, sdxl_blocks(per_block)).replace(".", "_")
     return {ours.replace(".", "_"): theirs.replace(".", "_") for ours, theirs in _TOP.items()}.get(flat, flat)
 
 

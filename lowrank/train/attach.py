@@ -13,14 +13,14 @@ from torch import nn
 
 from lowrank import adapter_file
 from lowrank.adapters.network import AdapterNetwork
-from lowrank.adapters.targets import as_passed
 from lowrank.errors import Refused
 from lowrank.models import blocks, memory
 from lowrank.models.family import DTYPES, Models, align, move, release
+from lowrank.models.storage import plain_kind
 from lowrank.naming.keys import is_text_encoder
 from lowrank.tensors import read_metadata, read_names
 from lowrank.train.job import RunningJob
-from lowrank.train.network_module import KohyaNetwork
+from lowrank.train.network_module import KohyaNetwork, merge_file
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,20 @@ logger = logging.getLogger(__name__)
 def load_components(job: RunningJob, models: Models, roles: tuple[str, ...]) -> None:
     """Load components, aligned in memory so that equal weights of any file give equal bits.
 
-    A denoiser that will be stored in another kind, swapped or sharded is loaded on the CPU, as no device may
-    have room for all of it; `adapt` moves it.
+    A denoiser that will be stored in another kind or swapped goes into host memory tensor by tensor, as no
+    device may have room for all of it; `adapt` moves it. One that adapters are merged into, or that is
+    sharded, is read there whole.
     """
     source, memory = models.source, job.options.memory
-    on_cpu = {"text": memory.text_encoders_on_cpu, "denoiser": bool(memory.storage or memory.blocks_to_swap)}
+    stored = memory.storage or (plain_kind(source.dtype) if memory.blocks_to_swap else None)
+    whole = job.sharding is not None or bool(stored and job.base_weights)
+    places = {
+        "text": replace(source, device="cpu") if memory.text_encoders_on_cpu else source,
+        "vae": source,
+        "denoiser": replace(source, device="cpu") if whole else replace(source, storage=stored),
+    }
     for role in roles:
-        if role == "denoiser" and job.sharding is not None:
-            source = replace(source, device="cpu")
-        models.source = replace(source, device="cpu") if on_cpu.get(role) else source
+        models.source = places[role]
         job.family.add(models, (role,))
     models.source = source
     align(models)
@@ -57,13 +62,9 @@ def changes_text(job: RunningJob) -> bool:
 
 def merge_base_weights(job: RunningJob, models: Models) -> None:
     """Merge --base_weights into the denoiser and the text encoders that are loaded, trained or not."""
-    passed = as_passed(models.text_encoders, models.denoiser)
+    encoders, strict = models.text_encoders, job.options.network.strict
     for path, strength in job.base_weights:
-        other, state = job.networks.create_network_from_weights(
-            strength, path, None, passed, models.denoiser, for_inference=True
-        )
-        logger.info("merging module: %s with multiplier %s", path, strength)
-        other.merge_to(passed, models.denoiser, state, None, next(models.denoiser.parameters()).device)
+        merge_file(job.networks, path, strength, encoders, models.denoiser, strict)
 
 
 def adapt(job: RunningJob, models: Models, encoders: list[nn.Module]) -> KohyaNetwork:

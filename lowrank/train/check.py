@@ -11,6 +11,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from lowrank.adapters.network import AdapterNetwork
+from lowrank.adapters.rates import decay_targets
 from lowrank.adapters.targets import as_passed
 from lowrank.config.train import TrainOptions, declared
 from lowrank.data import images
@@ -20,7 +22,7 @@ from lowrank.files import sha256, writable_folder
 from lowrank.models import blocks
 from lowrank.models.family import Models
 from lowrank.tensors import read_names
-from lowrank.train import checkpoints, network_module
+from lowrank.train import checkpoints, network_module, optim, setup
 from lowrank.train.attach import check_base
 from lowrank.train.checkpoints import KOHYAS, Checkpoint, Names
 from lowrank.train.job import RunningJob
@@ -88,7 +90,8 @@ def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNe
     blocks.swapped(denoiser, job.options.memory.blocks_to_swap)
     for path in (*(path for path, _ in job.base_weights), *([weights] if weights else [])):
         check_base(job, models, path)
-    if network_module.facade_of(job.networks) is None:
+    facade = network_module.facade_of(job.networks)
+    if facade is None:
         return None, None
     trains_text = job.options.trains_text
     encoders: tuple[nn.Module, ...] = ()
@@ -96,13 +99,17 @@ def rehearse(job: RunningJob, models: Models) -> tuple[nn.Module | None, KohyaNe
         encoders = tuple(encoder for encoder, _ in job.family.empty_text(models))
     for path, strength in job.base_weights:
         passed = as_passed(encoders, denoiser)
-        other, _ = job.networks.create_network_from_weights(
-            strength, path, None, passed, denoiser, for_inference=True
-        )
+        other, _, _ = facade.from_file(strength, path, passed, denoiser)
         report_unused(path, other.load_weights(path).unexpected_keys, job.options.network.strict)
     kept = replace(models, text_encoders=encoders)
     trained = job.family.keep_trained_text(kept, job.switches) if trains_text else []
-    return denoiser, job.create(denoiser, trained, weights, report=True)
+    network = job.create(denoiser, trained, weights, report=True)
+    optimizer = job.options.optimizer
+    rates = (optimizer.text_encoder_lr, optimizer.unet_lr, setup.base_rate(job))
+    groups, _ = network_module.optimizer_groups(network, *rates)
+    copies = isinstance(network, AdapterNetwork) and bool(decay_targets(network))
+    optim.check_groups(groups, optimizer, copies)
+    return denoiser, network
 
 
 # ------------------------------------------------------------------ a resumed run

@@ -25,6 +25,7 @@ from lowrank.adapters.layer import AdaptedLayer
 from lowrank.adapters.method import Updates
 from lowrank.adapters.network import AdapterNetwork
 from lowrank.data.loader import Loader
+from lowrank.files import read_json
 from lowrank.train.loop import Forward, batch_generator
 from lowrank.train.validation import ValidationLoss
 
@@ -87,7 +88,7 @@ class LayerSampler:
         (folder / FILE).write_text(json.dumps(self.importance, indent=1))
 
     def load(self, folder: Path) -> None:
-        self.importance = json.loads((folder / FILE).read_text())
+        self.importance = read_json(folder / FILE, "the importance of layers", way_out="use another state")
 
 
 def _standard(values: list[float | None]) -> Tensor:

@@ -41,9 +41,6 @@ _PUBLISHED = {
 _COMPLAINTS = (ValueError, TypeError, LookupError, AssertionError, AttributeError, OSError, RuntimeError)
 
 
-logger = logging.getLogger(__name__)
-
-
 class KohyaNetwork(nn.Module):
     """What a trainer calls of a network by kohya's contract, besides nn.Module's methods.
 
@@ -150,7 +147,7 @@ def create(
     before = _block_layers(denoiser)
     if facade is None:
         extra = {**({} if dropout is None else {"dropout": str(dropout)}), **arguments}
-        with _complaints_of(module, extra), _published(denoiser):
+        with _complaints_of(module, f"with --network_args {_text(extra)}"), _published(denoiser):
             network = _call(
                 module, denoiser, encoders, rank, alpha, dropout, extra, weights, dim_from_weights
             )
@@ -170,10 +167,8 @@ def create(
         )
     if weights:
         result = network.load_weights(weights)
-        if report or (facade is None and strict):
-            report_unused(weights, getattr(result, "unexpected_keys", ()), strict)
-        if facade is None:
-            _warn_not_loaded(module.__name__, weights, result)
+        if report or facade is None:
+            report_unused(weights, _unexpected(result), strict)
         if facade is not None and result.missing_keys:
             raise Refused(
                 f"{weights} lacks {len(result.missing_keys)} tensors of this network, for example "
@@ -196,6 +191,51 @@ def report_unused(path: str, unexpected: Sequence[str], strict: bool) -> None:
     logger.warning("%s", usage(path, tensors, unused))
 
 
+def _unexpected(result: Any) -> Sequence[str]:
+    """The keys that a network's `load_weights` reports as not loaded: torch's tuple, or LyCORIS' mapping."""
+    report = result if isinstance(result, Mapping) else {}
+    return getattr(result, "unexpected_keys", report.get("unexpected keys", ()))
+
+
+def merge_file(
+    module: ModuleType,
+    path: str,
+    strength: float,
+    text_encoders: Sequence[nn.Module],
+    denoiser: nn.Module,
+    strict: bool,
+) -> None:
+    """Add an adapter file to the weights of the models. Raises `Refused` for what a foreign module raises.
+
+    Tensors that a foreign network does not use are reported here, those of ours when the run is checked.
+    """
+    facade, device = facade_of(module), next(denoiser.parameters()).device
+    if facade is not None:
+        passed = as_passed(text_encoders, denoiser)
+        network, state, _ = facade.from_file(strength, path, passed, denoiser)
+    else:
+        passed = as_passed([_with_text_level(encoder) for encoder in text_encoders], denoiser)
+        complaints = _complaints_of(module, f"of --base_weights {path}", "leave the file out")
+        with complaints, _published(denoiser):
+            network, state = module.create_network_from_weights(
+                strength, path, None, passed, denoiser, for_inference=True
+            )
+        _report_merged(path, network, strict)
+    logger.info("merging module: %s with multiplier %s", path, strength)
+    network.merge_to(passed, denoiser, state, None, device)
+
+
+def _report_merged(path: str, network: Any, strict: bool) -> None:
+    """Report the tensors of a file that a foreign network made from that file has no layer for.
+
+    By kohya's contract its layers are in `unet_loras` and `text_encoder_loras`, each with a `lora_name`.
+    """
+    layers = [*getattr(network, "unet_loras", ()), *getattr(network, "text_encoder_loras", ())]
+    names = {getattr(layer, "lora_name", None) for layer in layers} - {None}
+    if names:
+        report_unused(path, [key for key in read_names(path) if key.partition(".")[0] not in names], strict)
+
+
 def _call(
     module: ModuleType,
     unet: nn.Module | None,
@@ -208,22 +248,14 @@ def _call(
     dim_from_weights: bool,
 ) -> Any:
     """The module's network by kohya's contract: with the ranks of a file, or with a rank and alpha."""
+    facade = facade_of(module)
+    if dim_from_weights and facade is not None:
+        return facade.from_file(1.0, weights, encoders, unet, None, **arguments)[0]
     if dim_from_weights:
         network, _ = module.create_network_from_weights(1.0, weights, None, encoders, unet, **arguments)
         return network
     alpha = 1.0 if alpha is None else alpha
     return module.create_network(1.0, rank, alpha, None, encoders, unet, neuron_dropout=dropout, **arguments)
-
-
-def _warn_not_loaded(name: str, file: str, result: Any) -> None:
-    """Warn of a file's tensors that a foreign network reports as not loaded."""
-    report = result if isinstance(result, Mapping) else {}
-    keys = getattr(result, "unexpected_keys", report.get("unexpected keys", ()))
-    if keys:
-        logger.warning(
-            "%s does not load %d tensors of %s, for example %s: they are for layers that it does not adapt",
-            *(name, len(keys), file, keys[0]),
-        )
 
 
 class _TextModel(nn.Module):
@@ -256,15 +288,15 @@ def _published(denoiser: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _complaints_of(module: ModuleType, arguments: Mapping[str, str]) -> Iterator[None]:
+def _complaints_of(module: ModuleType, of_what: str, way_out: str = "correct them") -> Iterator[None]:
     """Turn what a foreign module raises into one sentence that quotes it."""
     try:
         yield
     except _COMPLAINTS as error:
         message = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line
         raise Refused(
-            f"{module.__name__} makes no network with --network_args {_text(arguments)} "
-            f"({type(error).__name__}: {(message or '?').splitlines()[0]}); correct them"
+            f"{module.__name__} makes no network {of_what} "
+            f"({type(error).__name__}: {(message or '?').splitlines()[0]}); {way_out}"
         ) from error
 
 

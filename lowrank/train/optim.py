@@ -11,7 +11,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,6 +40,17 @@ class Chosen(NamedTuple):
     def relative_step(self) -> bool:
         """True for an Adafactor that sets its own rate."""
         return self.make.__name__ == "Adafactor" and bool(self.arguments.get("relative_step"))
+
+    @property
+    def one_rate(self) -> bool:
+        """True for an optimizer that finds one step size for all parameters."""
+        return self.make.__module__.split(".")[0] in ONE_RATE
+
+    @property
+    def weight_decay(self) -> float:
+        """The weight decay that is given, or the optimizer's own default."""
+        default = getattr(_parameters(self.make).get("weight_decay"), "default", 0.0)
+        return self.arguments.get("weight_decay", default)
 
 
 def chosen(options: Options) -> Chosen:
@@ -72,6 +83,20 @@ def chosen(options: Options) -> Chosen:
     return Chosen(make, arguments)
 
 
+def check_groups(groups: Iterable[Mapping[str, Any]], options: Options, copies: bool) -> None:
+    """Refuse early what `build_optimizer` and `decay_towards` refuse; `copies`: the latter has targets."""
+    picked = chosen(options)
+    if picked.one_rate:
+        refuse_several_rates(picked.make.__name__, _rates(groups, options))
+    if copies and picked.weight_decay and _uses_values(picked.make):
+        _refuse_decay(picked.make.__name__)
+
+
+def _rates(groups: Iterable[Mapping[str, Any]], options: Options) -> set[float]:
+    """The rates above 0 of the groups that have parameters."""
+    return {group.get("lr", options.learning_rate) for group in groups if group["params"]} - {0}
+
+
 def build_optimizer(
     groups: Iterable[Mapping[str, Any]], options: Options
 ) -> tuple[str, str, torch.optim.Optimizer]:
@@ -92,12 +117,12 @@ def build_optimizer(
     name = f"{make.__module__}.{make.__name__}"
     text = ",".join(f"{key}={value}" for key, value in arguments.items())
     rate: float | None = options.learning_rate
-    rates = {part.get("lr", rate) for part in parts} - {0}
+    rates = _rates(parts, options)
     if picked.relative_step:
         if len(rates) > 1:
             log.warning("Adafactor with relative_step sets its own rate; the parts' own rates have no effect")
         parts, rate = [{key: part[key] for key in part if key != "lr"} for part in parts], None
-    elif make.__module__.split(".")[0] in ONE_RATE:
+    elif picked.one_rate:
         refuse_several_rates(make.__name__, rates)
         if max(rates, default=1) <= 0.1:
             low = max(rates)
@@ -125,13 +150,8 @@ def decay_towards(optimizer: torch.optim.Optimizer, targets: Iterable[tuple[Tens
     pairs = [(parameter, start) for parameter, start in targets if id(parameter) in trained]
     if not pairs or not any(group.get("weight_decay") for group in optimizer.param_groups):
         return
-    name = type(optimizer).__name__
-    if schedule_free(optimizer) or name == "Adafactor":
-        raise Refused(
-            f"weight decay of {name} would pull this method's factors to 0, which erases the base model's "
-            "strongest directions; give --optimizer_args weight_decay=0, or use AdamW, whose decay to the "
-            "start is supported"
-        )
+    if _uses_values(optimizer):
+        _refuse_decay(type(optimizer).__name__)
 
     @torch.no_grad()
     def shift(sign: int) -> None:
@@ -140,6 +160,20 @@ def decay_towards(optimizer: torch.optim.Optimizer, targets: Iterable[tuple[Tens
 
     optimizer.register_step_pre_hook(lambda *_: shift(-1))
     optimizer.register_step_post_hook(lambda *_: shift(1))
+
+
+def _uses_values(optimizer: Any) -> bool:
+    """Whether an optimizer, or its class, uses a parameter's value for more than weight decay."""
+    make = optimizer if isinstance(optimizer, type) else type(optimizer)
+    return schedule_free(optimizer) or make.__name__ == "Adafactor"
+
+
+def _refuse_decay(name: str) -> NoReturn:
+    raise Refused(
+        f"weight decay of {name} would pull this method's factors to 0, which erases the base model's "
+        "strongest directions; give --optimizer_args weight_decay=0, or use AdamW, whose decay to the "
+        "start is supported"
+    )
 
 
 def schedule_free(optimizer: Any) -> bool:

@@ -22,7 +22,7 @@ from lowrank.models.family import Family, FamilyOptions, Models, move, release
 from lowrank.train.job import RunningJob
 from lowrank.train.preview_sheet import write_sheet
 from lowrank.train.prompts import Prompt, parse_lines, read_prompts
-from lowrank.train.text_conditions import stack_text
+from lowrank.train.text_conditions import log_cut, stack_text
 from lowrank.train.watch import evaluation_mode
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ def draw_files(
     texts = dict.fromkeys(
         text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or "")
     )
+    log_cut(family, models, list(texts), switches)
     encoded = {text: stack_text(family.encode_text(models, [text], switches)) for text in texts}
     release(models, ("text",))
     for path, (prompt, seed) in tqdm(files.items(), desc=title):

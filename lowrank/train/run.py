@@ -14,6 +14,7 @@ from lowrank.adapters.network import AdapterNetwork
 from lowrank.adapters.rates import decay_targets
 from lowrank.config.flag import pairs
 from lowrank.data.loader import Loader
+from lowrank.data.sources import training_datasets
 from lowrank.files import only_writer, remove_leftovers
 from lowrank.models import memory
 from lowrank.models.family import Models
@@ -96,7 +97,7 @@ def _launch(job: RunningJob) -> int:
     if not options.train.dry_run:
         data.make_class_images(job, source)
     loader = Loader(
-        data.training_datasets(options),
+        training_datasets(options),
         seed=job.seed,
         prior_loss_weight=options.prior.prior_loss_weight,
         skip_bad_images=options.data.skip_bad_images,
@@ -245,7 +246,8 @@ def _start_or_resume(
     if job.accelerator.is_main_process:
         begin_record(job.names, job.config(options), job.command, resumed=job.resumed is not None)
     setup.start_trackers(job)
-    setup.announce(job, run.loader, _plan(job, run.loader), run.network)
+    models = [run.denoiser, *run.text_encoders]
+    setup.announce(job, run.loader, _plan(job, run.loader), run.network, models)
     if job.resumed is None:
         abm_stage = abm.stage(options.abm, run, held_out) if options.abm.abm_enabled else None
         with memory.tf32(options.train.allow_tf32):

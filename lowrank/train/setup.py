@@ -6,8 +6,8 @@ import logging
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+from torch import nn
 
 from lowrank.config.train import TrainOptions
 from lowrank.data.loader import Loader
@@ -25,7 +26,7 @@ from lowrank.objective.objective import Objective
 from lowrank.train import processes
 from lowrank.train.job import RunningJob, TrainJob
 from lowrank.train.network_module import KohyaNetwork
-from lowrank.train.overview import describe_layers
+from lowrank.train.overview import describe_layers, describe_memory
 from lowrank.train.schedule import RunPlan
 
 logger = logging.getLogger(__name__)
@@ -77,12 +78,7 @@ def _trackers(options: TrainOptions, folder: Path) -> tuple[str | None, Path]:
         trackers = trackers or "tensorboard"
         logs = Path(logging.logging_dir) / ((logging.log_prefix or "") + time.strftime("%Y%m%d%H%M%S"))
     if trackers in ("wandb", "all"):
-        if find_spec("wandb") is None:
-            raise Refused(
-                f"--log_with {trackers} needs the package wandb; run pip install wandb, or give --log_with "
-                "tensorboard"
-            )
-        import wandb  # pyright: ignore[reportMissingImports]  # imported only if it is used
+        import wandb  # pyright: ignore[reportMissingImports]  # checked with the flags, and not required
 
         if logging.wandb_api_key:
             wandb.login(key=logging.wandb_api_key)
@@ -177,7 +173,6 @@ def run_source(job: RunningJob) -> Source:
         job.source,
         dtype=DTYPES[job.accelerator.mixed_precision],
         device=job.accelerator.device,
-        stores_base=bool(job.options.memory.storage or job.options.memory.blocks_to_swap),
         vae_dtype=torch.float32 if job.options.model.no_half_vae else None,
         weights=not job.options.train.dry_run,
     )
@@ -200,13 +195,19 @@ def check_prediction(objective: Objective, family: Family, models: Models) -> No
     )
 
 
-def announce(job: RunningJob, loader: Loader, plan: RunPlan, network: KohyaNetwork) -> None:
-    """Print the sizes of the run in kohya's wording, which GUIs parse."""
+def announce(
+    job: RunningJob, loader: Loader, plan: RunPlan, network: KohyaNetwork, models: Sequence[nn.Module]
+) -> None:
+    """Print the sizes of the run in kohya's wording, which GUIs parse.
+
+    `models` are the denoiser and the text encoders that are trained.
+    """
     if not job.accelerator.is_main_process:
         return
     train, counts = job.options.train, dataset_summary(loader)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    print("\n".join([*describe(loader), *describe_layers(network)]))
+    memory = describe_memory(models[0], models[1:], network)
+    print("\n".join([*describe(loader), *describe_layers(network), memory]))
     print(
         f"running training\n  num train images * repeats: {counts['num_train_images']}"
         f"\n  num reg images: {counts['num_reg_images']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from lowrank.errors import Refused
 from lowrank.files import cache_folder
 from lowrank.models.family import Family, FamilyOptions, Models, align, release
 from lowrank.train.job import RunningJob
+
+logger = logging.getLogger(__name__)
 
 
 def stack_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -101,6 +104,18 @@ def _trains_all(family: Family, models: Models, switches: FamilyOptions) -> bool
     return len(family.keep_trained_text(replace(models), switches)) == len(models.text_encoders)
 
 
+def log_cut(family: Family, models: Models, captions: Sequence[str], switches: FamilyOptions) -> None:
+    """Warn once about the captions that are longer than the text encoder takes, also if they are cached."""
+    encoder, limit, counts, way_out = family.token_counts(models, captions, switches)
+    cut = [(count, text) for count, text in zip(counts, captions, strict=True) if count > limit]
+    if cut:
+        count, text = max(cut)
+        logger.warning(
+            "%d of %d captions are longer than the %d tokens of %s and are cut; the longest has %d: %.60s…%s",
+            *(len(cut), len(captions), limit, encoder, count, text, f"; {way_out}" if way_out else ""),
+        )
+
+
 def text_conditions(
     job: RunningJob, models: Models, loaders: Sequence[Loader], drawn: Sequence[str]
 ) -> TextConditions:
@@ -108,6 +123,10 @@ def text_conditions(
     data, batch_size = job.options.data, job.options.train.train_batch_size
     listed = [loader.captions() for loader in loaders]
     captions = None if None in listed else sorted({text for texts in listed for text in texts or ()})
+    job.family.add(models, ("text",))
+    if job.accelerator.is_main_process:
+        every = {text for loader in loaders for image in loader.placed for text in image.example.captions}
+        log_cut(job.family, models, sorted(every) if captions is None else captions, job.switches)
     to_disk = data.cache_text_encoder_outputs_to_disk
     if captions is None and (to_disk or data.cache_text_encoder_outputs):
         raise Refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from toys import PLAIN, SHIPPED, shake
 from transformers import CLIPTextModel
 
+from lowrank.combine.mixture import read_mixture
+from lowrank.combine.rules import RULES, Merging, RuleOptions
+from lowrank.combine.selection import changeovers
 from lowrank.errors import Refused
 from lowrank.formats.read import read_adapter
 from lowrank.naming import keys
@@ -198,6 +202,30 @@ def test_strength_scales_change(case, nodes, trained):
     assert close(again.sample(case.x, case.sigmas), case.expected())
 
 
+@pytest.mark.parametrize("node", ["LowrankLoader", "LowrankMerge"])
+def test_unused_tensors_are_listed_or_refused(node, case, nodes, trained, tmp_path, caplog):
+    network = trained("lora")
+    state, metadata = read_tensors(tmp_path / "a.safetensors")
+    extra = {"clip_l": torch.ones(2, 768), "emb_params": torch.ones(2), "x.reft_R": torch.ones(2, 2)}
+    write_tensors(tmp_path / "b.safetensors", {**state, **extra}, metadata)
+    count = f"{len(state)} of {len(state) + 3} tensors"
+    left_out = "embedding × 2, unknown (reft_R) × 1, for example clip_l"
+    words = (
+        ("b.safetensors", 1.0) if node == "LowrankLoader" else ("a.safetensors", "b.safetensors", 0.0, 1.0)
+    )
+    run = nodes.NODE_CLASS_MAPPINGS[node]().run
+    with pytest.raises(Refused, match=rf"--strict, and 3 of {len(state) + 3} .*{re.escape(left_out)}"):
+        run(case.model, *words, strict=True)
+    caplog.set_level("INFO")
+    caplog.clear()
+    model, _ = run(case.model, *words)
+    lines = [r for r in caplog.records if "b.safetensors: " in r.getMessage()]
+    assert [r.levelname for r in lines] == ["WARNING"]
+    assert f"b.safetensors: {count} are used; left out: {left_out}" in lines[0].getMessage()
+    network.set_multiplier(1.0)
+    assert close(model.sample(case.x, case.sigmas), case.expected())
+
+
 def test_half_precision(case, nodes, trained):
     network = trained("tlora")
     with network.denoise_at(case.timesteps):
@@ -307,6 +335,41 @@ def test_masked_style_with_plain_content(case, nodes, trained):
     with style.denoise_at(case.timesteps):
         assert close(model.sample(case.x, case.sigmas), case.expected())
     assert content.method.magnitude is not None
+
+
+@pytest.mark.parametrize("rule", ["svd", "ties", "orthogonal"])
+def test_merge_by_a_rule(rule, case, nodes, trained, tmp_path):
+    """The patches are the factors that the rule gives, which tests/unit/combine/test_rules.py checks."""
+    files = [tmp_path / name for name in ("style.safetensors", "content.safetensors")]
+    networks = [trained("lora", file.name, seed) for seed, file in enumerate(files)]
+    for network in networks:
+        network.set_multiplier(0.0)
+    merge = nodes.NODE_CLASS_MAPPINGS["LowrankMerge"]().run
+    model, _ = merge(case.model, files[0].name, files[1].name, 0.7, 1.2, rule=rule, rank=3, density=0.4)
+    base = case.expected()
+    mixture = read_mixture(files, merging=Merging(RULES[rule], RuleOptions(rank=3, density=0.4)))
+    attached = mixture.attach(case.denoiser)
+    attached.set((0.7, 1.2))
+    wanted = case.expected()
+    attached.restore()
+    assert close(model.sample(case.x, case.sigmas), wanted) and not close(wanted, base, 1e-3)
+
+
+def test_merge_by_klora_chooses_for_each_sample(case, nodes, trained, tmp_path):
+    files = [tmp_path / name for name in ("style.safetensors", "content.safetensors")]
+    style, content = (trained("lora", file.name, seed) for seed, file in enumerate(files))
+    merge = nodes.NODE_CLASS_MAPPINGS["LowrankMerge"]().run
+    model, _ = merge(case.model, files[0].name, files[1].name, 0.7, 1.2, rule="klora")
+    alone = [read_mixture([file]).pairs for file in files]
+    ends = changeovers(*alone, RuleOptions())
+    done = 1 - case.timesteps.double() / 1000
+    for position, network in enumerate((style, content)):
+        for layer in network.layers():
+            end = ends[keys.flat(network.targets[layer.name].native or layer.name)]
+            uses = done >= end if position == 0 else done < end
+            layer.multiplier = (0.7, 1.2)[position] * uses.float()
+    assert close(model.sample(case.x, case.sigmas), case.expected())
+    assert any(0 < end < 1 for end in ends.values())  # the samples of the batch differ
 
 
 def test_merge_of_doras_does_not_depend_on_their_order(case, nodes, trained):

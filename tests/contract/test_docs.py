@@ -15,7 +15,11 @@ from repository import ROOT
 
 from lowrank.cli.resolve import with_network
 from lowrank.config.flag import pairs
+from lowrank.config.flux import FLUX_TRAIN
+from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
 from lowrank.config.tools import EXPORT, EXTRACT_LORA, IMPORT, INSPECT
+from lowrank.config.unsupported import IGNORED_BY_FLUX
+from lowrank.data import dataset_config
 from lowrank.train.network_module import facade_of, find_module
 from tools import draw_qr_method
 from tools.make_flags import SURFACES, TRAINERS, list_flags
@@ -402,3 +406,48 @@ def test_docs_checks_detect_mistakes(tmp_path):
         *("One two.", "Three four:", "five", "- six")
     ]
     assert long_lines("x" * 151 + "\n| " + "x" * 151 + "\n```\n" + "x" * 151 + "\n```\n") == ["x" * 151]
+
+
+# ---------- kohya
+
+
+def kohyas_flags(trainer: str) -> dict[str, object]:
+    return json.loads((ROOT / "tests/golden/kohya_flags.json").read_text())[trainer]
+
+
+def differences() -> list[str]:
+    """The first cells of the table of differences from kohya's scripts."""
+    text = (ROOT / "docs" / "kohya.md").read_text(encoding="utf-8")
+    section = text.partition("## Differences from kohya's scripts")[2].partition("\n## ")[0]
+    return [line.split("|")[1] for line in section.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.parametrize("trainer", ["sd", "sdxl", "flux"])
+def test_table_of_differences_from_kohya_is_complete(trainer):
+    """Flags that are refused or accepted without effect, and defaults that differ, are in the table."""
+    surface = {"sd": SD_TRAIN, "sdxl": SDXL_TRAIN, "flux": FLUX_TRAIN}[trainer]
+    specs = {alias[2:]: spec for spec in surface.specs.values() for alias in spec.names}
+    equal = {*IGNORED_BY_FLUX.split(), "v2", "clip_skip"}  # without effect there too, or refused there too
+    other = {*surface.refused, *surface.accepted, *surface.ignored} - equal
+    rows, theirs = differences(), kohyas_flags(trainer)
+    listed = {flag[2:] for row in rows for flag in FLAG.findall(row)}
+    unset = {flag[2:] for row in rows if "unset" in row for flag in FLAG.findall(row)}
+    off = (None, False, 0, [], ())
+    # None means these values: INFO, .caption, safetensors
+    named = {"console_log_level", "caption_extension", "save_model_as"}
+    assert not theirs.keys() - specs.keys() - other - equal
+    assert not (theirs.keys() & other) - listed
+    different = {
+        flag
+        for flag, default in theirs.items()
+        if flag in specs and specs[flag].default != default and str(specs[flag].default) != str(default)
+        if not (specs[flag].default in off and default in off)
+    }
+    assert not different - named - unset
+    assert {"resolution", "network_alpha"} < different  # it finds those that are there
+
+
+def test_dataset_keys_without_support_are_in_the_pages_of_kohya():
+    text = (ROOT / "docs" / "kohya.md").read_text(encoding="utf-8")
+    for key in (*dataset_config._WITHOUT_EFFECT, *dataset_config._UNSUPPORTED):
+        assert re.search(rf"`(--)?{key}`", text), key

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from lowrank import peft_config
 from lowrank.cli import export, importing, inspection, merge
+from lowrank.combine.shared_basis import read_updates
 from lowrank.errors import Refused
 from lowrank.formats.base_checkpoint import BaseCheckpoint
+from lowrank.formats.inspect import report as inspection_report
 from lowrank.formats.read import Adapter, read_adapter
 from lowrank.naming.families import layers_of, looks_like
 from lowrank.naming.places import LayerPath
+from networks import tlora
 from tools import make_tiny_sd
 
 UNET = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -495,6 +498,43 @@ def test_one_layer_in_a_block_is_recognised(one_layer):
         adapter = read_adapter(folder / "in.safetensors", base=base)
         assert adapter.per_block == 1 and {place.path for place in adapter.layers} == set(changes)
         assert max(apart(change(adapter, path), want) for path, want in changes.items()) <= 1e-6
+
+
+def test_one_layer_in_a_block_is_inspected(one_layer):
+    folder, changes = one_layer
+    layers = inspection_report(folder / "in.safetensors")["layers"]
+    assert {layer["path"] for layer in layers} == set(changes)
+
+
+def test_shared_basis_has_original_names_of_one_layer_in_a_block(one_layer, tmp_path):
+    """A file with diffusers' names gives the layers that a file with original names gives."""
+    folder, changes = one_layer
+    native = folder / "in.safetensors"
+    assert export.main([str(native), str(tmp_path / "d.safetensors"), "--to", "diffusers"]) == 0
+    updates, again = (read_updates(path).updates for path in (native, tmp_path / "d.safetensors"))
+    assert updates.keys() == again.keys() and len(updates) == len(changes)
+    for name, update in updates.items():
+        assert apart(product(again[name].up, again[name].down), product(update.up, update.down)) <= 1e-6
+
+
+def test_one_layer_in_a_block_goes_to_lycoris_tlora_and_back(tmp_path):
+    """Its names are diffusers'; those of the native file are SDXL's original ones."""
+    model = one_layer_unet()
+    arguments = {"use_data_init": "True", "sig_type": "principal", "target": "attn1.to_q"}
+    network = tlora.create_network(1.0, 2, 2.0, None, [], model, **arguments)
+    network.apply_to([], model, False, True)
+    for layer in network.layers():
+        torch.nn.init.normal_(layer.get_parameter("lambda_layer"))
+    facts = {"ss_base_model_version": "sdxl_base_v1-0", "lowrank.layers_per_block": "1"}
+    source, target, native = (str(tmp_path / f"{name}.safetensors") for name in ("in", "out", "native"))
+    network.save_weights(source, None, facts)
+    assert export.main([source, target, "--to", "lycoris-tlora"]) == 0
+    paths = {target.path for target in network.targets.values()}
+    names = {key.partition(".")[0] for key in load_file(target)}
+    assert names == {f"lycoris_{path.replace('.', '_')}" for path in paths}
+    model.save_pretrained(tmp_path / "base" / "unet")
+    assert importing.main([target, native, "--model", str(tmp_path / "base")]) == 0
+    assert load_file(native).keys() == load_file(source).keys()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ FOUNDATION = {
     "files": {"errors"},
     "tensors": {"errors", "files"},
     "naming": {"errors"},
-    "peft_config": {"errors"},
+    "peft_config": {"errors", "files"},
     "peft_folder": {"errors", "tensors", "peft_config"},
     "unused_keys": {"errors"},
     "adapter_file": {"errors", "tensors", "naming", "peft_config", "peft_folder", "unused_keys"},
@@ -172,6 +172,18 @@ def test_modules_are_imported_by_name_in_few_places():
             finders |= {name(file)} if called.endswith("find_module") else set()
     # cli/run.py has two: a command line, and its program
     assert sorted(importers) == sorted([*IMPORTERS, "lowrank/cli/run.py"]) and finders == FIND_MODULE
+
+
+def test_json_is_read_with_bounds():
+    """Files of strangers are read by `files.parse_json`, which bounds depth and numbers."""
+    for file in python_files("lowrank", "networks", "comfyui"):
+        for node in (node for node in ast.walk(parsed(file)) if isinstance(node, ast.Call)):
+            called, words = ast.unparse(node.func), [ast.unparse(word) for word in node.args]
+            copied = words and words[0].startswith("json.dumps(")  # a value as it would be read back
+            raw = called in ("json.loads", "json.load") and not copied
+            assert not raw or name(file) == "lowrank/files.py", (
+                f"{name(file)}:{node.lineno}: use files.parse_json or files.read_json"
+            )
 
 
 def test_networks_has_no_init():

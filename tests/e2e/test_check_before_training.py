@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,38 @@ def files(folder: Path) -> dict[Path, bytes]:
 # ---------- files and folders
 
 
+@pytest.fixture(scope="module")
+def partly_used(trained, tmp_path_factory):
+    """The file of `trained` with a layer that no model has and a norm, and the number of its tensors."""
+    state = load_file(trained / "cat.safetensors")
+    layer = next(key for key in state if key.endswith("to_q.lora_up.weight")).removesuffix("lora_up.weight")
+    for end in ("lora_up.weight", "lora_down.weight", "alpha"):
+        state[layer.replace("down_blocks_", "down_blocks_9") + end] = state[layer + end].clone()
+    state["lora_unet_conv_norm_out.w_norm"] = torch.ones(32)
+    path = tmp_path_factory.mktemp("partly") / "partly.safetensors"
+    save_file(state, path)
+    return path, len(state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["networks.lora", "lycoris.kohya"])
+@pytest.mark.parametrize("flag", ["--network_weights", "--base_weights"])
+def test_unused_tensors_are_reported_once_or_refused(flag, module, arguments, partly_used, caplog):
+    if module == "lycoris.kohya":
+        pytest.importorskip("lycoris")
+    path, count = partly_used
+    used, left_out = count - 4, "layer without an adapter here × 3, norm × 1, for example lora_unet_conv_"
+    if (flag, module) == ("--base_weights", "lycoris.kohya"):  # LyCORIS merges norms
+        used, left_out = count - 3, "layer without an adapter here × 3, for example lora_unet_down_blocks_90"
+    line = (flag, str(path), "--network_module", module, "--network_train_unet_only", "--max_train_steps=1")
+    with pytest.raises(Refused, match=rf"--strict, and [34] of {count} tensors of .* left out: {left_out}"):
+        sd(arguments("strict", *line, "--strict"))
+    caplog.clear()
+    assert sd(arguments("run", *line)) == 0
+    (report,) = [r.getMessage() for r in caplog.records if f"{path}: " in r.getMessage()]
+    assert f"{used} of {count} tensors are used; left out: {left_out}" in report
+
+
 @pytest.mark.parametrize("flag", ["--network_weights", "--base_weights"])
 @pytest.mark.parametrize(
     ("kind", "said"),
@@ -80,6 +115,29 @@ def test_unusable_file_is_refused(flag, kind, said, early, trained, tmp_path):
         save_file({k: v[:-8] if "lora_up" in k else v for k, v in state.items()}, path)
     told = early(flag, str(path))
     assert path.name in told and said in told
+
+
+@pytest.fixture
+def prodigy(monkeypatch):
+    """A package of that name; its optimizer is never made."""
+    module = types.ModuleType("prodigyopt")
+    module.__spec__ = importlib.machinery.ModuleSpec("prodigyopt", None)
+    module.Prodigy = type("Prodigy", (torch.optim.SGD,), {"__module__": "prodigyopt"})
+    monkeypatch.setitem(sys.modules, "prodigyopt", module)
+
+
+@pytest.mark.parametrize("rule", ["module_rules=attn1 -> lr=0.5", "module_rules=te -> lr=0.5"])
+def test_rates_of_rules_are_refused_before_pictures(rule, early, prodigy, arguments):
+    line = ("--optimizer_type", "Prodigy", "--learning_rate", "1", "--network_args", rule)
+    if "attn1" in rule:
+        assert "their rates must be equal, but they are 0.5, 1" in early(*line)
+    else:  # of a part that is not trained
+        assert sd(arguments("other", "--network_train_unet_only", "--dry_run", *line)) == 0
+
+
+def test_weight_decay_that_erases_the_base_is_refused_before_pictures(early):
+    line = ("--network_module", "networks.qrlora", "--optimizer_type", "AdaFactor", "--optimizer_args")
+    assert "would pull this method's factors to 0" in early(*line, "weight_decay=0.1")
 
 
 def test_unwritable_log_folder_is_refused(early, tmp_path):

@@ -110,6 +110,49 @@ def test_grid_and_merged_files(kind, method, adapters, tmp_path):
     assert numpy.abs(live - pixels(again / "inference_s1.00_c0.00.png")).max() <= 1
 
 
+def test_rules_that_depend_on_the_model(adapters, tmp_path, capsys):
+    """K-LoRA follows the steps, ZipLoRA learns on the model, and its file draws what was drawn."""
+    model, style, content = adapters("sd", "lora")
+    grid = ("--style_weights", "1.0", "--content_weights", "1.0")
+    prompts = ("--style_prompt", "a cat in <s> style", "--content_prompt", "a <c> dog")
+    given = {
+        "sum": (),
+        "klora": ("--merge", "klora"),
+        "ziplora": ("--merge", "ziplora", "--merge_steps", "3", *prompts, "--save_merged"),
+    }
+    drawn_by = {}
+    for rule, flags in given.items():
+        assert merge(line(model, style, content, tmp_path / rule, *grid, *flags)) == 0
+        picture = tmp_path / rule / "inference_s1.00_c1.00.png"
+        drawn_by[rule] = pixels(picture)
+        assert (f"Merge: {rule}" in Image.open(picture).text["parameters"]) == (rule != "sum")
+    assert len({cell.tobytes() for cell in drawn_by.values()}) == 3
+    assert "ziplora: 3 steps, loss" in capsys.readouterr().out
+    saved = tmp_path / "ziplora" / "merged_s1.00_c1.00.safetensors"
+    half = ("--style_weights", "1.0", "--content_weights", "0.0")
+    assert merge(line(model, saved, saved, tmp_path / "again", *half)) == 0
+    again = pixels(tmp_path / "again" / "inference_s1.00_c0.00.png")
+    assert numpy.abs(drawn_by["ziplora"] - again).max() <= 1
+    with pytest.raises(Refused, match="chooses an adapter at each step"):
+        merge(line(model, style, content, tmp_path / "k", *grid, "--merge", "klora", "--save_merged"))
+
+
+def test_blora_takes_one_block_of_each_file(adapters, tmp_path):
+    model, style, content = adapters("sdxl", "lora", "--network_train_unet_only")
+    grid = ("--style_weights", "1.0", "--content_weights", "1.0", "--merge", "blora")
+    assert merge(line(model, style, content, tmp_path / "out", *grid, "--save_merged", "--skip_images")) == 0
+    made = read_adapter(tmp_path / "out" / "merged_s1.00_c1.00.safetensors", "sdxl")
+    assert {place.path[:24] for place in made.layers} == {
+        "up_blocks.0.attentions.0",
+        "up_blocks.0.attentions.1",
+    }
+    for number, source in (("0", content), ("1", style)):
+        alone = read_adapter(source, "sdxl")
+        for place, layer in made.layers.items():
+            if place.path.startswith(f"up_blocks.0.attentions.{number}."):
+                assert torch.allclose(layer.delta(), alone.layers[place].delta(), atol=1e-7)
+
+
 def test_extra_adapters_and_layer_strengths(adapters, tmp_path):
     """DoRA runs live beside the sum; a further file at −0.5 takes as much of itself away again."""
     model, style, content = adapters("sd", "lora")

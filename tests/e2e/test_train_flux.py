@@ -41,6 +41,11 @@ METHODS = {
         *("--network_module", "tlora", "--train_batch_size", "2", "--gradient_checkpointing"),
         *("--validation_prompt", "a cat", "--num_validation_images", "1"),
     ),
+    # the basis is computed again, from the weights before they are stored
+    "stored base, no basis in files": (
+        *("--network_module", "delta_r", "--network_args", "save_basis=none"),
+        *("--base_storage", "nf4", "--mixed_precision", "bf16", "--max_grad_norm", "0"),
+    ),
     "lycoris": ("--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp"),
 }
 

@@ -414,6 +414,92 @@ def test_unknown_sampler_is_left_out(arguments, tmp_path, caplog):
     assert "Sampler: ddim" in Image.open(picture).text["parameters"]
 
 
+# ---------- metadata
+
+
+def test_metadata_of_each_file_are_kohyas(arguments, folders, tmp_path):
+    """sd-scripts' train_network.py: epochs of step files count those that ended, the others their epoch."""
+    more = ("--reg_data_dir", str(folders / "reg"), "--unet_lr", "1e-3", "--text_encoder_lr", "5e-4")
+    more += ("--save_every_n_steps", "1", "--save_every_n_epochs", "1", "--max_train_epochs", "2")
+    more += ("--train_batch_size", "4", "--optimizer_args", "weight_decay=0.05", "betas=(0.8,0.9)")
+    more += ("--ip_noise_gamma", "0.1", "--scale_weight_norms", "1", "--logging_dir", str(tmp_path / "logs"))
+    line = arguments("run", *more, "--output_name", "cat.safetensors")
+    del line[line.index("--max_train_steps") : line.index("--max_train_steps") + 2]
+    assert sd(line) == 0
+    run = tmp_path / "run"
+    files = {path.name: metadata(path) for path in sorted(run.glob("*.safetensors"))}
+    epochs = {name: (facts["ss_epoch"], facts["ss_steps"]) for name, facts in files.items()}
+    steps = int(files["cat.safetensors"]["ss_num_batches_per_epoch"])
+    assert steps == 3  # 6 training and 6 of 2 regularisation images, in batches of 4
+    assert epochs == {
+        "cat-000001.safetensors": ("1", "3"),
+        "cat-step00000001.safetensors": ("0", "1"),
+        "cat-step00000002.safetensors": ("0", "2"),
+        "cat-step00000003.safetensors": ("0", "3"),
+        "cat-step00000004.safetensors": ("1", "4"),
+        "cat-step00000005.safetensors": ("1", "5"),
+        "cat.safetensors": ("2", "6"),
+    }
+    for facts in files.values():
+        assert facts["ss_num_reg_images"] == "2"
+        assert facts["ss_optimizer"] == "torch.optim.adamw.AdamW(weight_decay=0.05,betas=(0.8, 0.9))"
+        assert (facts["ss_unet_lr"], facts["ss_text_encoder_lr"]) == ("0.001", "0.0005")
+        assert facts["ss_ip_noise_gamma"] == "0.1" and facts["ss_output_name"] == "cat"
+        assert facts["modelspec.implementation_version"].startswith("lowrank/")
+        assert facts["modelspec.title"] == "cat"
+    dates = [files[name]["modelspec.date"] for name in ("cat-step00000001.safetensors", "cat.safetensors")]
+    parsed = [time.mktime(time.strptime(date, "%Y-%m-%dT%H:%M:%S")) for date in dates]
+    finished_at = [float(facts["ss_training_finished_at"]) for facts in files.values()]
+    assert parsed[0] <= parsed[1] and abs(parsed[1] - max(finished_at)) < 2  # each file has its own
+    norms = scalars(tmp_path / "logs")
+    assert norms["norm/avg_key_norm"] == norms["max_norm/average_key_norm"]
+    assert len(norms["max_norm/max_key_norm"]) == len(norms["max_norm/keys_scaled"]) == 6
+
+
+def test_metadata_of_unset_options_are_kohyas(arguments, tmp_path):
+    assert sd(arguments("run", "--max_train_steps", "1")) == 0
+    facts = metadata(tmp_path / "run" / "cat.safetensors")
+    assert facts["ss_ip_noise_gamma"] == facts["ss_text_encoder_lr"] == facts["ss_unet_lr"] == "None"
+    assert facts["ss_num_reg_images"] == "0" and facts["ss_optimizer"] == "torch.optim.adamw.AdamW"
+
+
+# ---------- what a run prints
+
+
+def test_start_of_a_run_names_what_is_trained(arguments, folders, tmp_path, capsys, caplog):
+    more = ("--reg_data_dir", str(folders / "reg"), "--enable_bucket", "--min_bucket_reso", "32")
+    line = arguments("run", *more, "--bucket_reso_steps", "8", "--max_train_steps", "1")
+    assert sd(line) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "dataset 0: 64×64, batch 1",
+        f"{folders / 'train' / '2_cat'}: 3 training images × 2, 3 with captions",
+        f"{folders / 'reg' / '1_animal'}: 2 regularisation images × 1, 0 with captions",
+        "bucket 64x64: ",
+        "text encoder: 18 layers (attention 12, feed-forward 6)",
+        "denoiser: 192 layers (attention 128, ",
+        "total optimization steps: 1",
+        "memory of weights (GiB): denoiser 0.",
+        "--dry_run predicts the peak",
+    ):
+        assert text in printed, text
+    assert "2 of 2 images have no .caption file and train on 'animal': 0.png, 1.png" in caplog.text
+
+
+def test_captions_over_the_limit_are_named_once(arguments, folders, tmp_path, caplog):
+    """Also where they are found in the cache, and where a trained encoder encodes them at every step."""
+    shutil.copytree(folders / "train", tmp_path / "train")
+    (tmp_path / "train" / "2_cat" / "0.caption").write_text("cat " * 90)
+    data = ("--train_data_dir", str(tmp_path / "train"), "--max_train_steps", "2")
+    cached = ("--network_train_unet_only", "--cache_text_encoder_outputs_to_disk")
+    for more in (cached, cached, ()):
+        caplog.clear()
+        assert sd(arguments(f"run{len(more)}", *data, *more)) == 0
+        (report,) = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
+        assert "1 of 3 captions are longer than the 75 tokens of CLIP and are cut" in report
+        assert "the longest has 90: cat cat" in report and report.endswith("give --max_token_length 225")
+
+
 # ---------- dry run
 
 

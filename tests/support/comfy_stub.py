@@ -332,7 +332,7 @@ def install_schema(monkeypatch: Any) -> None:
     io = types.SimpleNamespace(
         Model=_schema_type(), Clip=_schema_type(), Float=_schema_type(*numbers), Int=_schema_type(*numbers),
         Boolean=_schema_type("default"),
-        Combo=_schema_type("options"), Schema=types.SimpleNamespace, ComfyNode=object,
+        Combo=_schema_type("options", "default"), Schema=types.SimpleNamespace, ComfyNode=object,
         NodeOutput=lambda *results: results,
     )  # fmt: skip
     latest: Any = types.ModuleType("comfy_api.latest")

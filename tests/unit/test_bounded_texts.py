@@ -10,7 +10,7 @@ import pytest
 
 from lowrank.config.flag import fields_of, literals, option, path, resolution, steps_or_share
 from lowrank.errors import LONGEST, Refused
-from lowrank.files import parse_json, parse_toml, read_text
+from lowrank.files import TOKENIZER_BITS, parse_json, parse_toml, read_json, read_text
 from lowrank.models.weighting import weighted
 
 DEEP = [("[", "]"), ('{"a":', "}")]
@@ -33,6 +33,24 @@ def test_long_integers_are_refused(number):
     for text in (number, f"0x{number}"):
         with pytest.raises(Refused, match="is not TOML"):
             parse_toml(f"a = {text}", "x.toml")
+
+
+def test_settings_of_models_are_bounded(tmp_path):
+    """transformers writes int(1e30) where a tokenizer has no limit; longer numbers and depth are refused."""
+    path = tmp_path / "tokenizer_config.json"
+    for text, reason in (
+        (f'{{"model_max_length": {int(1e30)}}}', ""),
+        ('{"a": ' + "1" * 60 + "}", "over 128 bits"),
+        ("[" * 70 + "]" * 70, "64 levels"),
+    ):
+        path.write_text(text)
+        if reason:
+            with pytest.raises(Refused, match=f"tokenizer .*tokenizer_config.json is not JSON: .*{reason}"):
+                read_json(path, "tokenizer", bits=TOKENIZER_BITS)
+        else:
+            assert read_json(path, "tokenizer", bits=TOKENIZER_BITS) == {"model_max_length": int(1e30)}
+            with pytest.raises(Refused, match="over 64 bits"):
+                read_json(path, "tokenizer")
 
 
 def test_dotted_keys_take_no_quadratic_time():

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank.cli import similarity
-from lowrank.cli.similarity import main
+from lowrank.cli.similarity import _remark, main
 from lowrank.combine import compare as maths
 from lowrank.errors import Refused
 
@@ -291,6 +291,19 @@ def test_layers_of_another_model_and_torn_factors_are_refused(role, shape, sente
 )
 def test_thresholds_of_the_demo_guide(matrix, mean, verdict):
     assert maths.judge(matrix, mean) == verdict
+
+
+@pytest.mark.parametrize(
+    ("outside", "verdict"), [(0.0, "ideal"), (0.05, "ideal"), (0.06, "warn"), (0.56, "warn")]
+)
+def test_low_mean_is_not_separation_if_layers_leave_the_null_band(outside, verdict):
+    assert maths.judge("deltaW", 0.02, outside) == maths.judge("deltaR", -0.02, outside) == verdict
+    assert maths.judge("deltaW", 0.6, outside) == "problem" and maths.judge("Q", 0.999, outside) == "ideal"
+
+
+def test_remark_names_the_layers_outside_the_null_band():
+    assert "56% of the layers are more alike" in _remark("deltaW", 0.01, 0.56)
+    assert "independent random matrices; see" in _remark("deltaW", 0.01, 0.0)
 
 
 def test_statistics_against_numbers_worked_by_hand():

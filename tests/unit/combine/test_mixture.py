@@ -131,7 +131,10 @@ def test_an_export_of_another_adapter_is_another(saved, tmp_path):
 def test_native_lora_loads_through_the_stock_pipeline_loader(flux, saved):
     from diffusers.loaders import FluxLoraLoaderMixin
 
-    state, alphas = FluxLoraLoaderMixin.lora_state_dict(str(saved("lora", 1, alpha=2.0)), return_alphas=True)
+    file = saved("lora", 1, alpha=2.0)
+    state, alphas = FluxLoraLoaderMixin.lora_state_dict(
+        str(file.parent), weight_name=file.name, return_alphas=True
+    )
     flux.load_lora_adapter(state, network_alphas=alphas, prefix="transformer")
     scalings = {
         float(module.scaling["default_0"]) for _, module in flux.named_modules() if hasattr(module, "scaling")

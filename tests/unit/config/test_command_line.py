@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ from lowrank.config.command_line import CommandLine, ConfigFile
 from lowrank.config.flag import literals, option, pairs
 from lowrank.config.flags_training import Optimizer
 from lowrank.config.flux import FLUX_TRAIN
+from lowrank.config.merge import INFERENCE_MERGE
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
-from lowrank.config.tools import INFERENCE_MERGE, SAVE_RESIDUAL, VISUALIZE_SIMILARITY
+from lowrank.config.tools import SAVE_RESIDUAL, VISUALIZE_SIMILARITY
 from lowrank.errors import Refused
 from lowrank.objective.flow import Flow as FlowObjective
 
@@ -321,13 +323,50 @@ def test_numbers_have_an_upper_limit(flag, value, high):
     assert flux(f"--{flag}", str(high))
 
 
-def test_help_lists_every_name(capsys):
+def help_of(capsys, *words: str, surface=FLUX_TRAIN) -> str:
     with pytest.raises(SystemExit) as caught:
-        FLUX_TRAIN.parse(["--help"])
+        surface.parse(["--help", *words])
     assert caught.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_whole_help_lists_every_name(capsys):
+    text = help_of(capsys, "all")
     assert all(name in text for spec in FLUX_TRAIN.specs.values() for name in spec.names)
     assert "--no-cache_latents" not in text and "%%" not in text
+
+
+@pytest.mark.parametrize("surface", [SD_TRAIN, SDXL_TRAIN, FLUX_TRAIN], ids=lambda line: line.prog)
+def test_short_help_has_fifteen_flags_and_an_example_that_parses(surface, capsys):
+    text = help_of(capsys, surface=surface)
+    shown = [name for name, spec in surface.specs.items() if re.search(rf"^  --{name}\b", text, re.MULTILINE)]
+    assert shown == [name for name, spec in surface.specs.items() if spec.flag.essential]
+    assert len(shown) == 15 and f"{len(surface.specs)} flags in all" in text
+    example = text[text.index("accelerate launch") :].split("\n\n")[0]
+    script, *words = shlex.split(example.replace("\\\n", " "))[2:]
+    assert script == surface.prog
+    assert {word[2:] for word in words if word.startswith("--")} <= set(shown)
+    assert surface.parse(words).options
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_help_by_group_and_by_word(capsys):
+    groups = help_of(capsys, "groups")
+    assert all(f"--{name}" in groups for name in FLUX_TRAIN.specs)
+    assert "Pictures (--help pictures):" in groups
+    pictures = help_of(capsys, "pictures")
+    assert "--train_data_dir" in pictures and "--learning_rate" not in pictures
+    assert "threshold of the Huber loss" in help_of(capsys, "huber_c")
+    for line in re.findall(r"--help ([a-z-]+)\)", groups):
+        assert help_of(capsys, line)
+    with pytest.raises(SystemExit) as caught:
+        FLUX_TRAIN.parse(["--help", "nonsense"])
+    assert caught.value.code == 2 and "--help groups lists them" in capsys.readouterr().err
+
+
+def test_help_of_a_small_script_is_whole(capsys):
+    text = help_of(capsys, surface=SAVE_RESIDUAL)
+    assert all(f"--{name}" in text for name in SAVE_RESIDUAL.specs)
 
 
 # ---------- Refused: what needs the whole command line
@@ -613,6 +652,27 @@ def test_words_beyond_the_positional_flags_are_an_error(capsys):
     with pytest.raises(SystemExit):
         CommandLine("toy.py", "", ToyGroup, positional=("size",)).parse(["5", "a"])
     assert "'a' belongs to no flag" in capsys.readouterr().err
+
+
+def test_flags_of_another_merge_rule_are_refused():
+    given = {
+        "model_path": "m",
+        "style_lora_path": "s",
+        "content_lora_path": "c",
+        "output_dir": "o",
+        "prompt": "p",
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    assert (
+        INFERENCE_MERGE.parse([*words, "--merge", "ties", "--merge_density", "0.3"]).options.merge_density
+        == 0.3
+    )
+    with pytest.raises(
+        Refused, match="--merge_density has no effect with --merge svd, which uses --merge_rank"
+    ):
+        INFERENCE_MERGE.parse([*words, "--merge", "svd", "--merge_density", "0.3"])
+    with pytest.raises(Refused, match="needs --style_prompt and --content_prompt"):
+        INFERENCE_MERGE.parse([*words, "--merge", "ziplora", "--style_prompt", "a"])
 
 
 # ---------- the frozen surface

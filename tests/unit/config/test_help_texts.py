@@ -8,13 +8,13 @@ import pytest
 
 from lowrank.config.context import CALC_CONTEXT
 from lowrank.config.flux import FLUX_TRAIN
+from lowrank.config.merge import INFERENCE_MERGE
 from lowrank.config.sd import SD_TRAIN, SDXL_TRAIN
 from lowrank.config.tools import (
     EXPORT,
     EXTRACT_BASIS,
     EXTRACT_LORA,
     IMPORT,
-    INFERENCE_MERGE,
     INSPECT,
     SAVE_RESIDUAL,
     VISUALIZE_SIMILARITY,

@@ -53,8 +53,8 @@ def test_a_merged_lora_comes_back(checkpoints, adapter, tmp_path, capsys):
     target = tmp_path / "back.safetensors"
     assert extraction.main([str(base), str(tuned), str(target), "--rank", "auto:sv_fro=0.9999,max=8"]) == 0
     printed = capsys.readouterr().out
-    assert "left out, since a LoRA has none: biases × 1, norm layers × 1" in printed
-    assert "read back by" in printed
+    used = f"{tuned}: 4 of 6 differing weights and biases are used; left out: biases × 1, norm layers × 1"
+    assert printed.splitlines()[-1] == used and "read back by" in printed
     wanted, found = (read_adapter(path, strict=False).layers for path in (adapter, target))
     assert found.keys() == wanted.keys()
     for place, layer in wanted.items():
@@ -89,3 +89,23 @@ def test_what_cannot_be_extracted(checkpoints, tiny_sd, tiny_sdxl, tmp_path):
     with pytest.raises(Refused, match=r"is no \.safetensors name"):
         extraction.main([str(base), str(tuned), str(tmp_path / "folder")])
     assert not target.exists()
+
+
+def test_nothing_stays_where_an_extraction_fails(checkpoints, tmp_path, monkeypatch):
+    """A file that --strict refuses, and one that is not read back right; an older file is kept."""
+    base, tuned = checkpoints
+    call = [str(base), str(tuned), str(tmp_path / "out.safetensors"), "--rank", "4"]
+    with pytest.raises(
+        Refused, match=r"--strict, and .* in what a LoRA has not: biases × 1, norm layers × 1"
+    ):
+        extraction.main([*call, "--strict"])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.safetensors").write_bytes(b"older")
+
+    def fail(*_):
+        raise Refused("it differs; use another format")
+
+    monkeypatch.setattr("lowrank.formats.verify.check_export", fail)
+    with pytest.raises(Refused, match="it differs"):
+        extraction.main(call)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"older"]

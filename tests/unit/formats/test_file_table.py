@@ -271,7 +271,9 @@ def test_reader_equals_diffusers(tmp_path):
         state[f"{module}.alpha"] = torch.tensor(10.0)
     file = Path(tmp_path / "in.safetensors")
     save_file(state, file)
-    read, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(file), unet_config=unet.config)
+    read, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(
+        str(tmp_path), weight_name=file.name, unet_config=unet.config
+    )
     unet.load_lora_adapter(read, prefix="unet", network_alphas=alphas)
     unet.fuse_lora()
     adapter = read_adapter(file, "sd15")

@@ -86,3 +86,35 @@ def test_two_files(native, tmp_path, capsys):
     assert one["distance"] == pytest.approx(0.5) and one["cosine"] == pytest.approx(1.0)
     assert inspection.main([str(native), str(tmp_path / "other.safetensors")]) == 0
     assert "only in the first: 1 layers" in capsys.readouterr().out
+
+
+def test_folder_of_peft_is_inspected(tmp_path, capsys):
+    """One folder for each model; alpha is in its configuration, and a key of another kind is listed."""
+    up, down = torch.randn(8, 2), torch.randn(2, 8)
+    for name, target in (
+        ("unet", "mid_block.attentions.0.proj_in"),
+        ("text_encoder", "encoder.layers.0.mlp.fc1"),
+    ):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        state = {
+            f"base_model.model.{target}.lora_A.weight": down,
+            f"base_model.model.{target}.lora_B.weight": up,
+        }
+        if name == "unet":
+            state["base_model.model.conv_in.bias"] = torch.ones(4)
+        save_file(state, tmp_path / "a" / name / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6}
+        (tmp_path / "a" / name / "adapter_config.json").write_text(json.dumps(config))
+    assert inspection.main([str(tmp_path / "a"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["alphas"] == {"6": 2} and facts["alpha_places"] == {"config": 2} and facts["tensors"] == 5
+    assert facts["parts"] == {"unet": 1, "te1": 1} and len(facts["files"]) == 4
+    assert facts["norm"] == pytest.approx(2**0.5 * 3 * float((up @ down).norm()), rel=1e-5)
+    assert inspection.main([str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    assert "the two files are the same" in text
+    assert text.splitlines()[-1].endswith(
+        "4 of 5 tensors are used; left out: bias × 1, for example unet.conv_in.bias"
+    )
+    with pytest.raises(Refused, match=r"has no adapter_config\.json"):
+        inspection.main([str(tmp_path)])

@@ -195,7 +195,7 @@ def test_files_that_cannot_be_are_refused(lycoris_file, tmp_path):
     refused({k: v for k, v in state.items() if k != f"{name}.lambda_layer"}, "not whole")
     gone = {k.replace("to_q", "to_z"): v for k, v in state.items() if k.startswith(name)}
     refused(state | gone, "is not in .*; the adapter is for another base")
-    refused(state, "lycoris_config of .* is no JSON", metadata={"lycoris_config": "{"})
+    refused(state, "lycoris_config of .* is not JSON", metadata={"lycoris_config": "{"})
     pairs = {"transformer.proj_out.lora_A.weight": torch.ones(4, 32)}
     pairs["transformer.proj_out.lora_B.weight"] = torch.ones(16, 4)
     refused(pairs, "ranks open in pairs", metadata={"tlora_T": "1000", "tlora_group": "2"})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -111,12 +109,12 @@ def test_what_is_joined(sd, sdxl):
     assert torch.allclose(two["pooled"], out.text_embeds[0], atol=1e-5)
 
 
-def test_a_cut_caption_is_named(sd, caplog):
-    with caplog.at_level(logging.WARNING):
-        SD15.encode_text(sd, [" ".join(["cat"] * 75)])
-        assert not caplog.records
-        SD15.encode_text(sd, [" ".join(["cat"] * 76)])
-    assert "caption cut to 75 of 76 CLIP tokens: cat cat" in caplog.text
+def test_tokens_of_captions_are_counted(sd):
+    texts = [" ".join(["cat"] * count) for count in (1, 75, 76)]
+    counts = SD15.token_counts(sd, texts, SdOptions())
+    assert counts == ("CLIP", 75, [1, 75, 76], "give --max_token_length 225")
+    assert SD15.token_counts(sd, ["(cat:1.5)"], SdOptions(weighted_captions=True)).counts == [1]
+    assert SD15.token_counts(sd, texts, SdOptions(max_token_length=225))[1::2] == (225, "")
 
 
 # ---------- weights

@@ -178,9 +178,12 @@ def test_t5_mask_hides_the_padding_from_t5(models):
     assert torch.allclose(masked["t5"][:, :3], short["t5"][:, :3], atol=1e-5)
 
 
-def test_a_cut_caption_is_said(models, caplog):
-    FLUX.encode_text(models, ["cat " * 100])
-    assert "caption cut to 64 T5 tokens" in caplog.text
+def test_tokens_of_captions_are_counted(models):
+    stock = models.tokenizers[1]
+    counts = FLUX.token_counts(models, ["a dog", "cat " * 100], FluxOptions())
+    assert counts.encoder == "T5" and counts.limit == 64
+    assert counts.counts == [len(stock(text).input_ids) for text in ("a dog", "cat " * 100)]
+    assert counts.counts[0] < 64 < counts.counts[1]
 
 
 # ---------- denoising

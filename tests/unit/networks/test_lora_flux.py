@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from lowrank.errors import Refused
 from lowrank.naming import flux as flux_names
+from lowrank.train.overview import describe_layers
 
 MODULE = importlib.import_module("networks.lora_flux")
 WIDE = FLUX["num_attention_heads"] * FLUX["attention_head_dim"]
@@ -280,3 +282,17 @@ def test_verbose_names_each_layer(flux, caplog):
     with caplog.at_level(logging.INFO):
         network(flux, verbose="True", train_blocks="single")
     assert "\tlora_unet_single_blocks_0_linear1" in caplog.messages
+
+
+def test_log_counts_kohyas_layers_by_kind(flux, encoders):
+    """As flux_train_network.py counts them: q, k and v are one layer."""
+    (line,) = describe_layers(network(flux))
+    kinds = "double img_mod 1, double txt_mod 1, double img_attn 2, double txt_attn 2, double img_mlp 2, "
+    kinds += "double txt_mlp 2, single linear1 1, single linear2 1, single modulation 1"
+    count, rest = re.fullmatch(r"denoiser: (\d+) layers \((.*)\)", line).groups()
+    assert int(count) == len(names(flux)) == 13
+    assert sorted(rest.split(", ")) == sorted(kinds.split(", "))
+    lines = describe_layers(network(flux, encoders=encoders, train_t5xxl="True", train_blocks="single"))
+    assert [text.partition(" layers")[0].rpartition(": ")[0] for text in lines] == [
+        "text encoder 1", "text encoder T5", "denoiser",
+    ]  # fmt: skip

@@ -324,6 +324,15 @@ def test_lycoris_reads_file(flux, tmp_path, own_presets):
     new.restore()
 
 
+def test_nothing_stays_of_a_lycoris_export_that_fails(flux, tmp_path, monkeypatch, capsys):
+    trained(flux, tmp_path / "a.safetensors", **LIKE_LYCORIS)
+    target = tmp_path / "out" / "b.safetensors"
+    monkeypatch.setattr("lowrank.cli.export.difference", lambda *_: 0.5)
+    assert export([str(tmp_path / "a.safetensors"), str(target), "--to", "lycoris-tlora"]) == 1
+    assert "differs by 5.0e-01 of a layer's change" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("sidecar", [True, False])
 def test_lycoris_file_is_read(sidecar, flux, tmp_path, own_presets, caplog):
     LycorisNetwork.apply_preset({"target_module": ["FluxAttention", "FeedForward"]})

@@ -168,7 +168,7 @@ def test_damaged_schedule_error(what, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         (
             '{"algo": "tlora", "linear_dim": 64}',
             "is for rank 64 and .* has rank 8; put the adapter's own configuration beside it",

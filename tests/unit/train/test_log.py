@@ -42,6 +42,7 @@ def test_progress_in_lines_without_terminal(interval, count, tmp_path, monkeypat
 
 
 def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow bar is cut
     text = shown(tmp_path, Terminal(), monkeypatch, {"unet": 1e-4})
     assert "\r" in text and "lr=0.0001" in text
 
