@@ -55,6 +55,12 @@ def part_of(path: str | os.PathLike) -> Path:
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{4})-(\d+)-[0-9a-f]{4}\.part")
 
 
+def _temporary(path: Path) -> Path:
+    """A new name beside `path`, by which `remove_leftovers` knows the process."""
+    stem = os.fsdecode(os.fsencode(path.name)[:220])  # file systems take names of 255 bytes
+    return path.with_name(f".{stem}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:4]}.part")
+
+
 def _machine() -> str:
     """A number that differs between machines that share a disk."""
     return f"{zlib.crc32(platform.node().encode()) & 0xFFFF:04x}"
@@ -111,7 +117,9 @@ def _replacing(path: Path, part: Path, remove: Callable[[Path], object]) -> Iter
         with contextlib.suppress(OSError):  # the error may be that of the folder itself
             remove(part)
         # safetensors and torch.save wrap a full disk in errors of their own
-        wrapped = type(error).__name__ == "SafetensorError" or "inline_container" in str(error)
+        wrapped = type(error).__name__ == "SafetensorError" or any(
+            words in str(error) for words in ("inline_container", "iostream error")
+        )
         if isinstance(error, OSError) or wrapped:
             # copying a folder collects (from, to, why) of every file
             reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
@@ -129,9 +137,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     Raises `Refused` when the disk is full or the folder is not writable; an older `path` is then untouched.
     """
     path = Path(path)
-    stem = os.fsdecode(os.fsencode(path.name)[:220])  # file systems take names of 255 bytes
-    temporary = path.with_name(f".{stem}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:4]}.part")
-    with _replacing(path, temporary, lambda part: part.unlink(missing_ok=True)) as part:
+    with _replacing(path, _temporary(path), lambda part: part.unlink(missing_ok=True)) as part:
         part.touch()
         mode = part.stat().st_mode
         yield part
@@ -211,7 +217,7 @@ def writable_folder(path: str | os.PathLike, option: str = "--output_dir") -> Pa
         if not str(path):
             raise FileNotFoundError("the path is empty")
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
+        probe = _temporary(folder / "writable")
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

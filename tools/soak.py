@@ -29,7 +29,7 @@ FOLDER = Path(tempfile.gettempdir()) / "lowrank-soak"
 
 
 # What a count is valid for. A change elsewhere, e.g. of a page, leaves counts valid.
-PROGRAM = ("lowrank", "networks", "comfyui", "*.py")
+PROGRAM = ("lowrank", "networks", "comfyui", ":(glob)*.py")
 
 
 def commit() -> str:

@@ -144,6 +144,8 @@ def _one_rank(ranks: set[int], source: str) -> int:
             f"{source} has layers of rank {', '.join(map(str, sorted(ranks)))}, and LyCORIS' one mask for "
             "all of them is no share of each rank; use the file in LyCORIS"
         )
+    if not ranks:
+        raise Refused(f"{source} has no down factor in any layer, so it has no rank; use a complete file")
     return next(iter(ranks))
 
 

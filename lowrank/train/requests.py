@@ -28,11 +28,11 @@ class Asked(NamedTuple):
     stop: bool
 
 
-def remove_old_requests(folder: Path) -> None:
-    """Remove files that were made before a run began: they were meant for an earlier one."""
+def remove_requests(folder: Path, when: str) -> None:
+    """Remove files that were made `when` no run was there to obey them."""
     for path in (folder / SAVE, folder / STOP):
         if _take(path):
-            logger.warning("removed %s, which was made before this run began", path)
+            logger.warning("removed %s, which was made %s", path, when)
 
 
 def _take(path: Path) -> bool:

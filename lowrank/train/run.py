@@ -43,7 +43,7 @@ from lowrank.train.phases import phase
 from lowrank.train.preview import preview_prompts, run_preview
 from lowrank.train.prompts import Prompt
 from lowrank.train.record import begin_record
-from lowrank.train.requests import Requests, remove_old_requests
+from lowrank.train.requests import Requests, remove_requests
 from lowrank.train.saving import Saver
 from lowrank.train.schedule import RunPlan, build_scheduler, check_schedule, plan_run
 from lowrank.train.text_conditions import TextConditions, text_conditions
@@ -84,8 +84,11 @@ def launch(job: TrainJob) -> int:
         if writes:
             remove_leftovers(folder, locked=True)
             remove_leftovers(folder / "sample")
-            remove_old_requests(folder)
-        return _launch(running)
+            remove_requests(folder, "before this run began")
+        code = _launch(running)
+        if writes:
+            remove_requests(folder, "after the last step")
+        return code
 
 
 def _launch(job: RunningJob) -> int:

@@ -299,6 +299,7 @@ def strike(world: World, out: Path, log: Path, fault: Fault, wait: float | None 
 def strike_two(world: World, out: Path, logs: list[Path], rng: random.Random) -> list[int]:
     """A run on two processes, one of which is killed after a random time; the other must end by itself."""
     resume = ("--resume", "latest") if checkpoints(out) else ()
+    (out / ".lock").unlink(missing_ok=True)  # of a killed run; the new one shows that the two are connected
     pair = [
         call(run_script, (SCRIPTS[world.family], *world.words(out, *resume)), log, variables)
         for log, variables in zip(logs, ranks({"LOWRANK_CACHE": str(world.cache)}), strict=True)

@@ -85,16 +85,18 @@ def _processes(record: Path) -> list[list[list[int]]]:
 
 
 def _growth(samples: list[list[int]]) -> tuple[list[list[int]], list[str]]:
-    """The peaks of the first and the last quarter after the warm-up, by column; and what grew."""
+    """The peaks of the first and last quarter of the steps after the warm-up, by column; and what grew."""
     first, last = samples[0][0], samples[-1][0]
-    warm = [row for row in samples if row[0] >= first + WARM * (last - first)]
-    if len(warm) < 8:  # e.g. of a process that was killed at once
-        return [], []
-    count = len(warm) // 4
-    columns = range(1, len(COLUMNS) + 1)
-    peaks = [
-        [max(row[column] for row in rows) for rows in (warm[:count], warm[-count:])] for column in columns
+    begin = first + WARM * (last - first)
+    quarter = (last - begin) / 4
+    quarters = [
+        [row for row in samples if begin <= row[0] <= begin + quarter],
+        [row for row in samples if row[0] >= last - quarter],
     ]
+    if min(map(len, quarters)) < 2:  # e.g. of a process that was killed at once
+        return [], []
+    columns = range(1, len(COLUMNS) + 1)
+    peaks = [[max(row[column] for row in rows) for rows in quarters] for column in columns]
     limits = (GROWTH, 1.0, 1.0)
     return peaks, [
         f"{name} grew from {before} to {after}"

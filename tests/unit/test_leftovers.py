@@ -14,7 +14,7 @@ import pytest
 from lowrank import files
 from lowrank.data.cache import Cache
 from lowrank.errors import Refused
-from lowrank.files import atomic, remove, remove_leftovers
+from lowrank.files import atomic, remove, remove_leftovers, writable_folder
 from lowrank.train.checkpoints import STATE, WEIGHTS, checkpoints, find_checkpoint, prune
 
 
@@ -55,6 +55,24 @@ def test_cache_removes_leftovers(tmp_path, dead):
     gone = temporary(tmp_path, dead)
     Cache(tmp_path)
     assert not gone.exists()
+
+
+def test_probe_of_a_killed_process_is_removed(tmp_path, dead, monkeypatch):
+    """A run tries to write in its folder before anything else; a kill can leave that file."""
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+    monkeypatch.setattr("os.getpid", lambda: dead)
+    writable_folder(tmp_path)
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 1
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", ["fail at inline_container.cc:672", "basic_ios::clear: iostream error"])
+def test_full_disk_in_torch_save_is_refused(tmp_path, words):
+    with pytest.raises(Refused, match=r"could not write .*optimizer"), atomic(tmp_path / "optimizer.bin"):
+        raise RuntimeError(words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_temporary_names_are_never_too_long(tmp_path):

@@ -175,6 +175,15 @@ def test_ranks_that_lycoris_pads_are_read(lycoris_file, tmp_path):
     same(native(ours, "flux", files.denoiser("flux")), want)
 
 
+def test_a_file_without_down_factors_is_refused(tmp_path):
+    """Non-strict reading has no complete layer of such a file, and so no rank."""
+    path = tmp_path / "x.safetensors"
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.p_layer.weight": torch.ones(64, 2)}, path)
+    for strict in (True, False):
+        with pytest.raises(Refused):
+            read_adapter(path, strict=strict)
+
+
 def test_files_that_cannot_be_are_refused(lycoris_file, tmp_path):
     base, theirs, _ = lycoris_file("flux")
     state, target = load_file(theirs), str(tmp_path / "out.safetensors")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lowrank.train.requests import Asked, Requests, remove_old_requests
+from lowrank.train.requests import Asked, Requests, remove_requests
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_a_file_is_obeyed_once(requests, tmp_path):
 def test_files_of_an_earlier_run_are_removed(requests, tmp_path, caplog):
     (tmp_path / "STOP").touch()
     (tmp_path / "SAVE").mkdir()  # a folder is no request, and is left alone
-    remove_old_requests(tmp_path)
+    remove_requests(tmp_path, "before this run began")
     assert "removed" in caplog.text and [path.name for path in tmp_path.iterdir()] == ["SAVE"]
     assert requests.after_step() == Asked(save=False, stop=False)
 
