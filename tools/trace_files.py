@@ -44,7 +44,7 @@ class Limit(NamedTuple):
 # files read a file of any spelling (adapter_file, keys, tensors, files), 3 fit it to a model (network_module,
 # arguments, dialect), and 6 are the network itself (network, layer, clock, targets, method, the page).
 LIMITS = {
-    "step": Limit(present=16, target=18),
+    "step": Limit(present=17, target=18),  # with requests: SAVE and STOP
     "live": Limit(present=14, target=13),
     "export": Limit(present=18, target=8),  # with naming/families: every layer is one of the model's
     "flag": Limit(present=11, target=5),

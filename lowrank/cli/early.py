@@ -34,6 +34,9 @@ def _check_datasets(parsed: Parsed[TrainOptions]) -> None:
     data = parsed.options.data
     if data.dataset_config and not os.path.isfile(data.dataset_config):
         return  # check_machine names it
+    classes = parsed.options.prior.class_data_dir
+    if parsed.options.prior.with_prior_preservation and classes and not os.path.isdir(classes):
+        return  # the run draws the class images first
     if data.dataset_config or data.train_data_dir or data.instance_data_dir:
         with _without_warnings():
             training_datasets(parsed.options)
