@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from lowrank.config.checks import check_machine, gathered
 from lowrank.config.command_line import Parsed
@@ -34,12 +35,11 @@ def _check_datasets(parsed: Parsed[TrainOptions]) -> None:
     data = parsed.options.data
     if data.dataset_config and not os.path.isfile(data.dataset_config):
         return  # check_machine names it
-    classes = parsed.options.prior.class_data_dir
-    if parsed.options.prior.with_prior_preservation and classes and not os.path.isdir(classes):
-        return  # the run draws the class images first
     if data.dataset_config or data.train_data_dir or data.instance_data_dir:
+        # without class images, which the run may have to draw first
+        prior = replace(parsed.options.prior, with_prior_preservation=False)
         with _without_warnings():
-            training_datasets(parsed.options)
+            training_datasets(replace(parsed.options, prior=prior))
 
 
 def _check_network_arguments(parsed: Parsed[TrainOptions], unnamed: str) -> None:

@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from lowrank.cli import flux_train, sd_train
+from lowrank.cli.early import checks_of
+from lowrank.config.sd import SD_TRAIN
 from lowrank.errors import SeveralRefused
 
 
@@ -78,3 +80,14 @@ def test_missing_packages_and_parts_of_the_model_are_in_the_list(folder, monkeyp
         "--clip_l put the path here does not exist",
         "--ae none.safetensors does not exist",
     ]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_class_images_may_be_drawn_by_the_run(exists, folder):
+    classes = folder / "classes"
+    if exists:  # and is empty
+        classes.mkdir()
+    words = ["--pretrained_model_name_or_path", str(folder), "--output_dir", str(folder / "out")]
+    words += ["--instance_data_dir", str(folder / "2_cat"), "--instance_prompt", "a cat"]
+    words += ["--with_prior_preservation", "--class_data_dir", str(classes), "--class_prompt", "a pet"]
+    assert SD_TRAIN.parse(words, checks_of("networks.lora")).options.prior.class_data_dir == str(classes)
