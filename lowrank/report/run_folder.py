@@ -20,6 +20,7 @@ from lowrank.errors import Refused
 from lowrank.files import parse_toml, read_json, read_text
 from lowrank.formats.delta import Delta
 from lowrank.formats.read import read_adapter
+from lowrank.report import tables
 
 TABLE = 1 << 28  # bytes of a table of numbers that are read at most
 COMMANDS = MappingProxyType({line.prog: line for line in (SD_TRAIN, SDXL_TRAIN, FLUX_TRAIN)})
@@ -67,14 +68,16 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read an output folder, or the record of an earlier run in its `runs/`. `Refused` if it is none."""
-    if not (folder / "loss.csv").is_file():
-        raise Refused(f"{folder} has no loss.csv; give the output folder of a run, or a folder of its runs/")
-    run = Run(folder, folder.name, losses=read_table(folder / "loss.csv"))
+    if not (folder / tables.LOSSES).is_file():
+        raise Refused(
+            f"{folder} has no {tables.LOSSES}; give the output folder of a run, or a folder of its runs/"
+        )
+    run = Run(folder, folder.name, losses=read_table(folder / tables.LOSSES))
     if (folder / "config.toml").is_file():
         text = read_text(folder / "config.toml", "settings")
-        tables = parse_toml(text, folder / "config.toml")
+        sections = parse_toml(text, folder / "config.toml")
         run.settings = {
-            k: v for table in tables.values() if isinstance(table, dict) for k, v in table.items()
+            k: v for table in sections.values() if isinstance(table, dict) for k, v in table.items()
         }
         first, second, *_ = [*(line[2:] for line in text.splitlines()[:2]), "", ""]
         run.command = second
@@ -82,11 +85,11 @@ def read_run(folder: Path) -> Run:
         run.name = str(run.settings.get("output_name") or folder.name)
     if (folder / "versions.txt").is_file():
         run.versions = read_text(folder / "versions.txt", "versions").splitlines()
-    for name in ("validation", "norms"):
-        if (folder / f"{name}.csv").is_file():
-            setattr(run, name, read_table(folder / f"{name}.csv"))
-    if (folder / "summary.json").is_file():
-        summary = read_json(folder / "summary.json", "summary")
+    for part, name in (("validation", tables.VALIDATION), ("norms", tables.NORMS)):
+        if (folder / name).is_file():
+            setattr(run, part, read_table(folder / name))
+    if (folder / tables.SUMMARY).is_file():
+        summary = read_json(folder / tables.SUMMARY, "summary")
         run.summary = summary if isinstance(summary, dict) else {}
     if folder.parent.name == "runs":  # pictures and adapters of its name are those of the newest run
         return run
@@ -101,7 +104,7 @@ def read_table(path: Path) -> dict[str, list[float]]:
     """The columns of a CSV file of numbers; NaN where a cell is empty. A row that a kill cut is left out."""
     columns: dict[str, list[float]] = {}
     for row in csv.DictReader(read_text(path, "numbers", TABLE).splitlines()):
-        if None in row or None in row.values():
+        if None in row or not tables.is_whole(row):
             continue
         for name, text in row.items():
             value = parse_text(float, text or "")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lowrank.config.flag import parse_text
 from lowrank.errors import Refused
 from lowrank.files import atomic
+from lowrank.report import tables
 
 INTERVAL = 30.0  # seconds between two lines of progress where the output is no terminal
 BINS = 4  # of the timestep range 0..1000
@@ -93,9 +94,8 @@ class Table:
     def add(self, row: Mapping[str, object]) -> None:
         """Append a row. Raises `Refused` if the disk takes none."""
         try:
-            new = not self.path.is_file()
             with open(self.path, "a", newline="") as file:
-                if new:
+                if file.tell() == 0:
                     self._writer(file).writeheader()
                 self._writer(file).writerow(row)
         except OSError as error:
@@ -115,10 +115,10 @@ class RunLog:
     ) -> None:
         self._accelerator = accelerator
         columns = ("step", "epoch", "lr", "loss", "avr_loss", *components, *BIN_NAMES)
-        self._losses = Table(folder / "loss.csv", columns, "loss")
-        self._norms = Table(folder / "norms.csv", ("step", *NORMS), "step")
-        self._held_out = Table(folder / "validation.csv", ("step", "kind", "value"), "value")
-        self._summary = folder / "summary.json"
+        self._losses = Table(folder / tables.LOSSES, columns, "loss")
+        self._norms = Table(folder / tables.NORMS, ("step", *NORMS), "step")
+        self._held_out = Table(folder / tables.VALIDATION, ("step", "kind", "value"), "value")
+        self._summary = folder / tables.SUMMARY
         self._last, self._begun, self._started, self._running = 0, 0, time.monotonic(), False
         self._recent: deque[float] = deque(maxlen=max(1, window))
         self._of_epoch: list[float] = []
@@ -244,5 +244,5 @@ class RunLog:
 def _is_row(row: Mapping[str | None, str | None], last: int, number: str) -> bool:
     """Whether a row is whole and of a step up to `last`; a kill can leave a part of a row."""
     step = row.get("step") or ""
-    whole = None not in row.values() and step.isdecimal()
-    return whole and int(step) <= last and parse_text(float, row.get(number) or "") is not None
+    counted = tables.is_whole(row) and step.isdecimal()
+    return counted and int(step) <= last and parse_text(float, row.get(number) or "") is not None

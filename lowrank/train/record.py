@@ -17,12 +17,11 @@ import torch
 
 from lowrank.errors import Refused
 from lowrank.files import atomic, parse_toml, read_text
+from lowrank.report.tables import LOSSES, SUMMARY, TABLES
 from lowrank.train.checkpoints import Names
 
 RUNS = "runs"
-LOSSES = "loss.csv"
-TABLES = (LOSSES, "norms.csv", "validation.csv")
-FILES = ("config.toml", "versions.txt", *TABLES, "summary.json")
+FILES = ("config.toml", "versions.txt", *TABLES, SUMMARY)
 _PACKAGES = (
     *("torch", "diffusers", "transformers", "accelerate"),
     *("safetensors", "bitsandbytes", "numpy", "pillow"),
